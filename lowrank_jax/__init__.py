@@ -1,0 +1,29 @@
+"""Low-rank adapters for any JAX function: weights are adapted, not modules."""
+
+from lowrank_jax import initializers as initializers
+from lowrank_jax._adapters import combine as combine
+from lowrank_jax._adapters import init as init
+from lowrank_jax._adapters import merge as merge
+from lowrank_jax._adapters import partition as partition
+from lowrank_jax._configs import LoraConfig as LoraConfig
+from lowrank_jax._errors import AxesError as AxesError
+from lowrank_jax._errors import CheckpointError as CheckpointError
+from lowrank_jax._errors import ConfigError as ConfigError
+from lowrank_jax._errors import LowrankError as LowrankError
+from lowrank_jax._errors import MaterializeError as MaterializeError
+from lowrank_jax._errors import MaterializeWarning as MaterializeWarning
+from lowrank_jax._errors import PatternError as PatternError
+from lowrank_jax._errors import TreeError as TreeError
+from lowrank_jax._lift import lift as lift
+from lowrank_jax._nodes import Adapted as Adapted
+from lowrank_jax._nodes import Full as Full
+from lowrank_jax._nodes import LowRank as LowRank
+from lowrank_jax._optim import factor_labels as factor_labels
+from lowrank_jax._optim import lora_plus as lora_plus
+from lowrank_jax._optim import only_adapters as only_adapters
+from lowrank_jax._optim import trainable_mask as trainable_mask
+from lowrank_jax._plan import Plan as Plan
+from lowrank_jax._plan import Use as Use
+from lowrank_jax._plan import plan as plan
+
+__version__ = "0.1.0"

@@ -1,0 +1,192 @@
+"""Frozen, hashable configurations that go to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lowrank_jax._errors import ConfigError
+from lowrank_jax._paths import ALL_LINEAR, Pattern, compile_pattern
+
+
+class FrozenMapping(Mapping):
+    """An ordered, hashable mapping: order counts, for the first pattern that matches wins."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping | tuple = ()):
+        self._items = tuple(dict(items).items())
+
+    def __getitem__(self, key: Any) -> Any:
+        return dict(self._items)[key]
+
+    def __iter__(self) -> Iterator:
+        return iter(key for key, _ in self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return self._items == tuple(other.items())
+
+    def __repr__(self) -> str:
+        return repr(dict(self._items))
+
+
+def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
+    """Normalize one pattern or a sequence of them to a tuple."""
+    items = (value,) if isinstance(value, str | re.Pattern) else value
+    if not isinstance(items, tuple | list | set | frozenset):
+        raise ConfigError(f"{name} takes a pattern or a sequence of patterns, not {value!r}")
+    items = tuple(sorted(items, key=str) if isinstance(items, set | frozenset) else items)
+    for item in items:
+        if item != ALL_LINEAR:
+            compile_pattern(item)
+    return items
+
+
+def _pattern_map(name: str, value: Any) -> FrozenMapping:
+    """Normalize a mapping of patterns."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} takes a mapping of pattern to value, not {value!r}")
+    for key in value:
+        compile_pattern(key)
+    return FrozenMapping(value)
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}")
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a finite number above 0, not {value!r}")
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, re.Pattern):
+        named = {"re": value.pattern}
+        flags = value.flags & ~re.UNICODE
+        return {**named, "flags": flags} if flags else named
+    if isinstance(value, FrozenMapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: _to_json(item) for key, item in value.items()}
+        return [[_to_json(key), _to_json(item)] for key, item in value.items()]
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, Mapping) and set(value) in ({"re"}, {"re", "flags"}):
+        return re.compile(value["re"], value.get("flags", 0))
+    if isinstance(value, list | tuple):
+        return tuple(_from_json(item) for item in value)
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    r"""Which leaves get which adapter.
+
+    $W_\text{eff} = W + s\,a\,b$ with $s = \alpha / r$, or $\alpha / \sqrt{r}$ with `rslora`.
+
+    Args:
+      rank: r, the inner dimension of the factors, at least 1.
+      alpha: the numerator of the scale; None means twice the rank of that leaf.
+      targets: a pattern, a sequence of patterns, or "all-linear".
+      exclude: patterns of leaves that are never adapted; they must match something.
+      rank_pattern: pattern -> rank, the first match wins.
+      alpha_pattern: pattern -> alpha, the first match wins.
+      stack: pattern -> axes of the leaf that enumerate independent weights, in place of what the
+        plan takes for them (experts made by vmap look like heads).
+      rslora: divide alpha by the root of the rank (arXiv 2312.03732).
+      dora: decompose into magnitude and direction (arXiv 2402.09353).
+      train: patterns of leaves trained whole beside the adapters (norms, biases, new heads).
+      factor_dtype: name of the dtype of a and b.
+
+    Raises:
+      ConfigError: a value is of the wrong type or out of range.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1.
+
+    >>> config = LoraConfig(rank=8, targets="**/kernel", rank_pattern={"**/head/*": 2})
+    >>> LoraConfig.from_dict(config.to_dict()) == config
+    True
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: Any = ALL_LINEAR
+    exclude: Any = ()
+    rank_pattern: Mapping = dataclasses.field(default_factory=FrozenMapping)
+    alpha_pattern: Mapping = dataclasses.field(default_factory=FrozenMapping)
+    stack: Mapping = dataclasses.field(default_factory=FrozenMapping)
+    rslora: bool = False
+    dora: bool = False
+    train: Any = ()
+    factor_dtype: str = "float32"
+
+    def __post_init__(self):
+        put = lambda name, value: object.__setattr__(self, name, value)
+        _check_rank("rank", self.rank)
+        if self.alpha is not None:
+            _check_alpha("alpha", self.alpha)
+        for name in ("targets", "exclude", "train"):
+            put(name, _patterns(name, getattr(self, name)))
+        if ALL_LINEAR in self.exclude + self.train:
+            raise ConfigError('"all-linear" is a value of targets, not of exclude or train')
+        for name in ("rank_pattern", "alpha_pattern", "stack"):
+            put(name, _pattern_map(name, getattr(self, name)))
+        for pattern, value in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{pattern!r}]", value)
+        for pattern, value in self.alpha_pattern.items():
+            _check_alpha(f"alpha_pattern[{pattern!r}]", value)
+        axes = {key: (v,) if isinstance(v, int) else tuple(v) for key, v in self.stack.items()}
+        if not all(isinstance(axis, int) for value in axes.values() for axis in value):
+            raise ConfigError(f"stack takes pattern -> axes (integers), not {dict(self.stack)!r}")
+        put("stack", FrozenMapping(axes))
+        for name in ("rslora", "dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.factor_dtype not in ("float32", "bfloat16", "float16", "float64"):
+            raise ConfigError(
+                "factor_dtype must be one of 'float32', 'bfloat16', 'float16', 'float64', not "
+                f"{self.factor_dtype!r}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; a regex becomes {"re": "..."}."""
+        fields = dataclasses.fields(self)
+        return {field.name: _to_json(getattr(self, field.name)) for field in fields}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
+        """The configuration of `to_dict`; an unknown key is refused by name."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown LoraConfig keys {unknown}; known are {sorted(known)}")
+        parsed = {}
+        for name, value in values.items():
+            if name in ("rank_pattern", "alpha_pattern", "stack"):
+                pairs = value.items() if isinstance(value, Mapping) else value
+                parsed[name] = {_from_json(key): _from_json(item) for key, item in pairs}
+            else:
+                parsed[name] = _from_json(value)
+        return cls(**parsed)
+
+    def scale_of(self, rank: int, alpha: float | None) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rslora; alpha None is twice the rank."""
+        alpha = 2.0 * rank if alpha is None else float(alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)

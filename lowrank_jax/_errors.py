@@ -1,0 +1,41 @@
+"""Errors and the warning: each names a path, what came, what was expected, and the remedy."""
+
+
+class LowrankError(ValueError):
+    """Base of every error this library raises on bad input."""
+
+
+class PatternError(LowrankError):
+    """A path pattern is malformed or matches nothing."""
+
+
+class ConfigError(LowrankError):
+    """A configuration value is of the wrong type or out of range."""
+
+
+class AxesError(LowrankError):
+    """The fan-in, fan-out or stack axes of a leaf are unknown or impossible."""
+
+
+class TreeError(LowrankError):
+    """Two trees, or a tree and an adapter, do not fit each other."""
+
+
+class MaterializeError(LowrankError):
+    """A weight would have to be built densely and the caller asked for that to be an error."""
+
+
+class CheckpointError(LowrankError):
+    """A checkpoint is missing, damaged, or belongs to another base."""
+
+
+class MaterializeWarning(UserWarning):
+    """A weight was built densely because no rule covers the equation that uses it."""
+
+
+def listing(problems: list[str], limit: int = 20) -> str:
+    """Join problems one to a line, saying how many were left out."""
+    lines = [f"  - {p}" for p in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  ... and {len(problems) - limit} more")
+    return "\n".join(lines)

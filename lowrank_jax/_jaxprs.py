@@ -1,0 +1,114 @@
+"""The seam to JAX's jaxprs: everything that drifts between releases is in this file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core, source_info_util
+
+Literal = core.Literal
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr with its constants: a ClosedJaxpr up to JAX 0.11, one Jaxpr since."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    consts = getattr(jaxpr, "consts", ())
+    return inner, list(consts or ())
+
+
+def binders(jaxpr: Any) -> list[Any]:
+    """The variables of constants and inputs, in the order their values are given."""
+    inner, _ = opened(jaxpr)
+    return [*getattr(inner, "constvars", ()), *inner.invars]
+
+
+def bind(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
+    """Bind one equation as it is, in its own context; always a sequence of results."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+        out = eqn.primitive.bind(*args, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def in_context(eqn: Any):
+    """A context manager in which new operations carry the equation's names and context."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    return _Both(source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager)
+
+
+class _Both:
+    """Two context managers as one, cheaper than an ExitStack."""
+
+    __slots__ = ("first", "second")
+
+    def __init__(self, first: Any, second: Any):
+        self.first, self.second = first, second
+
+    def __enter__(self):
+        self.first.__enter__()
+        self.second.__enter__()
+
+    def __exit__(self, *exc: Any):
+        self.second.__exit__(*exc)
+        return self.first.__exit__(*exc)
+
+
+def scan_split(eqn: Any) -> tuple[int, int]:
+    """Numbers of constants and carries of a scan: sequences have one axis more outside the body."""
+    inner, _ = opened(eqn.params["jaxpr"])
+    ndim = lambda atoms: [len(atom.aval.shape) for atom in atoms]
+
+    def sequences(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        count = 0
+        for a, b in zip(reversed(ndim(outside)), reversed(ndim(inside)), strict=True):
+            if a != b + 1:
+                break
+            count += 1
+        return count
+
+    carries = len(eqn.outvars) - sequences(eqn.outvars, inner.outvars)
+    consts = len(eqn.invars) - sequences(eqn.invars, inner.invars) - carries
+    return consts, carries
+
+
+def specified(sharding: Any) -> Any:
+    """A sharding or layout that a user gave, or None."""
+    return None if type(sharding).__name__ == "UnspecifiedValue" else sharding
+
+
+_INTERNAL = tuple(
+    os.path.dirname(sys.modules[name].__file__ or "") + os.sep
+    for name in ("jax", "lowrank_jax")
+    if name in sys.modules
+)
+
+
+def user_line(eqn: Any) -> str:
+    """ "file.py:12 (function)" of the equation in the user's own code, as near as is known."""
+    try:
+        frames = eqn.source_info.traceback.frames
+    except AttributeError:
+        return "an unknown line"
+    outside = [f for f in frames if not f.file_name.startswith(_INTERNAL)]
+    own = [f for f in outside if f"{os.sep}flax{os.sep}" not in f.file_name] or outside
+    if not own:
+        return "an unknown line"
+    frame = own[0]
+    return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({frame.function_name})"
+
+
+def user_layer(eqn: Any) -> str:
+    """The name stack of the equation: the user's modules and named scopes, or ""."""
+    return str(eqn.source_info.name_stack)
+
+
+def is_tracer(value: Any) -> bool:
+    """Whether a value is being traced."""
+    return isinstance(value, jax.core.Tracer)

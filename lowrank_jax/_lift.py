@@ -1,0 +1,202 @@
+"""lift: the user's own function, taking adapted weights where it took arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_jax import _jaxprs
+from lowrank_jax._errors import ConfigError, LowrankError, MaterializeWarning, TreeError
+from lowrank_jax._interpret import Context, Record, interpret
+from lowrank_jax._nodes import Full, LowRank, is_node, materialize
+from lowrank_jax._paths import path_of
+from lowrank_jax._rules import RULES
+from lowrank_jax._virtual import Virtual
+from lowrank_jax._weight import LowRankWeight
+
+FALLBACKS = ("warn", "raise", "silent")
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A non-array argument: kept out of tracing, compared by equality."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of one call, flattened: arrays and nodes in `dynamic`, the rest in `static`."""
+
+    treedef: Any
+    places: tuple[bool, ...]
+    static: tuple[Static, ...]
+
+    def arguments(self, dynamic: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """args and kwargs with these values for the arrays."""
+        moving, fixed = iter(dynamic), iter(self.static)
+        leaves = [next(moving) if place else next(fixed).value for place in self.places]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def is_array(value: Any) -> bool:
+    """Whether an argument is traced; everything else is static."""
+    return (
+        isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+        or is_node(value)
+        or hasattr(value, "aval")
+    )
+
+
+def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any], list[str]]:
+    """Flatten arguments into a Call, its arrays and nodes, and the path of each."""
+    keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_node)
+    dynamic = [leaf for _, leaf in keyed if is_array(leaf)]
+    paths = [_argument_path(keys) for keys, leaf in keyed if is_array(leaf)]
+    static = tuple(Static(leaf) for _, leaf in keyed if not is_array(leaf))
+    return Call(treedef, tuple(is_array(leaf) for _, leaf in keyed), static), dynamic, paths
+
+
+def _argument_path(keys: Sequence[Any]) -> str:
+    """The path within the first argument; other arguments are named before theirs."""
+    group, which, *rest = keys
+    path = path_of(rest)
+    if group.idx == 0 and which.idx == 0:
+        return path
+    name = f"args[{which.idx}]" if group.idx == 0 else which.key
+    return f"{name}/{path}" if path else name
+
+
+def trace(fn: Callable, call: Call, dynamic: Sequence[Any]) -> tuple[Any, Any]:
+    """The jaxpr of fn on dense leaves, and the tree of its results."""
+
+    def flat(*leaves: Any) -> Any:
+        args, kwargs = call.arguments(leaves)
+        return fn(*args, **kwargs)
+
+    avals = [jax.eval_shape(materialize, leaf) if is_node(leaf) else leaf for leaf in dynamic]
+    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*avals)
+    return jaxpr, jax.tree.structure(out)
+
+
+def evaluate(
+    fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str], ctx: Context
+) -> Any:
+    """Trace fn once and evaluate what was traced with the nodes in place of their dense weights."""
+    jaxpr, out_tree = trace(fn, call, dynamic)
+    values = [
+        _enter(leaf, path) if is_node(leaf) else leaf
+        for leaf, path in zip(dynamic, paths, strict=True)
+    ]
+    outs = interpret(ctx, jaxpr, values)
+    dense = [ctx.returned(out) if isinstance(out, Virtual) else out for out in outs]
+    return jax.tree.unflatten(out_tree, dense)
+
+
+def _enter(node: Any, path: str) -> Any:
+    """The value that stands for a node inside: a weight, or an array for a leaf trained whole."""
+    if isinstance(node, LowRank):
+        raise TreeError(
+            f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
+            "the lifted function"
+        )
+    if isinstance(node, Full) or isinstance(node.delta, Full):
+        return materialize(node)
+    if not isinstance(node.delta, LowRank):
+        raise TreeError(
+            f"{path!r} holds an Adapted node whose delta is {type(node.delta).__name__}"
+        )
+    return LowRankWeight.of(node, path)
+
+
+def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
+    r"""A function of the same signature whose array arguments may be adapted weights.
+
+    `lift(fn)(combine(base, lora), x)` equals `fn(merge(base, lora), x)` to rounding, without
+    building $W + s\,a\,b$: fn is traced once, and what was traced is evaluated with $x W + s (x a) b$
+    at every product. With dense arguments it is fn itself.
+
+    Args:
+      fn: any pure function fn(params, *args, **kwargs), pure as for jax.jit. Arguments that are not
+        arrays are static.
+      fallback: what to do where no rule keeps a weight factored: "warn" (build it, say so once for
+        each path and primitive), "raise" (MaterializeError), "silent".
+
+    Returns:
+      The lifted function. It composes with jit, grad, jvp, vmap, checkpoint, scan, pmap and
+      shard_map, inside and outside. Eager calls run through one jax.jit that it holds.
+
+    Raises:
+      ConfigError: fallback is none of the three.
+      MaterializeError: when called, with fallback="raise".
+
+    Source: LoRA, arXiv 2106.09685, equation 3.
+
+    >>> import jax, jax.numpy as jnp, lowrank_jax as lowrank
+    >>> f = lambda params, x: x @ params["w"]
+    >>> params = {"w": jnp.ones((4, 3))}
+    >>> config = lowrank.LoraConfig(rank=2, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), params, config)
+    >>> lowrank.lift(f)(lowrank.combine(base, lora), jnp.ones((1, 4)))
+    Array([[4., 4., 4.]], dtype=float32)
+    """
+    if fallback not in FALLBACKS:
+        raise ConfigError(f"fallback is one of {FALLBACKS}, not {fallback!r}")
+    if not callable(fn):
+        raise ConfigError(
+            f"lift takes a function, not {type(fn).__name__}: pass model.apply, or a function of "
+            "(params, *args)"
+        )
+    warned: set[tuple[Any, str]] = set()
+
+    def run(call: Call, paths: tuple[str, ...], dynamic: Sequence[Any]) -> Any:
+        ctx = Context(RULES, refuse=fallback == "raise")
+        out = evaluate(fn, call, dynamic, paths, ctx)
+        if fallback == "warn":
+            _warn(ctx.records, warned)
+        return out
+
+    jitted = jax.jit(run, static_argnums=(0, 1))
+
+    @functools.wraps(fn, updated=())
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        call, dynamic, paths = split(args, kwargs)
+        if not any(is_node(leaf) for leaf in dynamic):
+            return fn(*args, **kwargs)
+        if any(_jaxprs.is_tracer(leaf) for leaf in jax.tree.leaves(dynamic)):
+            return run(call, tuple(paths), dynamic)
+        _check_hashable(call)
+        return jitted(call, tuple(paths), dynamic)
+
+    return lifted
+
+
+def _check_hashable(call: Call) -> None:
+    """Static arguments of an eager call are part of a cache key."""
+    for item in call.static:
+        try:
+            hash(item.value)
+        except TypeError:
+            raise LowrankError(
+                f"the argument {item.value!r} is neither an array nor hashable, so the lifted "
+                "function cannot be compiled for it: pass an array, or close over it"
+            ) from None
+
+
+def _warn(records: Sequence[Record], warned: set[tuple[Any, str]]) -> None:
+    """One warning for each path and primitive, in the life of the lifted function."""
+    for record in records:
+        if record.how == "materialized" and (record.path, record.primitive) not in warned:
+            warned.add((record.path, record.primitive))
+            warnings.warn(
+                f"{record}. The result is right, but the dense weight is built; exclude the leaf, "
+                "or lift with fallback='silent'",
+                MaterializeWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,207 @@
+"""The nodes that stand where an array stood: what they hold, and the dense weight they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._errors import AxesError, LowrankError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    r"""Factors of one leaf: $\Delta W = s\,a\,b$, transposed back to the kernel's layout.
+
+    Args:
+      a: [*stack, *fan_in, r].
+      b: [*stack, r, *fan_out].
+      magnitude: DoRA's magnitude, [*stack, *fan_out], or None.
+      fan_in, fan_out, stack: the kernel's axes, by number, in the kernel's own order.
+      scale: s, a static number: it is never trained.
+      kind: "dot", "conv" or "lookup", the use that decided the axes.
+
+    Source: LoRA, arXiv 2106.09685, equation 3.
+    """
+
+    a: Any
+    b: Any
+    magnitude: Any = None
+    fan_in: tuple[int, ...] = dataclasses.field(default=(0,), metadata={"static": True})
+    fan_out: tuple[int, ...] = dataclasses.field(default=(1,), metadata={"static": True})
+    stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    kind: str = dataclasses.field(default="dot", metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """r, the inner dimension."""
+        return self.a.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense delta; stack axes that a loop or vmap took away are left out."""
+        fan_in, fan_out, stack = self.axes(self.a.ndim - 1 + len(self.fan_out))
+        shape = [0] * (len(fan_in) + len(fan_out) + len(stack))
+        for axis, size in zip(stack + fan_in, self.a.shape[:-1], strict=True):
+            shape[axis] = size
+        for axis, size in zip(fan_out, self.b.shape[len(stack) + 1 :], strict=True):
+            shape[axis] = size
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense delta."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the factors."""
+        return self.a.dtype
+
+    def axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """fan_in, fan_out and stack axes of a leaf of which leading stack axes were mapped away."""
+        gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - ndim
+        if not 0 <= gone <= len(self.stack):
+            raise AxesError(
+                f"an adapter with fan_in={self.fan_in}, fan_out={self.fan_out}, "
+                f"stack={self.stack} stands at a weight of {ndim} axes; a vmapped or stacked "
+                "adapter is to be used under jax.vmap"
+            )
+        lost = sorted(self.stack)[:gone]
+        shift = lambda axes: tuple(
+            axis - sum(axis > other for other in lost) for axis in axes if axis not in lost
+        )
+        return shift(self.fan_in), shift(self.fan_out), shift(self.stack)
+
+    def __jax_array__(self):
+        raise LowrankError(_FORGOTTEN.format("a LowRank adapter"))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Full:
+    """A leaf trained whole beside the adapters; value has the leaf's shape and dtype."""
+
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the leaf."""
+        return self.value.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the leaf."""
+        return self.value.dtype
+
+    def __jax_array__(self):
+        raise LowrankError(_FORGOTTEN.format("a Full leaf"))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapted:
+    r"""A frozen leaf and its adapter: $W_\text{eff} = W + m\,(W' - W)$.
+
+    Args:
+      base: the frozen leaf.
+      delta: LowRank (W' = W + s a b) or Full (W' = its value).
+      multiplier: m, a scalar array, or None for 1.
+      key: dropout key (data of shape [*stack]), or None.
+      rate: dropout rate on the adapter branch's input, static.
+    """
+
+    base: Any
+    delta: LowRank | Full
+    multiplier: Any = None
+    key: Any = None
+    rate: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense weight."""
+        return self.base.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the dense weight."""
+        return self.base.dtype
+
+    def __jax_array__(self):
+        raise LowrankError(_FORGOTTEN.format("an adapted weight"))
+
+
+_FORGOTTEN = (
+    "{} was used as if it were an array: the function that uses the parameters must be lifted; "
+    "call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), or pass lowrank.merge(base, lora)"
+)
+
+
+def is_node(value: Any) -> bool:
+    """Whether a value is one of the library's nodes: the `is_leaf` for trees that hold them."""
+    return isinstance(value, LowRank | Full | Adapted)
+
+
+def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes another."""
+    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype sums are kept in: float64 for float64, else float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def delta(node: LowRank, ndim: int, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
+    """s·a·b in the kernel's layout, in float32 (float64 for float64 factors)."""
+    if node.magnitude is not None:
+        raise LowrankError(
+            "an adapter with a DoRA magnitude has no delta of its own: merge needs it"
+        )
+    fan_in, fan_out, stack = node.axes(ndim)
+    count = len(stack)
+    dtype = accumulator(node.dtype)
+    product = lax.dot_general(
+        node.a.astype(dtype),
+        node.b.astype(dtype),
+        (((node.a.ndim - 1,), (count,)), (tuple(range(count)), tuple(range(count)))),
+        precision=precision,
+    )
+    return jnp.transpose(product * node.scale, inverse(stack + fan_in + fan_out))
+
+
+def materialize(node: Any) -> Any:
+    """The dense weight a node stands for: summed in float32, cast once to the base's dtype."""
+    if not is_node(node):
+        return node
+    if isinstance(node, Full):
+        return node.value
+    if isinstance(node, LowRank):
+        raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
+    base = node.base
+    dtype = accumulator(base.dtype)
+    if isinstance(node.delta, Full):
+        if node.multiplier is None:
+            return node.delta.value.astype(base.dtype)
+        change = node.delta.value.astype(dtype) - base.astype(dtype)
+    else:
+        change = delta(node.delta, base.ndim)
+    if node.multiplier is not None:
+        change = change * jnp.asarray(node.multiplier, dtype)
+    return (base.astype(dtype) + change).astype(base.dtype)

@@ -1,0 +1,180 @@
+"""Optax over adapters: what is trained, what it is called, and nothing for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax._errors import TreeError
+from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+
+
+def trainable_mask(tree: Any) -> Any:
+    """Mark what is trained: True at factors, magnitudes and Full leaves, False elsewhere.
+
+    Args:
+      tree: a combined tree, an adapter, or a parameter tree (all False).
+
+    Returns:
+      A tree of the same structure with a bool at each leaf: what optax.masked and
+      optax.partition want.
+
+    Source: optax.masked, whose frozen leaves need a mask and zeroed updates both; see only_adapters.
+
+    >>> import lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2)), "c": jnp.ones(2)}, config)
+    >>> mask = trainable_mask(lowrank.combine(base, lora))
+    >>> mask["w"].base, mask["w"].delta.a, mask["c"]
+    (False, True, False)
+    """
+
+    def mark(node: Any) -> Any:
+        if isinstance(node, Adapted):
+            frozen = jax.tree.map(lambda _: False, node)
+            return Adapted(
+                frozen.base,
+                jax.tree.map(lambda _: True, node.delta),
+                frozen.multiplier,
+                frozen.key,
+                node.rate,
+            )
+        return jax.tree.map(lambda _: is_node(node), node)
+
+    return jax.tree.map(mark, tree, is_leaf=is_node)
+
+
+def factor_labels(lora: Any) -> Any:
+    """Name what is trained: "a", "b", "magnitude" or "full", for optax.partition.
+
+    Args:
+      lora: an adapter.
+
+    Returns:
+      A tree of the same structure with a label at each leaf.
+
+    Raises:
+      TreeError: a leaf is no adapter node.
+
+    Source: LoRA+, arXiv 2402.12354, which gives a and b their own learning rates.
+
+    >>> import lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> _, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
+    >>> factor_labels(lora)["w"].a, factor_labels(lora)["w"].b
+    ('a', 'b')
+    """
+
+    def label(node: Any) -> Any:
+        if isinstance(node, LowRank):
+            names = ("a", "b", None if node.magnitude is None else "magnitude")
+            return LowRank(*names, node.fan_in, node.fan_out, node.stack, node.scale, node.kind)
+        if isinstance(node, Full):
+            return Full("full")
+        raise TreeError(
+            f"factor_labels takes an adapter (the second result of init); it met {type(node).__name__}"
+        )
+
+    return jax.tree.map(label, lora, is_leaf=is_node)
+
+
+def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Train the adapters of a combined tree and leave the rest alone.
+
+    Args:
+      tx: any optax transformation; it sees the trainable leaves only.
+
+    Returns:
+      A transformation for combined trees (in a TrainState or an nnx.Optimizer): no state for frozen
+      leaves, an update of zero for them whatever their gradient (float0 too).
+
+    Raises:
+      TreeError: when initialized on a tree without adapters.
+
+    Source: optax.masked passes the raw gradients of masked leaves through; here they are dropped.
+
+    >>> import lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
+    >>> state = only_adapters(optax.adam(1e-3)).init(lowrank.combine(base, lora))
+    >>> sorted(leaf.size for leaf in jax.tree.leaves(state))  # count, and mu, nu of a and b
+    [1, 2, 2, 2, 2]
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def trainable(tree: Any, like: Any) -> Any:
+        """The trainable leaves of tree; None elsewhere."""
+        mask = jax.tree.leaves(trainable_mask(like))
+        leaves, treedef = jax.tree.flatten(tree)
+        if len(leaves) != len(mask):
+            raise TreeError(
+                f"the gradients have {len(leaves)} leaves and the parameters {len(mask)}: "
+                "differentiate with respect to the combined tree"
+            )
+        return jax.tree.unflatten(
+            treedef, [x if on else None for x, on in zip(leaves, mask, strict=True)]
+        )
+
+    def start(params: Any) -> Any:
+        if not any(jax.tree.leaves(trainable_mask(params))):
+            raise TreeError(
+                "only_adapters was initialized on a tree without adapters: pass "
+                "lowrank.combine(base, lora)"
+            )
+        return inner.init(trainable(params, params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise TreeError("only_adapters needs the parameters: tx.update(grads, state, params)")
+        small = trainable(updates, params)
+        small, state = inner.update(small, state, trainable(params, params), **extra)
+        new = iter(jax.tree.leaves(small))
+        full = [
+            next(new) if on else _no_change(leaf)
+            for leaf, on in zip(
+                jax.tree.leaves(params), jax.tree.leaves(trainable_mask(params)), strict=True
+            )
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), full), state
+
+    return optax.GradientTransformationExtraArgs(start, update)
+
+
+def _no_change(leaf: Any) -> jax.Array:
+    """A scalar zero of the leaf's dtype: nothing of the leaf's size is made."""
+    return jnp.zeros((), jnp.result_type(leaf))
+
+
+def lora_plus(
+    make_tx: Callable[[Any], optax.GradientTransformation], learning_rate: Any, ratio: float = 16.0
+) -> optax.GradientTransformation:
+    r"""LoRA+: b and magnitudes learn at $\lambda\eta$, everything else at $\eta$.
+
+    Args:
+      make_tx: learning rate -> optax transformation, optax.adamw say.
+      learning_rate: eta, a number or a schedule.
+      ratio: lambda.
+
+    Returns:
+      A transformation for adapters (the second result of init).
+
+    Source: LoRA+, arXiv 2402.12354, section 4.
+
+    >>> import lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> _, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
+    >>> tx = lora_plus(optax.sgd, 0.5)
+    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)
+    >>> float(updates["w"].a[0, 0]), float(updates["w"].b[0, 0])
+    (-0.5, -8.0)
+    """
+    if callable(learning_rate):
+        faster = lambda count: ratio * learning_rate(count)
+    else:
+        faster = ratio * learning_rate
+    slow, fast = make_tx(learning_rate), make_tx(faster)
+    return optax.partition({"a": slow, "full": slow, "b": fast, "magnitude": fast}, factor_labels)

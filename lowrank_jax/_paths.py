@@ -1,0 +1,124 @@
+"""Paths of leaves, and the patterns that choose among them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from lowrank_jax._errors import PatternError, TreeError
+
+ALL_LINEAR = "all-linear"
+
+Pattern = str | re.Pattern
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """Join a key path by "/"; the value of a wrapper (nnx.Variable, a boxed param) adds no key."""
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def flatten(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[str, Any]], jax.tree_util.PyTreeDef]:
+    """Flatten into [(path, leaf)] and the treedef; two leaves of one path are refused."""
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    leaves = [(path_of(keys), leaf) for keys, leaf in keyed]
+    if len({path for path, _ in leaves}) != len(leaves):
+        paths = [path for path, _ in leaves]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise TreeError(
+            f"two leaves share the path {twice[0]!r}: keys that print alike, or keys with '/' in "
+            "them, cannot be told apart by path; rename one of them"
+        )
+    return leaves, treedef
+
+
+def path_hash(path: str) -> int:
+    """A 32-bit number of the path, the same in every process and on every host."""
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=4).digest(), "big")
+
+
+def compile_pattern(pattern: Pattern) -> re.Pattern:
+    """A glob on the whole path (`*` within a segment, `**` zero or more segments) as a regex."""
+    if isinstance(pattern, re.Pattern):
+        if not isinstance(pattern.pattern, str):
+            raise PatternError(f"pattern {pattern!r} is a bytes regex; compile it from a str")
+        return pattern
+    if not isinstance(pattern, str) or not pattern:
+        raise PatternError(
+            f"a pattern is a non-empty glob string or a compiled re.Pattern, not {pattern!r}"
+        )
+    segments = pattern.split("/")
+    if "" in segments:
+        raise PatternError(
+            f"pattern {pattern!r} has an empty segment: paths have no leading, trailing or "
+            "doubled '/'"
+        )
+    regex = ""
+    for index, segment in enumerate(segments):
+        last = index == len(segments) - 1
+        if segment == "**":
+            regex += (
+                ".*" if last and index == 0 else "(?:[^/]+(?:/[^/]+)*)?" if last else "(?:[^/]+/)*"
+            )
+        else:
+            body = re.escape(segment).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+            regex += body if last else body + "/"
+    # "x/**" also matches "x" itself: zero segments
+    if len(segments) > 1 and segments[-1] == "**":
+        regex = regex.replace("/(?:[^/]+(?:/[^/]+)*)?", "(?:/[^/]+)*")
+    return re.compile(regex)
+
+
+def matches(pattern: Pattern, path: str) -> bool:
+    """Whether the pattern matches the whole path.
+
+    >>> matches("layers_*/**/kernel", "layers_0/mlp/up/kernel")
+    True
+    >>> matches("*/kernel", "layers_0/mlp/kernel")
+    False
+    """
+    return compile_pattern(pattern).fullmatch(path) is not None
+
+
+def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
+    """The paths most like the pattern, for error messages."""
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    return difflib.get_close_matches(text, list(paths), n=count, cutoff=0.0)
+
+
+def no_match(pattern: Pattern, paths: Sequence[str], what: str) -> PatternError:
+    """The error of a pattern that matches nothing."""
+    shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    if not paths:
+        return PatternError(f"{what} pattern {shown!r} matches nothing: the tree has no leaves")
+    near = ", ".join(repr(path) for path in nearest(pattern, paths))
+    return PatternError(
+        f"{what} pattern {shown!r} matches none of the {len(paths)} leaves; the nearest paths are "
+        f"{near}. A pattern is matched against the whole path: '*' stays within one segment, "
+        "'**' spans segments (try '**/" + str(shown).split("/")[-1] + "')"
+    )
+
+
+def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict[str, Pattern]:
+    """Map each path that some pattern matches to the first such pattern.
+
+    Raises:
+      PatternError: a pattern matches no path; the message names the nearest ones.
+    """
+    chosen: dict[str, Pattern] = {}
+    for pattern in patterns:
+        regex = compile_pattern(pattern)
+        hits = [path for path in paths if regex.fullmatch(path)]
+        if not hits:
+            raise no_match(pattern, paths, what)
+        for path in hits:
+            chosen.setdefault(path, pattern)
+    return chosen

@@ -1,0 +1,194 @@
+"""Which leaves get an adapter, and of which axes, rank and scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lowrank_jax._configs import LoraConfig
+from lowrank_jax._errors import (
+    AxesError,
+    ConfigError,
+    LowrankError,
+    PatternError,
+    TreeError,
+    listing,
+)
+from lowrank_jax._paths import ALL_LINEAR, matches, no_match, select
+from lowrank_jax._plan import Plan, Use
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One leaf to adapt: its axes, rank, scale and kind."""
+
+    fan_in: tuple[int, ...]
+    fan_out: tuple[int, ...]
+    stack: tuple[int, ...]
+    rank: int
+    scale: float
+    kind: str
+
+
+def resolve(leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
+    """Map the path of each leaf to adapt to its Target; every bad leaf is listed in one error."""
+    if plan is not None:
+        _check_plan(leaves, plan)
+    chosen, linear = _chosen(leaves, config, plan)
+    for name in ("rank_pattern", "alpha_pattern", "stack"):
+        for pattern in getattr(config, name):
+            if not any(matches(pattern, path) for path in chosen):
+                raise no_match(pattern, list(chosen), f"{name} (over the adapted leaves)")
+    targets, problems = {}, []
+    for path in chosen:
+        try:
+            targets[path] = _target(path, leaves[path], config, plan)
+        except LowrankError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        text = listing([str(problem) for problem in problems])
+        raise type(problems[0])(f"{len(problems)} leaves cannot be adapted:\n{text}")
+    if not targets:
+        why = _why_none(plan) if linear else "exclude removes every leaf that targets names"
+        raise PatternError(f"no leaf is left to adapt: {why}")
+    return targets
+
+
+def _check_plan(leaves: Mapping[str, Any], plan: Plan) -> None:
+    """A plan is of one tree."""
+    problems = [f"{path}: in the plan, not in params" for path in plan if path not in leaves]
+    problems += [f"{path}: in params, not in the plan" for path in leaves if path not in plan]
+    problems += [
+        f"{path}: shape {tuple(leaf.shape)}, but {plan[path].shape} in the plan"
+        for path, leaf in leaves.items()
+        if path in plan and tuple(leaf.shape) != plan[path].shape
+    ]
+    if problems:
+        raise TreeError(
+            "the plan was made of another tree than params; call plan(fn, params, ...) with these "
+            f"params, at the same level of the tree:\n{listing(problems)}"
+        )
+
+
+def _chosen(
+    leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None
+) -> tuple[list[str], bool]:
+    """Paths to adapt in the tree's order, and whether "all-linear" was among the targets."""
+    floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    named = [pattern for pattern in config.targets if pattern != ALL_LINEAR]
+    linear = len(named) < len(config.targets)
+    chosen = set(_select(named, floating, leaves, "targets"))
+    if linear:
+        if plan is None:
+            raise AxesError(
+                'targets="all-linear" needs to know how the function uses its parameters: pass '
+                "plan=lowrank.plan(fn, params, *args)"
+            )
+        chosen |= {path for path in floating if plan[path].linear}
+    chosen -= set(_select(config.exclude, floating, leaves, "exclude"))
+    whole = set(_select(config.train, floating, leaves, "train"))
+    if clash := sorted(chosen & whole):
+        raise ConfigError(
+            f"{clash[0]!r} is both adapted (targets) and trained whole (train): exclude it from one"
+        )
+    return [path for path in leaves if path in chosen], linear
+
+
+def _select(
+    patterns: Sequence[Any], floating: Sequence[str], leaves: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+    """paths.select over the floating leaves, saying when a pattern names only others."""
+    for pattern in patterns:
+        hits = [path for path in leaves if matches(pattern, path)]
+        if hits and not any(path in floating for path in hits):
+            leaf = leaves[hits[0]]
+            raise PatternError(
+                f"{what} pattern {pattern!r} matches only leaves that are not floating, like "
+                f"{hits[0]!r} ({leaf.dtype}): integers, booleans and PRNG keys are never adapted"
+            )
+    return select(patterns, floating, what)
+
+
+def train_whole(leaves: Mapping[str, Any], config: LoraConfig) -> set[str]:
+    """Paths of the leaves that are trained whole."""
+    floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return set(_select(config.train, floating, leaves, "train"))
+
+
+def _why_none(plan: Plan | None) -> str:
+    """Why "all-linear" found nothing."""
+    finals = [path for path, use in (plan or {}).items() if use.final]
+    if finals:
+        return (
+            f'"all-linear" leaves out the final projection, here {finals[0]!r}, and found no other '
+            "matrix product; name the leaf in targets to adapt it"
+        )
+    return '"all-linear" found no leaf that a matrix product or convolution consumes:\n' + str(plan)
+
+
+def _first(patterns: Mapping, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+
+
+def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None) -> Target:
+    """Axes from the plan (or [i, o] for a matrix), rank and scale from the configuration."""
+    use = plan[path] if plan is not None else None
+    if jnp.finfo(leaf.dtype).bits < 16:
+        raise AxesError(
+            f"{path!r} has dtype {leaf.dtype}: factors cast to 8 bits would lose the adapter; cast "
+            "the leaf to bfloat16 first"
+        )
+    fan_in, fan_out, stack, kind = _axes(path, tuple(leaf.shape), use)
+    if (override := _first(config.stack, path, None)) is not None:
+        stack = _stack(path, leaf.ndim, override)
+        fan_in = tuple(axis for axis in fan_in if axis not in stack)
+        fan_out = tuple(axis for axis in fan_out if axis not in stack)
+        freed = set(range(leaf.ndim)) - {*stack, *fan_in, *fan_out}
+        fan_out = tuple(sorted({*fan_out, *freed}))
+    if not fan_in or not fan_out:
+        raise AxesError(
+            f"{path!r} of shape {tuple(leaf.shape)} has no {'fan-in' if not fan_in else 'fan-out'} "
+            "axes to put a low-rank product between; exclude it, or train it whole (train=...)"
+        )
+    rank = _first(config.rank_pattern, path, config.rank)
+    sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (fan_in, fan_out)]
+    if rank > min(sizes):
+        raise ConfigError(
+            f"rank {rank} is larger than {path!r} can have: its fan-in is {sizes[0]} and its fan-out "
+            f"{sizes[1]}; set rank_pattern={{{path!r}: {min(sizes)}}} or less, exclude it, or train "
+            "it whole (train=...)"
+        )
+    alpha = _first(config.alpha_pattern, path, config.alpha)
+    return Target(fan_in, fan_out, stack, rank, config.scale_of(rank, alpha), kind)
+
+
+def _axes(path: str, shape: tuple[int, ...], use: Use | None) -> tuple[Any, Any, Any, str]:
+    """fan_in, fan_out, stack and kind of one leaf."""
+    if use is not None and (use.fan_in or use.fan_out):
+        return use.fan_in, use.fan_out, use.stack, use.op
+    if len(shape) == 2:
+        return (0,), (1,), (), "dot"
+    if use is None and len(shape) > 2:
+        raise AxesError(
+            f"{path!r} has shape {shape}: which of its axes are contracted cannot be told from the "
+            "shape; pass plan=lowrank.plan(fn, params, *args)"
+        )
+    found = "" if use is None else f", and the plan found no product that takes it (op {use.op!r})"
+    raise AxesError(
+        f"{path!r} has shape {shape}{found}: a low-rank product needs a matrix; exclude it, or train "
+        "it whole (train=...)"
+    )
+
+
+def _stack(path: str, ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
+    """Normalized stack axes of an override."""
+    if any(not -ndim <= axis < ndim for axis in axes):
+        raise AxesError(f"stack={tuple(axes)} for {path!r}: the leaf has {ndim} axes")
+    return tuple(sorted({axis % ndim for axis in axes}))

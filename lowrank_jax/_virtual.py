@@ -1,0 +1,83 @@
+"""What an interpreter needs of a weight that is not an array: the verbs the rules call.
+
+Every verb returns the result, or None where this weight cannot take part without being built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Virtual:
+    """A weight in flight through the interpreter; subclasses say what each verb means."""
+
+    path: Any
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def materialize(self) -> Any:
+        """The dense array it stands for."""
+        raise NotImplementedError
+
+    def each(self, fn: Any) -> Virtual | None:
+        """Apply an elementwise identity (a copy, a barrier, a name) to the arrays inside."""
+        return None
+
+    def astype(self, dtype: Any) -> Virtual | None:
+        """Convert the dtype."""
+        return None
+
+    def transpose(self, order: Sequence[int]) -> Virtual | None:
+        """Permute the axes."""
+        return None
+
+    def reshape(self, shape: Sequence[int]) -> Virtual | None:
+        """Change the shape, the order of elements kept."""
+        return None
+
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int]) -> Virtual | None:
+        """lax.broadcast_in_dim: axis i becomes axis axes[i] of shape."""
+        return None
+
+    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> Virtual | None:
+        """Take part of some axes: fn(array, {axis of the weight: axis of the array}) on each array.
+
+        `sizes` has the new size of each of `axes`.
+        """
+        return None
+
+    def multiply(self, scalar: Any, fn: Any) -> Virtual | None:
+        """fn(array, scalar), linear in the array: multiplication or division by a scalar."""
+        return None
+
+    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any | None:
+        """lax.dot_general with other, the weight on the left or the right."""
+        return None
+
+    def ragged_dot(
+        self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]
+    ) -> Any | None:
+        """lax.ragged_dot_general with the weight on the right."""
+        return None
+
+    def conv(self, other: Any, params: dict[str, Any]) -> Any | None:
+        """lax.conv_general_dilated with the weight as the kernel."""
+        return None
+
+    def gather(self, indices: Any, params: dict[str, Any]) -> Any | None:
+        """lax.gather from the weight."""
+        return None
+
+    def unstack(self) -> tuple[Any, Any] | None:
+        """(arrays with the leading axis to be scanned, rebuild(one slice of them) -> weight)."""
+        return None
+
+    def specs(self, spec: Any) -> Any | None:
+        """The same tree with a PartitionSpec at each array, from the weight's own."""
+        return None
