@@ -39,10 +39,10 @@ def init(
         changes no other adapter.
       params: any pytree of arrays.
       config: which leaves, of which rank and scale.
-      plan: of the function that uses params; needed for "all-linear" and for leaves of more than two
-        axes. Without it a matrix is taken as [i, o].
-      initializer: (key, weight [i, o] float32, rank, scale) -> (a, b, residual or None), or a mapping
-        of path -> initializer; None is kaiming, and `lookup` for tables read by rows.
+      plan: of the function that uses params; needed for "all-linear" and for leaves of more than
+        two axes. Without it a matrix is taken as [i, o].
+      initializer: (key, weight [i, o] float32, rank, scale) -> (a, b, residual or None), or a
+        mapping of path -> initializer; None is kaiming, and `lookup` for tables read by rows.
 
     Returns:
       (base, lora). base is params itself, save where an initializer moved weight into the factors.
@@ -197,7 +197,7 @@ def _mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
 
 def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
     """Adapter nodes by path, checked against the base."""
-    nodes = {p: node for p, node in flatten(lora, is_leaf=is_node)[0]}
+    nodes = dict(flatten(lora, is_leaf=is_node)[0])
     arrays = dict(leaves)
     swapped = any(isinstance(leaf, LowRank | Full) for leaf in arrays.values())
     if swapped or any(isinstance(leaf, Adapted) for leaf in arrays.values()):
@@ -222,8 +222,8 @@ def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
             )
     if problems:
         raise TreeError(
-            "the adapter does not fit the base: it belongs to another model, or to another level of "
-            f"the tree (params against variables['params']):\n{listing(problems)}"
+            "the adapter does not fit the base: it belongs to another model, or to another level "
+            f"of the tree (params against variables['params']):\n{listing(problems)}"
         )
     if not nodes:
         raise TreeError("the adapter holds no node: pass the second result of init")

@@ -10,6 +10,7 @@ import jax
 from jax import lax
 
 Labels = tuple[Hashable, ...]
+RANK = "r"  # the label of the inner axis of the factors
 
 
 def contract(
@@ -23,7 +24,10 @@ def contract(
     """Multiply x and y and sum every label not in keep.
 
     Args:
-      x, y: arrays, one label an axis.
+      x: array.
+      x_labels: a label for each axis of x.
+      y: array.
+      y_labels: a label for each axis of y.
       keep: labels that later factors or the result still need.
       options: precision and preferred_element_type of lax.dot_general.
 

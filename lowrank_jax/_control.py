@@ -25,7 +25,7 @@ def _body(eqn: Any) -> Any:
 
 
 def _reenter(ctx: Context, eqn: Any, values: list[Any], call: Callable) -> list[Any]:
-    """Evaluate the body through call(run, values); a weight that returns unchanged stays outside."""
+    """Evaluate the body through call(run, values); a weight returned unchanged stays outside."""
     body = _body(eqn)
     through = forwarded(body)
     kept = {i: values[j] for i, j in enumerate(through) if j is not None and _is_weight(values[j])}
@@ -134,7 +134,7 @@ def _shard_map(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 
 def _scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    """Weights scanned over give slices; carried unchanged they are constants; else they are built."""
+    """Weights scanned over give slices; carried unchanged they are constants; else built."""
     params, body = eqn.params, eqn.params["jaxpr"]
     n_consts, n_carry = _jaxprs.scan_split(eqn)
     through = forwarded(body)
@@ -142,9 +142,7 @@ def _scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     fixed: dict[int, Virtual] = {}  # inputs of the body that are weights closed over
     carry: list[Any] = []
     for i, value in enumerate(values[:first]):
-        if i < n_consts:
-            fixed[i] = value
-        elif _is_weight(value) and through[i - n_consts] == i:
+        if i < n_consts or (_is_weight(value) and through[i - n_consts] == i):
             fixed[i] = value
         else:
             carry.append(ctx.dense(value, eqn, "the loop changes it"))
@@ -170,7 +168,7 @@ def _scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         outs = interpret(ctx, body, [full[i] for i in range(len(values))])
         outs = [
             None
-            if i in kept or i + n_consts in fixed and i < n_carry
+            if i in kept or (i < n_carry and i + n_consts in fixed)
             else ctx.dense(out, eqn, "it leaves the loop changed")
             for i, out in enumerate(outs)
         ]

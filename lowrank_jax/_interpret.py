@@ -33,7 +33,7 @@ class Record:
 
 @dataclasses.dataclass
 class Context:
-    """What one interpretation shares: the rules, the policy, what was recorded, the re-entered jits.
+    """What one interpretation shares: rules, policy, what was recorded, the re-entered jits.
 
     Args:
       rules: primitive name -> rule.

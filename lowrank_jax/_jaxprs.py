@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+from jax.core import Tracer
 from jax.extend import core, source_info_util
 
 Literal = core.Literal
@@ -91,7 +91,7 @@ _INTERNAL = tuple(
 
 
 def user_line(eqn: Any) -> str:
-    """ "file.py:12 (function)" of the equation in the user's own code, as near as is known."""
+    """Where an equation is in the user's own code, as near as is known: file.py:12 (function)."""
     try:
         frames = eqn.source_info.traceback.frames
     except AttributeError:
@@ -111,4 +111,4 @@ def user_layer(eqn: Any) -> str:
 
 def is_tracer(value: Any) -> bool:
     """Whether a value is being traced."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)

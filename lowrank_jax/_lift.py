@@ -119,8 +119,8 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     r"""A function of the same signature whose array arguments may be adapted weights.
 
     `lift(fn)(combine(base, lora), x)` equals `fn(merge(base, lora), x)` to rounding, without
-    building $W + s\,a\,b$: fn is traced once, and what was traced is evaluated with $x W + s (x a) b$
-    at every product. With dense arguments it is fn itself.
+    building $W + s\,a\,b$: fn is traced once, and what was traced is evaluated with
+    $x W + s (x a) b$ at every product. With dense arguments it is fn itself.
 
     Args:
       fn: any pure function fn(params, *args, **kwargs), pure as for jax.jit. Arguments that are not

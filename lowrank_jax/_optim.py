@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lowrank_jax._errors import TreeError
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+from lowrank_jax._paths import flatten
+
+if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
+    import optax
 
 
 def trainable_mask(tree: Any) -> Any:
@@ -23,11 +27,12 @@ def trainable_mask(tree: Any) -> Any:
       A tree of the same structure with a bool at each leaf: what optax.masked and
       optax.partition want.
 
-    Source: optax.masked, whose frozen leaves need a mask and zeroed updates both; see only_adapters.
+    Source: optax.masked, whose frozen leaves need zeroed updates too: see only_adapters.
 
     >>> import lowrank_jax as lowrank
     >>> config = lowrank.LoraConfig(rank=1, targets="w")
-    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2)), "c": jnp.ones(2)}, config)
+    >>> params = {"w": jnp.ones((2, 2)), "c": jnp.ones(2)}
+    >>> base, lora = lowrank.init(jax.random.key(0), params, config)
     >>> mask = trainable_mask(lowrank.combine(base, lora))
     >>> mask["w"].base, mask["w"].delta.a, mask["c"]
     (False, True, False)
@@ -76,7 +81,8 @@ def factor_labels(lora: Any) -> Any:
         if isinstance(node, Full):
             return Full("full")
         raise TreeError(
-            f"factor_labels takes an adapter (the second result of init); it met {type(node).__name__}"
+            "factor_labels takes an adapter (the second result of init); it met "
+            f"{type(node).__name__}"
         )
 
     return jax.tree.map(label, lora, is_leaf=is_node)
@@ -97,51 +103,62 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
     Source: optax.masked passes the raw gradients of masked leaves through; here they are dropped.
 
-    >>> import lowrank_jax as lowrank
+    >>> import lowrank_jax as lowrank, optax
     >>> config = lowrank.LoraConfig(rank=1, targets="w")
     >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
     >>> state = only_adapters(optax.adam(1e-3)).init(lowrank.combine(base, lora))
     >>> sorted(leaf.size for leaf in jax.tree.leaves(state))  # count, and mu, nu of a and b
     [1, 2, 2, 2, 2]
     """
-    inner = optax.with_extra_args_support(tx)
+    import optax
 
-    def trainable(tree: Any, like: Any) -> Any:
-        """The trainable leaves of tree; None elsewhere."""
-        mask = jax.tree.leaves(trainable_mask(like))
-        leaves, treedef = jax.tree.flatten(tree)
-        if len(leaves) != len(mask):
-            raise TreeError(
-                f"the gradients have {len(leaves)} leaves and the parameters {len(mask)}: "
-                "differentiate with respect to the combined tree"
-            )
-        return jax.tree.unflatten(
-            treedef, [x if on else None for x, on in zip(leaves, mask, strict=True)]
-        )
+    inner: Any = optax.with_extra_args_support(tx)
 
     def start(params: Any) -> Any:
-        if not any(jax.tree.leaves(trainable_mask(params))):
+        nodes = _nodes(params)
+        if not nodes:
             raise TreeError(
                 "only_adapters was initialized on a tree without adapters: pass "
                 "lowrank.combine(base, lora)"
             )
-        return inner.init(trainable(params, params))
+        return inner.init(nodes)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise TreeError("only_adapters needs the parameters: tx.update(grads, state, params)")
-        small = trainable(updates, params)
-        small, state = inner.update(small, state, trainable(params, params), **extra)
-        new = iter(jax.tree.leaves(small))
-        full = [
-            next(new) if on else _no_change(leaf)
-            for leaf, on in zip(
-                jax.tree.leaves(params), jax.tree.leaves(trainable_mask(params)), strict=True
+        gradients, nodes = _nodes(updates), _nodes(params)
+        if set(gradients) != set(nodes):
+            raise TreeError(
+                "the gradients and the parameters hold adapters at different paths "
+                f"({sorted(set(gradients) ^ set(nodes))[:3]}): differentiate with respect to the "
+                "combined tree"
             )
-        ]
-        return jax.tree.unflatten(jax.tree.structure(params), full), state
+        updated, state = inner.update(gradients, state, nodes, **extra)
+        small: Any = updated
+        leaves, treedef = flatten(params, is_leaf=is_node)
+        full = [_updated(leaf, small.get(path)) for path, leaf in leaves]
+        return jax.tree.unflatten(treedef, full), state
 
     return optax.GradientTransformationExtraArgs(start, update)
+
+
+def _nodes(tree: Any) -> dict[str, Any]:
+    """path -> adapter node: a flat dict, which every container of parameters can turn into."""
+    found = {}
+    for path, leaf in flatten(tree, is_leaf=is_node)[0]:
+        if is_node(leaf):
+            found[path] = leaf.delta if isinstance(leaf, Adapted) else leaf
+    return found
+
+
+def _updated(leaf: Any, update: Any) -> Any:
+    """The update of one leaf: that of its adapter, and no change of anything frozen."""
+    if update is None:
+        return _no_change(leaf)
+    if not isinstance(leaf, Adapted):
+        return update
+    still = jax.tree.map(_no_change, leaf)
+    return dataclasses.replace(still, delta=update)
 
 
 def _no_change(leaf: Any) -> jax.Array:
@@ -164,7 +181,7 @@ def lora_plus(
 
     Source: LoRA+, arXiv 2402.12354, section 4.
 
-    >>> import lowrank_jax as lowrank
+    >>> import lowrank_jax as lowrank, optax
     >>> config = lowrank.LoraConfig(rank=1, targets="w")
     >>> _, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
     >>> tx = lora_plus(optax.sgd, 0.5)
@@ -172,9 +189,10 @@ def lora_plus(
     >>> float(updates["w"].a[0, 0]), float(updates["w"].b[0, 0])
     (-0.5, -8.0)
     """
-    if callable(learning_rate):
-        faster = lambda count: ratio * learning_rate(count)
-    else:
+    import optax
+
+    faster: Any = lambda count: ratio * learning_rate(count)
+    if not callable(learning_rate):
         faster = ratio * learning_rate
     slow, fast = make_tx(learning_rate), make_tx(faster)
     return optax.partition({"a": slow, "full": slow, "b": fast, "magnitude": fast}, factor_labels)

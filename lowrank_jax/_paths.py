@@ -26,7 +26,7 @@ def path_of(keys: Sequence[Any]) -> str:
 
 def flatten(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[tuple[str, Any]], jax.tree_util.PyTreeDef]:
+) -> tuple[list[tuple[str, Any]], Any]:
     """Flatten into [(path, leaf)] and the treedef; two leaves of one path are refused."""
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     leaves = [(path_of(keys), leaf) for keys, leaf in keyed]

@@ -124,7 +124,8 @@ def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
     Args:
       fn: a pure function fn(params, *args, **kwargs).
       params: any pytree of arrays or jax.ShapeDtypeStruct.
-      args, kwargs: the other arguments of fn: arrays or jax.ShapeDtypeStruct, or anything static.
+      *args: other arguments of fn: arrays or jax.ShapeDtypeStruct, or anything static.
+      **kwargs: likewise.
 
     Returns:
       A Plan: a mapping of the path of every array leaf of params to its Use.

@@ -18,7 +18,7 @@ Axes = frozenset[int]
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """Which axes of the leaf one equation contracts (fan_in), keeps (fan_out), or enumerates (stack)."""
+    """Axes of a leaf that one equation contracts (fan_in), keeps (fan_out), enumerates (stack)."""
 
     op: str
     fan_in: Axes
@@ -85,10 +85,6 @@ class Probe(Virtual):
             rest = self._axes(range(self.ndim))
             self.log.roles = Roles("lookup", self.looked_up, rest - self.looked_up, frozenset())
         return self.value
-
-    def for_use(self, number: int) -> Probe:
-        """A dry run draws no masks."""
-        return self
 
     def each(self, fn: Any, base_only: bool = False) -> Probe:
         """Identities keep the axes."""

@@ -1,7 +1,8 @@
 """One rule for each primitive that can take a weight without building it.
 
-A rule gets the context, the equation and its operands (at least one a Virtual) and returns the results,
-or None to have the weights built. To teach the library a primitive, add one function and one row.
+A rule gets the context, the equation and its operands (at least one a Virtual) and returns the
+results, or None to have the weights built. To teach the library a primitive, add one function and
+one row.
 """
 
 from __future__ import annotations
@@ -106,6 +107,18 @@ def _split(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return outs
 
 
+def _unstack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    weight, axis, outs = values[0], eqn.params["axis"], []
+    for place in range(weight.shape[axis]):
+
+        def take(array: Any, where: dict[int, int], place: int = place) -> Any:
+            return lax.slice_in_dim(array, place, place + 1, axis=where[axis])
+
+        one = weight.index(take, {axis: 1}, [axis])
+        outs.append(one.reshape([s for i, s in enumerate(weight.shape) if i != axis]))
+    return outs
+
+
 def _rev(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     axes = list(eqn.params["dimensions"])
     take = lambda array, where: lax.rev(array, [where[axis] for axis in axes if axis in where])
@@ -115,6 +128,11 @@ def _rev(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 def _identity(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Copies, names and sharding constraints say something of the base alone."""
     return _one(values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0], base_only=True))
+
+
+def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """A move of one weight is a move of its base."""
+    return _identity(ctx, eqn, values) if len(values) == 1 else None
 
 
 def _everywhere(ctx: Context, eqn: Any, values: list[Any]) -> Out:
@@ -131,7 +149,7 @@ def _scaled(swap: bool) -> Rule:
 
     def rule(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         weight, other = values if isinstance(values[0], Virtual) else values[::-1]
-        if isinstance(other, Virtual) or other.shape != () and set(other.shape) != {1}:
+        if isinstance(other, Virtual) or any(size != 1 for size in other.shape):
             return None
         if not swap and not isinstance(values[0], Virtual):
             return None
@@ -226,10 +244,15 @@ RULES: dict[str, Rule] = {
     "dynamic_slice": _dynamic_slice,
     "split": _split,
     "rev": _rev,
+    "unstack": _unstack,
     "copy": _identity,
-    "copy_p": _identity,
     "name": _identity,
+    "device_put": _device_put,
     "sharding_constraint": _identity,
+    "layout_constraint": _identity,
+    "reshard": _identity,
+    "pvary": _identity,
+    "reduced_vary_cast": _identity,
     "stop_gradient": _everywhere,
     "reduce_precision": _everywhere,
     "optimization_barrier": _barrier,

@@ -161,9 +161,9 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None) -> Targ
     sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (fan_in, fan_out)]
     if rank > min(sizes):
         raise ConfigError(
-            f"rank {rank} is larger than {path!r} can have: its fan-in is {sizes[0]} and its fan-out "
-            f"{sizes[1]}; set rank_pattern={{{path!r}: {min(sizes)}}} or less, exclude it, or train "
-            "it whole (train=...)"
+            f"rank {rank} is larger than {path!r} can have: its fan-in is {sizes[0]} and its "
+            f"fan-out {sizes[1]}; set rank_pattern={{{path!r}: {min(sizes)}}} or less, exclude it, "
+            "or train it whole (train=...)"
         )
     alpha = _first(config.alpha_pattern, path, config.alpha)
     return Target(fan_in, fan_out, stack, rank, config.scale_of(rank, alpha), kind)
@@ -182,8 +182,8 @@ def _axes(path: str, shape: tuple[int, ...], use: Use | None) -> tuple[Any, Any,
         )
     found = "" if use is None else f", and the plan found no product that takes it (op {use.op!r})"
     raise AxesError(
-        f"{path!r} has shape {shape}{found}: a low-rank product needs a matrix; exclude it, or train "
-        "it whole (train=...)"
+        f"{path!r} has shape {shape}{found}: a low-rank product needs a matrix; exclude it, or "
+        "train it whole (train=...)"
     )
 
 

@@ -25,8 +25,12 @@ class Virtual:
         """The dense array it stands for."""
         raise NotImplementedError
 
-    def each(self, fn: Any) -> Virtual | None:
-        """Apply an elementwise identity (a copy, a barrier, a name) to the arrays inside."""
+    def for_use(self, number: int) -> Virtual:
+        """The weight for its use of this number: with a dropout mask of its own."""
+        return self
+
+    def each(self, fn: Any, base_only: bool = False) -> Virtual | None:
+        """Apply an identity of values (a copy, a barrier, a name) to the arrays inside."""
         return None
 
     def astype(self, dtype: Any) -> Virtual | None:

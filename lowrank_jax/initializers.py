@@ -1,7 +1,7 @@
 """Initializers of the factors: plain functions (key, weight, rank, scale) -> (a, b, residual).
 
-`weight` is float32 [i, o], axes grouped, stacks vmapped; a is [i, r], b is [r, o]; `residual` is the
-weight that the base keeps where a method moves part of it into the factors, else None.
+`weight` is float32 [i, o], axes grouped, stacks vmapped; a is [i, r], b is [r, o]; `residual` is
+the weight that the base keeps where a method moves part of it into the factors, else None.
 """
 
 from __future__ import annotations

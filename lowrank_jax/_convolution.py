@@ -1,0 +1,79 @@
+"""Convolutions with a low-rank kernel: to r channels with a, then a mix of channels with b."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._contract import RANK, arrange
+from lowrank_jax._products import dropped
+
+
+def conv(w: Any, other: Any, params: dict[str, Any]) -> jax.Array | None:
+    """Convolve with a to r channels, then mix channels with b; grouped kernels group a too."""
+    numbers = params["dimension_numbers"]
+    out_axis, in_axis, *window = numbers.rhs_spec
+    groups = params["feature_group_count"]
+    if params["batch_group_count"] != 1:
+        return None
+    a, a_axes, b, b_axes = w.a, w.a_axes, w.b, w.b_axes
+    if out_axis in a_axes:
+        a, a_axes, b, b_axes = b, b_axes, a, a_axes
+    narrow = {axis for axis in range(w.ndim) if w.shape[axis] == 1}
+    if {*a_axes} & {out_axis} or {*b_axes} & {in_axis, *window} - narrow:
+        return None
+    squeezed = w.replaced(a=a, a_axes=a_axes, b=b, b_axes=b_axes)._dropped(narrow - {out_axis})
+    return _conv(squeezed, other, params, narrow, groups)
+
+
+def _conv(w: Any, x: jax.Array, params: dict[str, Any], narrow: set[int], groups: int) -> jax.Array:
+    """A kernel whose a has the window and in axes and whose b has the out axis."""
+    numbers = params["dimension_numbers"]
+    out_axis, *taps = numbers.rhs_spec
+    rank = w.a.shape[w.a_axes.index(RANK)]
+    fan_in = math.prod(w.shape[axis] for axis in taps)
+    outputs = w.shape[out_axis]
+    if groups > 1 and fan_in * outputs <= rank * (fan_in * groups + outputs):
+        # a grouped kernel this small is cheaper to add to than to convolve beside
+        return lax.conv_general_dilated(x, w.materialize(), **_conv_options(params))
+    dtype = w.dtype
+    base = lax.conv_general_dilated(x, w.base, **_conv_options(params))
+    sizes = {**dict(enumerate(w.shape)), RANK: rank}
+    kernel = arrange(w.a.astype(dtype), w.a_axes, (RANK, *taps), sizes)
+    kernel = jnp.tile(kernel, (groups,) + (1,) * len(taps))
+    spec = type(numbers)(numbers.lhs_spec, tuple(range(w.ndim)), numbers.out_spec)
+    options = {**_conv_options(params), "dimension_numbers": spec, "preferred_element_type": None}
+    inner = lax.conv_general_dilated(dropped(w, x), kernel, **options)
+    feature = numbers.out_spec[1]
+    inner = jnp.moveaxis(w.scaled(inner).astype(x.dtype), feature, 0)
+    b = arrange(w.b.astype(dtype), w.b_axes, (RANK, out_axis), sizes)
+    inner = inner.reshape(groups, rank, *inner.shape[1:])
+    b = b.reshape(rank, groups, outputs // groups)
+    last = {
+        "precision": params["precision"],
+        "preferred_element_type": params["preferred_element_type"],
+    }
+    mixed = lax.dot_general(inner, b, (((1,), (0,)), ((0,), (1,))), **last)  # [g, *rest, o / g]
+    mixed = jnp.moveaxis(mixed, -1, 1)
+    mixed = mixed.reshape(outputs, *mixed.shape[2:])
+    return base + jnp.moveaxis(mixed, 0, feature).astype(base.dtype)
+
+
+def _conv_options(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the equation that lax.conv_general_dilated takes."""
+    names = (
+        "window_strides",
+        "padding",
+        "lhs_dilation",
+        "rhs_dilation",
+        "dimension_numbers",
+        "feature_group_count",
+        "batch_group_count",
+        "precision",
+        "preferred_element_type",
+    )
+    return {name: params[name] for name in names}

@@ -1,0 +1,94 @@
+"""Look-ups in a low-rank table: rows of the base, and of the factors that have the indexed axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._contract import RANK, Labels, arrange, contract
+
+
+def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
+    """Read rows: gather from the factors too; along stack axes alone it stays a weight."""
+    numbers = params["dimension_numbers"]
+    indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    sliced = {d for d in range(w.ndim) if params["slice_sizes"][d] != w.shape[d]}
+    if sliced - indexed:
+        return None
+    base = _gather(w.base, tuple(range(w.ndim)), indices, params, as_is=True)[0]
+    offset, batch = numbers.offset_dims, range(indices.ndim - 1)
+    kept = [
+        d
+        for d in range(w.ndim)
+        if d not in numbers.collapsed_slice_dims and d not in numbers.operand_batching_dims
+    ]
+    rows = iter(("n", i) for i in batch)
+    at = dict(zip(offset, kept, strict=True))
+    out = tuple(at[i] if i in at else next(rows) for i in range(base.ndim))
+    a, a_labels = _gather(w.a, w.a_axes, indices, params)
+    b, b_labels = _gather(w.b, w.b_axes, indices, params)
+    if indexed <= {*w.a_axes} & {*w.b_axes}:
+        place = {label: i for i, label in enumerate(out)}
+        key, key_axes = (None, ())
+        if w.key is not None:
+            key, key_axes = _gather(w.key, w.key_axes, indices, params)
+        moved = w.replaced(a=a, b=b, key=key, a_axes=a_labels, b_axes=b_labels, key_axes=key_axes)
+        return moved._renumbered(place, base=base)
+    sizes = {**w.sizes(), **dict(zip(out, base.shape, strict=True))}
+    dtype = w.dtype
+    branch, labels = contract(w.scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
+    return base + arrange(branch, labels, out, sizes).astype(base.dtype)
+
+
+def _gather(
+    array: jax.Array,
+    labels: Labels,
+    indices: jax.Array,
+    params: dict[str, Any],
+    as_is: bool = False,
+) -> tuple[jax.Array, Labels]:
+    """Gather from an array along the labelled axes it has; rows come first unless as_is."""
+    numbers = params["dimension_numbers"]
+    if as_is:
+        return _lax_gather(array, indices, numbers, params["slice_sizes"], params), labels
+    at = labels.index
+    mapped = [i for i, axis in enumerate(numbers.start_index_map) if axis in labels]
+    pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    batching = [(axis, place) for axis, place in pairs if axis in labels]
+    if not mapped and not batching:
+        return array, labels
+    collapsed = [axis for axis in numbers.collapsed_slice_dims if axis in labels]
+    gone = {*collapsed, *(axis for axis, _ in batching)}
+    kept = [label for label in labels if label not in gone]
+    rows = indices.ndim - 1
+    mine = type(numbers)(
+        offset_dims=tuple(range(rows, rows + len(kept))),
+        collapsed_slice_dims=tuple(sorted(at(axis) for axis in collapsed)),
+        start_index_map=tuple(at(numbers.start_index_map[i]) for i in mapped),
+        operand_batching_dims=tuple(at(axis) for axis, _ in batching),
+        start_indices_batching_dims=tuple(place for _, place in batching),
+    )
+    full = dict(zip(labels, array.shape, strict=True))
+    sizes = tuple(full[x] if x == RANK else params["slice_sizes"][x] for x in labels)
+    chosen = indices if len(mapped) == indices.shape[-1] else indices[..., jnp.array(mapped, int)]
+    out = _lax_gather(array, chosen, mine, sizes, params)
+    return out, (*(("n", i) for i in range(rows)), *kept)
+
+
+def _lax_gather(
+    array: jax.Array, indices: jax.Array, numbers: Any, sizes: Any, params: dict[str, Any]
+) -> jax.Array:
+    """lax.gather with the equation's own mode and promises."""
+    return lax.gather(
+        array,
+        indices,
+        dimension_numbers=numbers,
+        slice_sizes=sizes,
+        unique_indices=params["unique_indices"],
+        indices_are_sorted=params["indices_are_sorted"],
+        mode=params["mode"],
+        fill_value=params["fill_value"],
+    )

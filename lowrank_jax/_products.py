@@ -1,0 +1,133 @@
+"""Products of a low-rank weight: the base's as the user wrote it, plus the factors'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._contract import Labels, arrange, contract, cost
+
+
+def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> jax.Array:
+    """The base's product as the user wrote it, plus the factors' products."""
+    (lc, rc), (lb, rb) = numbers
+    if on_left:
+        base = lax.dot_general(w.base, other, numbers, **options)
+        mine, theirs = (lc, lb), (rc, rb)
+    else:
+        base = lax.dot_general(other, w.base, numbers, **options)
+        mine, theirs = (rc, rb), (lc, lb)
+    x_labels = _operand_labels(other.ndim, mine, theirs)
+    bound = {*mine[0], *mine[1]}
+    free = [axis for axis in range(w.ndim) if axis not in bound]
+    x_free = [label for label in x_labels if isinstance(label, tuple)]
+    out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
+    sizes = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
+    last = {"preferred_element_type": options.get("preferred_element_type")}
+    branch, labels = _branch(w, other, x_labels, out, sizes, on_left, options, last)
+    return base + arrange(branch, labels, out, sizes).astype(base.dtype)
+
+
+def _branch(
+    w: Any,
+    x: jax.Array,
+    x_labels: Labels,
+    out: Labels,
+    sizes: dict[Any, int],
+    on_left: bool,
+    options: dict[str, Any],
+    last: dict[str, Any],
+) -> tuple[jax.Array, Labels]:
+    """x·a·b, or x·b·a where that takes fewer multiplications."""
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else w.dtype
+    x = dropped(w, x.astype(dtype))
+    factors = [
+        (w.a.astype(w.dtype), w.a_axes),
+        (w.b.astype(w.dtype), w.b_axes),
+    ]
+    totals = []
+    for (_, first), (_, second) in (factors, factors[::-1]):
+        one, left = cost(sizes, x_labels, first, {*second, *out})
+        two, _ = cost(sizes, left, second, out)
+        totals.append(one + two)
+    if totals[1] < totals[0]:
+        factors.reverse()
+    (first, first_axes), (second, second_axes) = factors
+    precision = {"precision": options.get("precision")}
+    pair = lambda x, xl, y, yl, keep, **kw: (
+        contract(y, yl, x, xl, keep, **kw) if on_left else contract(x, xl, y, yl, keep, **kw)
+    )
+    inner, labels = pair(x, x_labels, first, first_axes, {*second_axes, *out}, **precision)
+    inner = w.scaled(inner).astype(dtype)
+    return pair(inner, labels, second, second_axes, {*out}, **precision, **last)
+
+
+def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any | None:
+    """Groups of rows times a weight each: ragged products with each factor that has the groups."""
+    (contracting, batching) = numbers.dot_dimension_numbers
+    (lc, rc), (lb, rb) = contracting, batching
+    groups = tuple(numbers.rhs_group_dimensions)
+    ragged = tuple(numbers.lhs_ragged_dimensions)
+    if lb or rb or len(groups) != 1 or len(ragged) != 1 or ragged[0] in lc:
+        return None
+    base = lax.ragged_dot_general(other, w.base, sizes, numbers, **options)
+    x_labels = _operand_labels(other.ndim, (rc, rb), (lc, lb))
+    rows = ("x", ragged[0])
+    x_free = [label for label in x_labels if isinstance(label, tuple)]
+    free = [axis for axis in range(w.ndim) if axis not in rc and axis != groups[0]]
+    out = (*x_free, *free)
+    extents = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
+    options = {"precision": options.get("precision")}
+    step = lambda x, xl, y, yl, keep: _ragged(x, xl, y, yl, keep, groups[0], rows, sizes, options)
+    value = dropped(w, other)
+    value, labels = step(value, x_labels, w.a.astype(w.dtype), w.a_axes, {*w.b_axes, *out})
+    value = w.scaled(value).astype(other.dtype)
+    value, labels = step(value, labels, w.b.astype(w.dtype), w.b_axes, {*out})
+    return base + arrange(value, labels, out, extents).astype(base.dtype)
+
+
+def _ragged(
+    x: jax.Array,
+    xl: Labels,
+    y: jax.Array,
+    yl: Labels,
+    keep: Any,
+    group: int,
+    rows: Any,
+    sizes: jax.Array,
+    options: dict[str, Any],
+) -> tuple[jax.Array, Labels]:
+    """contract(x, y), row groups of x meeting group g of y where y has groups."""
+    if group not in yl:
+        return contract(x, xl, y, yl, keep, **options)
+    summed = [label for label in xl if label in yl and label not in keep]
+    at = lambda labels, chosen: tuple(labels.index(label) for label in chosen)
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=((at(xl, summed), at(yl, summed)), ((), ())),
+        lhs_ragged_dimensions=(xl.index(rows),),
+        rhs_group_dimensions=(yl.index(group),),
+    )
+    out = lax.ragged_dot_general(x, y, sizes, numbers, **options)
+    rest = [label for label in (*xl, *yl) if label not in summed and label != group]
+    return out, tuple(rest)
+
+
+def _operand_labels(ndim: int, mine: Any, theirs: Any) -> Labels:
+    """Labels of the other operand: the weight's axis where they meet, ("x", i) elsewhere."""
+    labels: list[Any] = [("x", i) for i in range(ndim)]
+    for weight_axes, operand_axes in zip(mine, theirs, strict=True):
+        for weight_axis, axis in zip(weight_axes, operand_axes, strict=True):
+            labels[axis] = weight_axis
+    return tuple(labels)
+
+
+def dropped(w: Any, x: jax.Array) -> jax.Array:
+    """Inverted dropout on the branch's input."""
+    if w.key is None or w.rate == 0:
+        return x
+    key = w.key if w.key.ndim == 0 else w.key.reshape(-1)[0]
+    kept = jax.random.bernoulli(key, 1 - w.rate, x.shape)
+    return jnp.where(kept, x / (1 - w.rate), 0).astype(x.dtype)
