@@ -152,9 +152,11 @@ class LoraConfig:
             _check_rank(f"rank_pattern[{pattern!r}]", value)
         for pattern, value in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{pattern!r}]", value)
-        axes = {key: (v,) if isinstance(v, int) else tuple(v) for key, v in self.stack.items()}
-        if not all(isinstance(axis, int) for value in axes.values() for axis in value):
-            raise ConfigError(f"stack takes pattern -> axes (integers), not {dict(self.stack)!r}")
+        axes = {key: (v,) if isinstance(v, int) else v for key, v in self.stack.items()}
+        for pattern, value in axes.items():
+            if not isinstance(value, tuple | list) or not all(isinstance(i, int) for i in value):
+                raise ConfigError(f"stack[{pattern!r}] takes axes (integers), not {value!r}")
+        axes = {key: tuple(value) for key, value in axes.items()}
         put("stack", FrozenMapping(axes))
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):

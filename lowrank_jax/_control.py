@@ -79,6 +79,7 @@ def _jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         ctx.memo[name] = _Jitted(Context(ctx.rules, ctx.refuse, memo=ctx.memo))
     entry = ctx.memo[name]
     entry.ctx.names = {slot: ctx.name_of(path) for slot, path in paths.items()}
+    entry.ctx.frame = ctx.frame
 
     def call(run: Callable, operands: list[Any]) -> list[Any]:
         if entry.call is None:

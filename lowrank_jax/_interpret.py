@@ -55,16 +55,14 @@ class Context:
 
     def record(self, weight: Virtual, eqn: Any, how: str, reason: str = "") -> None:
         """Note a meeting."""
-        self.records.append(
-            Record(
-                weight.path,
-                eqn.primitive.name,
-                how,
-                _jaxprs.user_line(eqn),
-                _jaxprs.user_layer(eqn),
-                reason,
-            )
-        )
+        self.records.append(Record(weight.path, eqn.primitive.name, how, *self.where(eqn), reason))
+
+    def where(self, eqn: Any) -> tuple[str, str]:
+        """The user's line and layer of an equation; those inside a jit know only part of it."""
+        chain = [eqn, *reversed(self.frame)]
+        line = next(filter(None, map(_jaxprs.user_line, chain)), "an unknown line")
+        layers = filter(None, map(_jaxprs.user_layer, reversed(chain)))
+        return line, "/".join(layers)
 
     def built(self, weight: Virtual, eqn: Any) -> Any:
         """The dense array of a weight that meets a larger one: the cheapest there is."""
@@ -86,11 +84,11 @@ class Context:
         if not isinstance(value, Virtual):
             return value
         if self.refuse:
-            layer = _jaxprs.user_layer(eqn)
+            line, layer = self.where(eqn)
             where = f" (in {layer})" if layer else ""
             raise MaterializeError(
                 f"the weight {self.name_of(value.path)!r} would have to be built densely at "
-                f"{eqn.primitive.name!r}, {_jaxprs.user_line(eqn)}{where}: {reason}. Exclude the "
+                f"{eqn.primitive.name!r}, {line}{where}: {reason}. Exclude the "
                 "leaf from the targets, or lift with fallback='warn' to let it be built"
             )
         self.record(value, eqn, "materialized", reason)
@@ -112,7 +110,7 @@ class Context:
     def inside(self, eqn: Any):
         """Interpret the body of an equation: errors and uses know where they are."""
         before = self.frame
-        self.frame = (*before, id(eqn))
+        self.frame = (*before, eqn)
         try:
             yield
         finally:
@@ -163,10 +161,10 @@ def _annotate(ctx: Context, eqn: Any, values: list[Any], error: Exception) -> No
     if getattr(error, "_lowrank_noted", False):
         return
     paths = sorted({str(ctx.name_of(v.path)) for v in values if isinstance(v, Virtual)})
-    layer = _jaxprs.user_layer(eqn)
+    line, layer = ctx.where(eqn)
     where = f" in layer {layer!r}" if layer else ""
     error.add_note(
-        f"lowrank: while evaluating {eqn.primitive.name!r} at {_jaxprs.user_line(eqn)}{where} with "
+        f"lowrank: while evaluating {eqn.primitive.name!r} at {line}{where} with "
         f"the adapted weights {', '.join(map(repr, paths))}"
     )
     with contextlib.suppress(AttributeError):

@@ -91,15 +91,15 @@ _INTERNAL = tuple(
 
 
 def user_line(eqn: Any) -> str:
-    """Where an equation is in the user's own code, as near as is known: file.py:12 (function)."""
+    """Where an equation is in the user's own code, or "": file.py:12 (function)."""
     try:
         frames = eqn.source_info.traceback.frames
     except AttributeError:
-        return "an unknown line"
+        return ""
     outside = [f for f in frames if not f.file_name.startswith(_INTERNAL)]
     own = [f for f in outside if f"{os.sep}flax{os.sep}" not in f.file_name] or outside
     if not own:
-        return "an unknown line"
+        return ""
     frame = own[0]
     return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({frame.function_name})"
 

@@ -73,13 +73,18 @@ def _argument_path(keys: Sequence[Any]) -> str:
     return f"{name}/{path}" if path else name
 
 
-def trace(fn: Callable, call: Call, dynamic: Sequence[Any]) -> tuple[Any, Any]:
+def trace(
+    fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str]
+) -> tuple[Any, Any]:
     """The jaxpr of fn on dense leaves, and the tree of its results."""
 
     def flat(*leaves: Any) -> Any:
         args, kwargs = call.arguments(leaves)
         return fn(*args, **kwargs)
 
+    for leaf, path in zip(dynamic, paths, strict=True):
+        if is_node(leaf):
+            check(leaf, path)
     avals = [jax.eval_shape(materialize, leaf) if is_node(leaf) else leaf for leaf in dynamic]
     jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*avals)
     return jaxpr, jax.tree.structure(out)
@@ -89,7 +94,7 @@ def evaluate(
     fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str], ctx: Context
 ) -> Any:
     """Trace fn once and evaluate what was traced with the nodes in place of their dense weights."""
-    jaxpr, out_tree = trace(fn, call, dynamic)
+    jaxpr, out_tree = trace(fn, call, dynamic, paths)
     values = [
         _enter(leaf, path) if is_node(leaf) else leaf
         for leaf, path in zip(dynamic, paths, strict=True)
@@ -99,19 +104,36 @@ def evaluate(
     return jax.tree.unflatten(out_tree, dense)
 
 
-def _enter(node: Any, path: str) -> Any:
-    """The value that stands for a node inside: a weight, or an array for a leaf trained whole."""
+def check(node: Any, path: str) -> None:
+    """A node is whole: it has a base, and factors that fit it and each other."""
     if isinstance(node, LowRank):
         raise TreeError(
             f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
             "the lifted function"
         )
+    if isinstance(node, Full):
+        return
+    delta = node.delta
+    if not isinstance(delta, LowRank | Full):
+        raise TreeError(f"{path!r} holds an Adapted node whose delta is {type(delta).__name__}")
+    if tuple(delta.shape) != tuple(node.base.shape):
+        raise TreeError(
+            f"{path!r}: the adapter is for shape {tuple(delta.shape)}, the base has "
+            f"{tuple(node.base.shape)}; it belongs to another model"
+        )
+    if isinstance(delta, LowRank):
+        inner = delta.b.shape[delta.b.ndim - 1 - len(delta.fan_out)]
+        if inner != delta.rank:
+            raise TreeError(
+                f"{path!r}: a of shape {delta.a.shape} has rank {delta.rank}, but b of shape "
+                f"{delta.b.shape} has rank {inner}; they belong to different adapters"
+            )
+
+
+def _enter(node: Any, path: str) -> Any:
+    """The value that stands for a node inside: a weight, or an array for a leaf trained whole."""
     if isinstance(node, Full) or isinstance(node.delta, Full):
         return materialize(node)
-    if not isinstance(node.delta, LowRank):
-        raise TreeError(
-            f"{path!r} holds an Adapted node whose delta is {type(node.delta).__name__}"
-        )
     return LowRankWeight.of(node, path)
 
 

@@ -108,7 +108,10 @@ class _Survey(Context):
         super().record(weight, eqn, how, reason)
         assert isinstance(weight, Probe)
         roles = weight.log.take()
-        self.found.setdefault(weight.path, {})[*self.frame, id(eqn)] = (roles, self.records[-1])
+        self.found.setdefault(weight.path, {})[*map(id, self.frame), id(eqn)] = (
+            roles,
+            self.records[-1],
+        )
 
     def dense(self, value: Any, eqn: Any, reason: str) -> Any:
         if isinstance(value, Virtual):
@@ -144,7 +147,7 @@ def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
     """
     leaves = [(path, leaf) for path, leaf in flatten(params)[0] if is_array(leaf)]
     call, dynamic, paths = split((params, *args), kwargs)
-    jaxpr, _ = trace(fn, call, dynamic)
+    jaxpr, _ = trace(fn, call, dynamic, paths)
     survey = _Survey(RULES, inline_jit=True)
 
     def run(*values: Any) -> list[Any]:

@@ -1,0 +1,19 @@
+"""The numerics all tests run under."""
+
+import os
+
+# eight host devices, before jax is imported: what runs on many devices is tested on every machine
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# CPU, GPU and TPU multiply float32 in float32: a law about float32 is no law in bfloat16 passes.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def strict_promotion():
+    """No operation may mix dtypes unsaid: factors are float32, whatever the model computes in."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

@@ -1,0 +1,121 @@
+"""Many devices: pmap, shard_map inside and out, automatic and explicit sharding."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lowrank_jax as lowrank
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="conftest asks for eight devices")
+
+W = {"w": jax.random.normal(jax.random.key(0), (8, 16)), "v": jax.random.normal(jax.random.key(1), (16, 8))}
+X = jax.random.normal(jax.random.key(2), (16, 8))
+
+
+def fn(p, x):
+    return jnp.tanh(jnp.tanh(x @ p["w"]) @ p["v"])
+
+
+def adapted():
+    config = lowrank.LoraConfig(rank=2, alpha=3, targets="*")
+    base, lora = lowrank.init(jax.random.key(3), W, config)
+    return base, jax.tree.map(lambda x: x + 0.2, lora)
+
+
+def mesh(shape=(8,), names=("d",), kind=AxisType.Auto):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+def expected():
+    base, lora = adapted()
+    loss = lambda l: fn(lowrank.merge(base, l), X).sum()
+    return fn(lowrank.merge(base, lora), X), jax.grad(loss)(lora)
+
+
+def test_pmap():
+    base, lora = adapted()
+    lifted = lowrank.lift(fn, fallback="raise")
+    x = X.reshape(8, 2, 8)
+
+    def each(lora, base, x):
+        run = lambda l: lifted(lowrank.combine(base, l), x)
+        y = run(lora)
+        return y, lax.psum(jax.grad(lambda l: run(l).sum())(lora), "i")
+
+    y, grads = jax.pmap(each, axis_name="i", in_axes=(None, None, 0))(lora, base, x)
+    value, gradient = expected()
+    chex.assert_trees_all_close(y.reshape(16, 8), value, atol=1e-5)
+    chex.assert_trees_all_close(jax.tree.map(lambda g: g[0], grads), gradient, rtol=1e-4, atol=1e-5)
+
+
+def column_row(p, x):
+    """Tensor parallel by hand: w split on its outputs, v on its inputs."""
+    return jnp.tanh(lax.psum(jnp.tanh(x @ p["w"]) @ p["v"], "d"))
+
+
+CASES = {
+    "data": (fn, {"w": P(), "v": P()}, P("d"), P("d")),
+    "tensor": (column_row, {"w": P(None, "d"), "v": P("d")}, P(), P()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lift_of_a_shard_mapped_function(case):
+    body, specs, x_spec, out = CASES[case]
+    mapped = jax.shard_map(body, mesh=mesh(), in_specs=(specs, x_spec), out_specs=out)
+    base, lora = adapted()
+    lifted = lowrank.lift(mapped, fallback="raise")
+    run = lambda l: lifted(lowrank.combine(base, l), X)
+    value, gradient = expected()
+    chex.assert_trees_all_close(jax.jit(run)(lora), value, atol=1e-5)
+    mine = jax.jit(jax.grad(lambda l: run(l).sum()))(lora)
+    chex.assert_trees_all_close(mine, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_shard_map_of_a_lifted_function():
+    base, lora = adapted()
+    lifted = lowrank.lift(fn, fallback="raise")
+
+    def run(l, base, x):
+        return lifted(lowrank.combine(base, l), x)
+
+    mapped = jax.shard_map(run, mesh=mesh(), in_specs=(P(), P(), P("d")), out_specs=P("d"))
+    value, gradient = expected()
+    chex.assert_trees_all_close(mapped(lora, base, X), value, atol=1e-5)
+    mine = jax.grad(lambda l: mapped(l, base, X).sum())(lora)
+    chex.assert_trees_all_close(mine, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4)])
+def test_jit_with_named_shardings(shape, kind):
+    grid = mesh(shape, ("data", "model"), kind)
+    base, lora = adapted()
+    specs = {"w": P(None, "model"), "v": P("model", None)}
+    value, gradient = expected()
+    with jax.set_mesh(grid):
+        put = lambda x, spec: jax.device_put(x, NamedSharding(grid, spec))
+        base = {name: put(leaf, specs[name]) for name, leaf in base.items()}
+        lora = jax.tree.map(lambda x: put(x, P()), lora)
+        x = put(X, P("data"))
+        lifted = lowrank.lift(tensor_parallel(kind), fallback="raise")
+        run = jax.jit(lambda l, base, x: lifted(lowrank.combine(base, l), x))
+        mine = jax.jit(jax.grad(lambda l, base, x: run(l, base, x).sum()))
+        chex.assert_trees_all_close(run(lora, base, x), value, atol=1e-5)
+        chex.assert_trees_all_close(mine(lora, base, x), gradient, rtol=1e-4, atol=1e-5)
+
+
+def tensor_parallel(kind):
+    """fn as a user writes it for an explicit mesh: the contracted sharded axis says its result."""
+    if kind == AxisType.Auto:
+        return fn
+
+    def explicit(p, x):
+        h = jnp.tanh(x @ p["w"])
+        return jnp.tanh(jnp.einsum("bi,io->bo", h, p["v"], out_sharding=P("data", None)))
+
+    return explicit

@@ -1,0 +1,106 @@
+"""The house rules: layers, public JAX only, cheap import, every public name documented."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowrank_jax
+
+PACKAGE = Path(lowrank_jax.__file__).parent
+MODULES = sorted(PACKAGE.glob("*.py"))
+
+# A module imports only from layers below its own (or its own, without a circle).
+LAYERS = [
+    {"_errors", "_paths", "_configs", "_contract", "_jaxprs"},
+    {"_nodes", "_virtual"},
+    {"_products", "_convolution", "_lookup", "_weight", "initializers"},
+    {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
+    {"_targets", "_adapters", "_optim", "_fingerprint"},
+    {"checkpoint"},
+    {"__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path):
+    """Names of all modules a file imports, ours as "lowrank_jax._x"."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "lowrank_jax":
+            yield from (f"lowrank_jax.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_point_down(path):
+    own = LEVEL[path.stem]
+    for name in imports(path):
+        if name.startswith("lowrank_jax."):
+            assert LEVEL[name.split(".")[1]] <= own, f"{path.stem} imports {name} from above"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_only_public_jax(path):
+    allowed = re.compile(r"jax(\.(numpy|lax|extend|interpreters|experimental|core)(\..*)?)?$")
+    for name in imports(path):
+        if name == "jax" or name.startswith("jax."):
+            assert allowed.fullmatch(name), f"{path.stem} imports {name}"
+    assert "_src" not in path.read_text()
+
+
+def test_jaxpr_internals_stay_in_the_seam():
+    for path in MODULES:
+        if path.stem != "_jaxprs":
+            assert "jax.extend" not in set(imports(path)), path
+            assert "jax.core" not in set(imports(path)), path
+
+
+def test_import_loads_no_optional_package():
+    code = "import sys, lowrank_jax; print(*sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    assert "jax" in loaded
+    assert not loaded & {"flax", "optax", "orbax", "chex", "rich", "gguf", "tokenizers"}
+
+
+def public_names():
+    return sorted(name for name in vars(lowrank_jax) if not name.startswith("_"))
+
+
+def documented():
+    for name in public_names():
+        value = getattr(lowrank_jax, name)
+        if inspect.isfunction(value):
+            yield pytest.param(value, id=name)
+    for name, value in vars(lowrank_jax.initializers).items():
+        if inspect.isfunction(value) and not name.startswith("_"):
+            yield pytest.param(value, id=f"initializers.{name}")
+
+
+@pytest.mark.parametrize("function", list(documented()))
+def test_public_functions_are_documented(function):
+    text = inspect.getdoc(function) or ""
+    first = text.split("\n")[0]
+    assert re.search(r"[.:]", first), "the first sentence"
+    for part in ("Args:", "Returns:", "Source:", ">>> "):
+        assert part in text, f"{function.__name__} has no {part!r}"
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"\b{parameter}\b", text.split("Args:")[1]), parameter
+
+
+def test_every_file_is_of_one_concept():
+    for path in MODULES:
+        assert len(path.read_text().splitlines()) <= 350, f"{path.stem} wants to be two files"
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path.stem} says what it is"
+        assert path.stem.strip("_") not in {"utils", "misc", "common", "base", "helpers"}
