@@ -170,9 +170,7 @@ def combine(
         raise ConfigError(f"dropout is a static rate in [0, 1), not {dropout!r}")
     if dropout and key is None:
         raise ConfigError("dropout needs a key: combine(base, lora, dropout=rate, key=key)")
-    multiplier = (
-        None if isinstance(scale, int | float) and scale == 1 else jnp.asarray(scale, jnp.float32)
-    )
+    multiplier = _multiplier(scale)
     combined = []
     for path, leaf in leaves:
         node = nodes.get(path)
@@ -186,6 +184,18 @@ def combine(
             Adapted(leaf, node, multiplier, masks, float(dropout) if masks is not None else 0.0)
         )
     return jax.tree.unflatten(treedef, combined)
+
+
+def _multiplier(scale: Any) -> jax.Array | None:
+    """The scale as a scalar array, or None for 1."""
+    if isinstance(scale, int | float) and scale == 1:
+        return None
+    if jnp.shape(scale):
+        raise ConfigError(
+            f"scale is one number, not an array of shape {jnp.shape(scale)}; for a sweep, jax.vmap "
+            "over a function of the scale"
+        )
+    return jnp.asarray(scale, jnp.float32)
 
 
 def _mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:

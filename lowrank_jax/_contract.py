@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax import lax
 
-Labels = tuple[Hashable, ...]
+from lowrank_jax._bilinear import Labels, bilinear
+
 RANK = "r"  # the label of the inner axis of the factors
 
 
@@ -38,15 +39,9 @@ def contract(
     y, y_labels = _sum_out(y, y_labels, {*x_labels, *keep})
     shared = [label for label in x_labels if label in y_labels]
     batch = [label for label in shared if label in keep]
-    summed = [label for label in shared if label not in keep]
-    at = lambda labels, chosen: tuple(labels.index(label) for label in chosen)
-    numbers = (
-        (at(x_labels, summed), at(y_labels, summed)),
-        (at(x_labels, batch), at(y_labels, batch)),
-    )
-    out = lax.dot_general(x, y, numbers, **options)
     rest = [label for label in (*x_labels, *y_labels) if label not in shared]
-    return out, (*batch, *rest)
+    out = (*batch, *rest)
+    return bilinear(x, y, x_labels, y_labels, out, **options), out
 
 
 def _sum_out(

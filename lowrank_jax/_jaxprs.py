@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 
 Literal = core.Literal
+Primitive = core.Primitive
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -112,3 +114,9 @@ def user_layer(eqn: Any) -> str:
 def is_tracer(value: Any) -> bool:
     """Whether a value is being traced."""
     return isinstance(value, Tracer)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is neither of an explicit mesh nor varying over a manual one."""
+    kind = jax.typeof(value)
+    return not getattr(kind, "vma", None) and kind.sharding.mesh.empty

@@ -17,3 +17,11 @@ def strict_promotion():
     """No operation may mix dtypes unsaid: factors are float32, whatever the model computes in."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def fast_compile():
+    """For tests of values and not of speed: XLA's most expensive passes are left out."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -12,7 +12,10 @@ import lowrank_jax as lowrank
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="conftest asks for eight devices")
 
-W = {"w": jax.random.normal(jax.random.key(0), (8, 16)), "v": jax.random.normal(jax.random.key(1), (16, 8))}
+W = {
+    "w": jax.random.normal(jax.random.key(0), (8, 16)),
+    "v": jax.random.normal(jax.random.key(1), (16, 8)),
+}
 X = jax.random.normal(jax.random.key(2), (16, 8))
 
 

@@ -1,0 +1,254 @@
+"""Mistakes people make, and the one clear message each gives."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import lowrank_jax as lowrank
+
+IDS = jnp.zeros((1, 4), jnp.int32)
+KEY = jax.random.key(0)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        h = nn.Embed(7, 6, name="embed")(ids)
+        h = h + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(h)
+        return nn.Dense(5, name="head")(nn.relu(nn.Dense(8, name="body")(h)))
+
+
+VARIABLES = Net().init(KEY, IDS)
+PLAN = lowrank.plan(Net().apply, VARIABLES, IDS)
+
+
+def init(variables=VARIABLES, plan=PLAN, **options):
+    return lowrank.init(KEY, variables, lowrank.LoraConfig(**{"rank": 2, **options}), plan=plan)
+
+
+BASE, LORA = init()
+
+
+def other_model():
+    return jax.tree.map(lambda leaf: jnp.ones((*leaf.shape[:-1], leaf.shape[-1] + 1)), VARIABLES)
+
+
+# name -> (the mistake, the kind of error, words of its text)
+MISTAKES = {
+    "misspelt target": (
+        lambda: init(targets="**/bdoy/kernel"),
+        lowrank.PatternError,
+        r"targets pattern '\*\*/bdoy/kernel' matches none .* 'params/body/kernel'",
+    ),
+    "pattern without the level above": (
+        lambda: init(targets="body/kernel"),
+        lowrank.PatternError,
+        r"whole path.*'\*\*/kernel'",
+    ),
+    "misspelt exclude": (
+        lambda: init(exclude="**/hed/*"),
+        lowrank.PatternError,
+        r"exclude pattern '\*\*/hed/\*' matches none",
+    ),
+    "rank pattern of nothing adapted": (
+        lambda: init(rank_pattern={"**/head/kernel": 4}),
+        lowrank.PatternError,
+        r"rank_pattern \(over the adapted leaves\) pattern '\*\*/head/kernel'",
+    ),
+    "bias as target": (
+        lambda: init(targets="**/body/bias"),
+        lowrank.AxesError,
+        r"'params/body/bias' has shape \(8,\).*op 'other'.*train it whole",
+    ),
+    "several bad targets at once": (
+        lambda: init(targets="**/bias"),
+        lowrank.AxesError,
+        r"(?s)3 leaves cannot be adapted:.*attention/out/bias.*body/bias.*head/bias",
+    ),
+    "n-D kernel without a plan": (
+        lambda: init(targets="**/attention/query/kernel", plan=None),
+        lowrank.AxesError,
+        r"'params/attention/query/kernel' has shape \(6, 2, 3\).*pass plan=lowrank.plan",
+    ),
+    "all-linear without a plan": (
+        lambda: init(plan=None),
+        lowrank.AxesError,
+        r'targets="all-linear" needs to know.*pass plan=lowrank.plan',
+    ),
+    "plan of another level of the tree": (
+        lambda: init(VARIABLES["params"]),
+        lowrank.TreeError,
+        r"(?s)another tree than params.*params/embed/embedding: in the plan, not in params",
+    ),
+    "plan of another model": (
+        lambda: init(other_model()),
+        lowrank.TreeError,
+        r"params/body/kernel: shape \(6, 9\), but \(6, 8\) in the plan",
+    ),
+    "rank larger than the weight": (
+        lambda: init(rank=7, targets="**/body/kernel"),
+        lowrank.ConfigError,
+        r"rank 7 is larger than 'params/body/kernel' can have: its fan-in is 6 .*rank_pattern",
+    ),
+    "integer leaf as target": (
+        lambda: init({"table": jnp.ones((4, 4), jnp.int32)}, None, targets="table"),
+        lowrank.PatternError,
+        r"matches only leaves that are not floating, like 'table' \(int32\)",
+    ),
+    "8-bit leaf as target": (
+        lambda: init({"w": jnp.ones((4, 4), jnp.float8_e4m3fn)}, None, targets="w"),
+        lowrank.AxesError,
+        r"'w' has dtype float8_e4m3fn.*cast the leaf to bfloat16",
+    ),
+    "adapted and trained whole": (
+        lambda: init(targets="**/body/kernel", train="**/body/*"),
+        lowrank.ConfigError,
+        r"'params/body/kernel' is both adapted \(targets\) and trained whole",
+    ),
+    "everything excluded": (
+        lambda: init(exclude="**"),
+        lowrank.PatternError,
+        r"no leaf is left to adapt: ",
+    ),
+    "only a final projection": (
+        lambda: lowrank.init(
+            KEY,
+            {"w": jnp.ones((4, 3))},
+            lowrank.LoraConfig(rank=1),
+            plan=lowrank.plan(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))),
+        ),
+        lowrank.PatternError,
+        r"leaves out the final projection, here 'w'.*name the leaf in targets",
+    ),
+    "stack axis out of range": (
+        lambda: init(targets="**/body/kernel", stack={"**/body/kernel": 2}),
+        lowrank.AxesError,
+        r"stack=\(2,\) for 'params/body/kernel': the leaf has 2 axes",
+    ),
+    "nothing but stack axes": (
+        lambda: init(targets="**/body/kernel", stack={"**/body/kernel": 0}),
+        lowrank.AxesError,
+        r"has no fan-in axes",
+    ),
+    "config in the wrong place": (
+        lambda: lowrank.init(KEY, lowrank.LoraConfig(), VARIABLES),
+        lowrank.ConfigError,
+        r"init takes \(key, params, config\): config is a dict",
+    ),
+    "initializing on a combined tree": (
+        lambda: init(lowrank.combine(BASE, LORA), None, targets="**"),
+        lowrank.TreeError,
+        r"params already holds adapters \('params/attention/key/kernel'",
+    ),
+    "initializer of wrong shapes": (
+        lambda: lowrank.init(
+            KEY,
+            {"w": jnp.ones((4, 3))},
+            lowrank.LoraConfig(rank=2, targets="w"),
+            initializer=lambda key, w, r, s: (jnp.ones((r, 4)), jnp.ones((r, 3)), None),
+        ),
+        lowrank.LowrankError,
+        r"returned a \(2, 4\) and b \(2, 3\); expected \(4, 2\) and \(2, 3\)",
+    ),
+    "initializer for a leaf that is no target": (
+        lambda: lowrank.init(
+            KEY,
+            {"w": jnp.ones((4, 3))},
+            lowrank.LoraConfig(rank=2, targets="w"),
+            initializer={"v": lowrank.initializers.gaussian},
+        ),
+        lowrank.ConfigError,
+        r"initializer names 'v', which is not among the targets",
+    ),
+    "combine of swapped arguments": (
+        lambda: lowrank.combine(LORA, BASE),
+        lowrank.TreeError,
+        r"first argument is the adapter, not a base: the order is \(base, lora\)",
+    ),
+    "combine of a combined tree": (
+        lambda: lowrank.combine(lowrank.combine(BASE, LORA), LORA),
+        lowrank.TreeError,
+        r"first argument is a combined tree.*partition",
+    ),
+    "combine with a tree of arrays": (
+        lambda: lowrank.combine(BASE, BASE),
+        lowrank.TreeError,
+        r"not LowRank, Full or None: pass the second result of init",
+    ),
+    "combine with nothing": (
+        lambda: lowrank.combine(BASE, {}),
+        lowrank.TreeError,
+        r"the adapter holds no node",
+    ),
+    "adapter of another model": (
+        lambda: lowrank.combine(other_model(), LORA),
+        lowrank.TreeError,
+        r"params/body/kernel: the adapter is for shape \(6, 8\), the base has \(6, 9\)",
+    ),
+    "adapter of another level": (
+        lambda: lowrank.merge(BASE["params"], LORA),
+        lowrank.TreeError,
+        r"(?s)another level.*params/body/kernel: in the adapter, not in the base",
+    ),
+    "dropout without a key": (
+        lambda: lowrank.combine(BASE, LORA, dropout=0.1),
+        lowrank.ConfigError,
+        r"dropout needs a key",
+    ),
+    "dropout of everything": (
+        lambda: lowrank.combine(BASE, LORA, dropout=1.0, key=KEY),
+        lowrank.ConfigError,
+        r"dropout is a static rate in \[0, 1\), not 1.0",
+    ),
+    "a scale for each leaf": (
+        lambda: lowrank.combine(BASE, LORA, scale=jnp.ones(3)),
+        lowrank.ConfigError,
+        r"scale is one number, not an array of shape \(3,\)",
+    ),
+    "forgotten combine": (
+        lambda: lowrank.lift(lambda p, x: x @ p["w"])(
+            {"w": lowrank.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)))}, jnp.ones((2, 4))
+        ),
+        lowrank.TreeError,
+        r"'w' is a LowRank adapter without its base: pass lowrank.combine",
+    ),
+    "forgotten lift": (
+        lambda: Net().apply(lowrank.combine(BASE, LORA), IDS),
+        lowrank.LowrankError,
+        r"the function that uses the parameters must be lifted",
+    ),
+    "lift of a module": (
+        lambda: lowrank.lift({"model": Net()}),
+        lowrank.ConfigError,
+        r"lift takes a function, not dict: pass model.apply",
+    ),
+    "unknown fallback": (
+        lambda: lowrank.lift(lambda p: p, fallback="ignore"),
+        lowrank.ConfigError,
+        r"fallback is one of",
+    ),
+    "partition of an adapter": (
+        lambda: lowrank.partition(LORA),
+        lowrank.TreeError,
+        r"is an adapter without its base",
+    ),
+    "dora, which is not there yet": (
+        lambda: init(dora=True),
+        lowrank.ConfigError,
+        r"dora=True is not available in this version",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake(mistake):
+    make, kind, words = MISTAKES[mistake]
+    with pytest.raises(kind, match=words):
+        make()
+
+
+def test_every_error_is_a_value_error():
+    for _, kind, _ in MISTAKES.values():
+        assert issubclass(kind, lowrank.LowrankError)
+        assert issubclass(kind, ValueError)
