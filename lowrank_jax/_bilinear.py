@@ -1,15 +1,16 @@
 r"""A bilinear product of labelled arrays, $z[\text{out}] = \sum x[\cdot]\,y[\cdot]$: a primitive.
 
 It means lax.dot_general, and lowers to it. It is a primitive for the sake of one backend: XLA on
-CPU copies an operand whose tokens are spread over several axes whenever it contracts over them, as the
-gradient of every factor does, so there tokens are flattened to one axis first. To flatten in the
-traced program instead would gather activations that are sharded by sequence (four all-gathers in
-two layers), and a choice made while tracing would be wrong for code compiled for another backend; a
-lowering rule does neither. Measured by tests/benchmarks/step_time.py.
+CPU copies an operand whose tokens are spread over several axes whenever it contracts over them, as
+the gradient of every factor does, so there tokens are flattened to one axis first. To flatten in
+the traced program instead would gather activations that are sharded by sequence (four all-gathers
+in two layers), and a choice made while tracing would be wrong for code compiled for another
+backend; a lowering rule does neither. Measured by tests/benchmarks/step_time.py.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -85,6 +86,14 @@ def _permuted(array: jax.Array, labels: Labels, order: Labels) -> jax.Array:
     return array if tuple(labels) == tuple(order) else lax.transpose(array, _at(labels, order))
 
 
+@functools.cache
+def product_dtype(x: Any, y: Any) -> Any:
+    """Dtype of lax.dot_general of two dtypes, which need not be equal."""
+    one = lambda dtype: jax.ShapeDtypeStruct((1,), dtype)
+    product = lambda x, y: lax.dot_general(x, y, (((0,), (0,)), ((), ())))
+    return jax.eval_shape(product, one(x), one(y)).dtype
+
+
 # The primitive
 
 
@@ -92,7 +101,7 @@ def _abstract(
     x: Any, y: Any, *, xl: Labels, yl: Labels, out: Labels, **options: Any
 ) -> ShapedArray:
     sizes = {**dict(zip(xl, x.shape, strict=True)), **dict(zip(yl, y.shape, strict=True))}
-    dtype = options["preferred_element_type"] or jnp.promote_types(x.dtype, y.dtype)
+    dtype = options["preferred_element_type"] or product_dtype(x.dtype, y.dtype)
     return ShapedArray(tuple(sizes[label] for label in out), jnp.dtype(dtype))
 
 

@@ -54,6 +54,7 @@ def _gather(
     numbers = params["dimension_numbers"]
     if as_is:
         return _lax_gather(array, indices, numbers, params["slice_sizes"], params), labels
+    array, labels = _in_order(array, labels)
     at = labels.index
     mapped = [i for i, axis in enumerate(numbers.start_index_map) if axis in labels]
     pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
@@ -73,9 +74,24 @@ def _gather(
     )
     full = dict(zip(labels, array.shape, strict=True))
     sizes = tuple(full[x] if x == RANK else params["slice_sizes"][x] for x in labels)
-    chosen = indices if len(mapped) == indices.shape[-1] else indices[..., jnp.array(mapped, int)]
-    out = _lax_gather(array, chosen, mine, sizes, params)
+    # beyond the table the base alone is the fill value; the delta of no row is zero
+    mode = {**params, "fill_value": 0}
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        mode = {**mode, "mode": "clip", "fill_value": None}
+    if len(mapped) < indices.shape[-1]:  # a part of an index may repeat
+        indices = indices[..., jnp.array(mapped, int)]
+        mode = {**mode, "unique_indices": False, "indices_are_sorted": False}
+    out = _lax_gather(array, indices, mine, sizes, mode)
     return out, (*(("n", i) for i in range(rows)), *kept)
+
+
+def _in_order(array: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+    """The axes of a factor in the order of the weight's, which lax.gather asks of batching axes."""
+    order = tuple(sorted(labels, key=lambda label: (label == RANK, label if label != RANK else 0)))
+    mine = [label for label in labels if label != RANK]
+    if mine == sorted(mine):
+        return array, labels
+    return lax.transpose(array, tuple(labels.index(label) for label in order)), order
 
 
 def _lax_gather(

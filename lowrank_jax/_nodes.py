@@ -165,7 +165,7 @@ def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
 
 def accumulator(dtype: Any) -> Any:
     """The dtype sums are kept in: float64 for float64, else float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def delta(node: LowRank, ndim: int, precision: Any = lax.Precision.HIGHEST) -> jax.Array:

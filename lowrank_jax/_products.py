@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax._bilinear import product_dtype
 from lowrank_jax._contract import Labels, arrange, contract, cost
 
 
@@ -42,8 +43,8 @@ def _branch(
     last: dict[str, Any],
 ) -> tuple[jax.Array, Labels]:
     """x·a·b, or x·b·a where that takes fewer multiplications."""
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else w.dtype
-    x = dropped(w, x.astype(dtype))
+    x = dropped(w, x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(w.dtype))
+    dtype = product_dtype(x.dtype, w.dtype)
     factors = [
         (w.a.astype(w.dtype), w.a_axes),
         (w.b.astype(w.dtype), w.b_axes),

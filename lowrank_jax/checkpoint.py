@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import math
 import operator
 import os
-import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,14 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._configs import LoraConfig
-from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listing
-from lowrank_jax._fingerprint import Fingerprint, fingerprint, sha256, to_host
+from lowrank_jax._errors import AxesError, CheckpointError, TreeError, listing
+from lowrank_jax._fingerprint import (
+    Fingerprint,
+    differences,
+    fingerprint,
+    read_archive,
+    read_manifest,
+    to_host,
+    write_archive,
+)
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
 from lowrank_jax._paths import flatten
 
-_FORMAT, _VERSION = "lowrank_jax.checkpoint", 1
-_MANIFEST = "manifest.json"
-_FOLDER = re.compile(r"arrays-[0-9a-f]{32}")
 _NODES = {"LowRank": LowRank, "Full": Full}
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
@@ -60,13 +59,12 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-    """A saved array: its name in the Orbax tree, its host form, and what it is to become."""
+    """A saved array, not yet read: its name in the archive, and what it is to become."""
 
     name: str
+    form: str
     shape: tuple[int, ...]
     dtype: str
-    form: str
-    sha256: str
 
     @property
     def ndim(self) -> int:
@@ -124,41 +122,27 @@ def save(
     if step is not None and (not hasattr(step, "__index__") or isinstance(step, bool)):
         raise CheckpointError(f"step is {step!r}; pass an integer or None")
     if jax.process_count() > 1:
-        raise CheckpointError("save runs in one process; this program has several")
+        raise CheckpointError("save works in a program of one process; this one has several")
     arrays: dict[str, np.ndarray] = {}
-    with _as_checkpoint_error():
+    with _checkpoint_errors("nothing was written"):
         nodes = _nodes(lora)
         if base is not None and not isinstance(base, Fingerprint):
-            _check_shapes(nodes, _shapes(base), "base")
+            _check_shapes(nodes, base)
             base = fingerprint(base)
         body = {
             "step": None if step is None else operator.index(step),
             "config": config.to_dict(),
             "base": None if base is None else base.to_dict(),
-            "lora": [_node_entry(path, node, arrays) for path, node in nodes.items()],
+            "lora": [_write_node(path, node, arrays) for path, node in nodes.items()],
             "opt_state": None,
         }
         if opt_state is not None:
             body["opt_state"] = [
-                {"path": path.split("/"), **_entry(f"opt_state/{path}", leaf, arrays)}
+                {"path": path.split("/"), **_write(f"opt_state/{path}", leaf, arrays)}
                 for path, leaf in flatten(opt_state)[0]
             ]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _sync(directory.parent)
-        with _locked(directory):
-            _clean(directory)
-            try:
-                _commit(directory, body, arrays)
-            finally:
-                _clean(directory)
-    except LowrankError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory} could not be written, and an older checkpoint there is as it was "
-            f"({type(error).__name__}): {error}"
-        ) from error
+    with _checkpoint_errors(f"{directory} could not be written; an older checkpoint is as it was"):
+        write_archive(directory, body, arrays)
 
 
 def restore(
@@ -195,63 +179,73 @@ def restore(
     ...     try:
     ...         restore(directory, base={**params, "bias": jnp.ones(3)})
     ...     except CheckpointError as error:
-    ...         print(str(error).splitlines()[-1])
+    ...         print(str(error).split(":")[0])
     None
-      - bias: other values
+    this base is not the one the adapter was trained on
     """
     directory = _path(directory)
-    body = _read_manifest(directory)
-    with _as_checkpoint_error():
-        while True:
-            try:
-                return _restored(directory, body, base, like, check_base)
-            except CheckpointError:
-                body, old = _read_manifest(directory), body
-                if body == old:  # else a save replaced the arrays meanwhile
-                    raise
+    while True:
+        body = read_manifest(directory)
+        try:
+            return _restored(directory, body, base, like, check_base)
+        except CheckpointError:
+            if body == read_manifest(directory):
+                raise
+            # a save replaced the arrays while they were read: take the new ones
 
 
 def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: bool) -> Checkpoint:
     """Fit the manifest's entries to base and like; only then read the arrays."""
-    try:
+    with _checkpoint_errors(f"the manifest in {directory} is malformed: not written by save"):
         config = LoraConfig.from_dict(body["config"])
         trained_on = None if body["base"] is None else Fingerprint.from_dict(body["base"])
-        nodes = {"/".join(entry["path"]): _entry_node(entry) for entry in body["lora"]}
-        states = {"/".join(e["path"]): _entry_array(e) for e in body["opt_state"] or ()}
         step = None if body["step"] is None else operator.index(body["step"])
-        files = {name: (int(size), str(sha)) for name, (size, sha) in body["files"].items()}
-        folder = _FOLDER.fullmatch(body["arrays"]).group()
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
-        raise CheckpointError(
-            f"{directory / _MANIFEST} is malformed ({type(error).__name__}: {error}): it was not "
-            "written by lowrank_jax.checkpoint.save; restore another copy"
-        ) from error
-    if base is not None:
-        _check_base(nodes, trained_on, base, check_base)
-    like_lora, like_state = (
-        like.get(name) if isinstance(like, Mapping) else getattr(like, name, None)
-        for name in ("lora", "opt_state")
-    )
-    shardings: dict[str, Any] = {}
-    if like_lora is not None:
-        wanted = _nodes(like_lora)
-        _check_like("lora", _parts(wanted), _parts(nodes), shardings)
-        _check_static(wanted, nodes)
-        lora = _in_structure(like_lora, nodes)
-    elif base is not None and not isinstance(base, Fingerprint):
-        lora = _in_structure(base, nodes)
-    else:
-        lora = _nested(nodes)
-    state = None if body["opt_state"] is None else _nested(states)
-    if like_state is not None:
-        _check_like("opt_state", dict(flatten(like_state)[0]), states, shardings)
-        state = _in_structure(like_state, states)
-    entries = [*_parts(nodes).values(), *states.values()]
-    arrays = _read_arrays(directory / folder, files, {entry.name: entry for entry in entries})
+        nodes = {"/".join(entry["path"]): _read_node(entry, body) for entry in body["lora"]}
+        states = {"/".join(e["path"]): _read(e, body) for e in body["opt_state"] or ()}
+        _dense_shapes(nodes)
+    get = like.get if isinstance(like, Mapping) else lambda name: getattr(like, name, None)
+    like_lora, like_state, shardings = get("lora"), get("opt_state"), {}
+    with _checkpoint_errors(f"the checkpoint at {directory} does not fit"):
+        if base is not None:
+            _check_base(nodes, trained_on, base, check_base)
+        if like_lora is not None:
+            wanted = _nodes(like_lora)
+            shardings |= _fit("lora", _parts(wanted), _parts(nodes), _statics(wanted, nodes))
+            lora = _in_structure(like_lora, nodes, is_node)
+        elif base is not None and not isinstance(base, Fingerprint):
+            lora = _in_structure(base, nodes, is_node)
+        else:
+            lora = _nested(nodes)
+        if like_state is not None:
+            shardings |= _fit("opt_state", dict(flatten(like_state)[0]), states)
+            state = _in_structure(like_state, states)
+        else:
+            state = None if body["opt_state"] is None else _nested(states)
+    with _checkpoint_errors(f"the arrays at {directory} could not be read"):
+        arrays = read_archive(directory, body)
     load = lambda entry: _loaded(entry, arrays[entry.name], shardings.get(entry.name))
-    return Checkpoint(
-        jax.tree.map(load, lora), config, jax.tree.map(load, state), step, trained_on
-    )
+    return Checkpoint(jax.tree.map(load, lora), config, jax.tree.map(load, state), step, trained_on)
+
+
+@contextlib.contextmanager
+def _checkpoint_errors(what: str) -> Iterator[None]:
+    """Every error as a CheckpointError; the library's own keep their words."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (TreeError, AxesError) as error:
+        raise CheckpointError(str(error)) from error
+    except Exception as error:
+        raise CheckpointError(f"{what} ({type(error).__name__}: {error})") from error
+
+
+def _path(directory: str | os.PathLike) -> Path:
+    """The directory as an absolute path, which Orbax asks for."""
+    text = os.fspath(directory)
+    if not isinstance(text, str) or "://" in text:
+        raise CheckpointError(f"{text!r} is no path on a local or mounted file system")
+    return Path(os.path.abspath(text))
 
 
 # What a tree holds, by path
@@ -282,20 +276,9 @@ def _parts(nodes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shapes(base: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of a base's leaves by path; a tree that holds adapters is refused."""
-    leaves = flatten(base, is_leaf=is_node)[0]
-    if adapted := [path for path, leaf in leaves if isinstance(leaf, LowRank | Full | Adapted)]:
-        raise TreeError(
-            f"base holds an adapter at {adapted[0]!r}: pass the frozen tree (lowrank.partition "
-            "takes a combined one apart)"
-        )
-    return {path: tuple(np.shape(leaf)) for path, leaf in leaves}
-
-
-def _in_structure(tree: Any, leaves: dict[str, Any]) -> Any:
+def _in_structure(tree: Any, leaves: dict[str, Any], is_leaf: Any = None) -> Any:
     """A tree's structure with these at its leaves, None where there is none."""
-    own, treedef = flatten(tree, is_leaf=is_node)
+    own, treedef = flatten(tree, is_leaf=is_leaf)
     return jax.tree.unflatten(treedef, [leaves.get(path) for path, _ in own])
 
 
@@ -308,6 +291,162 @@ def _nested(leaves: dict[str, Any]) -> Any:
         *parents, last = path.split("/")
         inner = tree
         for key in parents:
-            inner = inner.setdefault(key, {})
+            inner = inner.setdefault(key, {}) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or last in inner:
+            raise CheckpointError(f"{path!r} is a leaf and a branch (a '/' in a key): rename it")
         inner[last] = leaf
     return tree
+
+
+def _dense_shapes(nodes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves that nodes are for, without the axis of a stack of adapters."""
+    extra = [
+        node.a.ndim - 1 - len(node.stack) - len(node.fan_in)
+        for node in nodes.values()
+        if isinstance(node, LowRank)
+    ]
+    cut = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[max(extra, default=0) :], jnp.float32)
+    return {path: jax.tree.map(cut, node).shape for path, node in nodes.items()}
+
+
+# Entries of the manifest
+
+
+def _write(name: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, str]:
+    """Put a leaf's values among the arrays; return its entry."""
+    name = quote(name, errors="surrogatepass")
+    arrays[name] = to_host(name, leaf)
+    return {"name": name, "form": _form(leaf)}
+
+
+def _form(leaf: Any) -> str:
+    """What an array is to become again: a JAX array (weakly typed or not), a PRNG key, a number."""
+    dtype = getattr(leaf, "dtype", None)
+    if type(leaf).__name__ in _SCALARS:
+        return type(leaf).__name__
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return str(dtype)
+    return "weak" if getattr(leaf, "weak_type", False) and not leaf.shape else "array"
+
+
+def _read(entry: Mapping, body: Mapping) -> _Array:
+    """The array of an entry."""
+    if entry["form"] not in {"array", "weak", *_SCALARS, *_KEYS}:
+        raise CheckpointError(
+            f"{entry['name']!r} is a {entry['form']!r}, unknown to this lowrank_jax"
+        )
+    shape, dtype, _ = body["arrays"][entry["name"]]
+    if entry["form"] in _KEYS:  # what it will be, not the words it is stored as
+        shape, dtype = shape[:-1], entry["form"]
+    return _Array(entry["name"], entry["form"], tuple(shape), dtype)
+
+
+def _write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The entry of a node: its path, type, static fields and arrays."""
+    parts = _parts({"": node}).items()
+    return {
+        "path": path.split("/"),
+        "type": type(node).__name__,
+        "static": _static(type(node), vars(node)),
+        "arrays": {name[1:]: _write(f"lora/{path}{name}", leaf, arrays) for name, leaf in parts},
+    }
+
+
+def _read_node(entry: Mapping, body: Mapping) -> Any:
+    """The node of an entry, holding arrays not yet read."""
+    kind = _NODES[entry["type"]]
+    arrays = {name: _read(part, body) for name, part in entry["arrays"].items()}
+    return kind(**arrays, **_static(kind, entry["static"]))
+
+
+def _static(kind: type, values: Mapping) -> dict[str, Any]:
+    """The static fields of a node, as plain values of the fields' own types."""
+    plain = {}
+    for field in dataclasses.fields(kind):
+        if field.metadata.get("static"):
+            value, default = values[field.name], field.default
+            axes = isinstance(default, tuple)
+            plain[field.name] = (
+                tuple(operator.index(axis) for axis in value) if axes else type(default)(value)
+            )
+    return plain
+
+
+def _loaded(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
+    """The leaf of an array: placed by a sharding if there is one."""
+    if entry.form in _SCALARS:
+        return _SCALARS[entry.form](array)
+    if entry.form in _KEYS:
+        leaf = jax.random.wrap_key_data(jnp.array(array), impl=_KEYS[entry.form])
+    elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return array  # 64-bit numbers, of NumPy, in a program of 32-bit ones
+    else:
+        leaf = jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(array)
+        leaf = leaf if leaf.dtype == array.dtype else jnp.array(array)
+    return leaf if sharding is None else jax.device_put(leaf, sharding)
+
+
+# Checks: all that is wrong, in one error
+
+
+def _refuse(why: str, problems: list[str]) -> None:
+    """Raise one error with all problems, if there are any."""
+    if problems:
+        raise CheckpointError(f"{why}:\n{listing(problems)}")
+
+
+def _check_shapes(nodes: dict[str, Any], base: Any) -> None:
+    """The adapter's leaves are the base's, and of their shapes."""
+    leaves = dict(flatten(base, is_leaf=is_node)[0])
+    if adapted := [p for p, leaf in leaves.items() if isinstance(leaf, LowRank | Full | Adapted)]:
+        raise CheckpointError(
+            f"base holds an adapter at {adapted[0]!r}: pass the frozen tree (lowrank.partition "
+            "takes a combined one apart)"
+        )
+    _refuse(
+        "the adapter does not fit the base: pass the base it was trained on, at the same level",
+        differences(
+            {path: str(np.shape(leaves[path])) for path in nodes if path in leaves},
+            {path: str(shape) for path, shape in _dense_shapes(nodes).items()},
+        ),
+    )
+
+
+def _check_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: bool) -> None:
+    """The base is the one trained on, as far as that is known."""
+    if check and trained_on is not None:
+        own = base if isinstance(base, Fingerprint) else fingerprint(base)
+        _refuse(
+            "this base is not the one the adapter was trained on: pass that one, or "
+            "check_base=False to take this one all the same",
+            trained_on.differences(own),
+        )
+    if not isinstance(base, Fingerprint):
+        _check_shapes(nodes, base)
+
+
+def _statics(wanted: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """Differences in axes, kind and scale of the nodes that both have."""
+    both = {path for path in wanted if type(saved.get(path)) is type(wanted[path])}
+    show = lambda nodes: {
+        f"{path}.{name}": repr(value)
+        for path in both
+        for name, value in _static(type(nodes[path]), vars(nodes[path])).items()
+    }
+    return differences(show(wanted), show(saved))
+
+
+def _fit(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
+    """Refuse saved leaves that are not those wanted; return the shardings wanted, by name."""
+    wanted = {p: np.asarray(v) if _form(v) in _SCALARS else v for p, v in wanted.items()}
+    show = lambda leaves: {p: f"{leaf.dtype}{list(leaf.shape)}" for p, leaf in leaves.items()}
+    _refuse(
+        f"the saved {what} is not that of like.{what}: restore without it and convert, or make it "
+        "by the config and optimizer of the checkpoint",
+        differences(show(wanted), show(saved)) + list(more),
+    )
+    # an uncommitted array is where it is by default only
+    placed = {
+        p: getattr(v, "sharding", None) for p, v in wanted.items() if getattr(v, "committed", True)
+    }
+    return {saved[path].name: sharding for path, sharding in placed.items()}
