@@ -1,5 +1,6 @@
 """Low-rank adapters for any JAX function: weights are adapted, not modules."""
 
+from lowrank_jax import checkpoint as checkpoint
 from lowrank_jax import initializers as initializers
 from lowrank_jax._adapters import combine as combine
 from lowrank_jax._adapters import init as init
@@ -14,6 +15,8 @@ from lowrank_jax._errors import MaterializeError as MaterializeError
 from lowrank_jax._errors import MaterializeWarning as MaterializeWarning
 from lowrank_jax._errors import PatternError as PatternError
 from lowrank_jax._errors import TreeError as TreeError
+from lowrank_jax._fingerprint import Fingerprint as Fingerprint
+from lowrank_jax._fingerprint import fingerprint as fingerprint
 from lowrank_jax._lift import lift as lift
 from lowrank_jax._nodes import Adapted as Adapted
 from lowrank_jax._nodes import Full as Full

@@ -87,10 +87,10 @@ def _gather(
 
 def _in_order(array: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
     """The axes of a factor in the order of the weight's, which lax.gather asks of batching axes."""
-    order = tuple(sorted(labels, key=lambda label: (label == RANK, label if label != RANK else 0)))
-    mine = [label for label in labels if label != RANK]
+    mine: list[Any] = [label for label in labels if label != RANK]
     if mine == sorted(mine):
         return array, labels
+    order = (*sorted(mine), *(label for label in labels if label == RANK))
     return lax.transpose(array, tuple(labels.index(label) for label in order)), order
 
 

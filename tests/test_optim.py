@@ -144,7 +144,7 @@ def test_integer_leaves_and_float0_gradients():
 
 
 def test_weight_decay_reaches_only_adapters():
-    apply, base, lora = setup()
+    _, base, lora = setup()
     lora = jax.tree.map(lambda v: v + 1, lora)
     tx = lowrank.only_adapters(optax.adamw(1e-1, weight_decay=1.0))
     combined = lowrank.combine(base, lora)

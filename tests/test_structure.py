@@ -21,7 +21,7 @@ LAYERS = [
     {"_nodes", "_virtual"},
     {"_products", "_convolution", "_lookup", "_weight", "initializers"},
     {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
-    {"_targets", "_adapters", "_optim", "_fingerprint"},
+    {"_targets", "_adapters", "_optim", "_fingerprint", "_archive", "_entries"},
     {"checkpoint"},
     {"__init__"},
 ]

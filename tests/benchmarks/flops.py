@@ -2,8 +2,8 @@
 
 Run: python tests/benchmarks/flops.py [--layers 4] [--dim 256] [--tokens 512] [--rank 16]
 
-By hand: the same decoder block with x @ w + s * ((x @ a) @ b) written at each of its seven linears.
-Printed beside it: the frozen forward, and full fine-tuning. The step is loss, gradient and AdamW over
+By hand: the same decoder block with x @ w + s * ((x @ a) @ b) written at each of its seven
+linears. Printed beside it: the frozen forward, and full fine-tuning. The step is loss, gradient and AdamW over
 the adapters, compiled for this machine's default device; the count is compiled.cost_analysis().
 """
 
@@ -18,7 +18,7 @@ import lowrank_jax as lowrank
 
 
 def block(weights, x, linear):
-    """One Llama-like decoder block, x [b, t, d]; linear(weight, x) is each of the seven products."""
+    """One Llama-like decoder block, x [b, t, d]; linear(weight, x) is each of the seven."""
     heads = 4
     b, t, d = x.shape
     norm = lambda x: x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)

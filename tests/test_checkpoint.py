@@ -1,0 +1,673 @@
+"""Save and restore: bit-equal, atomic, verified, and only onto the base trained on."""
+
+import contextlib
+import functools
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import lowrank_jax as lowrank
+from lowrank_jax import CheckpointError, TreeError, _archive, checkpoint
+from lowrank_jax._fingerprint import Fingerprint, fingerprint
+
+CONFIG = lowrank.LoraConfig(rank=2, alpha=3, targets=("**/kernel",), train=("**/bias",))
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(4)(x))
+        return nn.Dense(5)(x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 5, rngs=rngs)])
+
+
+@functools.cache
+def initialized():
+    return Linen().init(jax.random.key(0), jnp.ones((1, 3)))
+
+
+def linen_base():
+    return jax.tree.map(lambda leaf: leaf, initialized())
+
+
+def nnx_base():
+    return nnx.state(Nnx(nnx.Rngs(0)))
+
+
+def list_base():
+    leaf = lambda *shape: {"kernel": jnp.ones(shape), "bias": jnp.zeros(shape[-1:])}
+    return [leaf(3, 4), (leaf(4, 5), None), jnp.array(7)]
+
+
+BASES = {"linen": linen_base, "nnx": nnx_base, "list": list_base}
+
+
+def made(base, **options):
+    """An adapter whose factors are all non-zero, with its config."""
+    config = lowrank.LoraConfig(**{**CONFIG.to_dict(), **options})
+    _, lora = lowrank.init(jax.random.key(1), base, config)
+    noise = np.random.default_rng(2)
+    draw = lambda leaf: jnp.asarray(noise.normal(size=leaf.shape), leaf.dtype)
+    return jax.tree.map(draw, lora), config
+
+
+def same(one, other):
+    """Same structure (static fields of nodes too), dtypes and bytes."""
+    leaves, treedef = jax.tree.flatten(one)
+    others, other_treedef = jax.tree.flatten(other)
+    assert treedef == other_treedef
+    for leaf, found in zip(leaves, others, strict=True):
+        assert (leaf.shape, leaf.dtype) == (found.shape, found.dtype)
+        assert np.asarray(leaf).tobytes() == np.asarray(found).tobytes()
+
+
+def entries(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def edit(path, change, seal=True):
+    """Change a manifest's body; `seal` makes its own hash right again."""
+    body = json.loads((path / "manifest.json").read_text())
+    recorded = body.pop("sha256")
+    change(body)
+    sha = _archive._body_hash(body) if seal else recorded
+    (path / "manifest.json").write_text(json.dumps({**body, "sha256": sha}))
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", BASES)
+def test_round_trip_is_bit_equal(tmp_path, kind, dtype):
+    base = BASES[kind]()
+    lora, config = made(base, factor_dtype=dtype)
+    checkpoint.save(tmp_path, lora=lora, config=config, base=base, step=5)
+    found = checkpoint.restore(tmp_path, base=base)
+    same(lora, found.lora)
+    assert (found.config, found.step, found.opt_state) == (config, 5, None)
+    assert found.fingerprint == fingerprint(base)
+    assert found.fingerprint == fingerprint(nnx.to_pure_dict(base) if kind == "nnx" else base)
+
+
+def test_without_base_come_nested_dicts(tmp_path):
+    lora, config = made(list_base())
+    checkpoint.save(tmp_path, lora=lora, config=config)
+    found = checkpoint.restore(tmp_path)
+    assert set(found.lora) == {"0", "1"}  # untouched leaves are not there
+    same(found.lora["1"]["0"], lora[1][0])
+    assert found.fingerprint is None
+    bare = lora[0]["kernel"]
+    checkpoint.save(tmp_path / "bare", lora=bare, config=config, base=jnp.ones((3, 4)))
+    same(bare, checkpoint.restore(tmp_path / "bare").lora)
+    clash = {"a": bare, "a/b": bare}
+    checkpoint.save(tmp_path / "clash", lora=clash, config=config)
+    same(clash, checkpoint.restore(tmp_path / "clash", like={"lora": clash}).lora)
+
+
+def test_odd_keys_and_axes(tmp_path):
+    node = lowrank.LowRank(
+        jnp.ones((3, 6, 2)), jnp.ones((3, 2, 2, 4)), None, (1,), (2, 3), (0,), 1 / 3, "dot"
+    )
+    lora = {"..": {"é 0": node}, "": {"a.b%": lowrank.Full(jnp.zeros((0, 3)))}, "a": {"b": node}}
+    checkpoint.save(tmp_path / "x", lora=lora, config=CONFIG)
+    same(lora, checkpoint.restore(tmp_path / "x").lora)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_stacked_adapters(tmp_path):
+    base = linen_base()
+    many = jax.vmap(lambda key: lowrank.init(key, base, CONFIG)[1])(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    checkpoint.save(tmp_path, lora=many, config=CONFIG, base=base)
+    same(many, checkpoint.restore(tmp_path, base=base).lora)
+
+
+def test_config_with_regexes(tmp_path):
+    config = lowrank.LoraConfig(
+        targets=(re.compile(r"params/.*/KERNEL", re.IGNORECASE),),
+        rank_pattern={re.compile(".*_1/kernel"): 3, "**": 2},
+        stack={"nothing/*": (0, 1)},
+    )
+    lora, _ = made(linen_base())
+    checkpoint.save(tmp_path, lora=lora, config=config)
+    found = checkpoint.restore(tmp_path).config
+    assert found == config
+    assert list(found.rank_pattern) == list(config.rank_pattern)
+
+
+def test_leaves_of_every_kind(tmp_path):
+    lora, config = made(linen_base())
+    state = {
+        "count": jnp.array(3),
+        "weak": jnp.asarray(0.1),
+        "key": jax.random.key(3, impl="rbg"),
+        "keys": jax.random.split(jax.random.key(3), 2),
+        "numbers": (True, 2**60, 0.1),
+        "wide": np.arange(3.0),
+        "bool": jnp.array([True, False]),
+        "nan": jnp.array([np.nan, -0.0, np.inf], jnp.bfloat16),
+        "codes": jnp.arange(4).astype(jnp.uint4),
+        "eighths": jnp.ones((2, 3), jnp.float8_e4m3fn),
+        "empty": jnp.zeros((0, 3)),
+        "none": None,
+        "masked": optax.MaskedNode(),
+    }
+    checkpoint.save(tmp_path, lora=lora, config=config, opt_state=state)
+    for found in (
+        checkpoint.restore(tmp_path, like={"opt_state": state}).opt_state,
+        checkpoint.restore(tmp_path).opt_state,
+    ):
+        for name in ("count", "weak", "bool", "nan", "codes", "eighths", "empty", "wide"):
+            same(state[name], found[name])
+        assert found["weak"].weak_type
+        assert not found["nan"].weak_type
+        assert isinstance(found["wide"], np.ndarray)
+        for name in ("key", "keys"):
+            assert found[name].dtype == state[name].dtype
+            same(jax.random.key_data(state[name]), jax.random.key_data(found[name]))
+    assert checkpoint.restore(tmp_path).opt_state["numbers"] == {"0": True, "1": 2**60, "2": 0.1}
+    found = checkpoint.restore(tmp_path, like={"opt_state": state}).opt_state
+    assert [type(number) for number in found["numbers"]] == [bool, int, float]
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "abstract"), [("linen", True), ("nnx", True), ("nnx", False), ("list", False)]
+)
+def test_optimizer_goes_on_bit_equal(tmp_path, kind, abstract):
+    base = BASES[kind]()
+    lora, config = made(base, factor_dtype="bfloat16")
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1, 9)))
+
+    @jax.jit
+    def step(lora, state):
+        updates, state = tx.update(jax.tree.map(jnp.sin, lora), state, lora)
+        return optax.apply_updates(lora, updates), state
+
+    state = tx.init(lora)
+    for _ in range(2):
+        lora, state = step(lora, state)
+    checkpoint.save(tmp_path, lora=lora, config=config, base=base, opt_state=state, step=2)
+    fresh, _ = made(base, factor_dtype="bfloat16")
+    like = {"lora": fresh, "opt_state": tx.init(fresh)}
+    like = jax.eval_shape(lambda: like) if abstract else like
+    found = checkpoint.restore(tmp_path, base=base, like=like)
+    for _ in range(2):
+        lora, state = step(lora, state)
+        found_lora, found_state = step(found.lora, found.opt_state)
+        found = checkpoint.Checkpoint(found_lora, config, found_state)
+    same(lora, found.lora)
+    same(state, found.opt_state)
+    again = checkpoint.restore(tmp_path, like=found)  # an object with the fields
+    assert again.step == 2
+
+
+def test_sharded_leaves_go_to_another_mesh(tmp_path):
+    lora, config = made({"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)})
+    place = lambda shape, names, spec: jax.tree.map(
+        lambda leaf: jax.device_put(
+            leaf, NamedSharding(jax.make_mesh(shape, names), PartitionSpec(spec))
+        ),
+        lora,
+    )
+    before, after = place((2,), ("x",), "x"), place((2, 1), ("y", "z"), ("y", "z"))
+    checkpoint.save(tmp_path, lora=before, config=config)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), after
+    )
+    for like in (after, abstract):
+        found = checkpoint.restore(tmp_path, like={"lora": like}).lora
+        same(lora, found)
+        assert found["kernel"].a.sharding == after["kernel"].a.sharding
+    assert not checkpoint.restore(tmp_path, like={"lora": lora}).lora["kernel"].a.committed
+
+
+# Refusals
+
+
+def test_wrong_base_is_refused(tmp_path):
+    base = linen_base()
+    lora, config = made(base)
+    computed = fingerprint(base)
+    checkpoint.save(tmp_path, lora=lora, config=config, base=computed)
+    other = jax.tree.map(lambda leaf: leaf, base)
+    other["params"]["Dense_1"]["kernel"] = base["params"]["Dense_1"]["kernel"].at[0, 0].add(1)
+    for wrong in (other, fingerprint(other)):
+        with pytest.raises(CheckpointError, match="not the one the adapter was trained on") as info:
+            checkpoint.restore(tmp_path, base=wrong)
+        assert "check_base=False" in str(info.value)
+        assert str(info.value).count("\n") == 1
+        assert "params/Dense_1/kernel: float32[4, 5] of SHA-256" in str(info.value)
+    same(lora, checkpoint.restore(tmp_path, base=other, check_base=False).lora)
+    assert checkpoint.restore(tmp_path, base=computed).lora["params"]["Dense_0"]
+    wide = jax.tree.map(lambda leaf: jnp.ones((*leaf.shape[:-1], 9)), base)
+    for wrong, text in (
+        (wide, r"Dense_0/kernel: \(3, 4\), expected \(3, 9\)"),
+        (base["params"], r"params/Dense_0/bias: unexpected"),
+        (lowrank.combine(base, lora), "holds an adapter at"),
+    ):
+        with pytest.raises(CheckpointError, match=text):
+            checkpoint.restore(tmp_path, base=wrong, check_base=False)
+        with pytest.raises(CheckpointError):
+            checkpoint.restore(tmp_path, base=wrong)
+    abstract = jax.eval_shape(lambda: base)
+    with pytest.raises(CheckpointError, match="not an array of numbers with values"):
+        checkpoint.restore(tmp_path, base=abstract)
+    same(lora, checkpoint.restore(tmp_path, base=abstract, check_base=False).lora)
+
+
+def test_like_lists_all_that_differs(tmp_path):
+    base = linen_base()
+    lora, config = made(base)
+    tx = optax.adam(0.1)
+    checkpoint.save(tmp_path, lora=lora, config=config, opt_state=tx.init(lora))
+    wrong, _ = made(base, rank=3, targets="params/Dense_0/kernel", train="params/Dense_1/bias")
+    with pytest.raises(CheckpointError) as info:
+        checkpoint.restore(tmp_path, like={"lora": wrong})
+    for text in (
+        "params/Dense_0/kernel/a: float32[3, 2], expected float32[3, 3]",
+        "params/Dense_1/kernel/a: unexpected, float32[4, 2]",
+        "params/Dense_0/kernel.scale: 1.5, expected 1.0",
+    ):
+        assert text in str(info.value)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lora)
+    with pytest.raises(CheckpointError, match=r"kernel/a: float32\[3, 2\], expected bfloat16"):
+        checkpoint.restore(tmp_path, like={"lora": half})
+    with pytest.raises(CheckpointError, match="0/trace/params/Dense_0/kernel/a: missing") as info:
+        checkpoint.restore(tmp_path, like={"opt_state": optax.sgd(1, 0.9).init(lora)})
+    assert "0/mu/params/Dense_0/kernel/a: unexpected, float32[3, 2]" in str(info.value)
+    checkpoint.save(tmp_path, lora=lora, config=config)
+    with pytest.raises(CheckpointError, match="0/count: missing, expected int32"):
+        checkpoint.restore(tmp_path, like={"opt_state": tx.init(lora)})
+
+
+def test_save_refuses_what_is_no_adapter(tmp_path):
+    base = linen_base()
+    lora, config = made(base)
+    for options, text in (
+        ({"lora": base}, "lora holds ArrayImpl at 'params/Dense_0/bias'"),
+        ({"lora": lowrank.combine(base, lora)}, r"lora holds Adapted .*partition"),
+        ({"lora": {"w": None}}, "no adapter"),
+        ({"base": lora}, "base holds an adapter"),
+        ({"base": base["params"]}, "does not fit the base"),
+        ({"base": jax.eval_shape(lambda: base)}, "no.* array of numbers with values"),
+        ({"config": config.to_dict()}, "config is a dict"),
+        ({"step": 1.5}, "step is 1.5"),
+        ({"opt_state": {"a": "text"}}, "opt_state/a.* is str"),
+        ({"lora": jax.eval_shape(lambda: lora)}, "is ShapeDtypeStruct"),
+    ):
+        with pytest.raises(CheckpointError, match=text):
+            checkpoint.save(tmp_path / "x", **{"lora": lora, "config": config, **options})
+    with pytest.raises(CheckpointError, match="tracer"):
+        jax.jit(lambda lora: checkpoint.save(tmp_path / "x", lora=lora, config=config))(lora)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(CheckpointError, match="mounted file system"):
+        checkpoint.save("gs://bucket/x", lora=lora, config=config)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CheckpointError, match="could not be written"):
+            checkpoint.save(path, lora=lora, config=config)
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved")
+    lora, config = made(linen_base())
+    state = optax.adamw(1e-3).init(lora)
+    checkpoint.save(path, lora=lora, config=config, base=linen_base(), opt_state=state, step=1)
+    return path
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_every_flipped_byte_is_caught(copy):
+    generator = np.random.default_rng(0)
+    for name, content in entries(copy).items():
+        for _ in range(8):
+            at, bit = generator.integers(len(content)), 1 << generator.integers(8)
+            flipped = bytearray(content)
+            flipped[at] ^= bit
+            (copy / name).write_bytes(flipped)
+            with pytest.raises(CheckpointError, match=r"damaged|not a manifest|format version"):
+                checkpoint.restore(copy)
+        (copy / name).write_bytes(content)
+    assert checkpoint.restore(copy).step == 1
+
+
+def test_missing_and_truncated_files(copy):
+    folder = next(copy.glob("arrays-*"))
+    contents = entries(folder)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="damaged") as info:
+        checkpoint.restore(copy)
+    for name, content in contents.items():
+        assert f"{name}: {len(content) - 1} bytes, expected {len(content)}" in str(info.value)
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match="_METADATA: missing"):
+        checkpoint.restore(copy)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no manifest\.json"):
+        checkpoint.restore(copy)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoint.restore(copy / "nowhere")
+
+
+def test_a_leaf_is_verified_beyond_its_file(copy):
+    def swap(body):
+        one, other = "lora/params/Dense_0/kernel/a", "opt_state/0/mu/params/Dense_0/kernel/a"
+        body["arrays"][one], body["arrays"][other] = body["arrays"][other], body["arrays"][one]
+
+    edit(copy, swap)
+    with pytest.raises(CheckpointError, match="lora/params/Dense_0/kernel/a: its SHA-256"):
+        checkpoint.restore(copy)
+
+
+def test_unknown_version_is_refused(copy):
+    edit(copy, lambda body: body.update(version=2))
+    with pytest.raises(
+        CheckpointError, match=r"format version 2; this lowrank_jax reads version 1"
+    ):
+        checkpoint.restore(copy)
+
+
+def nothing(path, value):
+    """A change of a manifest at a path of keys."""
+
+    def change(body):
+        for key in path[:-1]:
+            body = body[key]
+        body[path[-1]] = value
+
+    return change
+
+
+FORGED = {
+    "no folder": nothing(["folder"], None),
+    "folder outside": nothing(["folder"], "../arrays-" + 32 * "0"),
+    "file outside": nothing(["files", "../../x"], [3, "0"]),
+    "absolute file": nothing(["files", "/etc/passwd"], [3, "0"]),
+    "huge array": nothing(["arrays", "lora/params/Dense_0/kernel/a", 0], [1 << 40, 1 << 20]),
+    "negative size": nothing(["arrays", "lora/params/Dense_0/kernel/a", 0], [-3, -2]),
+    "unknown dtype": nothing(["arrays", "lora/params/Dense_0/kernel/a", 1], "object"),
+    "config key": nothing(["config", "shape"], 3),
+    "config regex": nothing(["config", "targets"], [{"re": "("}]),
+    "config type": nothing(["config"], []),
+    "node type": nothing(["lora", 0, "type"], "os.system"),
+    "node axes": nothing(["lora", 1, "static", "fan_in"], [7]),
+    "node scale": nothing(["lora", 1, "static", "scale"], "x"),
+    "array name": nothing(["lora", 1, "arrays", "a", "name"], "elsewhere"),
+    "array form": nothing(["opt_state", 0, "form"], "pickle"),
+    "step": nothing(["step"], "x"),
+    "base": nothing(["base"], {"algorithm": "md5", "leaves": {}}),
+    "list": nothing(["opt_state"], 3),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_manifests_give_one_typed_error(copy, name):
+    edit(copy, FORGED[name])
+    began = time.perf_counter()
+    with pytest.raises(CheckpointError):
+        checkpoint.restore(copy)
+    assert time.perf_counter() - began < 2
+
+
+def test_text_that_is_no_manifest(copy):
+    for text in ("", "[]", "{", "[" * 100_000, "3", '{"format": "other"}', "\0", "NaN"):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(CheckpointError, match="manifest"):
+            checkpoint.restore(copy)
+
+
+def test_nothing_is_unpickled(copy, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    payload = pickle.dumps(Payload())
+    for name in entries(copy):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(payload)
+        with pytest.raises(CheckpointError):
+            checkpoint.restore(copy)
+        (copy / name).write_bytes(content)
+    assert not (tmp_path / "ran").exists()
+
+
+# Replacement
+
+
+class Killed(BaseException):
+    """What ends a save at a given call: from then on, no call does anything."""
+
+
+CALLS = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")
+
+
+def kill_at(monkeypatch, number):
+    """Let the `number`th call to the file system, and all after it, raise; return the count."""
+    count = [0]
+
+    def counted(call):
+        def run(*args, **kwargs):
+            count[0] += 1
+            if count[0] > number:
+                raise Killed
+            return call(*args, **kwargs)
+
+        return run
+
+    for name in CALLS:
+        # a killed process loses nothing that the kernel has: syncing would only cost time
+        call = (lambda handle: None) if name == "fsync" else getattr(os, name)
+        monkeypatch.setattr(os, name, counted(call))
+    return count
+
+
+def test_killed_at_each_call_leaves_one_whole_checkpoint(tmp_path, monkeypatch):
+    base = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    lora, config = made(base, targets="kernel", train="bias")
+    new = jax.tree.map(lambda leaf: -leaf, lora)
+    checkpoint.save(tmp_path / "old", lora=lora, config=config, base=base, step=1)
+    with monkeypatch.context() as patch:
+        count = kill_at(patch, 10**9)
+        checkpoint.save(shutil.copytree(tmp_path / "old", tmp_path / "n"), lora=new, config=config)
+    seen = []
+    for number in range(count[0] + 1):
+        path = shutil.copytree(tmp_path / "old", tmp_path / str(number))
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            with contextlib.suppress(Killed, CheckpointError):  # Orbax's threads wrap a Killed
+                checkpoint.save(path, lora=new, config=config, base=base, step=2)
+        found = checkpoint.restore(path, base=base)
+        same(found.lora, {1: lora, 2: new}[found.step])
+        seen.append(found.step)
+        if number % 3 == 0:
+            checkpoint.save(path, lora=new, config=config, base=base, step=3)
+            assert checkpoint.restore(path, base=base).step == 3
+            assert len(list(path.iterdir())) == 2, "leftovers"
+        shutil.rmtree(path)
+    assert seen == sorted(seen)
+    assert set(seen) == {1, 2}
+    assert len(seen) > 20
+
+
+@pytest.mark.parametrize("call", ["rename", "replace", "fsync", "mkdir", "open"])
+def test_input_output_errors_leave_the_old_one(tmp_path, monkeypatch, call):
+    lora, config = made(linen_base())
+    checkpoint.save(tmp_path / "x", lora=lora, config=config, step=1)
+    before = entries(tmp_path / "x")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(CheckpointError, match="could not be written") as info:
+            checkpoint.save(tmp_path / "x", lora=lora, config=config, step=2)
+    assert "No space left" in str(info.value)
+    assert entries(tmp_path / "x") == before
+
+
+def test_sigkill_of_a_saving_process(tmp_path):
+    code = (
+        "import sys, numpy as np, lowrank_jax as lowrank; from lowrank_jax import checkpoint\n"
+        "config = lowrank.LoraConfig(targets='w')\n"
+        "for step in range(1, 10**6):\n"
+        "    w = np.full((64, 2), step, np.float32)\n"
+        "    lora = {'w': lowrank.LowRank(w, np.full((2, 64), -step, np.float32))}\n"
+        "    checkpoint.save(sys.argv[1], lora=lora, config=config, step=step)\n"
+        "    print(step, flush=True)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE, env=env
+    )
+    with child:
+        for _ in range(5):
+            told = int(child.stdout.readline())
+        time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+    found = checkpoint.restore(tmp_path / "x")
+    assert found.step >= told
+    assert (np.asarray(found.lora["w"].a) == found.step).all()
+    assert (np.asarray(found.lora["w"].b) == -found.step).all()
+    checkpoint.save(tmp_path / "x", lora=found.lora, config=found.config)
+    assert len(list((tmp_path / "x").iterdir())) == 2
+
+
+def test_second_writer_errors_at_once(tmp_path):
+    lora, config = made(linen_base())
+    checkpoint.save(tmp_path, lora=lora, config=config, step=1)
+    with _archive._locked(tmp_path):
+        began = time.perf_counter()
+        with pytest.raises(CheckpointError, match="another save is writing"):
+            checkpoint.save(tmp_path, lora=lora, config=config, step=2)
+        assert time.perf_counter() - began < 2
+        assert checkpoint.restore(tmp_path).step == 1
+    checkpoint.save(tmp_path, lora=lora, config=config, step=2)
+    assert checkpoint.restore(tmp_path).step == 2
+
+
+def test_a_reader_that_meets_a_save_reads_the_new_one(tmp_path, monkeypatch):
+    lora, config = made(linen_base())
+    checkpoint.save(tmp_path, lora=lora, config=config, step=1)
+    read = checkpoint.read_archive
+
+    def late(directory, body):
+        monkeypatch.setattr(checkpoint, "read_archive", read)
+        checkpoint.save(tmp_path, lora=lora, config=config, step=2)
+        return read(directory, body)
+
+    monkeypatch.setattr(checkpoint, "read_archive", late)
+    assert checkpoint.restore(tmp_path).step == 2
+
+
+def test_other_files_are_left_alone_and_damage_is_replaced(copy):
+    (copy / "notes.txt").write_text("mine")
+    (copy / "arrays-mine").mkdir()
+    (copy / "manifest.json").write_text("{")
+    lora, config = made(linen_base())
+    checkpoint.save(copy, lora=lora, config=config, step=9)
+    assert checkpoint.restore(copy).step == 9
+    names = {path.name for path in copy.iterdir()}
+    assert {"notes.txt", "arrays-mine", "manifest.json"} < names
+    assert len(names) == 4
+
+
+# Fingerprints
+
+
+def test_fingerprint_is_of_content_not_of_form():
+    tree = {
+        "half": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3),
+        "codes": jnp.arange(4).astype(jnp.uint4),
+        "count": jnp.array(3),
+        "key": jax.random.key(0),
+        "empty": jnp.zeros((0, 2)),
+    }
+    found = fingerprint(tree)
+    assert [leaf[:3] for leaf in found.leaves] == [
+        ("codes", (4,), "uint4"),
+        ("count", (), "int32"),
+        ("empty", (0, 2), "float32"),
+        ("half", (2, 3), "bfloat16"),
+        ("key", (2,), "uint32"),
+    ]
+    assert found == fingerprint(dict(reversed(tree.items())))
+    hosted = {
+        name: np.asarray(leaf, order="F") if name != "key" else leaf for name, leaf in tree.items()
+    }
+    assert found == fingerprint(hosted)
+    assert found == Fingerprint.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert hash(found) == hash(fingerprint(tree))
+    assert len(repr(found)) < 60
+    for name, other in (
+        ("half", tree["half"].at[0, 0].set(-0.0)),  # 0.0 before: equal, and of other bytes
+        ("half", tree["half"].T),
+        ("count", tree["count"].astype(jnp.int8)),
+        ("key", jax.random.key(1)),
+    ):
+        changed = fingerprint({**tree, name: other})
+        assert changed != found
+        assert [line.split(":")[0] for line in found.differences(changed)] == [name]
+    renamed = fingerprint({"x": tree["half"], **{k: v for k, v in tree.items() if k != "half"}})
+    assert [line[:16] for line in found.differences(renamed)] == [
+        "half: missing, e",
+        "x: unexpected, b",
+    ]
+
+
+def test_fingerprint_of_sharded_leaves():
+    value = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+    count = len(jax.devices())
+    split = NamedSharding(jax.make_mesh((count,), ("x",)), PartitionSpec(None, "x"))
+    leaf = jax.device_put(value, split)
+    assert fingerprint([value]) == fingerprint([leaf])
+    whole = jax.device_put(value, NamedSharding(split.mesh, PartitionSpec()))
+    assert fingerprint([value]) == fingerprint([whole])
+
+
+def test_fingerprint_refuses_what_has_no_values():
+    lora, _ = made(linen_base())
+    gone = jnp.ones(3)
+    gone.delete()
+    for bad, text in (
+        ("text", "is str"),
+        (jax.ShapeDtypeStruct((3,), jnp.float32), "is ShapeDtypeStruct"),
+        (gone, "deleted"),
+        (lora, "is an adapter"),
+    ):
+        with pytest.raises(TreeError, match=text):
+            fingerprint({"leaf": bad})
+    with pytest.raises(TreeError, match="no values to read"):
+        jax.jit(lambda x: fingerprint([x]))(1.0)
