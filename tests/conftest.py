@@ -5,8 +5,8 @@ import os
 # eight host devices, before jax is imported: what runs on many devices is tested on every machine
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 # CPU, GPU and TPU multiply float32 in float32: a law about float32 is no law in bfloat16 passes.
 jax.config.update("jax_default_matmul_precision", "highest")

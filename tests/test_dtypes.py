@@ -51,7 +51,7 @@ DOTS = {
 
 @pytest.mark.parametrize("name", DOTS)
 @pytest.mark.parametrize("factor_dtype", FLOATS)
-@pytest.mark.parametrize(("weight_dtype", "input_dtype"), itertools.product(FLOATS, INPUTS))
+@pytest.mark.parametrize(("weight_dtype", "input_dtype"), [*itertools.product(FLOATS, INPUTS)])
 def test_law(weight_dtype, input_dtype, factor_dtype, name, fast_compile):
     fn, x = DOTS[name], inputs(input_dtype)
     params = {"w": normal(7, 5, dtype=jnp.dtype(weight_dtype))}

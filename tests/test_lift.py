@@ -350,7 +350,7 @@ def loss(fn):
 
 
 def test_one_tree_gradients_leave_the_base_alone():
-    dense, tree = dense_and_tree(tree={"w": W, "count": jnp.array(2)})
+    _, tree = dense_and_tree(tree={"w": W, "count": jnp.array(2)})
     g = jax.grad(loss(lowrank.lift(f)), allow_int=True)(tree, X)
     assert not g["w"].base.any()
     assert g["w"].delta.a.any()

@@ -3,8 +3,8 @@
 Run: python tests/benchmarks/flops.py [--layers 4] [--dim 256] [--tokens 512] [--rank 16]
 
 By hand: the same decoder block with x @ w + s * ((x @ a) @ b) written at each of its seven
-linears. Printed beside it: the frozen forward, and full fine-tuning. The step is loss, gradient and AdamW over
-the adapters, compiled for this machine's default device; the count is compiled.cost_analysis().
+linears. Printed beside it: the frozen forward, and full fine-tuning. The step is loss, gradient and
+AdamW over the adapters, compiled for the default device; the count is compiled.cost_analysis().
 """
 
 import argparse

@@ -4,7 +4,8 @@ Run on a quiet machine: python tests/benchmarks/step_time.py [--layers 4] [--ran
 
 Limit 1.00 is the same model's loss and its gradient with respect to the input alone: the forward
 and the dx products that any adapter needs. Beside it: the adapters written by hand, and full
-fine-tuning. All are timed in turn within one process; printed are medians and their ratios to the limit.
+fine-tuning. All are timed in turn within one process; printed are medians, and their ratios to the
+limit.
 """
 
 import argparse
