@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._errors import PatternError, TreeError
+from lowrank_jax._errors import PatternError, TreeError, listing
 
 ALL_LINEAR = "all-linear"
 
@@ -90,8 +90,11 @@ def matches(pattern: Pattern, path: str) -> bool:
 
 def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
     """The paths most like the pattern, for error messages."""
-    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    return difflib.get_close_matches(text, list(paths), n=count, cutoff=0.0)
+    text = str(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
+    names = [name for name in text.split("/") if name.strip("*.?")] or [text]
+    alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+    score = lambda path: sum(max(alike(n, part) for part in path.split("/")) for n in names)
+    return sorted(paths, key=score, reverse=True)[:count]
 
 
 def no_match(pattern: Pattern, paths: Sequence[str], what: str) -> PatternError:
@@ -111,14 +114,20 @@ def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict
     """Map each path that some pattern matches to the first such pattern.
 
     Raises:
-      PatternError: a pattern matches no path; the message names the nearest ones.
+      PatternError: patterns match no path; the message names each and the paths nearest to it.
     """
     chosen: dict[str, Pattern] = {}
+    missed = []
     for pattern in patterns:
         regex = compile_pattern(pattern)
         hits = [path for path in paths if regex.fullmatch(path)]
         if not hits:
-            raise no_match(pattern, paths, what)
+            missed.append(no_match(pattern, paths, what))
         for path in hits:
             chosen.setdefault(path, pattern)
+    if len(missed) == 1:
+        raise missed[0]
+    if missed:
+        text = listing([str(error) for error in missed])
+        raise PatternError(f"{len(missed)} patterns match nothing:\n{text}")
     return chosen

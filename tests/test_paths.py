@@ -62,6 +62,17 @@ def test_no_match_names_the_nearest():
     assert "'m/q_proj/kernel'" in text
 
 
+def test_every_pattern_without_a_match_is_named_and_the_nearest_is_of_the_same_module():
+    paths = ["m/up_proj/kernel", "m/self_attn/q_proj/kernel", "m/self_attn/v_proj/kernel"]
+    with pytest.raises(lowrank.PatternError) as error:
+        select(["**/q_porj/kernel", "m/**", "**/vv_proj/kernel"], paths, "targets")
+    first, second = str(error.value).splitlines()[1:]
+    assert "q_porj" in first
+    assert "nearest paths are 'm/self_attn/q_proj/kernel'" in first
+    assert "vv_proj" in second
+    assert "nearest paths are 'm/self_attn/v_proj/kernel'" in second
+
+
 def test_paths_of_every_container():
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass

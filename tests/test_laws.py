@@ -1,0 +1,587 @@
+"""The laws: what must hold of every model in tests/models.py under every transformation.
+
+lift(f)(combine(base, lora), x) == f(merge(base, lora), x) in value and in the gradient of every
+factor; bit for bit the frozen model at step 0; through jit, vmap over adapters, jvp and checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from models import ROWS, Row, linen, mlp_all_linear_leaves_the_head, noisy, normal, one_device_mesh
+from models import Stacked as StackedLinen
+
+import lowrank_jax as lowrank
+
+# Both sides round; they differ by a few roundings for each product on the way, each of half a unit
+# in the last place of a number no larger than the largest entry. The rows have at most six products
+# in a chain (forward and backward), whose sums of at most 60 terms are kept in float32.
+ROUNDINGS = {jnp.float32: 100, jnp.bfloat16: 8, jnp.float16: 8}
+
+# XLA on CPU fuses elementwise code into products, and rounds the result as it pleases.
+UNFUSED = {"xla_disable_hlo_passes": "fusion,cpu-instruction-fusion"}
+
+# alpha != rank, and neither divides the other: a forgotten or doubled scale cannot hide.
+RANK, ALPHA = 2, 3.0
+
+
+def tolerance(dtype: Any) -> float:
+    """Relative to the largest entry."""
+    return ROUNDINGS[dtype] * float(jnp.finfo(dtype).eps)
+
+
+def assert_close(got: Any, want: Any, dtype: Any) -> None:
+    """Same structure, shapes and dtypes; each leaf within rounding of its largest entry."""
+    chex.assert_trees_all_equal_structs(got, want)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        if jnp.issubdtype(y.dtype, jnp.floating):
+            x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+            largest = max(np.abs(y).max(initial=0.0), 1e-30)
+            chex.assert_trees_all_close(x / largest, y / largest, rtol=0, atol=tolerance(dtype))
+        else:
+            chex.assert_trees_all_equal(x, y)
+
+
+def perturbed(lora: Any, seed: int = 0) -> Any:
+    """Factors that matter: random, neither of them zero."""
+    return noisy(lora, seed, scale=0.3)
+
+
+def waves(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    return np.cos(np.arange(np.prod(shape, dtype=int))).reshape(shape).astype(dtype)
+
+
+def loss_of(fn: Callable) -> Callable:
+    """A scalar of every floating result of fn, each entry with a weight of its own."""
+
+    def loss(*args: Any) -> jax.Array:
+        leaves = [y for y in jax.tree.leaves(fn(*args)) if jnp.issubdtype(y.dtype, jnp.floating)]
+        weigh = lambda y: jnp.sum(y.astype(jnp.float32) * waves(y.shape))
+        return functools.reduce(jnp.add, map(weigh, leaves))
+
+    return loss
+
+
+def ramp(key: Any, weight: Any, rank: int, scale: float) -> Any:
+    """An initializer of one's own, which draws nothing and so compiles in no time."""
+    del key, scale
+    a = waves((weight.shape[0], rank)) / weight.shape[0] ** 0.5
+    return jnp.asarray(a), jnp.zeros((rank, weight.shape[1]), jnp.float32), None
+
+
+class Case:
+    """One row, built once: the dense model, its lifted twin, and a perturbed adapter."""
+
+    def __init__(self, row: Row):
+        self.row = row
+        self.fn, self.params, self.args = row.build()
+        self.config = lowrank.LoraConfig(
+            rank=RANK, alpha=ALPHA, targets=row.targets, stack=row.stack
+        )
+        self.plan = lowrank.plan(self.fn, self.params, *self.args)
+        self.base, self.fresh = lowrank.init(
+            jax.random.key(0), self.params, self.config, plan=self.plan, initializer=ramp
+        )
+        self.lora = perturbed(self.fresh)
+        self.lifted = lowrank.lift(self.fn, fallback="silent" if row.materialized else "raise")
+        self.dense = jax.jit(self.fn)
+
+    def live(self, lora: Any) -> Any:
+        return self.lifted(lowrank.combine(self.base, lora), *self.args)
+
+    def merged(self, lora: Any) -> Any:
+        return self.fn(lowrank.merge(self.base, lora), *self.args)
+
+    def differentiate(self, fn: Callable) -> Callable:
+        """The gradient by reverse mode, or by forward mode where there is no other."""
+        return (jax.grad if self.row.reverse else jax.jacfwd)(loss_of(fn))
+
+    @functools.cached_property
+    def reference(self) -> Callable:
+        """adapter -> (results, gradient) of the merged model."""
+        return jax.jit(lambda lora: (self.merged(lora), self.differentiate(self.merged)(lora)))
+
+    def gradient_of_merged(self, lora: Any) -> Any:
+        return self.reference(lora)[1]
+
+
+# The rows whose transformations the default suite tries: one for each rule and each kind of loop.
+# The rest are tried by `pytest -m slow`.
+TRANSFORMED = {
+    "dense_mixed",
+    "dense_general_batch_dims",
+    "linen_attention",
+    "einsum_stack_in_the_middle",
+    "conv_strided",
+    "conv_grouped",
+    "conv_depthwise",
+    "embed_tied_attend",
+    "linen_scan_remat",
+    "nnx_scan_remat",
+    "linen_rnn_lstm",
+    "nnx_jit_and_remat_inside",
+    "fori_over_a_stack",
+    "carried_unchanged",
+    "while_loop",
+    "cond_and_switch",
+    "custom_vjp",
+    "custom_jvp",
+    "moe_ragged_dot",
+    "moe_by_gathered_weights",
+    "weight_tied_transposed",
+    "fused_qkv_stacked",
+    "inner_jit_twice",
+    "shard_map_one_device",
+}
+
+
+def rows_for_transformations(wanted: Callable[[Row], bool] = lambda row: True) -> list[Any]:
+    mark = lambda row: () if row.name in TRANSFORMED else (pytest.mark.slow,)
+    return [pytest.param(row.name, marks=mark(row)) for row in ROWS if wanted(row)]
+
+
+@functools.cache
+def built(name: str) -> Case:
+    return Case(next(row for row in ROWS if row.name == name))
+
+
+@pytest.fixture(params=[row.name for row in ROWS])
+def case(request) -> Case:
+    return built(request.param)
+
+
+def stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def part(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def nodes(lora: Any) -> dict[str, lowrank.LowRank]:
+    is_node = lambda x: isinstance(x, lowrank.LowRank | lowrank.Full)
+    keyed = jax.tree_util.tree_leaves_with_path(lora, is_leaf=is_node)
+    return {path_of(keys): node for keys, node in keyed}
+
+
+def path_of(keys: Any) -> str:
+    names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
+    return "/".join(names[:-1] if names[-1] == "value" else names)
+
+
+def test_adapts_these_leaves_and_no_other(case):
+    found = {path: (n.fan_in, n.fan_out, n.stack) for path, n in nodes(case.fresh).items()}
+    assert found == dict(case.row.axes)
+    for node in nodes(case.fresh).values():
+        assert node.scale == ALPHA / RANK
+        assert node.a.dtype == node.b.dtype == jnp.float32
+    chex.assert_trees_all_equal(case.base, case.params)
+
+
+def test_exact_at_step_0(case):
+    """Bit for bit, where XLA rounds both programs alike: what it fuses it may round once less."""
+    live = lambda base, lora: case.lifted(lowrank.combine(base, lora), *case.args)
+    got = jax.jit(live, compiler_options=UNFUSED)(case.base, case.fresh)
+    dense = lambda params: case.fn(params, *case.args)
+    want = jax.jit(dense, compiler_options=UNFUSED)(case.params)
+    chex.assert_trees_all_equal(got, want)
+
+
+def test_value(case, fast_compile):
+    want = case.reference(case.lora)[0]
+    assert_close(case.live(case.lora), want, case.row.dtype)
+    frozen = case.dense(case.params, *case.args)
+    pairs = zip(jax.tree.leaves(frozen), jax.tree.leaves(want), strict=True)
+    change = [np.abs(np.asarray(y) - x).max() for x, y in pairs]
+    assert max(change) > 1e-2, "the adapter changes nothing: the law would say nothing"
+
+
+def test_gradient(case, fast_compile):
+    got = jax.jit(case.differentiate(case.live))(case.lora)
+    assert_close(got, case.gradient_of_merged(case.lora), case.row.dtype)
+    for path, node in nodes(got).items():
+        assert np.any(node.a), f"no gradient for a of {path}"
+        assert np.any(node.b), f"no gradient for b of {path}"
+
+
+@pytest.mark.parametrize("name", rows_for_transformations())
+def test_checkpoint_under_vmap_over_adapters(name, fast_compile):
+    case = built(name)
+    loras = [perturbed(case.fresh, seed=10 * i) for i in range(2)]
+    gradient = case.differentiate(jax.checkpoint(case.live))
+    if case.row.vmap:
+        got = jax.jit(jax.vmap(gradient))(stacked(loras))
+    else:
+        got = stacked([jax.jit(gradient)(lora) for lora in loras])
+    for i, lora in enumerate(loras):
+        assert_close(part(got, i), case.gradient_of_merged(lora), case.row.dtype)
+
+
+@pytest.mark.parametrize("name", rows_for_transformations(lambda row: row.forward))
+def test_jvp(name, fast_compile):
+    case = built(name)
+    tangent = jax.tree.map(lambda x: jnp.asarray(waves(x.shape, x.dtype)), case.lora)
+    _, got = jax.jit(lambda lora: jax.jvp(loss_of(case.live), (lora,), (tangent,)))(case.lora)
+    gradient = case.gradient_of_merged(case.lora)
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True)
+    terms = [np.asarray(x) * y for x, y in pairs]
+    size = sum(np.abs(term).sum() for term in terms)
+    assert abs(got - sum(term.sum() for term in terms)) <= tolerance(case.row.dtype) * size
+
+
+def test_fallback_names_what_it_builds(case):
+    tree = lowrank.combine(case.base, case.lora)
+    if not case.row.materialized:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            jax.eval_shape(lowrank.lift(case.fn), tree, *case.args)
+        return
+    with pytest.raises(lowrank.MaterializeError) as error:
+        jax.eval_shape(lowrank.lift(case.fn, fallback="raise"), tree, *case.args)
+    assert any(repr(path) in str(error.value) for path in case.row.materialized)
+    lifted = lowrank.lift(case.fn, fallback="warn")
+    with pytest.warns(lowrank.MaterializeWarning) as caught:
+        jax.eval_shape(lifted, tree, *case.args)
+    said = [str(w.message) for w in caught]
+    assert len(said) == len(set(said))
+    assert {s.split(":")[0] for s in said} == set(case.row.materialized)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.eval_shape(lifted, tree, *case.args)
+
+
+def test_structural_verbs(case):
+    """combine and partition are inverse; eval_shape of init tells the real shapes."""
+    base, lora = lowrank.partition(lowrank.combine(case.base, case.lora))
+    chex.assert_trees_all_equal(base, case.base)
+    chex.assert_trees_all_equal(lora, case.lora)
+    shapes = jax.eval_shape(
+        lambda key, params: lowrank.init(key, params, case.config, plan=case.plan),
+        jax.random.key(0),
+        case.params,
+    )
+    chex.assert_trees_all_equal_structs(shapes[1], case.fresh)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes[1], case.fresh)
+    abstract = jax.eval_shape(lambda: case.params)
+    assert dict(lowrank.plan(case.fn, abstract, *case.args)) == dict(case.plan)
+    merged = lowrank.merge(case.base, case.lora)
+    chex.assert_trees_all_equal_structs(merged, case.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, case.params)
+
+
+# Laws that one or two models show.
+
+
+def simple(build: Callable = mlp_all_linear_leaves_the_head) -> Case:
+    return built(build.__name__)
+
+
+def test_the_authors_own_derivative_is_kept():
+    """custom_vjp says ten times, custom_jvp twice: the adapter's gradient says so too."""
+    for name, factor in (("custom_vjp", 10.0), ("custom_jvp", 2.0)):
+        case = built(name)
+        x, w = case.args[0], lowrank.merge(case.base, case.lora)["w"]
+        plain = lambda lora, x=x, case=case: jnp.sin(x @ lowrank.merge(case.base, lora)["w"])
+        cotangent = jax.grad(loss_of(plain))(case.lora)
+        want = jax.tree.map(lambda g, factor=factor: factor * g, cotangent)
+        assert_close(jax.grad(loss_of(case.live))(case.lora), want, jnp.float32)
+        assert w.shape == (4, 6)
+
+
+@pytest.mark.parametrize("fill", [None, 7.0])
+def test_rows_beyond_the_table_are_the_fill_and_have_no_gradient(fill, fast_compile):
+    """jnp.take gives NaN, or fill_value, beyond the end; masked, its gradient is zero, not NaN."""
+    tokens = jnp.array([0, 2, 9])
+
+    def fn(p, tokens):
+        rows = jnp.take(p["w"], tokens, axis=0, fill_value=fill)
+        return rows, jnp.where((tokens < 5)[:, None], rows, 0.0)
+
+    params = {"w": normal(5, 4)}
+    config = lowrank.LoraConfig(rank=RANK, alpha=ALPHA, targets="w")
+    plan = lowrank.plan(fn, params, tokens)
+    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
+    lora = perturbed(lora)
+    live = lambda lora: lowrank.lift(fn)(lowrank.combine(base, lora), tokens)
+    merged = lambda lora: fn(lowrank.merge(base, lora), tokens)
+    chex.assert_trees_all_close(live(lora)[0], merged(lora)[0], rtol=1e-5, atol=1e-5)
+    got, want = (jax.grad(lambda lora, f=f: f(lora)[1].sum())(lora) for f in (live, merged))
+    assert_close(got, want, jnp.float32)
+
+
+def test_dense_trees_pass_unchanged():
+    case = simple()
+    want = case.fn(case.params, *case.args)
+    chex.assert_trees_all_equal(case.lifted(case.params, *case.args), want)
+
+
+def test_scale_multiplies_the_change_and_is_traced():
+    case = simple()
+    # the base is an argument: folded into the program as a constant it would be summed otherwise
+    live = jax.jit(
+        lambda scale, base: case.lifted(lowrank.combine(base, case.lora, scale=scale), *case.args)
+    )
+    at = lambda scale: live(scale, case.base)
+    for scale in (0.0, 0.3, -2.0):
+        want = case.dense(lowrank.merge(case.base, case.lora, scale=scale), *case.args)
+        assert_close(at(jnp.float32(scale)), want, jnp.float32)
+    chex.assert_trees_all_equal(at(jnp.float32(0.0)), case.dense(case.params, *case.args))
+    slope = jax.jacfwd(at)(0.5)
+    want = jax.jacfwd(lambda s: case.fn(lowrank.merge(case.base, case.lora, scale=s), *case.args))(
+        0.5
+    )
+    assert_close(slope, want, jnp.float32)
+
+
+def test_leaves_trained_whole():
+    case = simple()
+    config = lowrank.LoraConfig(rank=RANK, alpha=ALPHA, train="**/bias")
+    base, lora = lowrank.init(jax.random.key(0), case.params, config, plan=case.plan)
+    chex.assert_trees_all_equal(
+        case.lifted(lowrank.combine(base, lora), *case.args), case.dense(case.params, *case.args)
+    )
+    lora = perturbed(lora)
+    live = lambda lora: case.lifted(lowrank.combine(base, lora, scale=0.7), *case.args)
+    merged = lambda lora: case.fn(lowrank.merge(base, lora, scale=0.7), *case.args)
+    assert_close(live(lora), merged(lora), jnp.float32)
+    got, want = jax.grad(loss_of(live))(lora), jax.grad(loss_of(merged))(lora)
+    assert_close(got, want, jnp.float32)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(got))
+
+
+def test_the_base_inside_a_node_is_constant():
+    case = simple()
+    tree = lowrank.combine(case.base, case.lora)
+    grads = jax.grad(loss_of(case.lifted))(tree, *case.args)
+    base, lora = lowrank.partition(grads)
+    for path in case.row.axes:
+        _, layer, leaf = path.split("/")
+        assert not np.any(base["params"][layer][leaf])
+    assert_close(lora, case.gradient_of_merged(case.lora), jnp.float32)
+    head = case.params["params"]["layers_4"]["kernel"]
+    assert base["params"]["layers_4"]["kernel"].shape == head.shape
+    assert np.any(base["params"]["layers_4"]["kernel"])
+
+
+def test_gradient_with_respect_to_inputs():
+    for case in (simple(), built("conv_strided"), built("linen_scan_remat")):
+        live = lambda x, case=case: case.lifted(lowrank.combine(case.base, case.lora), x)
+        merged = lambda x, case=case: case.fn(lowrank.merge(case.base, case.lora), x)
+        got = jax.jit(jax.grad(loss_of(live)))(*case.args)
+        assert_close(got, jax.jit(jax.grad(loss_of(merged)))(*case.args), jnp.float32)
+
+
+def test_second_derivatives():
+    case = simple()
+    tangent = perturbed(case.fresh, seed=5)
+    hvp = lambda fn: jax.jit(lambda lora: jax.jvp(jax.grad(loss_of(fn)), (lora,), (tangent,))[1])(
+        case.lora
+    )
+    assert_close(hvp(case.live), hvp(case.merged), jnp.float32)
+
+
+def test_nodes_in_any_argument_and_keyword():
+    case = simple()
+    tree = lowrank.combine(case.base, case.lora)
+    want = case.dense(lowrank.merge(case.base, case.lora), *case.args)
+    fn = lambda flag, x, *, params, name: case.fn(params, x) if flag else name
+    got = lowrank.lift(fn, fallback="raise")(True, *case.args, params=tree, name="static")
+    assert_close(got, want, jnp.float32)
+
+
+def test_inside_scan_with_the_tree_closed_over_and_carried():
+    case = built("linen_scan_at_top_level")
+    tree = lowrank.combine(case.base, case.lora)
+    dense = lowrank.merge(case.base, case.lora)
+    x = case.args[0]
+    step = lambda fn: lambda carry, _: ((carry[0], fn(carry[0], carry[1], None)[0]), carry[1].sum())
+    got = jax.lax.scan(step(case.lifted), (tree, x), None, length=2)
+    want = jax.lax.scan(step(case.fn), (dense, x), None, length=2)
+    assert_close((got[0][1], got[1]), (want[0][1], want[1]), jnp.float32)
+
+
+def test_inside_shard_map_and_pmap():
+    case = simple()
+    x = case.args[0]
+    want = case.dense(lowrank.merge(case.base, case.lora), x)
+    tree = lowrank.combine(case.base, case.lora)
+    mesh = one_device_mesh()
+    mapped = jax.shard_map(case.lifted, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    assert_close(jax.jit(mapped)(tree, x), want, jnp.float32)
+    many = jax.tree.map(lambda leaf: leaf[None], tree)
+    assert_close(jax.pmap(case.lifted)(many, x[None])[0], want, jnp.float32)
+
+
+def test_vmap_over_examples_each_with_its_adapter():
+    case = simple()
+    loras = [perturbed(case.fresh, seed=10 * i) for i in range(3)]
+    x = normal(3, 2, 3, 7, seed=3)
+    one = lambda lora, x: case.lifted(lowrank.combine(case.base, lora), x)
+    got = jax.jit(jax.vmap(one))(stacked(loras), x)
+    for i, lora in enumerate(loras):
+        want = case.dense(lowrank.merge(case.base, lora), x[i])
+        assert_close(got[i], want, jnp.float32)
+
+
+def test_vmap_of_init_combine_and_the_whole_tree():
+    case = built("linen_scan_remat")
+    keys = jax.random.split(jax.random.key(1), 2)
+    make = lambda key: lowrank.init(key, case.params, case.config, plan=case.plan)[1]
+    many = perturbed(jax.vmap(make)(keys))
+    live = lambda lora: case.lifted(lowrank.combine(case.base, lora), *case.args)
+    got = jax.vmap(live)(many)
+    trees = jax.vmap(lambda lora: lowrank.combine(case.base, lora))(many)
+    whole = jax.vmap(lambda tree: case.lifted(tree, *case.args))(trees)
+    for i in range(2):
+        one = part(many, i)
+        want = case.dense(lowrank.merge(case.base, one), *case.args)
+        assert_close(got[i], want, jnp.float32)
+        assert_close(whole[i], want, jnp.float32)
+
+
+def test_a_leaf_key_depends_on_its_path_alone():
+    case = simple()
+    few = dataclasses.replace(case.config, targets="**/layers_2/kernel")
+    _, lora = lowrank.init(jax.random.key(0), case.params, few, plan=case.plan)
+    _, more = lowrank.init(jax.random.key(0), case.params, case.config, plan=case.plan)
+    kernel = lambda lora: lora["params"]["layers_2"]["kernel"]
+    chex.assert_trees_all_equal(kernel(lora), kernel(more))
+    first, second = nodes(more).values()
+    assert not np.array_equal(first.a[:6], second.a[:6])
+
+
+def test_rank_alpha_patterns_and_rslora():
+    case = simple()
+    config = lowrank.LoraConfig(
+        rank=4,
+        alpha=3.0,
+        rslora=True,
+        rank_pattern={"**/layers_2/*": 1},
+        alpha_pattern={"**/layers_0/*": 5.0},
+    )
+    base, lora = lowrank.init(jax.random.key(0), case.params, config, plan=case.plan)
+    first, second = nodes(lora).values()
+    assert (first.rank, first.scale, second.rank, second.scale) == (4, 5.0 / 2.0, 1, 3.0)
+    lora = perturbed(lora)
+    want = case.dense(lowrank.merge(base, lora), *case.args)
+    assert_close(case.lifted(lowrank.combine(base, lora), *case.args), want, jnp.float32)
+
+
+def test_merge_is_the_formula():
+    """Against NumPy in float64, each axis order by hand."""
+    for name in ("einsum_stack_in_the_middle", "conv_strided", "linen_einsum", "dense_mixed"):
+        case = built(name)
+        merged = dict(
+            zip(
+                nodes_of_dense(case.params),
+                jax.tree.leaves(lowrank.merge(case.base, case.lora)),
+                strict=True,
+            )
+        )
+        for path, node in nodes(case.lora).items():
+            weight = np.asarray(nodes_of_dense(case.params)[path], np.float64)
+            assert_close(merged[path], jnp.asarray(weight + delta(node), jnp.float32), jnp.float32)
+
+
+def nodes_of_dense(params: Any) -> dict[str, jax.Array]:
+    return {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def delta(node: lowrank.LowRank) -> np.ndarray:
+    """s a b by one einsum over named axes."""
+    name = lambda axes: "".join(chr(ord("a") + axis) for axis in axes)
+    order = name(range(len(node.fan_in + node.fan_out + node.stack)))
+    a, b = name(node.stack + node.fan_in) + "z", name(node.stack) + "z" + name(node.fan_out)
+    factors = np.asarray(node.a, np.float64), np.asarray(node.b, np.float64)
+    return node.scale * np.einsum(f"{a},{b}->{order}", *factors)
+
+
+def test_dropout_is_on_the_branch_alone_and_differs_by_use_and_layer():
+    case = built("linen_scan_remat")
+    x = case.args[0]
+    drop = lambda key, lora, rate=0.5: case.lifted(
+        lowrank.combine(case.base, lora, dropout=rate, key=key), x
+    )
+    frozen = case.dense(case.params, x)
+    chex.assert_trees_all_equal(drop(jax.random.key(0), case.fresh), frozen)
+    one, same, other = (drop(jax.random.key(k), case.lora) for k in (0, 0, 1))
+    chex.assert_trees_all_equal(one, same)
+    assert np.any(one != other)
+    chex.assert_trees_all_equal(drop(jax.random.key(0), case.lora, 0.0), case.live(case.lora))
+
+
+def test_dropout_is_right_on_average():
+    """For a linear model the mean over masks is the undropped result: to five standard errors."""
+    case = built("dense_float32")
+    x = case.args[0]
+    keys = jax.random.split(jax.random.key(0), 2000)
+    tree = lambda key: lowrank.combine(case.base, case.lora, dropout=0.25, key=key)
+    ys = jax.jit(jax.vmap(lambda key: case.lifted(tree(key), x)))(keys)
+    error = jnp.abs(ys.mean(0) - case.live(case.lora))
+    assert jnp.all(error <= 5 * ys.std(0) / np.sqrt(len(keys)) + 1e-6)
+    assert jnp.all(ys.std(0) > 1e-3)
+
+
+def test_each_use_has_its_own_mask():
+    fn = lambda p, x: (x @ p["w"], x @ p["w"])
+    twice = jax.jit(lambda w, x: x @ w)
+    jitted = lambda p, x: (twice(p["w"], x), twice(p["w"], x))
+    params = {"w": normal(8, 8)}
+    base, lora = lowrank.init(
+        jax.random.key(0), params, lowrank.LoraConfig(rank=2, alpha=3.0, targets="w")
+    )
+    tree = lowrank.combine(base, perturbed(lora), dropout=0.5, key=jax.random.key(3))
+    for f in (fn, jitted):
+        one, two = lowrank.lift(f, fallback="raise")(tree, normal(4, 8))
+        assert np.any(one != two)
+    stack = {"w": jnp.stack([params["w"]] * 2)}
+    loop = lambda p, x: jax.lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1]
+    plan = lowrank.plan(loop, stack, normal(4, 8))
+    base, lora = lowrank.init(
+        jax.random.key(0), stack, lowrank.LoraConfig(rank=2, alpha=3.0, targets="w"), plan=plan
+    )
+    lora = jax.tree.map(lambda x: jnp.stack([x[0]] * 2), perturbed(lora))
+    tree = lowrank.combine(base, lora, dropout=0.5, key=jax.random.key(3))
+    one, two = lowrank.lift(loop, fallback="raise")(tree, normal(4, 8))
+    assert np.any(one != two)
+
+
+def test_strict_dtype_promotion(strict_promotion):
+    """The library adds no implicit promotion of its own to a model that has none."""
+    fn = lambda p, x: jnp.sin(x @ p["w"].astype(jnp.bfloat16)) @ p["v"]
+    params = {"w": normal(4, 6), "v": normal(6, 3, dtype=jnp.bfloat16)}
+    x = normal(2, 4, dtype=jnp.bfloat16)
+    config = lowrank.LoraConfig(rank=RANK, alpha=ALPHA, targets=("w", "v"))
+    plan = lowrank.plan(fn, params, x)
+    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
+    for scale in (1.0, jnp.float32(0.5)):
+        lora = perturbed(lora)
+        got = lowrank.lift(fn)(lowrank.combine(base, lora, scale=scale), x)
+        want = fn(lowrank.merge(base, lora, scale=scale), x)
+        assert_close(got, want, jnp.bfloat16)
+
+
+def test_whole_variables_or_the_params_level():
+    """The paths are those of the first argument: the same model, one level down."""
+    module = StackedLinen()
+    apply, variables, args = linen(module, normal(2, 5, 4))
+    fn = lambda params, x: apply({"params": params}, x)
+    plan = lowrank.plan(fn, variables["params"], *args)
+    base, lora = lowrank.init(
+        jax.random.key(0), variables["params"], lowrank.LoraConfig(rank=RANK), plan=plan
+    )
+    assert set(nodes(lora)) == {"layers/up/kernel", "layers/down/kernel"}
+    lora = perturbed(lora)
+    want = fn(lowrank.merge(base, lora), *args)
+    assert_close(lowrank.lift(fn)(lowrank.combine(base, lora), *args), want, jnp.float32)
