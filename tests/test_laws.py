@@ -23,6 +23,9 @@ from models import Stacked as StackedLinen
 
 import lowrank_jax as lowrank
 
+# for all or none: a program compiled for one test serves the next, and bits are compared
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 # Both sides round; they differ by a few roundings for each product on the way, each of half a unit
 # in the last place of a number no larger than the largest entry. The rows have at most six products
 # in a chain (forward and backward), whose sums of at most 60 terms are kept in float32.
@@ -35,12 +38,12 @@ UNFUSED = {"xla_disable_hlo_passes": "fusion,cpu-instruction-fusion"}
 RANK, ALPHA = 2, 3.0
 
 
-def tolerance(dtype: Any) -> float:
+def tolerance(dtype: Any, chains: int = 1) -> float:
     """Relative to the largest entry."""
-    return ROUNDINGS[dtype] * float(jnp.finfo(dtype).eps)
+    return chains * ROUNDINGS[dtype] * float(jnp.finfo(dtype).eps)
 
 
-def assert_close(got: Any, want: Any, dtype: Any) -> None:
+def assert_close(got: Any, want: Any, dtype: Any, chains: int = 1) -> None:
     """Same structure, shapes and dtypes; each leaf within rounding of its largest entry."""
     chex.assert_trees_all_equal_structs(got, want)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
@@ -48,7 +51,9 @@ def assert_close(got: Any, want: Any, dtype: Any) -> None:
         if jnp.issubdtype(y.dtype, jnp.floating):
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
             largest = max(np.abs(y).max(initial=0.0), 1e-30)
-            chex.assert_trees_all_close(x / largest, y / largest, rtol=0, atol=tolerance(dtype))
+            chex.assert_trees_all_close(
+                x / largest, y / largest, rtol=0, atol=tolerance(dtype, chains)
+            )
         else:
             chex.assert_trees_all_equal(x, y)
 
@@ -198,25 +203,27 @@ def test_exact_at_step_0(case):
     chex.assert_trees_all_equal(got, want)
 
 
-def test_value(case, fast_compile):
-    want = case.reference(case.lora)[0]
-    assert_close(case.live(case.lora), want, case.row.dtype)
-    frozen = case.dense(case.params, *case.args)
-    pairs = zip(jax.tree.leaves(frozen), jax.tree.leaves(want), strict=True)
-    change = [np.abs(np.asarray(y) - x).max() for x, y in pairs]
-    assert max(change) > 1e-2, "the adapter changes nothing: the law would say nothing"
-
-
-def test_gradient(case, fast_compile):
-    got = jax.jit(case.differentiate(case.live))(case.lora)
-    assert_close(got, case.gradient_of_merged(case.lora), case.row.dtype)
-    for path, node in nodes(got).items():
+def test_value_and_gradient(case):
+    both = jax.jit(lambda lora: (case.live(lora), case.differentiate(case.live)(lora)))
+    (got, gradient), (want, reference) = both(case.lora), case.reference(case.lora)
+    assert_close(got, want, case.row.dtype)
+    assert_close(gradient, reference, case.row.dtype)
+    for path, node in nodes(gradient).items():
         assert np.any(node.a), f"no gradient for a of {path}"
         assert np.any(node.b), f"no gradient for b of {path}"
+    pairs = zip(*map(jax.tree.leaves, (want, case.reference(case.fresh)[0])), strict=True)
+    change = max(np.abs(np.asarray(x) - y).max() for x, y in pairs)
+    assert change > 1e-2, "the adapter changes nothing: the law would say nothing"
 
 
 @pytest.mark.parametrize("name", rows_for_transformations())
-def test_checkpoint_under_vmap_over_adapters(name, fast_compile):
+def test_eager_calls(name):
+    case = built(name)
+    assert_close(case.live(case.lora), case.reference(case.lora)[0], case.row.dtype)
+
+
+@pytest.mark.parametrize("name", rows_for_transformations())
+def test_checkpoint_under_vmap_over_adapters(name):
     case = built(name)
     loras = [perturbed(case.fresh, seed=10 * i) for i in range(2)]
     gradient = case.differentiate(jax.checkpoint(case.live))
@@ -229,7 +236,7 @@ def test_checkpoint_under_vmap_over_adapters(name, fast_compile):
 
 
 @pytest.mark.parametrize("name", rows_for_transformations(lambda row: row.forward))
-def test_jvp(name, fast_compile):
+def test_jvp(name):
     case = built(name)
     tangent = jax.tree.map(lambda x: jnp.asarray(waves(x.shape, x.dtype)), case.lora)
     _, got = jax.jit(lambda lora: jax.jvp(loss_of(case.live), (lora,), (tangent,)))(case.lora)
@@ -300,7 +307,7 @@ def test_the_authors_own_derivative_is_kept():
 
 
 @pytest.mark.parametrize("fill", [None, 7.0])
-def test_rows_beyond_the_table_are_the_fill_and_have_no_gradient(fill, fast_compile):
+def test_rows_beyond_the_table_are_the_fill_and_have_no_gradient(fill):
     """jnp.take gives NaN, or fill_value, beyond the end; masked, its gradient is zero, not NaN."""
     tokens = jnp.array([0, 2, 9])
 
@@ -388,7 +395,8 @@ def test_second_derivatives():
     hvp = lambda fn: jax.jit(lambda lora: jax.jvp(jax.grad(loss_of(fn)), (lora,), (tangent,))[1])(
         case.lora
     )
-    assert_close(hvp(case.live), hvp(case.merged), jnp.float32)
+    # forward over reverse: the chain of products twice
+    assert_close(hvp(case.live), hvp(case.merged), jnp.float32, chains=2)
 
 
 def test_nodes_in_any_argument_and_keyword():

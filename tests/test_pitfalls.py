@@ -14,6 +14,8 @@ from models import NnxStack, Stacked, Tied, doubled, noisy, normal, of_nnx, vari
 
 import lowrank_jax as lowrank
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 CONFIG = lowrank.LoraConfig(rank=2, alpha=3.0, targets="w")
 
 
