@@ -25,3 +25,9 @@ def fast_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def full_compile(fast_compile):
+    """All of XLA's passes, in a module that uses fast_compile."""
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -194,7 +194,7 @@ def test_adapts_these_leaves_and_no_other(case):
     chex.assert_trees_all_equal(case.base, case.params)
 
 
-def test_exact_at_step_0(case):
+def test_exact_at_step_0(case, full_compile):
     """Bit for bit, where XLA rounds both programs alike: what it fuses it may round once less."""
     live = lambda base, lora: case.lifted(lowrank.combine(base, lora), *case.args)
     got = jax.jit(live, compiler_options=UNFUSED)(case.base, case.fresh)
