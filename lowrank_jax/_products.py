@@ -81,12 +81,17 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     free = [axis for axis in range(w.ndim) if axis not in rc and axis != groups[0]]
     out = (*x_free, *free)
     extents = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
-    options = {"precision": options.get("precision")}
-    step = lambda x, xl, y, yl, keep: _ragged(x, xl, y, yl, keep, groups[0], rows, sizes, options)
+    precision = {"precision": options.get("precision")}
+    last = {**precision, "preferred_element_type": options.get("preferred_element_type")}
+    step = lambda x, xl, y, yl, keep, options: _ragged(
+        x, xl, y, yl, keep, groups[0], rows, sizes, options
+    )
     value = dropped(w, other)
-    value, labels = step(value, x_labels, w.a.astype(w.dtype), w.a_axes, {*w.b_axes, *out})
-    value = w.scaled(value).astype(other.dtype)
-    value, labels = step(value, labels, w.b.astype(w.dtype), w.b_axes, {*out})
+    value, labels = step(
+        value, x_labels, w.a.astype(w.dtype), w.a_axes, {*w.b_axes, *out}, precision
+    )
+    value = w.scaled(value).astype(product_dtype(other.dtype, w.dtype))
+    value, labels = step(value, labels, w.b.astype(w.dtype), w.b_axes, {*out}, last)
     return base + arrange(value, labels, out, extents).astype(base.dtype)
 
 
