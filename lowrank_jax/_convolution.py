@@ -27,10 +27,10 @@ def conv(w: Any, other: Any, params: dict[str, Any]) -> jax.Array | None:
     if {*a_axes} & {out_axis} or {*b_axes} & {in_axis, *window} - narrow:
         return None
     squeezed = w.replaced(a=a, a_axes=a_axes, b=b, b_axes=b_axes)._dropped(narrow - {out_axis})
-    return _conv(squeezed, other, params, narrow, groups)
+    return _conv(squeezed, other, params, groups)
 
 
-def _conv(w: Any, x: jax.Array, params: dict[str, Any], narrow: set[int], groups: int) -> jax.Array:
+def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Array:
     """A kernel whose a has the window and in axes and whose b has the out axis."""
     numbers = params["dimension_numbers"]
     out_axis, *taps = numbers.rhs_spec
