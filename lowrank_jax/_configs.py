@@ -174,7 +174,7 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
-        """The configuration of `to_dict`; an unknown key is refused by name."""
+        """The configuration of the values of `to_dict`; an unknown key is refused by name."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -21,6 +21,10 @@ class TreeError(LowrankError):
     """Two trees, or a tree and an adapter, do not fit each other."""
 
 
+class StateError(LowrankError):
+    """A call changes state of a model that its pure function cannot return."""
+
+
 class MaterializeError(LowrankError):
     """A weight would have to be built densely and the caller asked for that to be an error."""
 

@@ -43,7 +43,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
-        """The fingerprint of `to_dict`."""
+        """The fingerprint of the values of `to_dict`."""
         if values["algorithm"] != "sha256":
             raise ValueError(f"fingerprints are by 'sha256', not {values['algorithm']!r}")
         leaves = [

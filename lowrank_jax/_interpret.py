@@ -16,7 +16,17 @@ Rule = Callable[["Context", Any, list[Any]], Sequence[Any] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One meeting of a weight and an equation: how is "factored" or "materialized"."""
+    """One meeting of a weight and an equation.
+
+    Args:
+      path: of the leaf.
+      primitive: name of the equation's primitive, "dot_general" say.
+      how: "factored"; "materialized", where no rule serves and the dense weight is built; "built",
+        where two weights meet and the smaller is built.
+      source: file, line and function of the user's own code.
+      layer: the modules and named scopes the equation is in.
+      reason: why it was not factored.
+    """
 
     path: Any
     primitive: str

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 
+AxisType = jax.sharding.AxisType
 Literal = core.Literal
 Primitive = core.Primitive
 
@@ -28,11 +29,11 @@ def binders(jaxpr: Any) -> list[Any]:
     return [*getattr(inner, "constvars", ()), *inner.invars]
 
 
-def bind(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
-    """Bind one equation as it is, in its own context; always a sequence of results."""
+def bind(eqn: Any, args: Sequence[Any], **changes: Any) -> Sequence[Any]:
+    """Bind one equation, in its own context; always a sequence of results."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
-    params = eqn.primitive.get_bind_params(eqn.params)
+    params = {**eqn.primitive.get_bind_params(eqn.params), **changes}
     with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
         out = eqn.primitive.bind(*args, **params)
     return out if eqn.primitive.multiple_results else [out]
@@ -120,3 +121,15 @@ def is_plain(value: Any) -> bool:
     """Whether a value is neither of an explicit mesh nor varying over a manual one."""
     kind = jax.typeof(value)
     return not getattr(kind, "vma", None) and kind.sharding.mesh.empty
+
+
+def laid_out_like(result: Any, branch: Callable, *operands: Any) -> Any:
+    """branch(*operands), lying on the mesh as `result` does; how it gets there XLA decides.
+
+    On a mesh with explicit axes every product must say how its result lies, and what the user said
+    of theirs is said of the whole, not of the two thin products that go beside it.
+    """
+    sharding = jax.typeof(result).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return branch(*operands)
+    return jax.sharding.auto_axes(branch, out_sharding=sharding)(*operands)

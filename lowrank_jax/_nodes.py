@@ -65,7 +65,7 @@ class LowRank:
         return self.a.dtype
 
     def axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """fan_in, fan_out and stack axes of a leaf of which leading stack axes were mapped away."""
+        """fan_in, fan_out and stack axes of a leaf of ndim axes, leading stack ones mapped away."""
         gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - ndim
         if not 0 <= gone <= len(self.stack):
             raise AxesError(
@@ -161,6 +161,12 @@ def is_node(value: Any) -> bool:
 def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
     """The permutation that undoes another."""
     return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+
+
+def labelled_spec(spec: Any, labels: Sequence[Any]) -> Any:
+    """The PartitionSpec of an array whose axes run along those of a weight of this spec."""
+    entry = lambda label: spec[label] if isinstance(label, int) and label < len(spec) else None
+    return type(spec)(*map(entry, labels))
 
 
 def accumulator(dtype: Any) -> Any:

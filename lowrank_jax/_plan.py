@@ -15,9 +15,11 @@ from lowrank_jax._lift import is_array, split, trace
 from lowrank_jax._paths import flatten
 from lowrank_jax._probe import Log, Probe, Roles
 from lowrank_jax._rules import RULES
+from lowrank_jax._table import Table, collapsed, shape_text
 from lowrank_jax._virtual import Virtual
 
 PRODUCTS = ("dot", "conv")
+_COLUMNS = ("path", "shape", "op", "fan_in", "fan_out", "stack", "uses", "all-linear", "notes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,11 @@ class Use:
 
 
 class Plan(Mapping):
-    """A mapping of path -> Use; `str` of it is a table."""
+    """A mapping of path -> Use; `str`, rich and notebooks show it as a table.
+
+    Leaves that differ only in the number of their layer share a row, `layers_{0..29}/w`. Under
+    "all-linear" is "yes" where that word in `LoraConfig.targets` adapts the leaf.
+    """
 
     def __init__(self, uses: Mapping[str, Use]):
         self._uses = dict(uses)
@@ -70,30 +76,32 @@ class Plan(Mapping):
     def __len__(self) -> int:
         return len(self._uses)
 
-    def __str__(self) -> str:
-        rows = [("path", "shape", "op", "fan_in", "fan_out", "stack", "uses", "notes")]
+    def _table(self) -> Table:
+        """One row for each leaf, or for leaves that differ only in the number of a layer."""
+        rows = []
         for path, use in self._uses.items():
             notes = [n for n in ("tied", "final", "lookup") if getattr(use, n) and n != use.op]
-            sizes = lambda axes, use=use: "·".join(f"{use.shape[a]}" for a in axes) or "-"
-            rows.append(
-                (
-                    path,
-                    "×".join(map(str, use.shape)) or "scalar",
-                    use.op,
-                    sizes(use.fan_in),
-                    sizes(use.fan_out),
-                    sizes(use.stack),
-                    str(use.uses),
-                    ", ".join(notes),
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+            sizes = [
+                "·".join(str(use.shape[axis]) for axis in axes) or "-"
+                for axes in (use.fan_in, use.fan_out, use.stack)
+            ]
+            linear = "yes" if use.linear else ""
+            shape, notes = shape_text(use.shape), ", ".join(notes)
+            rows.append((path, shape, use.op, *sizes, str(use.uses), linear, notes))
+        return Table(_COLUMNS, tuple(row for row, _ in collapsed(rows)), frozenset({"uses"}))
+
+    def __str__(self) -> str:
+        return str(self._table())
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self._table().html()
+
+    def __rich__(self) -> Any:
+        """What rich.print shows."""
+        return self._table().rich()
 
 
 @dataclasses.dataclass

@@ -90,6 +90,10 @@ class Probe(Virtual):
         """Identities keep the axes."""
         return self._with(value=fn(self.value))
 
+    def reshard(self, spec: Any, fn: Any) -> Probe:
+        """The axes stay what they are."""
+        return self._with(value=fn(self.value, spec))
+
     def astype(self, dtype: Any) -> Probe | None:
         """Only casts among floating dtypes leave a weight a weight."""
         if not jnp.issubdtype(dtype, jnp.floating):

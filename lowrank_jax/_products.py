@@ -10,6 +10,7 @@ from jax import lax
 
 from lowrank_jax._bilinear import product_dtype
 from lowrank_jax._contract import Labels, arrange, contract, cost
+from lowrank_jax._jaxprs import laid_out_like
 
 
 def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> jax.Array:
@@ -28,8 +29,12 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
     out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
     sizes = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
     last = {"preferred_element_type": options.get("preferred_element_type")}
-    branch, labels = _branch(w, other, x_labels, out, sizes, on_left, options, last)
-    return base + arrange(branch, labels, out, sizes).astype(base.dtype)
+
+    def branch(w: Any, other: jax.Array) -> jax.Array:
+        value, labels = _branch(w, other, x_labels, out, sizes, on_left, options, last)
+        return arrange(value, labels, out, sizes).astype(base.dtype)
+
+    return base + laid_out_like(base, branch, w, other)
 
 
 def _branch(

@@ -135,6 +135,17 @@ def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return _identity(ctx, eqn, values) if len(values) == 1 else None
 
 
+def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """Each array is laid out as the axes of the weight that it runs along."""
+    wanted = eqn.params["dst_sharding"]
+
+    def move(array: Any, spec: Any) -> Any:
+        sharding = type(wanted)(wanted.mesh, spec, memory_kind=wanted.memory_kind)
+        return _jaxprs.bind(eqn, [array], dst_sharding=sharding)[0]
+
+    return _one(values[0].reshard(wanted.spec, move))
+
+
 def _everywhere(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """stop_gradient and reduce_precision act on the base and on the factors."""
     return _one(values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0]))
@@ -250,7 +261,7 @@ RULES: dict[str, Rule] = {
     "device_put": _device_put,
     "sharding_constraint": _identity,
     "layout_constraint": _identity,
-    "reshard": _identity,
+    "reshard": _reshard,
     "pvary": _identity,
     "reduced_vary_cast": _identity,
     "stop_gradient": _everywhere,

@@ -33,6 +33,10 @@ class Virtual:
         """Apply an identity of values (a copy, a barrier, a name) to the arrays inside."""
         return None
 
+    def reshard(self, spec: Any, fn: Any) -> Virtual | None:
+        """fn(array, its PartitionSpec) on each array, spec being that of the whole weight."""
+        return None
+
     def astype(self, dtype: Any) -> Virtual | None:
         """Convert the dtype."""
         return None

