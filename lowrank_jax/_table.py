@@ -48,17 +48,23 @@ class Table:
 
     def rich(self, title: str | None = None) -> Any:
         """A rich.table.Table; called by rich itself, so that it is there to be imported."""
+        from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=title)
-        for name in self.columns:  # a narrow terminal folds the first column, of paths
+        kept = [i for i in range(len(self.columns)) if self._said(i) or not self.rows]
+        table = RichTable(title=title, box=box.SIMPLE, pad_edge=False)
+        for i in kept:  # a narrow terminal folds the paths and the notes
+            name, outer = self.columns[i], i in (0, len(self.columns) - 1)
             side = "right" if name in self.right else "left"
-            first = name == self.columns[0]
-            table.add_column(name, justify=side, overflow="fold", no_wrap=not first)
+            table.add_column(name, justify=side, overflow="fold", no_wrap=not outer)
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(row[i]) for i in kept))
         return table
+
+    def _said(self, column: int) -> bool:
+        """Whether a column says anything."""
+        return any(row[column] not in ("", "-") for row in self.rows)
 
 
 def collapsed(rows: Iterable[Row], at_least: int = 3) -> list[tuple[Row, int]]:

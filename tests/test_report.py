@@ -1,0 +1,231 @@
+"""report and the tables: counts, bytes, and the truth about every use."""
+
+import io
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from jax import NamedSharding, P
+
+import lowrank_jax as lowrank
+from lowrank_jax._table import Table, bytes_text, collapsed
+
+KEY = jax.random.key(0)
+IDS = jnp.zeros((2, 5), jnp.int32)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(nn.LayerNorm()(x))
+        return x + nn.Dense(8, name="down")(nn.relu(nn.Dense(12, name="up")(x + h)))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(20, 8, name="embed")
+        x = embed(ids)
+        for i in range(4):
+            x = Block(name=f"block_{i}")(x)
+        return embed.attend(x)
+
+
+VARIABLES = jax.eval_shape(Net().init, KEY, IDS)
+PLAN = lowrank.plan(Net().apply, VARIABLES, IDS)
+
+
+def combined(variables=VARIABLES, plan=PLAN, **options):
+    config = lowrank.LoraConfig(**{"rank": 2, "alpha": 3, **options})
+    make = lambda key, params: lowrank.combine(*lowrank.init(key, params, config, plan=plan))
+    return jax.eval_shape(make, KEY, variables)
+
+
+def sizes(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_counts_and_bytes():
+    tree = combined(train="**/bias", factor_dtype="bfloat16")
+    report = lowrank.report(Net().apply, tree, IDS)
+    base, lora = lowrank.partition(tree)
+    assert (report.frozen, report.trainable) == (sizes(VARIABLES), sizes(lora))
+    assert report.total == report.frozen + report.trainable
+    assert report.memory.base == 4 * sizes(VARIABLES)
+    biases = sum(leaf.trainable for leaf in report.values() if leaf.kind == "whole")
+    assert report.memory.adapters == 2 * (sizes(lora) - biases) + 4 * biases
+    assert report.memory.total == report.memory.base + report.memory.adapters
+    assert report.device_memory == report.memory
+    chex.assert_trees_all_equal_structs(base, VARIABLES)
+
+
+def test_each_leaf_says_what_it_has_and_where_it_was_used():
+    report = lowrank.report(Net().apply, combined(), IDS)
+    assert set(report) == {path for path, use in PLAN.items() if use.linear}
+    leaf = report["params/block_2/attention/query/kernel"]
+    assert (leaf.kind, leaf.shape, leaf.rank, leaf.scale) == ("LoRA", (8, 2, 4), 2, 1.5)
+    assert leaf.trainable == 2 * 8 + 2 * 8
+    (use,) = leaf.uses
+    assert (use.how, use.primitive) == ("factored", "dot_general")
+    assert use.source.startswith("test_report.py:")
+    assert use.source.endswith("__call__)")
+    assert "block_2/attention/query" in use.layer
+    assert not report.notes
+
+
+def test_a_tied_leaf_lists_both_its_uses():
+    report = lowrank.report(Net().apply, combined(targets="**/embedding"), IDS)
+    leaf = report["params/embed/embedding"]
+    assert [use.primitive for use in leaf.uses] == ["gather", "dot_general"]
+    assert leaf.how == "factored 2×"
+
+
+def squared(p, x):
+    return jnp.tanh(x @ p["w"]) @ p["v"].T * jnp.sum(p["w"] ** 2) + x @ (p["v"] @ p["w"])
+
+
+def test_what_was_built_is_said_with_its_reason():
+    params = {name: jnp.ones((4, 4)) for name in "wvu"}
+    base, lora = lowrank.init(KEY, params, lowrank.LoraConfig(rank=1, targets="*"))
+    report = lowrank.report(squared, lowrank.combine(base, lora), jnp.ones((2, 4)))
+    assert report["w"].how == "factored 2×, materialized 1×"
+    assert report["v"].how == "factored 1×, built 1×"
+    assert report["u"].how == "unused"
+    notes = "\n".join(report.notes)
+    assert re.search(r"w is built densely at \w+, test_report.py:\d+ \(squared\): no rule", notes)
+    assert re.search(r"v is built densely at dot_general, .*a product of two weights", notes)
+    assert "u is adapted, but nothing used it: its gradient is zero" in notes
+    grads = jax.grad(lambda l: lowrank.lift(squared, fallback="silent")(
+        lowrank.combine(base, l), jnp.ones((2, 4))).sum())(lora)  # fmt: skip
+    assert not jax.tree.leaves(grads["u"])[1].any()
+
+
+@pytest.mark.parametrize("wrap", ["jit", "scan", "remat", "lift"])
+def test_uses_are_seen_through_control_flow(wrap):
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    def fn(p, x):
+        if wrap == "scan":
+            return jax.lax.scan(layer, x, p["w"])[0]
+        one = {"jit": jax.jit, "remat": jax.checkpoint, "lift": lambda f: f}[wrap]
+        for i in range(3):
+            x = one(layer)(x, p["w"][i])[0]
+        return x
+
+    params = {"w": jnp.ones((3, 4, 4))}
+    plan = lowrank.plan(fn, params, jnp.ones((2, 4)))
+    base, lora = lowrank.init(KEY, params, lowrank.LoraConfig(rank=1), plan=plan)
+    run = lowrank.lift(fn) if wrap == "lift" else fn
+    report = lowrank.report(run, lowrank.combine(base, lora), jnp.ones((2, 4)))
+    assert report["w"].how == ("factored 1×" if wrap == "scan" else "factored 3×")
+
+
+def test_dense_parameters_have_a_report_too():
+    report = lowrank.report(Net().apply, VARIABLES, IDS)
+    assert (len(report), report.trainable, report.frozen) == (0, 0, sizes(VARIABLES))
+    assert "trained" in str(report)
+    assert "equations" in report._repr_html_()
+
+
+def test_an_adapter_without_its_base_is_refused():
+    _, lora = lowrank.partition(combined())
+    with pytest.raises(lowrank.TreeError, match=r"LowRank adapter without its base"):
+        lowrank.report(Net().apply, lora, IDS)
+
+
+def test_memory_of_one_device_of_many():
+    mesh = jax.make_mesh((8,), ("data",))
+    params = {"w": jax.device_put(jnp.ones((16, 4)), NamedSharding(mesh, P("data")))}
+    base, lora = lowrank.init(KEY, params, lowrank.LoraConfig(rank=2, targets="w"))
+    lora = jax.device_put(lora, NamedSharding(mesh, P()))
+    tree = lowrank.combine(base, lora)
+    report = lowrank.report(lambda p, x: x @ p["w"], tree, jnp.ones((1, 16)))
+    assert (report.memory.base, report.device_memory.base) == (256, 32)
+    assert report.memory.adapters == report.device_memory.adapters == 4 * (32 + 8)
+    assert "on one device" in str(report)
+
+
+def test_text():
+    text = str(lowrank.report(Net().apply, combined(train="**/block_0/*/bias"), IDS))
+    assert re.search(r"^frozen +[\d,]+ +\d+\.\d\d% +[\d.]+ KiB$", text, re.M)
+    assert re.search(r"^trained +[\d,]+ +\d+\.\d\d% +[\d.]+ KiB$", text, re.M)
+    row = r"^params/block_{0\.\.3}/up/kernel +8×12 +LoRA r=2 s=1\.5 +160 +factored 1×$"
+    assert re.search(row, text, re.M)
+    assert re.search(r"^params/block_0/up/bias +12 +trained whole +12 +dense$", text, re.M)
+    assert text.count("\n") < 25
+
+
+def test_plan_as_text():
+    text = str(PLAN)
+    row = r"^params/block_{0\.\.3}/attention/query/kernel +8×2×4 +dot +8 +2·4 +- +1 +yes$"
+    assert re.search(row, text, re.M)
+    assert re.search(r"^params/embed/embedding +20×8 +dot .* 2 +tied, final, lookup$", text, re.M)
+
+
+@pytest.mark.parametrize("shown", [PLAN, lowrank.report(Net().apply, combined(), IDS)])
+def test_html_and_rich(shown):
+    from html.parser import HTMLParser
+
+    opened, text = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            opened.append(tag)
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag
+
+        def handle_data(self, data):
+            text.append(data)
+
+    Reader().feed(shown._repr_html_())
+    assert not opened
+    assert "params/block_{0..3}/up/kernel" in text
+    rich = pytest.importorskip("rich.console")
+    for width in (200, 75):
+        console = rich.Console(width=width, record=True, file=io.StringIO())
+        console.print(shown)
+        exported = console.export_text()
+        assert max(map(len, exported.splitlines())) <= width
+        assert "8×12" in exported
+        # folded where the terminal is narrow, never cut off
+        assert ("params/block_{0..3}/up/kernel" in exported) == (width == 200)
+        assert "…" not in exported
+
+
+def test_html_is_escaped():
+    params = {"<b>w<b>": jnp.ones((4, 4))}
+    base, lora = lowrank.init(KEY, params, lowrank.LoraConfig(rank=1, targets="*"))
+    tree = lowrank.combine(base, lora)
+    report = lowrank.report(lambda p, x: x @ p["<b>w<b>"], tree, jnp.ones((1, 4)))
+    assert "<b>w" not in report._repr_html_()
+    assert "&lt;b&gt;w&lt;b&gt;" in report._repr_html_()
+
+
+def test_rows_are_joined_only_where_nothing_is_lost():
+    layer = lambda i, j=0, cell="x": (f"layer_{i}/w_{j}", cell)
+    joined = lambda rows: [(row[0], count) for row, count in collapsed(rows)]
+    assert joined([layer(i) for i in range(3)]) == [("layer_{0..2}/w_0", 3)]
+    assert joined([layer(i) for i in (0, 2, 5)]) == [("layer_{0,2,5}/w_0", 3)]
+    # two are shown as they are, and so are rows whose other cells differ
+    assert [n for _, n in joined([layer(0), layer(1)])] == [1, 1]
+    assert len(joined([layer(i, cell=str(i)) for i in range(3)])) == 3
+    # every combination, or none: {0..1}/{0..1} would name a leaf that is not there
+    grid = [layer(i, j) for i in range(2) for j in range(2)]
+    assert joined(grid) == [("layer_{0..1}/w_{0..1}", 4)]
+    assert len(joined(grid[:3])) == 3
+
+
+def test_units():
+    assert bytes_text(0) == "0 B"
+    assert bytes_text(1023) == "1023 B"
+    assert bytes_text(1024) == "1.00 KiB"
+    assert bytes_text(5 * 2**40) == "5,120.00 GiB"
+
+
+def test_table_of_no_rows():
+    assert str(Table(("one", "two"), ())) == "one  two\n--------"
