@@ -2,6 +2,11 @@
 
     python examples/finetune.py
     python examples/finetune.py --text my.txt --targets q_proj,v_proj --rank 8 --steps 200
+    python examples/finetune.py --resume
+
+Killed at any time, it goes on by the same flags and --resume, and comes to the same losses and the
+same adapter, bit for bit (on the same machine, with the same JAX). Its log tells the loss of every
+step, to the last bit: nine digits tell every float32 from its neighbors.
 
 Losses are in nats per token, over windows the model has not trained on: of the target text, and of
 Python's own documentation (pydoc_data), which stands for all that the model knew before. (That text
@@ -16,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import resume
 import smollm2
 from generate import generate
 from llama import Llama
@@ -30,12 +37,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from smollm2 import ExampleError, Pretrained
-from tokenizers import Tokenizer
+from texts import DICTIONARY, batches, read_text, sample_prompts, windows
 
 import lowrank_jax as lowrank
 
-DICTIONARY = Path(__file__).parent / "data" / "devils_dictionary.txt"
-HELD_OUT = 0.1  # of another text than the dictionary: its last tenth
 EVALUATED_WINDOWS = 48  # of each text: a paired difference in loss is known to about 0.02
 SAMPLE_TOKENS = 48
 SAMPLE_TEMPERATURE = 0.7  # a small model that always takes the likeliest token repeats itself
@@ -88,12 +93,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=number(int, above=1), default=128, help="tokens in a window (%(default)s)")
     add("--model", type=Path, help="a Llama in a GGUF file (SmolLM2-135M, fetched once)")
     add("--text", type=Path, default=DICTIONARY, help="text to learn (The Devil's Dictionary)")
-    add("--out", type=Path, default=Path("adapter"), help="folder of the adapter (%(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("adapter"),
+        help="folder of the adapter; a finished run in it is replaced, an unfinished one is not "
+        "(%(default)s)",
+    )
     add(
         "--seed",
         type=number(int, above=-1),
         default=0,
         help="of the adapter's start and the order (%(default)s)",
+    )
+    add(
+        "--save-every",
+        type=number(int),
+        default=10,
+        metavar="STEPS",
+        help="steps from one checkpoint to the next; the last step is always saved (%(default)s)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint in --out, which must be of these flags (--save-every may "
+        "change); without one, start from the beginning; if the run is finished, evaluate it again",
     )
     return parser.parse_args(arguments)
 
@@ -105,38 +129,6 @@ def target_patterns(text: str) -> tuple[str, ...]:
         raise ExampleError("--targets is empty: expected all-linear, or patterns with commas")
     bare = re.compile(r"\w+")
     return tuple(f"**/{word}/kernel" if bare.fullmatch(word) else word for word in words)
-
-
-# Texts
-
-
-def read_text(path: Path) -> tuple[str, str]:
-    """Returns the part to train on and the part held out."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExampleError(f"cannot read the text {path}: {error}") from error
-    if path == DICTIONARY:
-        cut = text.index("\nP")  # headwords A to O, and P to Z
-    else:
-        cut = text.find("\n", int(len(text) * (1 - HELD_OUT)))
-    return (text[:cut].strip(), text[cut:].strip()) if cut > 0 else (text, "")
-
-
-def windows(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
-    """Cuts a text into windows of tokens, [n, length] int32."""
-    ids = tokenizer.encode(text).ids
-    count = len(ids) // length
-    return np.array(ids[: count * length], np.int32).reshape(count, length)
-
-
-def batches(data: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields batches [size, length] without end, in a new order at every pass."""
-    order = np.random.default_rng(seed)
-    while True:
-        shuffled = order.permutation(data)
-        for start in range(0, len(data) - size + 1, size):
-            yield shuffled[start : start + size]
 
 
 # The loss, and one step of training
@@ -181,29 +173,37 @@ def train(
     lora: Tree,
     opt_state: Tree,
     data: Iterator[np.ndarray],
-    steps: int,
-) -> tuple[Tree, Tree]:
-    """Runs the steps behind a progress bar; returns the trained adapter and the optimizer state."""
+    steps: range,
+    save: Callable[[Tree, Tree, int], bool],
+) -> tuple[Tree, Tree, dict[int, float]]:
+    """Runs the steps behind a progress bar; returns adapter, optimizer state and losses by step.
+
+    After each step, `save` may save; its result says whether it did.
+    """
     columns = ["training", BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn("{task.fields[now]}"), TimeRemainingColumn()]
+    losses, last = {}, steps.stop - 1
+    # A log has no bar to redraw, so there a line tells.
+    log = (lambda line: None) if console.is_terminal else console.print
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=steps, now="compiling")
+        now = "compiling" if steps else "nothing left to do"
+        task = progress.add_task("training", total=last, completed=steps.start - 1, now=now)
         began = time.perf_counter()
-        for count in range(1, steps + 1):
-            tokens = next(data)
+        for count, tokens in zip(steps, data, strict=False):
             lora, opt_state, loss = step(base, lora, opt_state, tokens)
-            now = f"loss {float(loss):.3f}"
-            if count == 1:  # this one includes compilation, so speed counts from its end
+            losses[count] = float(loss)
+            speed = ""
+            if count == steps.start:  # compilation is in this one, so speed counts from its end
                 compiled = time.perf_counter()
                 console.print(f"first step, with compilation: {compiled - began:.1f} s")
             else:
                 seconds = time.perf_counter() - compiled
-                now += f"  {(count - 1) * tokens.size / seconds:,.0f} tokens/s"
-            progress.update(task, advance=1, now=now)
-            # A log has no bar to redraw, so there a line tells now and then.
-            if not console.is_terminal and (count % 10 == 0 or count == steps):
-                console.print(f"step {count}/{steps}  {now}")
-    return lora, opt_state
+                speed = f"  {(count - steps.start) * tokens.size / seconds:,.0f} tokens/s"
+            progress.update(task, advance=1, now=f"loss {losses[count]:.3f}{speed}")
+            log(f"step {count}/{last}  loss {losses[count]:.9g}{speed}")
+            if save(lora, opt_state, count):
+                log(f"step {count}/{last}  saved")
+    return lora, opt_state, losses
 
 
 # What is told
@@ -228,22 +228,13 @@ def print_samples(console: Console, title: str, prompts: list[str], answers: lis
         console.print(f"  {prompt} |", paragraph, markup=False, highlight=False, soft_wrap=True)
 
 
-def sample_prompts(held_out: str, count: int = 4) -> list[str]:
-    """The first two words of paragraphs spread over the held-out text."""
-    paragraphs = [p for p in re.split(r"\n+", held_out) if len(p.split()) > 2]
-    chosen = paragraphs[:: max(1, len(paragraphs) // count)][:count]
-    return [" ".join(paragraph.split()[:2]) for paragraph in chosen]
-
-
-def print_sizes(console: Console, base: Tree, lora: Tree, opt_state: Tree) -> None:
-    """Prints counts and bytes of what is frozen and of what is trained."""
-    table = Table("", "values", "MB")
-    rows = {"base, frozen": base, "adapter, trained": lora, "optimizer state": opt_state}
-    for name, tree in rows.items():
-        count, number = size(tree)
-        table.add_row(name, f"{count:,}", f"{number / 1e6:.1f}")
+def print_change(console: Console, title: str, before: dict, after: dict) -> None:
+    """Prints what the training changed."""
+    table = Table("nats per token", "before", "after", "change")
+    for name, label in {"held out": title, "other": "pydoc_data"}.items():
+        change = after[name] - before[name]
+        table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", f"{change:+.3f}")
     console.print(table)
-    console.print(f"trainable: {100 * size(lora)[0] / size(base)[0]:.2f}% of the base")
 
 
 def same(left: Tree, right: Tree) -> bool:
@@ -255,9 +246,11 @@ def same(left: Tree, right: Tree) -> bool:
 # The job
 
 
-def prepare(flags: argparse.Namespace, pretrained: Pretrained) -> tuple[dict, list[str]]:
+def prepare(
+    flags: argparse.Namespace, text: tuple[str, str], pretrained: Pretrained
+) -> tuple[dict, list[str]]:
     """Returns windows to train on and to evaluate on, and prompts to sample from."""
-    train_text, held_out_text = read_text(flags.text)
+    train_text, held_out_text = text
     cut = partial(windows, pretrained.tokenizer, length=flags.length)
     other = "".join(pydoc_data.topics.topics.values())
     data = {"train": cut(train_text), "held out": cut(held_out_text), "other": cut(other)}
@@ -289,21 +282,25 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The whole job; returns what it measured."""
     began = time.perf_counter()
     targets = target_patterns(flags.targets)
-    read_text(flags.text)  # a wrong path should not cost a download first
-    pretrained = smollm2.load(flags.model or smollm2.fetch(console.print))
+    config = lowrank.LoraConfig(rank=flags.rank, alpha=flags.alpha, targets=targets)
+    text = read_text(flags.text)  # a wrong path should not cost a download first
+    file = flags.model or smollm2.fetch(console.print)
+    pretrained = smollm2.load(file)
+    this_run = resume.describe(flags, config, text, file)
+    going_on = resume.goes_on(this_run, flags.resume, partial(console.print, soft_wrap=True))
     model, params = Llama(pretrained.config), pretrained.variables
-    data, prompts = prepare(flags, pretrained)
+    data, prompts = prepare(flags, text, pretrained)
     console.print(f"{pretrained.name}: {size(params)[0]:,} parameters")
 
     # The adapter: which weights are multiplied, what mirrors them, and the model that knows both.
     apply = lowrank.lift(model.apply)
     shape = jax.ShapeDtypeStruct((flags.batch, flags.length), jnp.int32)
-    config = lowrank.LoraConfig(rank=flags.rank, alpha=flags.alpha, targets=targets)
     plan = lowrank.plan(model.apply, params, shape)
     base, lora = lowrank.init(jax.random.key(flags.seed), params, config, plan=plan)
     optimizer = make_optimizer(flags.learning_rate, flags.steps)
     opt_state = optimizer.init(lora)
-    print_sizes(console, base, lora, opt_state)
+    console.print(lowrank.report(model.apply, lowrank.combine(base, lora), shape))
+    console.print(f"optimizer state: {size(opt_state)[1] / 2**20:.2f} MiB")
 
     make_folder(flags.out)
 
@@ -328,30 +325,29 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     before = look("before", params)
     console.print(f"\nheld-out loss {before['held out']:.3f}, other domain {before['other']:.3f}")
-    step = make_step(apply, optimizer)
-    order = batches(data["train"], flags.batch, flags.seed)
-    lora, opt_state = train(console, step, base, lora, opt_state, order, flags.steps)
+    fingerprint, done = lowrank.fingerprint(base), 0
+    if going_on:
+        lora, opt_state, done = resume.restore(this_run, fingerprint, lora, opt_state)
+    order = islice(batches(data["train"], flags.batch, flags.seed), done, None)
+    left = range(done + 1, flags.steps + 1)
+    step, save = make_step(apply, optimizer), resume.saver(this_run, fingerprint, flags.save_every)
+    lora, opt_state, losses = train(console, step, base, lora, opt_state, order, left, save)
 
     # Merged, the weights have the shapes they had: what was compiled for `before` serves again.
     after = look("after", lowrank.merge(base, lora))
-    table = Table("nats per token", "before", "after", "change")
-    for name, label in [("held out", f"{flags.text.name}, held out"), ("other", "pydoc_data")]:
-        change = after[name] - before[name]
-        table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", f"{change:+.3f}")
-    console.print(table)
+    print_change(console, f"{flags.text.name}, held out", before, after)
 
-    lowrank.checkpoint.save(flags.out, lora=lora, config=config, base=base)
-    restored = lowrank.checkpoint.restore(flags.out, base=base)
+    restored, *_ = resume.restore(this_run, fingerprint, lora, opt_state)
     probe = data["held out"][: flags.batch]
     kept = loss(lowrank.merge(base, lora), probe)
-    found = loss(lowrank.merge(base, restored.lora), probe)
-    if not same(lora, restored.lora) or kept != found:
+    found = loss(lowrank.merge(base, restored), probe)
+    if not same(lora, restored) or kept != found:
         raise ExampleError(f"the adapter in {flags.out} is not the one saved: {found} != {kept}")
     console.print(
         f"adapter saved in {flags.out}, loaded back, equal: loss {found:.4f}", soft_wrap=True
     )
     console.print(f"done in {time.perf_counter() - began:.0f} s")
-    return {"before": before, "after": after}
+    return {"before": before, "after": after, "losses": losses}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -361,6 +357,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ExampleError, lowrank.LowrankError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same flags and --resume go on from the last save", file=sys.stderr)
+        return 130
     return 0
 
 

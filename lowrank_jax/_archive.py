@@ -71,10 +71,15 @@ def _commit(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]
     _flush(directory)
 
 
+def has_manifest(directory: Path) -> bool:
+    """Whether an archive is there."""
+    return (directory / _MANIFEST).is_file()
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The body of the manifest, of a known version and as it was written."""
     path = directory / _MANIFEST
-    if not path.is_file():
+    if not has_manifest(directory):
         why = "does not exist" if not directory.exists() else f"holds no {_MANIFEST}"
         raise CheckpointError(
             f"there is no checkpoint at {directory}: it {why}; pass the directory given to save "
@@ -165,7 +170,7 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 def _clean(directory: Path) -> None:
     """Remove what killed or failed saves left: whatever a readable manifest does not name."""
     keep = None
-    if (directory / _MANIFEST).exists():
+    if has_manifest(directory):
         try:
             keep = read_manifest(directory).get("folder")
         except CheckpointError:

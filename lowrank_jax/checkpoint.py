@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._archive import read_archive, read_manifest, write_archive
+from lowrank_jax._archive import has_manifest, read_archive, read_manifest, write_archive
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._entries import (
     dense_shapes,
@@ -135,6 +135,25 @@ def save(
             ]
     with _checkpoint_errors(f"{directory} could not be written; an older checkpoint is as it was"):
         write_archive(directory, body, arrays)
+
+
+def exists(directory: str | os.PathLike) -> bool:
+    """Whether there is a checkpoint: False until the first save there has come to its end.
+
+    Args:
+      directory: the path given to save.
+
+    Returns:
+      True where restore finds a checkpoint, though it may find it damaged.
+
+    Source: a checkpoint is there when its manifest is, the last file that save writes.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     exists(directory)
+    False
+    """
+    return has_manifest(_path(directory))
 
 
 def restore(

@@ -671,3 +671,14 @@ def test_fingerprint_refuses_what_has_no_values():
             fingerprint({"leaf": bad})
     with pytest.raises(TreeError, match="no values to read"):
         jax.jit(lambda x: fingerprint([x]))(1.0)
+
+
+def test_exists_once_a_save_has_come_to_its_end(tmp_path):
+    directory = tmp_path / "run"
+    assert not checkpoint.exists(directory)
+    (directory / ("arrays-" + "0" * 32)).mkdir(parents=True)  # what a killed first save leaves
+    assert not checkpoint.exists(directory)
+    config = lowrank.LoraConfig(rank=1, targets="w")
+    lora = {"w": lowrank.LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)))}
+    checkpoint.save(directory, lora=lora, config=config)
+    assert checkpoint.exists(directory)

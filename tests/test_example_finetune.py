@@ -2,6 +2,10 @@
 
 import gzip
 import importlib.util
+import io
+import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -23,6 +27,8 @@ import finetune  # noqa: E402
 import generate  # noqa: E402
 import llama  # noqa: E402
 import smollm2  # noqa: E402
+import texts  # noqa: E402
+from rich.console import Console  # noqa: E402
 from tokenizers import pre_tokenizers  # noqa: E402
 
 import lowrank_jax as lowrank  # noqa: E402
@@ -299,14 +305,20 @@ def job(model: Path, folder: Path, /, **flags: object) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
 
 
+def write_text(path: Path, count: int) -> list[str]:
+    """Writes a text of so many lines; returns them."""
+    lines = [f"ENTRY {i}, n. The end of the matter, and then the rest." for i in range(count)]
+    path.write_text("\n\n".join(lines))
+    return lines
+
+
 def test_the_job_learns_and_saves_what_it_learned(tiny, tmp_path, capsys):
-    lines = [f"ENTRY {i}, n. The end of the matter, and then the rest." for i in range(300)]
-    (tmp_path / "text.txt").write_text("\n\n".join(lines))
+    lines = write_text(tmp_path / "text.txt", 300)
     out = tmp_path / "adapter"
     arguments = job(tiny, out, text=tmp_path / "text.txt")
     assert finetune.main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for expected in ("tokens/s", "before", "after", "trainable", "optimizer state", "loaded back"):
+    for expected in ("tokens/s", "before", "after", "trained", "optimizer state", "loaded back"):
         assert expected in printed
     assert "step 30/30" in printed  # without a terminal there are lines instead of the bar
 
@@ -315,7 +327,7 @@ def test_the_job_learns_and_saves_what_it_learned(tiny, tmp_path, capsys):
     assert restored.config.rank == 3
     assert {node.a.shape[-1] for node in jax.tree.leaves(restored.lora, is_leaf=is_node)} == {3}
     model = llama.Llama(pretrained.config)
-    tokens = finetune.windows(pretrained.tokenizer, lines[-1] * 4, 16)
+    tokens = texts.windows(pretrained.tokenizer, lines[-1] * 4, 16)
     adapted = lowrank.merge(pretrained.variables, restored.lora)
     before, after = (
         finetune.next_token_loss(model.apply, v, tokens) for v in (pretrained.variables, adapted)
@@ -348,6 +360,7 @@ def test_a_bare_name_targets_the_kernels_of_that_module(tiny):
         ({"learning-rate": -1}, "--learning-rate: expected a number above 0, got '-1'"),
         ({"length": 1}, "--length: expected a whole number above 1, got '1'"),
         ({"seed": -1}, "--seed: expected a whole number above -1, got '-1'"),
+        ({"save-every": 0}, "--save-every: expected a whole number above 0, got '0'"),
         ({"colour": 1}, "unrecognized arguments: --colour=1"),
         ({"text": "absent.txt"}, "cannot read the text absent.txt"),
         ({"model": "absent.gguf"}, "no model file absent.gguf"),
@@ -370,15 +383,149 @@ def test_bad_input_is_an_error_line(tiny, tmp_path, monkeypatch, capsys, flags, 
     assert not Path("adapter").exists()
 
 
+# A run that is killed, and goes on
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, tmp_path_factory) -> tuple[list[str], dict[int, float]]:
+    """A job killed after its 26th step of 200 or soon after: its flags, and the losses it printed.
+
+    It saved every fourth step. Its text fills 21 batches, so the second pass over it had begun.
+    """
+    folder = tmp_path_factory.mktemp("killed")
+    write_text(folder / "text.txt", 17)
+    flags = job(tiny, folder / "out", text=folder / "text.txt", steps=200, save_every=4)
+    # What conftest and fast_compile set in this process, for bits are of one compiler's making.
+    settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    process = subprocess.Popen(
+        [sys.executable, EXAMPLES / "finetune.py", *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | settings,
+    )
+    with process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("step 26/200"):
+                process.kill()
+    assert process.returncode < 0, "it ended before it was killed"
+    steps = (re.match(r"step (\d+)/200  loss (\S+)", line) for line in lines)
+    return flags, {int(step[1]): float(np.float32(step[2])) for step in steps if step}
+
+
+def measured(flags: list[str]) -> tuple[dict, str]:
+    """What a job measured, and what it printed."""
+    printed = io.StringIO()
+    return finetune.run(finetune.parse(flags), Console(file=printed, width=200)), printed.getvalue()
+
+
+def in_folder(flags: list[str], folder: Path) -> list[str]:
+    """The same job with a copy of its folder."""
+    out = Path(flags[1].removeprefix("--out="))
+    shutil.copytree(out, folder)
+    return [flags[0], f"--out={folder}", *flags[2:]]
+
+
+def saved_bytes(folder: Path) -> list[bytes]:
+    """Every byte of the adapter, the optimizer state and the step in a folder."""
+    found = lowrank.checkpoint.restore(folder)
+    leaves = jax.tree.leaves((found.lora, found.opt_state, found.step))
+    return [np.asarray(leaf).tobytes() for leaf in leaves]
+
+
+def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_adapter(killed, tmp_path):
+    flags, printed = killed
+    whole = [flag for flag in flags if "--out" not in flag] + [f"--out={tmp_path / 'whole'}"]
+    expected, told = measured([*whole, "--resume", "--save-every=300"])
+    assert f"no checkpoint in {tmp_path / 'whole'} yet: starting from the beginning" in told
+    assert list(expected["losses"]) == list(range(1, 201))
+    assert printed == {step: expected["losses"][step] for step in printed}
+
+    resumed = [*in_folder(flags, tmp_path / "killed"), "--save-every=150", "--resume"]
+    done = lowrank.checkpoint.restore(tmp_path / "killed").step
+    assert 24 <= done <= max(printed) < 200
+    found, told = measured(resumed)
+    assert f"going on with the run in {tmp_path / 'killed'}: {done} of 200 steps are done" in told
+    assert found["losses"] == {step: expected["losses"][step] for step in range(done + 1, 201)}
+    assert [found["before"], found["after"]] == [expected["before"], expected["after"]]
+    assert saved_bytes(tmp_path / "killed") == saved_bytes(tmp_path / "whole")
+
+    again, told = measured(resumed)
+    assert f"the run in {tmp_path / 'killed'} is finished (200 of 200 steps)" in told
+    assert again == {**expected, "losses": {}}
+    assert saved_bytes(tmp_path / "killed") == saved_bytes(tmp_path / "whole")
+
+    _, told = measured([*resumed[:-1], "--steps=1"])
+    assert f"{tmp_path / 'killed'} holds a finished run, which this one will replace" in told
+    assert lowrank.checkpoint.restore(tmp_path / "killed").step == 1
+
+
+OTHER = {
+    "rank": (4, "--rank: 4, expected 3"),
+    "alpha": (2, "--alpha: 2.0, expected not given"),
+    "targets": ("q_proj,v_proj", "--targets: **/q_proj/kernel,**/v_proj/kernel, expected all-line"),
+    "steps": (40, "--steps: 40, expected 200"),
+    "learning-rate": (0.04, "--learning-rate: 0.04, expected 0.05"),
+    "batch": (1, "--batch: 1, expected 2"),
+    "length": (8, "--length: 8, expected 16"),
+    "seed": (1, "--seed: 1, expected 0"),
+    "text": ("other.txt", "--text: of SHA-256 "),
+    "model": ("other.gguf", "--model: of SHA-256 "),
+}
+
+
+@pytest.mark.parametrize("names", [*([name] for name in OTHER), OTHER.keys()], ids=",".join)
+def test_a_run_of_other_flags_is_not_gone_on_with(killed, tmp_path, monkeypatch, capsys, names):
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("other.txt"), 18)
+    write_gguf(Path("other.gguf"), bias=True)
+    flags, _ = killed
+    before = saved_bytes(Path(flags[1].removeprefix("--out=")))
+    other = [f"--{name}={OTHER[name][0]}" for name in names]
+    assert finetune.main([*flags, *other, "--resume"]) == 1
+    first, *lines, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"error: --resume: .*out holds a run of other flags \(\d+ of 200 steps\):", first
+    )
+    assert len(lines) == len(names)
+    for name, line in zip(names, lines, strict=True):
+        assert line.startswith("  " + OTHER[name][1])
+        assert "expected" in line
+    assert last == "pass the flags it was started with, or another --out for a new run"
+    assert saved_bytes(Path(flags[1].removeprefix("--out="))) == before
+
+
+def test_an_unfinished_run_is_not_replaced(killed, capsys):
+    flags, _ = killed
+    assert finetune.main(flags) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(r"--out .*out holds an unfinished run \(\d+ of 200 steps\)", error)
+    for words in ("add --resume", "another --out", "delete that folder"):
+        assert words in error
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_checkpoint_of_another_program_is_neither_replaced_nor_gone_on_with(
+    killed, tmp_path, capsys, more
+):
+    lora = {"w": lowrank.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)))}
+    config = lowrank.LoraConfig(rank=2, targets="w")
+    lowrank.checkpoint.save(tmp_path, lora=lora, config=config, step=3)
+    assert finetune.main([*killed[0], f"--out={tmp_path}", *more]) == 1
+    assert "holds a checkpoint that is not of a run of this job" in capsys.readouterr().err
+
+
 # The text
 
 
 def test_the_dictionary_is_what_its_script_says():
-    entries = finetune.DICTIONARY.read_text("ascii").rstrip("\n").split("\n\n")
+    entries = texts.DICTIONARY.read_text("ascii").rstrip("\n").split("\n\n")
     assert len(entries) == 977
     initials = [entry[0] for entry in entries]
     assert initials == sorted(initials)
-    train, held_out = finetune.read_text(finetune.DICTIONARY)
+    train, held_out = texts.read_text(texts.DICTIONARY)
     assert train.rsplit("\n\n", 1)[1].startswith("OYSTER")
     assert held_out.startswith("PAIN, n.")
 

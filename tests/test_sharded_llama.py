@@ -1,0 +1,287 @@
+"""A Llama on eight devices, data x model: FSDP and tensor parallel together, as one device's."""
+
+import functools
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import NamedSharding, P, lax
+from jax.sharding import AxisType
+
+import lowrank_jax as lowrank
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from llama import Llama, LlamaConfig
+
+pytestmark = [
+    pytest.mark.skipif(jax.device_count() < 8, reason="conftest asks for eight devices"),
+    pytest.mark.usefixtures("fast_compile"),
+]
+
+MESHES = [(8, 1), (4, 2), (2, 4)]
+SIZES = {"vocab": 32, "dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}
+MODEL = Llama(LlamaConfig(**SIZES, hidden=48, remat=True))
+TOKENS = np.random.default_rng(0).integers(0, 32, (8, 6))
+COLUMN, ROW = P(None, "data", "model"), P(None, "model", "data")
+SPECS = {
+    "embed_tokens": {"embedding": P("model", "data")},
+    "layers": {
+        "self_attn": {f"{n}_proj": {"kernel": ROW if n == "o" else COLUMN} for n in "qkvo"},
+        "mlp": {
+            f"{n}_proj": {"kernel": ROW if n == "down" else COLUMN} for n in ("gate", "up", "down")
+        },
+        "input_layernorm": P(),
+        "post_attention_layernorm": P(),
+    },
+    "norm": P(),
+}
+CONFIG = lowrank.LoraConfig(rank=3, alpha=5, targets=("all-linear", "**/embedding"))
+
+
+def loss(apply, params, tokens):
+    logits = apply({"params": params}, tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+@functools.cache
+def one_device():
+    """Base, adapter, plan, and on one device the loss and the adapter's gradient."""
+    params = MODEL.init(jax.random.key(0), TOKENS)["params"]
+    call = lambda params, tokens: MODEL.apply({"params": params}, tokens)
+    plan = lowrank.plan(call, params, TOKENS)
+    base, lora = lowrank.init(jax.random.key(1), params, CONFIG, plan=plan)
+    lora = jax.tree.map(lambda f: f + 0.05, lora)
+    value, grads = jax.value_and_grad(lambda l: loss(MODEL.apply, lowrank.merge(base, l), TOKENS))(
+        lora
+    )
+    return base, lora, plan, value, grads
+
+
+def mesh_of(shape, kind=AxisType.Auto):
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind))
+
+
+def named(mesh, specs):
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+
+
+def placed(mesh, base, lora, specs=SPECS):
+    where = named(mesh, specs)
+    put = lambda tree: jax.device_put(tree, lowrank.specs(tree, where))
+    return put(base), put(lora)
+
+
+def assert_placed_alike(left, right):
+    same = lambda l, r: l.sharding.is_equivalent_to(r.sharding, l.ndim)
+    assert jax.tree.all(jax.tree.map(same, left, right))
+
+
+def split_eight_ways(leaf):
+    shards = leaf.addressable_shards
+    return len({str(s.index) for s in shards}) == 8 and shards[0].data.size * 8 == leaf.size
+
+
+def lifted(tree, tokens):
+    return loss(lowrank.lift(MODEL.apply, fallback="raise"), tree, tokens)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_values_and_gradients_are_those_of_one_device(shape):
+    base, lora, _, value, grads = one_device()
+    mesh = mesh_of(shape)
+    largest = max(jax.tree.leaves(base), key=lambda leaf: leaf.size)
+    base, lora = placed(mesh, base, lora)
+    sharded = [leaf for leaf in jax.tree.leaves(base) if leaf.size == largest.size]
+    assert all(map(split_eight_ways, sharded))
+    tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
+    step = jax.jit(jax.value_and_grad(lambda l, b, t: lifted(lowrank.combine(b, l), t)))
+    mine, gradient = step(lora, base, tokens)
+    chex.assert_trees_all_close(mine, value, rtol=1e-6)
+    chex.assert_trees_all_close(gradient, grads, rtol=1e-4, atol=1e-6)
+    tree = lowrank.combine(base, lora)
+    report = lowrank.report(lambda tree, t: MODEL.apply({"params": tree}, t), tree, tokens)
+    assert report.memory.base / 8 <= report.device_memory.base < report.memory.base / 7
+    merged = jax.jit(lowrank.merge, out_shardings=named(mesh, lowrank.specs(base, SPECS)))
+    chex.assert_trees_all_close(
+        merged(base, lora), lowrank.merge(*one_device()[:2]), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_training_sharded_from_the_start(shape):
+    base, _, plan, _, _ = one_device()
+    tx = optax.adam(1e-2)
+
+    def train(base, lora, opt_state, tokens, **jit):
+        @functools.partial(jax.jit, **jit)
+        def step(lora, opt_state, base, tokens):
+            value, grads = jax.value_and_grad(lambda l: lifted(lowrank.combine(base, l), tokens))(
+                lora
+            )
+            updates, opt_state = tx.update(grads, opt_state, lora)
+            return optax.apply_updates(lora, updates), opt_state, value
+
+        values = []
+        for _ in range(3):
+            lora, opt_state, value = step(lora, opt_state, base, tokens)
+            values.append(float(value))
+        assert step._cache_size() == 1
+        return lora, values
+
+    make = lambda key, params: lowrank.init(key, params, CONFIG, plan=plan)[1]
+    key = jax.random.key(1)
+    lora = make(key, base)
+    alone, values = train(base, lora, tx.init(lora), TOKENS)
+
+    mesh = mesh_of(shape)
+    where = named(mesh, SPECS)
+    base = jax.device_put(base, lowrank.specs(base, where))
+    lora_at = lowrank.specs(jax.eval_shape(make, key, base), where)
+    lora = jax.jit(make, out_shardings=lora_at)(key, base)
+    everywhere = NamedSharding(mesh, P())
+    state_at = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, lora),
+        lora_at,
+        transform_non_params=lambda _: everywhere,
+    )
+    opt_state = jax.jit(tx.init, out_shardings=state_at)(lora)
+    assert_placed_alike(opt_state[0].mu, lora)
+    tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
+    after, mine = train(
+        base, lora, opt_state, tokens, out_shardings=(lora_at, state_at, everywhere)
+    )
+    np.testing.assert_allclose(mine, values, rtol=1e-5)
+    assert values[2] < values[0]
+    chex.assert_trees_all_close(after, alone, rtol=2e-3, atol=2e-5)
+    assert_placed_alike(after, lora)
+
+
+def test_pmap():
+    base, lora, _, value, grads = one_device()
+
+    def each(lora, base, tokens):
+        mine = lambda l: lifted(lowrank.combine(base, l), tokens)
+        return lax.pmean(jax.value_and_grad(mine)(lora), "d")
+
+    mapped = jax.pmap(each, axis_name="d", in_axes=(None, None, 0))
+    mine, gradient = mapped(lora, base, TOKENS.reshape(8, 1, 6))
+    first = jax.tree.map(lambda leaf: leaf[0], (mine, gradient))
+    chex.assert_trees_all_close(first[0], value, rtol=1e-6)
+    chex.assert_trees_all_close(first[1], grads, rtol=1e-4, atol=1e-6)
+
+
+def test_shard_map():
+    """Data parallel by hand; each device gathers the part of the base that it lacks."""
+    base, lora, _, value, grads = one_device()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    only_data = jax.tree.map(
+        lambda s: P(*(entry if entry == "data" else None for entry in s)),
+        SPECS,
+        is_leaf=lambda s: isinstance(s, P),
+    )
+    base_at = lowrank.specs(base, only_data)
+    base, lora = placed(mesh, base, jax.device_put(lora, NamedSharding(mesh, P())), only_data)
+    lora_at = lowrank.specs(lora, P())
+    lora = jax.device_put(lora, named(mesh, lora_at))
+
+    def gathered(leaf, spec):
+        axis = [i for i, entry in enumerate(spec) if entry == "data"]
+        return lax.all_gather(leaf, "data", axis=axis[0], tiled=True) if axis else leaf
+
+    def each(lora, base, tokens):
+        whole = jax.tree.map(gathered, base, base_at)
+        return lax.pmean(lifted(lowrank.combine(whole, lora), tokens), "data")
+
+    mapped = jax.shard_map(
+        each, mesh=mesh, in_specs=(lora_at, base_at, P("data")), out_specs=P(), check_vma=False
+    )
+    tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
+    mine, gradient = jax.jit(jax.value_and_grad(mapped))(lora, base, tokens)
+    chex.assert_trees_all_close(mine, value, rtol=1e-6)
+    chex.assert_trees_all_close(gradient, grads, rtol=1e-4, atol=1e-6)
+
+
+# Explicit axes: the model says how its own results lie, and knows nothing of adapters.
+
+
+def normal(i, *shape):
+    return jax.random.normal(jax.random.key(i), shape) * shape[-2] ** -0.5
+
+
+EXPLICIT_PARAMS = {
+    "embed": normal(0, 64, 16),
+    "layers": {
+        "q": normal(1, 3, 16, 4, 8),
+        "o": normal(2, 3, 4, 8, 16),
+        "up": normal(3, 3, 16, 32),
+        "down": normal(4, 3, 32, 16),
+    },
+    "mix": normal(5, 3, 16, 16),
+}
+EXPLICIT_SPECS = {
+    "embed": P("model", "data"),
+    "layers": {
+        "q": P(None, "data", None, "model"),
+        "o": P(None, None, "model", "data"),
+        "up": P(None, "data", "model"),
+        "down": P(None, "model", "data"),
+    },
+    "mix": P(None, "data", "model"),
+}
+
+
+def explicit_model(explicit, p, ids):
+    """Look-up, attention-like n-D products, MLP in scan + remat, a convolution, the tied head."""
+    gather = jax.sharding.reshard if explicit else lambda w, spec: w
+    out = {"out_sharding": P("data", None, None)} if explicit else {}
+
+    def layer(x, w):
+        q = jnp.einsum("btd,dhk->bthk", x, gather(w["q"], P(None, None, "model")))
+        o = gather(w["o"], P(None, "model", None))
+        x = x + jnp.einsum("bthk,hkd->btd", jnp.tanh(q), o, **out)
+        h = jnp.tanh(x @ gather(w["up"], P(None, "model")))
+        return x + jnp.einsum("btf,fd->btd", h, w["down"], **out), None  # split both ways
+
+    x = p["embed"].at[ids].get(**out)
+    x, _ = lax.scan(jax.checkpoint(layer), x, p["layers"])
+    mix = gather(p["mix"], P(None, None, None))
+    x = lax.conv_general_dilated(x, mix, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    return jnp.einsum("btd,vd->btv", x, gather(p["embed"], P("model", None)))
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_explicit_axes(shape):
+    ids = np.random.default_rng(1).integers(0, 64, (16, 4))
+    plain = functools.partial(explicit_model, False)
+    config = lowrank.LoraConfig(rank=2, alpha=3, targets=("all-linear", "embed"))
+    plan = lowrank.plan(plain, EXPLICIT_PARAMS, ids)
+    base, lora = lowrank.init(jax.random.key(6), EXPLICIT_PARAMS, config, plan=plan)
+    lora = jax.tree.map(lambda f: f + 0.1, lora)
+    mean = lambda fn, tree, ids: jnp.sin(fn(tree, ids)).mean()
+    want = jax.value_and_grad(lambda l: mean(plain, lowrank.merge(base, l), ids))(lora)
+
+    mesh = mesh_of(shape, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        fn = functools.partial(explicit_model, True)
+        base, lora = placed(mesh, base, lora, EXPLICIT_SPECS)
+        assert split_eight_ways(base["layers"]["up"])
+        ids = jax.device_put(ids, NamedSharding(mesh, P("data")))
+        assert set(lowrank.plan(fn, base, ids)) == set(plan)
+        run = lowrank.lift(fn, fallback="raise")
+        out = jax.jit(lambda l, b, i: run(lowrank.combine(b, l), i))(lora, base, ids)
+        assert out.sharding.spec == P("data", None, "model")
+        step = jax.jit(jax.value_and_grad(lambda l, b, i: mean(run, lowrank.combine(b, l), i)))
+        got = step(lora, base, ids)
+        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
+        assert_placed_alike(got[1], lora)
+        merged = jax.jit(lowrank.merge)(base, lora)
+        assert_placed_alike(merged, base)
+        masked = lowrank.combine(base, lora, scale=0.5, dropout=0.5, key=jax.random.key(0))
+        assert jnp.isfinite(jax.jit(run)(masked, ids)).all()
