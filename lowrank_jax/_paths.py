@@ -106,8 +106,18 @@ def no_match(pattern: Pattern, paths: Sequence[str], what: str) -> PatternError:
     return PatternError(
         f"{what} pattern {shown!r} matches none of the {len(paths)} leaves; the nearest paths are "
         f"{near}. A pattern is matched against the whole path: '*' stays within one segment, "
-        "'**' spans segments (try '**/" + str(shown).split("/")[-1] + "')"
+        f"'**' spans segments{_suggested(pattern, paths)}"
     )
+
+
+def _suggested(pattern: Pattern, paths: Sequence[str]) -> str:
+    """The glob that was likely meant, if it matches something and not everything."""
+    if isinstance(pattern, re.Pattern):
+        return ""
+    for glob in (f"**/{pattern}", f"**/{pattern.split('/')[-1]}"):
+        if 0 < sum(matches(glob, path) for path in paths) < max(2, len(paths)):
+            return f" (try {glob!r})"
+    return ""
 
 
 def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict[str, Pattern]:

@@ -1,11 +1,23 @@
-"""Mistakes people make, and the one clear message each gives."""
+"""Mistakes people make, and the one clear message each gives.
+
+`python tests/test_errors.py` writes them, with their whole messages, to docs/mistakes.md.
+"""
+
+import re
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
+from jax import P
 
 import lowrank_jax as lowrank
+
+PAGE = Path(__file__).parents[1] / "docs" / "mistakes.md"
 
 IDS = jnp.zeros((1, 4), jnp.int32)
 KEY = jax.random.key(0)
@@ -34,6 +46,13 @@ def other_model():
     return jax.tree.map(lambda leaf: jnp.ones((*leaf.shape[:-1], leaf.shape[-1] + 1)), VARIABLES)
 
 
+def dropping_out():
+    fn, params = lowrank.functional(nnx.Sequential(
+        nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+    ))  # fmt: skip
+    return fn(params, jnp.ones((2, 4)))
+
+
 # name -> (the mistake, the kind of error, words of its text)
 MISTAKES = {
     "misspelt target": (
@@ -44,7 +63,7 @@ MISTAKES = {
     "pattern without the level above": (
         lambda: init(targets="body/kernel"),
         lowrank.PatternError,
-        r"whole path.*'\*\*/kernel'",
+        r"whole path.*\(try '\*\*/body/kernel'\)",
     ),
     "misspelt exclude": (
         lambda: init(exclude="**/hed/*"),
@@ -233,6 +252,36 @@ MISTAKES = {
         lowrank.TreeError,
         r"is an adapter without its base",
     ),
+    "an optimizer for adapters, given the base": (
+        lambda: lowrank.only_adapters(optax.adam(1e-3)).init(BASE),
+        lowrank.TreeError,
+        r"initialized on a tree without adapters: pass lowrank.combine\(base, lora\)",
+    ),
+    "report of an adapter alone": (
+        lambda: lowrank.report(Net().apply, LORA, IDS),
+        lowrank.TreeError,
+        r"is a LowRank adapter without its base",
+    ),
+    "specs of another level of the tree": (
+        lambda: lowrank.specs(BASE, {"embed": P(), "body": P()}),
+        lowrank.TreeError,
+        r"(?s)same level of the tree:.*params/attention/key/bias: no spec.*embed: a spec, but no",
+    ),
+    "functional of a Linen module": (
+        lambda: lowrank.functional(Net()),
+        lowrank.TreeError,
+        r"takes an instance of nnx.Module, not Net: a Linen module's apply is a function already",
+    ),
+    "an NNX model in training mode": (
+        dropping_out,
+        lowrank.StateError,
+        r"(?s)Call model.eval\(\) before.*functional_with_state.*RngCount",
+    ),
+    "restoring where nothing was saved": (
+        lambda: lowrank.checkpoint.restore("nowhere"),
+        lowrank.CheckpointError,
+        r"there is no checkpoint at .*nowhere: it does not exist; pass the directory given to save",
+    ),
     "dora, which is not there yet": (
         lambda: init(dora=True),
         lowrank.ConfigError,
@@ -248,7 +297,35 @@ def test_mistake(mistake):
         make()
 
 
+def page():
+    """The mistakes as a page of the documentation."""
+    lines = [
+        "# Mistakes and what they say",
+        "",
+        "Every error is a {py:class}`~lowrank_jax.LowrankError`, which is a `ValueError`. It names",
+        "the path, what came, what was expected, and the remedy; where several things are wrong,",
+        "it lists them all. These are mistakes that people make, and the message each gives.",
+    ]
+    for name, (make, kind, _) in MISTAKES.items():
+        with pytest.raises(kind) as caught:
+            make()
+        message = re.sub(r"\S*/nowhere", "nowhere", str(caught.value))
+        lines += ["", f"## {name[0].upper()}{name[1:]}", "", "```text"]
+        text = f"{kind.__name__}: {message}"
+        wrap = lambda line: textwrap.wrap(line, 98, subsequent_indent="    ")
+        lines += [part for line in text.split("\n") for part in wrap(line)] + ["```"]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_documentation_shows_these_messages():
+    assert page() == PAGE.read_text()
+
+
 def test_every_error_is_a_value_error():
     for _, kind, _ in MISTAKES.values():
         assert issubclass(kind, lowrank.LowrankError)
         assert issubclass(kind, ValueError)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
