@@ -180,7 +180,7 @@ class _Pure:
         run = lambda params, state, *args, **kwargs: _arrays(
             self.call(params, state, args, kwargs)[1]
         )
-        through = forwarded(trace(run, call, dynamic, paths)[0])
+        through = forwarded(trace(run, call, dynamic, paths).jaxpr)
         names = [path for tree in (params, state) for path, x in flatten(tree)[0] if is_array(x)]
         return [path for i, path in enumerate(names) if through[i] != i]
 

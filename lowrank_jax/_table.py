@@ -67,7 +67,7 @@ class Table:
         return any(row[column] not in ("", "-") for row in self.rows)
 
 
-def collapsed(rows: Iterable[Row], at_least: int = 3) -> list[tuple[Row, int]]:
+def collapsed(rows: Iterable[Row], at_least: int = 2) -> list[tuple[Row, int]]:
     """Rows that differ only in numbers within their first cell, a path, made one, and how many.
 
     >>> rows = [("layer_0/w", "8×8"), ("layer_1/w", "8×8"), ("layer_2/w", "8×8"), ("head", "8×2")]

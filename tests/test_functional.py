@@ -338,3 +338,50 @@ def test_what_was_sown_can_be_returned():
     out, sown = fn(params, X)
     assert out.shape == (5, 3)
     chex.assert_trees_all_close(sown["hidden"], X.sum())
+
+
+def loss_of(model, x):
+    return (model(x) ** 2).mean()
+
+
+def adapted(kind="plain", mode="train"):
+    """A module whose weights are nodes: a module is a pytree, and may stand where one does."""
+    model = model_of(kind, mode)
+    plan = lowrank.plan(loss_of, model, X)
+    return lowrank.combine(
+        *lowrank.init(jax.random.key(1), model, lowrank.LoraConfig(rank=2), plan=plan)
+    )
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit, nnx.value_and_grad, jax.jit])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lifted_call_of_a_module_in_training_mode_is_refused(kind, transform):
+    with pytest.raises(lowrank.StateError, match=r"(?s)model.eval\(\).*block/norm/mean") as caught:
+        transform(lowrank.lift(loss_of))(adapted(kind), X)
+    assert "block/drop/rngs/count" in str(caught.value)
+    assert "linear/kernel" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lifted_call_of_a_module_at_rest(kind):
+    tree = adapted(kind, "eval")
+    merged = lowrank.merge(*lowrank.partition(tree))
+    got = lowrank.lift(loss_of, fallback="raise")(tree, X)
+    chex.assert_trees_all_close(got, loss_of(merged, X), rtol=1e-5)
+
+
+def test_a_dict_changed_in_place_is_refused():
+    def fn(p, x):
+        p["calls"] = p["calls"] + 1
+        return x @ p["w"]
+
+    def growing(p, x):
+        p["new"] = x
+        return x @ p["w"]
+
+    params = {"w": jnp.ones((4, 3)), "calls": jnp.array(0)}
+    base, lora = lowrank.init(jax.random.key(0), params, lowrank.LoraConfig(rank=1, targets="w"))
+    with pytest.raises(lowrank.StateError, match=r"(?s)changes its arguments.*- calls"):
+        lowrank.lift(fn)(lowrank.combine(base, lora), X)
+    with pytest.raises(lowrank.StateError, match="adds arrays to its arguments"):
+        lowrank.lift(growing)(lowrank.combine(base, lora), X)
