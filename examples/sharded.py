@@ -9,7 +9,6 @@ too, to show that the losses are the same.
 """
 
 import argparse
-import math
 from functools import partial
 
 import characters
@@ -60,7 +59,14 @@ def main(arguments=None):
     parser.add_argument("--mesh", default="4x2", help="devices along data and model (%(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (%(default)s)")
     flags = parser.parse_args(arguments)
-    shape = tuple(int(size) for size in flags.mesh.split("x"))
+    try:
+        shape = data, model = tuple(int(size) for size in flags.mesh.split("x"))
+    except ValueError:
+        parser.error(f"argument --mesh: expected two numbers like 4x2, got {flags.mesh!r}")
+    count = data * model
+    devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
+    if not 0 < count <= len(devices):
+        parser.error(f"argument --mesh: {flags.mesh} is {count} devices, there are {len(devices)}")
 
     model, params = characters.pretrained()
     apply, tx = lowrank.lift(model.apply), optax.adam(5e-3)
@@ -76,8 +82,6 @@ def main(arguments=None):
     _, alone = train(apply, tx, params, lora, tx.init(lora), batches("on one device"))
 
     # The mesh: a sharding for every array of the base, of the adapter and of the optimizer's state
-    count = math.prod(shape)
-    devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
     automatic = (AxisType.Auto, AxisType.Auto)  # Flax's layers leave the layout to the compiler
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=automatic, devices=devices[:count])
     named = jax.tree.map(partial(NamedSharding, mesh), {"params": SPECS})

@@ -139,19 +139,30 @@ def trace(fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str]
 _IN_PLACE = (
     "a lifted function is pure, and would forget that. For an nnx.Module call model.eval() before, "
     "where dropout and batch statistics are to rest, or take lowrank.functional_with_state(model), "
-    "whose function returns the new state"
+    "whose function returns the new state; an nnx.Rngs is to be made of a key in the jitted step"
 )
 
 
 def evaluate(
-    fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str], ctx: Context
+    fn: Callable,
+    call: Call,
+    dynamic: Sequence[Any],
+    paths: Sequence[str],
+    ctx: Context,
+    eager: bool = False,
 ) -> Any:
     """Trace fn once and evaluate what was traced with the nodes in place of their dense weights."""
     traced = trace(fn, call, dynamic, paths)
-    # an argument without nodes is the caller's own: an nnx.Rngs made for this call, say
+    # an argument without nodes that was made in the caller's own trace is the caller's business: an
+    # nnx.Rngs of a key for this call, say
     adapted = {call.owners[i] for i, leaf in enumerate(dynamic) if is_node(leaf)}
-    if changed := [paths[i] for i in traced.changed if call.owners[i] in adapted]:
+    kept = lambda i: call.owners[i] in adapted or eager or not _jaxprs.is_tracer(dynamic[i])
+    if changed := [paths[i] for i in traced.changed if kept(i)]:
         raise StateError(f"the function changes its arguments: {_IN_PLACE}:\n{listing(changed)}")
+    for i, (leaf, path) in enumerate(zip(dynamic, paths, strict=True)):
+        if is_node(leaf) and isinstance(getattr(leaf, "delta", leaf), Full):
+            for eqn in _jaxprs.users(traced.jaxpr, i):
+                ctx.records.append(Record(path, eqn.primitive.name, "dense", *ctx.where(eqn)))
     values = [
         _enter(leaf, path) if is_node(leaf) else leaf
         for leaf, path in zip(dynamic, paths, strict=True)
@@ -236,14 +247,14 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
         )
     warned: set[tuple[Any, str]] = set()
 
-    def run(call: Call, paths: tuple[str, ...], dynamic: Sequence[Any]) -> Any:
+    def run(call: Call, paths: tuple[str, ...], eager: bool, dynamic: Sequence[Any]) -> Any:
         ctx = Context(RULES, refuse=fallback == "raise")
-        out = evaluate(fn, call, dynamic, paths, ctx)
+        out = evaluate(fn, call, dynamic, paths, ctx, eager)
         if fallback == "warn":
             _warn(ctx.records, warned)
         return out
 
-    jitted = jax.jit(run, static_argnums=(0, 1))
+    jitted = jax.jit(run, static_argnums=(0, 1, 2))
 
     @functools.wraps(fn, updated=())
     def lifted(*args: Any, **kwargs: Any) -> Any:
@@ -251,9 +262,9 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
         if not any(is_node(leaf) for leaf in dynamic):
             return fn(*args, **kwargs)
         if any(_jaxprs.is_tracer(leaf) for leaf in jax.tree.leaves(dynamic)):
-            return run(call, tuple(paths), dynamic)
+            return run(call, tuple(paths), False, dynamic)
         _check_hashable(call)
-        return jitted(call, tuple(paths), dynamic)
+        return jitted(call, tuple(paths), True, dynamic)
 
     return lifted
 

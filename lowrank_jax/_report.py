@@ -54,9 +54,7 @@ class LeafReport:
 
     @property
     def how(self) -> str:
-        """How it was used: "factored 2×", "materialized 1×", "dense", "unused"."""
-        if self.kind == "whole":
-            return "dense"
+        """How it was used: "factored 2×", "materialized 1×", "dense 1×", "unused"."""
         counts = Counter(use.how for use in self.uses)
         return ", ".join(f"{how} {count}×" for how, count in counts.items()) or "unused"
 
@@ -68,7 +66,7 @@ class Report(Mapping):
       leaves: path -> LeafReport.
       trainable: number of values trained.
       frozen: number of values that are not.
-      memory: bytes, over all devices.
+      memory: bytes of the arrays, each counted once however many devices hold it.
       device_memory: bytes on one device, where sharding makes that another number.
     """
 
@@ -100,21 +98,19 @@ class Report(Mapping):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One sentence for each weight that was built densely, and for each that fn never used."""
+        """What was built densely and why, and what fn never used; like layers in one sentence."""
         found = [
-            f"{path} is built densely at {use.primitive}, {use.source}"
-            + (f" ({use.layer})" if use.layer else "")
-            + (f": {use.reason}" if use.reason else "")
+            (path, f"is built densely at {use.primitive}, {use.source}: {use.reason}")
             for path, leaf in self.items()
             for use in leaf.uses
             if use.how in ("materialized", "built")
         ]
         found += [
-            f"{path} is adapted, but nothing used it: its gradient is zero"
+            (path, "is adapted, but nothing used it: its gradient is zero")
             for path, leaf in self.items()
             if leaf.how == "unused"
         ]
-        return tuple(dict.fromkeys(found))
+        return tuple(" ".join(row) for row, _ in collapsed(dict.fromkeys(found)))
 
     def _summary(self) -> Table:
         """Counts and bytes, of all devices and, where that differs, of one."""
@@ -198,9 +194,10 @@ def _use_text(use: Record) -> str:
 def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     """Count what is trained and what it costs, and say how fn uses every adapted weight.
 
-    A dry run on shapes: nothing is computed. Each use of an adapted weight is "factored" (x W +
-    s (x a) b), "materialized" (built densely, because no rule covers the equation) or "built"
-    (a product of two weights has to build the smaller).
+    A dry run on shapes: nothing is computed. Each use of an adapted weight is "factored",
+    $x W + s (x a) b$; "materialized", built densely because no rule covers the equation; or
+    "built", because a product of two weights has to build the smaller. A leaf trained whole is
+    "dense".
 
     Args:
       fn: the function, as for lift (a lifted one serves too).

@@ -156,13 +156,11 @@ class LowRankWeight(Virtual):
             parts[name], parts[name + "_axes"] = found
         return self.replaced(base=lax.reshape(self.base, tuple(shape)), **parts)
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int]) -> LowRankWeight:
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> LowRankWeight:
         """New axes, and axes of size 1 made longer, are constant along the delta."""
         place = dict(enumerate(axes))
         grown = {old for old, new in place.items() if self.shape[old] != shape[new]}
-        return self._dropped(grown)._renumbered(
-            place, base=lax.broadcast_in_dim(self.base, shape, tuple(axes))
-        )
+        return self._dropped(grown)._renumbered(place, base=fn(self.base))
 
     def _dropped(self, gone: set[int]) -> LowRankWeight:
         """Forget labels of axes of size 1."""

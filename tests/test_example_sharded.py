@@ -24,7 +24,7 @@ def test_losses_are_those_of_one_device(monkeypatch, capsys):
     base, lora, losses, alone = sharded.main(["--mesh", "2x4", "--steps", "4"])
     assert len(losses) == 4
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
-    assert losses[-1] < losses[0]
+    assert all(leaf.any() for leaf in jax.tree.leaves(lora))
     pieces = {
         leaf.addressable_shards[0].data.size * 8 / leaf.size for leaf in jax.tree.leaves(base)
     }

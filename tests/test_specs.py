@@ -84,6 +84,10 @@ def test_the_structure_is_the_trees_own(which):
         assert split["layers"]["q"].key == P(None)  # a mask for each layer
     if which == "many":
         assert split["layers"]["q"].a == P(None, None, "data", None)
+        whole = lowrank.specs(
+            tree, {**SPECS, "layers": {**SPECS["layers"], "bias": P(None, "data")}}
+        )
+        assert whole["layers"]["bias"].value == P(None, None, "data")  # [n, L, d]
 
 
 def test_an_axis_of_a_scanned_layer_may_be_split():
@@ -154,6 +158,13 @@ def test_specs_that_linen_and_nnx_annotate():
     split = lowrank.specs(lora, nnx.to_pure_dict(state))
     assert (split["kernel"].a, split["kernel"].b) == (P("data", None), P(None, "model"))
     assert lowrank.specs(lora, state)["kernel"].a == P("data", None)
+
+
+def test_a_leaf_that_is_none_needs_no_spec():
+    params = {"w": jnp.ones((4, 4)), "bias": None}
+    base, lora = lowrank.init(KEY, params, lowrank.LoraConfig(rank=1, targets="w"))
+    for tree in (base, lora, lowrank.combine(base, lora)):
+        assert lowrank.specs(tree, {"w": P("data"), "bias": None})["bias"] is None
 
 
 MISTAKES = {

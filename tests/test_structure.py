@@ -16,7 +16,8 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 
 # A module imports only from layers below its own (or its own, without a circle).
 LAYERS = [
-    {"_errors", "_paths", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"},
+    {"_errors", "_paths", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"}
+    | {"_codecs", "_scales", "_packing"},
     {"_nodes", "_virtual"},
     {"_products", "_convolution", "_lookup", "_weight", "initializers"},
     {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
