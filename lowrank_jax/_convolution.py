@@ -30,7 +30,7 @@ def conv(w: Any, other: Any, params: dict[str, Any]) -> jax.Array | None:
     return _conv(squeezed, other, params, groups)
 
 
-def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Array:
+def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Array | None:
     """A kernel whose a has the window and in axes and whose b has the out axis."""
     numbers = params["dimension_numbers"]
     out_axis, *taps = numbers.rhs_spec
@@ -41,7 +41,9 @@ def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Arra
         # a grouped kernel this small is cheaper to add to than to convolve beside
         return lax.conv_general_dilated(x, w.materialize(), **_conv_options(params))
     dtype = w.dtype
-    base = lax.conv_general_dilated(x, w.base, **_conv_options(params))
+    base = w.base.conv(x, _conv_options(params))
+    if base is None:
+        return None
     sizes = {**dict(enumerate(w.shape)), RANK: rank}
     kernel = arrange(w.a.astype(dtype), w.a_axes, (RANK, *taps), sizes)
     kernel = jnp.tile(kernel, (groups,) + (1,) * len(taps))

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._dense import DenseWeight
 from lowrank_jax._errors import ConfigError, LowrankError, MaterializeWarning, TreeError
 from lowrank_jax._interpret import Context, Record, interpret
 from lowrank_jax._nodes import Full, LowRank, is_node, materialize
@@ -134,7 +136,8 @@ def _enter(node: Any, path: str) -> Any:
     """The value that stands for a node inside: a weight, or an array for a leaf trained whole."""
     if isinstance(node, Full) or isinstance(node.delta, Full):
         return materialize(node)
-    return LowRankWeight.of(node, path)
+    # frozen here, outside every loop: inside one, a stack of copies would be saved for backward
+    return LowRankWeight.of(node, DenseWeight(lax.stop_gradient(node.base)), path)
 
 
 def lift(fn: Callable, *, fallback: str = "warn") -> Callable:

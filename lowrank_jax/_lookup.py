@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._contract import RANK, Labels, arrange, contract
+from lowrank_jax._dense import DenseWeight
+from lowrank_jax._virtual import Virtual
 
 
 def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
@@ -18,7 +20,9 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     sliced = {d for d in range(w.ndim) if params["slice_sizes"][d] != w.shape[d]}
     if sliced - indexed:
         return None
-    base = _gather(w.base, tuple(range(w.ndim)), indices, params, as_is=True)[0]
+    base = w.base.gather(indices, params)
+    if base is None:
+        return None
     offset, batch = numbers.offset_dims, range(indices.ndim - 1)
     kept = [
         d
@@ -36,7 +40,7 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
         if w.key is not None:
             key, key_axes = _gather(w.key, w.key_axes, indices, params)
         moved = w.replaced(a=a, b=b, key=key, a_axes=a_labels, b_axes=b_labels, key_axes=key_axes)
-        return moved._renumbered(place, base=base)
+        return moved._renumbered(place, base if isinstance(base, Virtual) else DenseWeight(base))
     sizes = {**w.sizes(), **dict(zip(out, base.shape, strict=True))}
     dtype = w.dtype
     branch, labels = contract(w.scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
@@ -48,12 +52,9 @@ def _gather(
     labels: Labels,
     indices: jax.Array,
     params: dict[str, Any],
-    as_is: bool = False,
 ) -> tuple[jax.Array, Labels]:
-    """Gather from an array along the labelled axes it has; rows come first unless as_is."""
+    """Gather from an array along the labelled axes it has; rows come first."""
     numbers = params["dimension_numbers"]
-    if as_is:
-        return _lax_gather(array, indices, numbers, params["slice_sizes"], params), labels
     array, labels = _in_order(array, labels)
     at = labels.index
     mapped = [i for i, axis in enumerate(numbers.start_index_map) if axis in labels]

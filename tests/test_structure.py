@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 LAYERS = [
     {"_errors", "_paths", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"},
     {"_nodes", "_virtual"},
-    {"_products", "_convolution", "_lookup", "_weight", "initializers"},
+    {"_dense", "_products", "_convolution", "_lookup", "_weight", "initializers"},
     {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
     {"_targets", "_adapters", "_optim", "_functional", "_report", "_specs"}
     | {"_fingerprint", "_archive", "_entries"},
