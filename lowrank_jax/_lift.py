@@ -18,6 +18,8 @@ from lowrank_jax._errors import ConfigError, LowrankError, MaterializeWarning, T
 from lowrank_jax._interpret import Context, Record, interpret
 from lowrank_jax._nodes import Full, LowRank, is_node, materialize
 from lowrank_jax._paths import path_of
+from lowrank_jax._quantized import Quantized
+from lowrank_jax._quantized_weight import QuantizedWeight
 from lowrank_jax._rules import RULES
 from lowrank_jax._virtual import Virtual
 from lowrank_jax._weight import LowRankWeight
@@ -113,7 +115,7 @@ def check(node: Any, path: str) -> None:
             f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
             "the lifted function"
         )
-    if isinstance(node, Full):
+    if isinstance(node, Full | Quantized):
         return
     delta = node.delta
     if not isinstance(delta, LowRank | Full):
@@ -134,8 +136,12 @@ def check(node: Any, path: str) -> None:
 
 def _enter(node: Any, path: str) -> Any:
     """The value that stands for a node inside: a weight, or an array for a leaf trained whole."""
+    if isinstance(node, Quantized):
+        return QuantizedWeight.of(node, path)
     if isinstance(node, Full) or isinstance(node.delta, Full):
         return materialize(node)
+    if isinstance(node.base, Quantized):
+        return LowRankWeight.of(node, QuantizedWeight.of(node.base, path), path)
     # frozen here, outside every loop: inside one, a stack of copies would be saved for backward
     return LowRankWeight.of(node, DenseWeight(lax.stop_gradient(node.base)), path)
 

@@ -1,7 +1,7 @@
 r"""A product with a decoded weight, tied to the activation it meets: a primitive.
 
-$y = \text{op}(x, \text{decode}(\text{codes}, \text{scales}, \ldots))$, linear in x. It is a primitive for
-the sake of memory. Its derivative binds itself on the tangent, and its transpose binds itself,
+$y = \text{op}(x, \text{decode}(\text{codes}, \text{scales}, \ldots))$, linear in x. It is a
+primitive for the sake of memory. Its derivative binds itself on the tangent, and its transpose binds itself,
 transposed, on the cotangent: the dense weight is in no jaxpr, so no rematerialization policy can
 save it, and what is saved for backward is the codes and their scales. And wherever it is lowered,
 a barrier ties the decoding to the activation: without one XLA decodes every layer's weight early
@@ -131,6 +131,4 @@ ad.primitive_jvps[tied_p] = _jvp
 ad.primitive_transposes[tied_p] = _transpose
 batching.primitive_batchers[tied_p] = _batched
 mlir.register_lowering(tied_p, mlir.lower_fun(_tied, multiple_results=False))
-mlir.register_lowering(
-    tied_p, mlir.lower_fun(_tied_on_cpu, multiple_results=False), platform="cpu"
-)
+mlir.register_lowering(tied_p, mlir.lower_fun(_tied_on_cpu, multiple_results=False), platform="cpu")

@@ -20,6 +20,7 @@ from jax import lax
 
 from lowrank_jax import _convolution, _lookup, _products
 from lowrank_jax._contract import RANK, Labels, arrange, contract, reshape_groups
+from lowrank_jax._dense import DenseWeight
 from lowrank_jax._nodes import Adapted, LowRank, accumulator, labelled_spec
 from lowrank_jax._virtual import Virtual
 
@@ -46,6 +47,12 @@ class LowRankWeight(Virtual):
     scale: float = dataclasses.field(metadata=_STATIC)
     rate: float = dataclasses.field(metadata=_STATIC)
     path: Any = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def how(self) -> str:  # type: ignore[override]
+        """The adapter is factored; a quantized base is dequantized at the product."""
+        under = self.base.how
+        return "factored" if isinstance(self.base, DenseWeight) else f"factored, {under}"
 
     @classmethod
     def of(cls, node: Adapted, base: Virtual, path: str) -> LowRankWeight:

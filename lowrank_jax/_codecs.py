@@ -1,0 +1,320 @@
+"""Blockwise codecs on bare arrays, bit for bit those of bitsandbytes.
+
+A block of B elements is kept as B small codes and one float32, its largest magnitude:
+
+    absmax = max |x|,    code = nearest(x / absmax),    decoded = value[code] * absmax
+
+XLA is free to change arithmetic, so three forms below are chosen for what it leaves alone, on CPU:
+it turns x / broadcast(a) into x * (1 / a) and x / constant into x * (1 / constant); it contracts
+a * b + c into one rounding under jit and not eagerly, through optimization_barrier (JAX 0.10) and
+reduce_precision too; and it reads numbers below 2**-126 as 0. A multiplication by a reciprocal it
+keeps. So codes are the same eager, under jit and under vmap, and equal bitsandbytes' wherever
+absmax is 0 or in [2e-35, 8e37]; a block with absmax below 2**-126 is a block of zeros.
+
+Sources: QLoRA, arXiv 2305.14314, section 3; bitsandbytes 0.50.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lowrank_jax._errors import ConfigError
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+PACKINGS = ("uint4", "uint8")
+
+_TINY = np.finfo(np.float32).tiny
+_SHORT_FLOOR = np.float32(1e-38)  # what bitsandbytes stores as absmax of a short block of zeros
+
+# arXiv 2305.14314, appendix E: the quantiles of N(0, 1), rounded to float32 by bitsandbytes
+_NF4 = (
+    "-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 "
+    "-0.18477343022823334 -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 "
+    "0.24611230194568634 0.33791524171829224 0.44070982933044434 0.5626170039176941 "
+    "0.7229568362236023 1.0"
+)
+_FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)  # sign, two bits of exponent, one of mantissa; over 12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Format:
+    """What the codes of a block stand for, as fractions of its absmax.
+
+    Args:
+      name: what a configuration calls it.
+      bits: the width of a code.
+      table: float32 [2**bits], the value of each code; None for the signed integers
+        -limit .. limit, whose value is code / limit.
+    """
+
+    name: str
+    bits: int
+    table: np.ndarray | None = None
+
+    @property
+    def limit(self) -> int:
+        """The largest integer code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """The codes by ascending value; of two equal values the smaller code comes first."""
+        assert self.table is not None
+        return np.argsort(self.table, stable=True).astype(np.uint8)
+
+    @functools.cached_property
+    def midpoints(self) -> np.ndarray:
+        """float32, ascending: where the nearest value changes. A tie goes to the lower one."""
+        assert self.table is not None
+        return midpoints(self.table[self.order])
+
+    @property
+    def zero(self) -> int:
+        """The code that 0 gets."""
+        return 0 if self.table is None else int(self.order[np.sum(self.midpoints < 0)])
+
+    def encode(self, ratios: jax.Array) -> jax.Array:
+        """Codes of x / absmax: uint8, or int8 of the integers."""
+        if self.table is None:
+            scaled = lax.round(ratios * self.limit, lax.RoundingMethod.TO_NEAREST_EVEN)
+            return scaled.astype(jnp.int8)
+        # A chain of selects fuses to one loop on every backend; searchsorted is a loop of gathers.
+        codes = jnp.full(ratios.shape, self.order[0], jnp.uint8)
+        for midpoint, code in zip(self.midpoints, self.order[1:], strict=True):
+            codes = jnp.where(ratios > midpoint, code, codes)
+        return codes
+
+
+def midpoints(values: np.ndarray) -> np.ndarray:
+    """Between neighbours."""
+    return (values[:-1] + values[1:]) / np.float32(2)
+
+
+# One row a format.
+FORMATS = {
+    row.name: row
+    for row in (
+        Format("nf4", 4, np.array(_NF4.split(), np.float32)),
+        Format(
+            "fp4", 4, np.array([*_FP4, 0, *(-v for v in _FP4[1:])], np.float32) / np.float32(12)
+        ),
+        Format("int8", 8),
+    )
+}
+
+
+def format_of(name: str) -> Format:
+    """The format of that name."""
+    if name not in FORMATS:
+        raise ConfigError(f"format must be one of {sorted(FORMATS)}, not {name!r}")
+    return FORMATS[name]
+
+
+def check_block_size(size: int) -> None:
+    """Refuse what bitsandbytes refuses."""
+    if size not in BLOCK_SIZES:
+        raise ConfigError(
+            f"a block is of {size!r} elements; block_size must be a power of two, one of "
+            f"{BLOCK_SIZES}"
+        )
+
+
+def encode(x: jax.Array, format: str, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    r"""Codes of whole blocks.
+
+    $c_i = \operatorname{nearest}(x_i \cdot \frac{1}{m})$, $m = \max_i |x_i|$: multiplied by the
+    rounded reciprocal, as bitsandbytes does, not divided. Ties go to the lower value. int8 rounds
+    $127\, x_i \cdot \frac{1}{m}$ half to even, so that no element is off by more than m / 254.
+
+    Args:
+      x: floating-point array, computed in float32.
+      format: a name in FORMATS.
+      axis: the axis that is a block.
+
+    Returns:
+      Codes of x's shape, uint8 (int8 for "int8"), and absmax, float32, without the axis.
+      A block of zeros has absmax 0.
+
+    Raises:
+      ConfigError: the format is unknown, or the axis is not of a block's size.
+
+    >>> codes, absmax = encode(jnp.linspace(-2.0, 2.0, 64), "nf4")
+    >>> codes[::9], absmax
+    (Array([ 0,  1,  3,  5,  9, 12, 14, 15], dtype=uint8), Array(2., dtype=float32))
+    """
+    check_block_size(x.shape[axis])
+    ratios, absmax = _normalize(x, axis, short=False)
+    return format_of(format).encode(ratios), absmax
+
+
+def encode_flat(x: jax.Array, format: str, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """Codes of a flat array, whose last block may be short.
+
+    Args:
+      x: floating-point [n], a torch weight [out, in] in its own order.
+      format: a name in FORMATS.
+      block_size: one of BLOCK_SIZES.
+
+    Returns:
+      Codes [blocks * block_size], padded with the code of 0, and absmax float32 [blocks]. As in
+      bitsandbytes a short block is divided by its absmax, and if it is all zeros that is 1e-38.
+
+    Raises:
+      ConfigError: the format is unknown or the block size impossible.
+
+    >>> codes, absmax = encode_flat(jnp.ones(70), "fp4", 64)
+    >>> codes[64:72], absmax
+    (Array([3, 3, 3, 3, 3, 3, 0, 0], dtype=uint8), Array([1., 1.], dtype=float32))
+    """
+    check_block_size(block_size)
+    ratios, absmax = normalize_flat(x, block_size)
+    ratios = jnp.pad(ratios, (0, absmax.size * block_size - x.size))
+    return format_of(format).encode(ratios), absmax
+
+
+def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Array]:
+    """x / absmax in [-1, 1], and absmax."""
+    x = x.astype(jnp.float32)
+    size = jnp.abs(x)
+    absmax = jnp.max(size, axis)
+    zero = absmax < _TINY  # False of a NaN, which must stay one
+    divisor = jnp.expand_dims(jnp.where(zero, np.float32(1), absmax), axis)
+    if short:
+        # The maximum is the divisor itself, but no broadcast, so XLA leaves the division alone.
+        ratios = x / jnp.maximum(divisor, size)
+    else:
+        # Quarters are exact, and keep the reciprocal of a huge absmax above 2**-126.
+        ratios = (x * np.float32(0.25)) * (np.float32(1) / (divisor * np.float32(0.25)))
+    ratios = jnp.where(jnp.expand_dims(zero, axis), np.float32(0), ratios)
+    absmax = jnp.where(zero, _SHORT_FLOOR if short else np.float32(0), absmax)
+    return jnp.clip(ratios, -1, 1), absmax
+
+
+def normalize_flat(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Both of a flat array: whole blocks, then a short one."""
+    n = x.size
+    full = n - n % block
+    ratios, absmax = _normalize(x[:full].reshape(-1, block), 1, short=False)
+    ratios = ratios.reshape(-1)
+    if full < n:
+        rest, last = _normalize(x[full:], 0, short=True)
+        ratios, absmax = jnp.concatenate([ratios, rest]), jnp.append(absmax, last)
+    return ratios, absmax
+
+
+def lookup(codes: jax.Array, table: jax.Array | np.ndarray | None) -> jax.Array:
+    """table[codes], by a tree of selects.
+
+    Accelerators gather badly, and fuse selects into the product. Pass the table as a traced array
+    where this runs in a loop: XLA hoists a constant's entries as full arrays each.
+
+    Args:
+      codes: integers of any shape; int8 codes stand for themselves.
+      table: [2**bits], or None for int8.
+
+    Returns:
+      The table's dtype, or float32.
+
+    >>> lookup(jnp.array([3, 0], jnp.uint8), jnp.array([1.0, 2.0, 4.0, 8.0]))
+    Array([8., 1.], dtype=float32)
+    """
+    if codes.dtype == jnp.int8 or table is None:
+        return codes.astype(jnp.float32)
+    codes, table = codes.astype(jnp.uint8), jnp.asarray(table)
+    values = [lax.index_in_dim(table, i, keepdims=False) for i in range(table.size)]
+    for bit in range(table.size.bit_length() - 1):
+        odd = (codes & np.uint8(1 << bit)) != 0
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(odd, high, low) for low, high in pairs]
+    return values[0]
+
+
+def decode(
+    codes: jax.Array,
+    absmax: jax.Array,
+    format: str,
+    axis: int = -1,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    table: jax.Array | None = None,
+) -> jax.Array:
+    """value[codes] * absmax: one rounding in float32, then the cast.
+
+    Args:
+      codes: of any integer dtype.
+      absmax: of codes' shape without axis.
+      format: a name in FORMATS.
+      axis: the axis that is a block.
+      dtype: of the result.
+      table: the format's own as a traced array, for `lookup`.
+
+    >>> x = jnp.array([[0.0, -0.5, 1.0, 0.25] * 8])
+    >>> decode(*encode(x, "fp4"), "fp4")[0, :4]
+    Array([ 0.  , -0.5 ,  1.  ,  0.25], dtype=float32)
+    """
+    values = lookup(codes, format_of(format).table if table is None else table)
+    return (values * jnp.expand_dims(unit(absmax, format), axis)).astype(dtype)
+
+
+def unit(absmax: jax.Array, format: str) -> jax.Array:
+    """What a `lookup` is multiplied by: absmax, or absmax * (1 / limit) for integers; float32."""
+    spec = format_of(format)
+    absmax = absmax.astype(jnp.float32)
+    return absmax * (np.float32(1) / np.float32(spec.limit)) if spec.table is None else absmax
+
+
+def pack(codes: jax.Array, axis: int, packing: str) -> jax.Array:
+    """4-bit codes as stored.
+
+    Args:
+      codes: uint8 below 16.
+      axis: the axis that is a block; its size is even.
+      packing: "uint4", an array of that dtype, or "uint8", two codes a byte: code j of the axis in
+        the high nibble, code j + half of it in the low one, so that nothing is interleaved.
+
+    Returns:
+      uint4 of the same shape, or uint8 with the axis halved.
+
+    Raises:
+      ConfigError: the packing is unknown, or the axis odd.
+
+    >>> pack(jnp.array([1, 2, 3, 4], jnp.uint8), 0, "uint8")
+    Array([19, 36], dtype=uint8)
+    """
+    if packing not in PACKINGS:
+        raise ConfigError(f"packing must be one of {PACKINGS}, not {packing!r}")
+    if packing == "uint4":
+        return codes.astype(jnp.uint4)
+    if codes.shape[axis] % 2:
+        raise ConfigError(f'packing "uint8" halves axis {axis}, of odd size {codes.shape[axis]}')
+    high, low = jnp.split(codes, 2, axis)
+    return (high << 4) | low
+
+
+def unpack(packed: jax.Array, axis: int, packing: str) -> jax.Array:
+    """The codes, uint8, of what `pack` made."""
+    if packing not in PACKINGS:
+        raise ConfigError(f"packing must be one of {PACKINGS}, not {packing!r}")
+    if packing == "uint4":
+        return packed.astype(jnp.uint8)
+    return jnp.concatenate([packed >> 4, packed & 15], axis)
+
+
+def to_bnb_bytes(codes: jax.Array, format: str) -> jax.Array:
+    """Flat codes [n] as bitsandbytes' bytes [(n + 1) // 2]: the first of a pair in the high nibble.
+
+    An odd count is filled up with the format's code of 0.
+    """
+    codes = jnp.pad(codes, (0, codes.size % 2), constant_values=format_of(format).zero)
+    return (codes[::2] << 4) | codes[1::2]
+
+
+def from_bnb_bytes(packed: jax.Array, n: int) -> jax.Array:
+    """The first n codes, uint8 [n], of bitsandbytes' bytes of any shape."""
+    packed = packed.reshape(-1)
+    return jnp.stack([packed >> 4, packed & 15], 1).reshape(-1)[:n]

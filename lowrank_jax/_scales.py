@@ -1,0 +1,104 @@
+"""Double quantization: the scales of blocks, themselves kept as 8-bit codes, as in bitsandbytes.
+
+Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization".
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._codecs import lookup, midpoints, normalize_flat
+
+SCALE_BLOCK = 256  # how many scales share one float32
+
+
+def _dynamic_map() -> np.ndarray:
+    """bitsandbytes' signed 8-bit map, float32 [256] ascending.
+
+    Decade by decade, the middles of 2**i equal parts of [0.1, 1], both signs, then 0 and 1.
+    torch.linspace fuses its multiply and add, which float64 does here. (Where torch runs on a CPU
+    without FMA it does not, and 42 entries differ by an ulp: a file brings its own map.)
+    """
+    values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
+    for i in range(7):
+        parts, k = 2**i, np.arange(2**i + 1)
+        step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(parts))
+        rising = k < (parts + 1) // 2
+        edges = np.where(rising, np.float64(np.float32(0.1)) + step * k, 1 - step * (parts - k))
+        decade = np.float32(10.0 ** (i - 6)) * midpoints(edges.astype(np.float32))
+        values += [decade, -decade]
+    return np.sort(np.concatenate(values))
+
+
+DYNAMIC_MAP = _dynamic_map()
+
+
+def encode_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Double quantization: 8-bit codes of the scales' differences from their mean.
+
+    Args:
+      absmax: float32 [n] in the flat order of the blocks.
+
+    Returns:
+      Codes uint8 [n], nested_absmax float32 [ceil(n / 256)], offset float32 scalar. The codes are
+      those of bitsandbytes' exact kernels; the one it runs on CPU rounds by a table of 65536 and
+      is up to 2 codes off. The offset is the mean to an ulp or two, summed in a fixed order; so
+      it is not always torch's to the bit.
+
+    Source: arXiv 2305.14314, section 3, "Double Quantization".
+
+    >>> codes, nested, offset = encode_scales(jnp.array([1.0, 2.0, 3.0]))
+    >>> codes, nested, offset
+    (Array([  0, 127, 255], dtype=uint8), Array([1.], dtype=float32), Array(2., dtype=float32))
+    """
+    offset = _mean(absmax)
+    ratios, nested = normalize_flat(absmax - offset, SCALE_BLOCK)
+    codes = jnp.searchsorted(midpoints(DYNAMIC_MAP), ratios, side="left")
+    return codes.astype(jnp.uint8), nested, offset
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Mean of non-negative numbers, by halves: the order of a reduction is XLA's choice."""
+    n = x.size
+    while x.size > 1:
+        half = x.size // 2
+        x = jnp.concatenate([x[:half] + x[half : 2 * half], x[2 * half :]])
+    # The maximum keeps this product from being contracted with what is added to it.
+    return jnp.maximum(x[0] * (np.float32(1) / np.float32(n)), 0)
+
+
+def decode_scales(
+    codes: jax.Array,
+    nested_absmax: jax.Array,
+    offset: jax.Array,
+    index: jax.Array | None = None,
+    table: jax.Array | np.ndarray = DYNAMIC_MAP,
+    tree: bool = False,
+) -> jax.Array:
+    """The scales again: table[codes] * nested_absmax[flat index // 256] + offset, two roundings.
+
+    Args:
+      codes: uint8, [n] in flat order; in any other order and shape with an index.
+      nested_absmax: float32 [ceil(n / 256)].
+      offset: float32 scalar.
+      index: integers that broadcast against codes: flat index // 256. Without it nothing is
+        gathered but the table: a caller with codes [blocks, out] may decode codes.T.reshape(-1),
+        then reshape and transpose back.
+      table: float32 [256]; a file's own may differ by an ulp.
+      tree: look up by selects. On TPU a gather is slow; 255 selects are quick, but take seconds
+        to compile.
+
+    Returns:
+      float32 of codes' shape.
+    """
+    if index is None:
+        blocks = jnp.broadcast_to(nested_absmax[:, None], (nested_absmax.size, SCALE_BLOCK))
+        nested = blocks.reshape(-1)[: codes.size]
+    else:
+        nested = jnp.take(nested_absmax, index, mode="clip")
+    table = jnp.asarray(table)
+    values = lookup(codes, table) if tree else jnp.take(table, codes.astype(jnp.int32), mode="clip")
+    # No value exceeds 1, so the clip changes nothing, but the product is rounded before the sum.
+    return jnp.clip(values * nested, -nested, nested) + offset
