@@ -192,6 +192,10 @@ def train(
         for count, tokens in zip(steps, data, strict=False):
             lora, opt_state, loss = step(base, lora, opt_state, tokens)
             losses[count] = float(loss)
+            if not np.isfinite(losses[count]):
+                raise ExampleError(
+                    f"the loss is {losses[count]} at step {count}: lower --learning-rate"
+                )
             speed = ""
             if count == steps.start:  # compilation is in this one, so speed counts from its end
                 compiled = time.perf_counter()
@@ -239,7 +243,8 @@ def print_change(console: Console, title: str, before: dict, after: dict) -> Non
 
 def same(left: Tree, right: Tree) -> bool:
     """Says whether two trees are equal in structure and in every bit."""
-    pairs = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), left, right))
+    bits = lambda leaf: np.asarray(leaf).tobytes()
+    pairs = jax.tree.leaves(jax.tree.map(lambda a, b: bits(a) == bits(b), left, right))
     return jax.tree.structure(left) == jax.tree.structure(right) and all(pairs)
 
 

@@ -59,7 +59,7 @@ def goes_on(run: Run, resume: bool, announce: Callable[[str], None]) -> bool:
         return False
     found = lowrank.checkpoint.restore(run.folder)
     saved = found.opt_state.get("run") if isinstance(found.opt_state, dict) else None
-    if saved is None:
+    if not isinstance(saved, dict) or saved.keys() != run.settings.keys():
         raise ExampleError(
             f"--out {run.folder} holds a checkpoint that is not of a run of this job: "
             "pass another --out"

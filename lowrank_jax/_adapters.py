@@ -10,10 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import initializers
+from lowrank_jax import _jaxprs, initializers
 from lowrank_jax._configs import LoraConfig
+from lowrank_jax._contract import RANK
 from lowrank_jax._errors import ConfigError, LowrankError, TreeError, listing
-from lowrank_jax._nodes import Adapted, Full, LowRank, inverse, is_adapter, is_node, materialize
+from lowrank_jax._nodes import (
+    Adapted,
+    Full,
+    LowRank,
+    inverse,
+    is_adapter,
+    is_node,
+    labelled_spec,
+    materialize,
+)
 from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._plan import Plan
 from lowrank_jax._quantized import Quantized
@@ -102,7 +112,7 @@ def _init_leaf(
     """The residual base and the factors of one leaf."""
     if initializer is None:
         initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
-    a, b, residual = _factors(key, leaf, target, initializer, dtype)
+    a, b, residual = _laid_out_factors(key, leaf, target, initializer, dtype)
     if residual is not None and isinstance(leaf, Quantized):
         raise ConfigError(
             "an initializer that moves weight out of the base needs a dense base: initialize "
@@ -112,6 +122,26 @@ def _init_leaf(
         a, b, None, target.fan_in, target.fan_out, target.stack, target.scale, target.kind
     )
     return (leaf if residual is None else residual), node
+
+
+def _laid_out_factors(
+    key: jax.Array, leaf: Any, target: Target, initializer: Initializer, dtype: str
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """_factors, split as the leaf is where its type says how (on a mesh with explicit axes)."""
+    if isinstance(leaf, Quantized) or not _jaxprs.is_split(leaf):
+        return _factors(key, leaf, target, initializer, dtype)
+    sharding = jax.typeof(leaf).sharding
+    like = lambda labels: jax.NamedSharding(sharding.mesh, labelled_spec(sharding.spec, labels))
+    make = lambda key, leaf: _factors(key, leaf, target, initializer, dtype)
+    plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    moves = jax.eval_shape(make, key, plain)[2] is not None
+    out = (
+        like((*target.stack, *target.fan_in, RANK)),
+        like((*target.stack, RANK, *target.fan_out)),
+        sharding if moves else None,
+    )
+    with _jaxprs.mesh_of(leaf):
+        return _jaxprs.by_the_compiler(make, out, key, leaf)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

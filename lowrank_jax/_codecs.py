@@ -4,12 +4,10 @@ A block of B elements is kept as B small codes and one float32, its largest magn
 
     absmax = max |x|,    code = nearest(x / absmax),    decoded = value[code] * absmax
 
-XLA is free to change arithmetic, so three forms below are chosen for what it leaves alone, on CPU:
-it turns x / broadcast(a) into x * (1 / a) and x / constant into x * (1 / constant); it contracts
-a * b + c into one rounding under jit and not eagerly, through optimization_barrier (JAX 0.10) and
-reduce_precision too; and it reads numbers below 2**-126 as 0. A multiplication by a reciprocal it
-keeps. So codes are the same eager, under jit and under vmap, and equal bitsandbytes' wherever
-absmax is 0 or in [2e-35, 8e37]; a block with absmax below 2**-126 is a block of zeros.
+Codes are the same eager, under jit and under vmap, and equal bitsandbytes' wherever absmax is 0 or
+in [2e-35, 8e37]. What that takes: XLA reads float32 below 2**-126 as 0, so a block with such an
+absmax is a block of zeros; divisions are `_divide`; what follows is products, comparisons and
+selects, which XLA leaves as they are (run on CPU; H100's PTX has only mul.rn).
 
 Sources: QLoRA, arXiv 2305.14314, section 3; bitsandbytes 0.50.2.
 """
@@ -27,10 +25,8 @@ from jax import lax
 from lowrank_jax._errors import ConfigError
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-PACKINGS = ("uint4", "uint8")
 
 _TINY = np.finfo(np.float32).tiny
-_SHORT_FLOOR = np.float32(1e-38)  # what bitsandbytes stores as absmax of a short block of zeros
 
 # arXiv 2305.14314, appendix E: the quantiles of N(0, 1), rounded to float32 by bitsandbytes
 _NF4 = (
@@ -125,6 +121,7 @@ def check_block_size(size: int) -> None:
         )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def encode(x: jax.Array, format: str, axis: int = -1) -> tuple[jax.Array, jax.Array]:
     r"""Codes of whole blocks.
 
@@ -153,6 +150,7 @@ def encode(x: jax.Array, format: str, axis: int = -1) -> tuple[jax.Array, jax.Ar
     return format_of(format).encode(ratios), absmax
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def encode_flat(x: jax.Array, format: str, block_size: int) -> tuple[jax.Array, jax.Array]:
     """Codes of a flat array, whose last block may be short.
 
@@ -163,7 +161,8 @@ def encode_flat(x: jax.Array, format: str, block_size: int) -> tuple[jax.Array, 
 
     Returns:
       Codes [blocks * block_size], padded with the code of 0, and absmax float32 [blocks]. As in
-      bitsandbytes a short block is divided by its absmax, and if it is all zeros that is 1e-38.
+      bitsandbytes a short block is divided by its absmax. (If that is 0, bitsandbytes stores 1e-38,
+      which XLA takes for 0: here it is 0.)
 
     Raises:
       ConfigError: the format is unknown or the block size impossible.
@@ -186,14 +185,43 @@ def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Arr
     zero = absmax < _TINY  # False of a NaN, which must stay one
     divisor = jnp.expand_dims(jnp.where(zero, np.float32(1), absmax), axis)
     if short:
-        # The maximum is the divisor itself, but no broadcast, so XLA leaves the division alone.
-        ratios = x / jnp.maximum(divisor, size)
+        ratios = _divide(size, divisor)
+        ratios = jnp.where(x < 0, -ratios, ratios)
     else:
-        # Quarters are exact, and keep the reciprocal of a huge absmax above 2**-126.
-        ratios = (x * np.float32(0.25)) * (np.float32(1) / (divisor * np.float32(0.25)))
+        # Quarters are exact, and keep the reciprocal of a huge absmax above 2**-126. The clip
+        # changes nothing, but XLA cannot multiply the reciprocal by the quarter first.
+        divisor = divisor * np.float32(0.25)
+        quarters = jnp.clip(x * np.float32(0.25), -divisor, divisor)
+        ratios = quarters * _divide(np.float32(1), divisor)
     ratios = jnp.where(jnp.expand_dims(zero, axis), np.float32(0), ratios)
-    absmax = jnp.where(zero, _SHORT_FLOOR if short else np.float32(0), absmax)
+    absmax = jnp.where(zero, np.float32(0), absmax)
     return jnp.clip(ratios, -1, 1), absmax
+
+
+def _divide(x: jax.Array | np.float32, y: jax.Array) -> jax.Array:
+    """x / y, x >= 0 and y >= 2**-126, rounded as IEEE 754 says; 0 where below 2**-126.
+
+    XLA's division is no such thing: off by an ulp or two on GPUs (rcp.approx, div.full), and on
+    CPU by whether it becomes a product. This is long division of the mantissas, in integers.
+    """
+    x, y = jnp.broadcast_arrays(x, y)
+    a, b = lax.bitcast_convert_type(x, jnp.int32), lax.bitcast_convert_type(y, jnp.int32)
+    exponent = (a >> 23) - (b >> 23)
+    a, b = (a & 0x7FFFFF) | 0x800000, (b & 0x7FFFFF) | 0x800000
+    smaller = (a < b).astype(jnp.int32)
+    a, exponent = a << smaller, exponent - smaller
+
+    def step(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rest, quotient = carry
+        bit = (rest >= b).astype(jnp.int32)
+        return (rest - bit * b) << 1, (quotient << 1) | bit
+
+    none = a & b & 0  # not a constant: inside shard_map a loop's carry must vary as its result does
+    _, quotient = lax.fori_loop(0, 25, step, (a | none, none))
+    # The 25th bit rounds; a quotient of two 24-bit numbers never lies half way.
+    bits = ((exponent + 126) << 23) + ((quotient + 1) >> 1)
+    normal = (exponent > -127) & (x >= _TINY)
+    return jnp.where(normal, lax.bitcast_convert_type(bits, jnp.float32), np.float32(0))
 
 
 def normalize_flat(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
@@ -266,55 +294,3 @@ def unit(absmax: jax.Array, format: str) -> jax.Array:
     spec = format_of(format)
     absmax = absmax.astype(jnp.float32)
     return absmax * (np.float32(1) / np.float32(spec.limit)) if spec.table is None else absmax
-
-
-def pack(codes: jax.Array, axis: int, packing: str) -> jax.Array:
-    """4-bit codes as stored.
-
-    Args:
-      codes: uint8 below 16.
-      axis: the axis that is a block; its size is even.
-      packing: "uint4", an array of that dtype, or "uint8", two codes a byte: code j of the axis in
-        the high nibble, code j + half of it in the low one, so that nothing is interleaved.
-
-    Returns:
-      uint4 of the same shape, or uint8 with the axis halved.
-
-    Raises:
-      ConfigError: the packing is unknown, or the axis odd.
-
-    >>> pack(jnp.array([1, 2, 3, 4], jnp.uint8), 0, "uint8")
-    Array([19, 36], dtype=uint8)
-    """
-    if packing not in PACKINGS:
-        raise ConfigError(f"packing must be one of {PACKINGS}, not {packing!r}")
-    if packing == "uint4":
-        return codes.astype(jnp.uint4)
-    if codes.shape[axis] % 2:
-        raise ConfigError(f'packing "uint8" halves axis {axis}, of odd size {codes.shape[axis]}')
-    high, low = jnp.split(codes, 2, axis)
-    return (high << 4) | low
-
-
-def unpack(packed: jax.Array, axis: int, packing: str) -> jax.Array:
-    """The codes, uint8, of what `pack` made."""
-    if packing not in PACKINGS:
-        raise ConfigError(f"packing must be one of {PACKINGS}, not {packing!r}")
-    if packing == "uint4":
-        return packed.astype(jnp.uint8)
-    return jnp.concatenate([packed >> 4, packed & 15], axis)
-
-
-def to_bnb_bytes(codes: jax.Array, format: str) -> jax.Array:
-    """Flat codes [n] as bitsandbytes' bytes [(n + 1) // 2]: the first of a pair in the high nibble.
-
-    An odd count is filled up with the format's code of 0.
-    """
-    codes = jnp.pad(codes, (0, codes.size % 2), constant_values=format_of(format).zero)
-    return (codes[::2] << 4) | codes[1::2]
-
-
-def from_bnb_bytes(packed: jax.Array, n: int) -> jax.Array:
-    """The first n codes, uint8 [n], of bitsandbytes' bytes of any shape."""
-    packed = packed.reshape(-1)
-    return jnp.stack([packed >> 4, packed & 15], 1).reshape(-1)[:n]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._contract import RANK, arrange
+from lowrank_jax._jaxprs import laid_out_like
 from lowrank_jax._products import dropped
 
 
@@ -40,29 +41,38 @@ def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Arra
     if groups > 1 and fan_in * outputs <= rank * (fan_in * groups + outputs):
         # a grouped kernel this small is cheaper to add to than to convolve beside
         return lax.conv_general_dilated(x, w.materialize(), **_conv_options(params))
-    dtype = w.dtype
-    base = w.base.conv(x, _conv_options(params))
+    options = _conv_options(params)
+    base = w.base.conv(x, options)
     if base is None:
         return None
+    options.pop("out_sharding", None)
+
+    def branch(w: Any, x: jax.Array) -> jax.Array:
+        return _branch(w, x, numbers, groups, options).astype(base.dtype)
+
+    return base + laid_out_like(base, branch, w, x)
+
+
+def _branch(w: Any, x: jax.Array, numbers: Any, groups: int, options: dict[str, Any]) -> jax.Array:
+    """The convolution with a, and the mix with b."""
+    out_axis, *taps = numbers.rhs_spec
+    rank, outputs, dtype = w.a.shape[w.a_axes.index(RANK)], w.shape[out_axis], w.dtype
     sizes = {**dict(enumerate(w.shape)), RANK: rank}
     kernel = arrange(w.a.astype(dtype), w.a_axes, (RANK, *taps), sizes)
     kernel = jnp.tile(kernel, (groups,) + (1,) * len(taps))
     spec = type(numbers)(numbers.lhs_spec, tuple(range(w.ndim)), numbers.out_spec)
-    options = {**_conv_options(params), "dimension_numbers": spec, "preferred_element_type": None}
-    inner = lax.conv_general_dilated(dropped(w, x), kernel, **options)
+    thin = {**options, "dimension_numbers": spec, "preferred_element_type": None}
+    inner = lax.conv_general_dilated(dropped(w, x), kernel, **thin)
     feature = numbers.out_spec[1]
     inner = jnp.moveaxis(w.scaled(inner).astype(x.dtype), feature, 0)
     b = arrange(w.b.astype(dtype), w.b_axes, (RANK, out_axis), sizes)
     inner = inner.reshape(groups, rank, *inner.shape[1:])
     b = b.reshape(rank, groups, outputs // groups)
-    last = {
-        "precision": params["precision"],
-        "preferred_element_type": params["preferred_element_type"],
-    }
+    last = {name: options.get(name) for name in ("precision", "preferred_element_type")}
     mixed = lax.dot_general(inner, b, (((1,), (0,)), ((0,), (1,))), **last)  # [g, *rest, o / g]
     mixed = jnp.moveaxis(mixed, -1, 1)
     mixed = mixed.reshape(outputs, *mixed.shape[2:])
-    return base + jnp.moveaxis(mixed, 0, feature).astype(base.dtype)
+    return jnp.moveaxis(mixed, 0, feature)
 
 
 def _conv_options(params: dict[str, Any]) -> dict[str, Any]:
@@ -77,5 +87,6 @@ def _conv_options(params: dict[str, Any]) -> dict[str, Any]:
         "batch_group_count",
         "precision",
         "preferred_element_type",
+        "out_sharding",
     )
-    return {name: params[name] for name in names}
+    return {name: params[name] for name in names if params.get(name) is not None}

@@ -53,9 +53,9 @@ class DenseWeight(Virtual):
         """Change the shape."""
         return DenseWeight(lax.reshape(self.value, tuple(shape)))
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int]) -> DenseWeight:
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> DenseWeight:
         """lax.broadcast_in_dim."""
-        return DenseWeight(lax.broadcast_in_dim(self.value, shape, tuple(axes)))
+        return DenseWeight(fn(self.value))
 
     def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> DenseWeight:
         """Take the part fn takes."""

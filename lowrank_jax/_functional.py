@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_jax._errors import StateError, TreeError, listing
 from lowrank_jax._interpret import forwarded
+from lowrank_jax._jaxprs import is_tracer
 from lowrank_jax._lift import is_array, split, trace
+from lowrank_jax._nodes import forgotten, is_node
 from lowrank_jax._paths import flatten
 
 if TYPE_CHECKING:  # imported where it is used: the core does not depend on Flax
@@ -62,10 +65,11 @@ def functional(
         if changed := pure.changed(params, state, after, args, kwargs):
             raise StateError(
                 "the call changes variables of the model, and a function of the parameters alone "
-                "would forget that. Call model.eval() before "
-                "lowrank.functional(model) where batch statistics and dropout are to rest, pass "
-                "dropout's rngs as an argument, or take lowrank.functional_with_state(model), "
-                f"whose function returns the new state:\n{pure.listed(changed)}"
+                "would forget that. Call model.eval() before lowrank.functional(model) where batch "
+                "statistics and dropout are to rest, pass dropout's rngs as an argument (a new "
+                "nnx.Rngs(dropout=key) in each call), or take "
+                "lowrank.functional_with_state(model), whose function returns the new state:\n"
+                f"{pure.listed(changed)}"
             )
         return out
 
@@ -125,7 +129,9 @@ class _Pure:
 
     def __init__(self, graphdef: Any, wrt: Any, method: Callable, params: Any, state: Any):
         self.graphdef, self.wrt, self.method = graphdef, wrt, method
-        self.params, self.state = _types(params), _types(state)
+        self.params, self.state = _kinds(params), _kinds(state)
+        # a State made of its structure: nnx.merge takes no dict where a variable holds a tree
+        self.structures = jax.tree.structure(params), jax.tree.structure(state)
 
     @classmethod
     def of(cls, model: Any, wrt: Any, method: Method | None) -> tuple[_Pure, Any, Any]:
@@ -150,7 +156,9 @@ class _Pure:
 
         _check(self.params, params, "params")
         _check(self.state, state, "state")
-        model = nnx.merge(self.graphdef, params, state)
+        pairs = zip(self.structures, (params, state), strict=True)
+        states = [jax.tree.unflatten(treedef, jax.tree.leaves(tree)) for treedef, tree in pairs]
+        model = nnx.merge(self.graphdef, *states)
         out = self.method(model, *args, **kwargs)
         graphdef, *after = nnx.split(model, self.wrt, ...)
         if graphdef != self.graphdef:
@@ -159,39 +167,63 @@ class _Pure:
 
     def _refuse_other_graph(self, params: Any, state: Any) -> None:
         """Raise, naming what a call added to the model or took from it."""
-        now, known = {**_types(params), **_types(state)}, {**self.params, **self.state}
+        now, known = {**_kinds(params), **_kinds(state)}, {**self.params, **self.state}
         added = [f"{path} ({now[path]}): added" for path in now if path not in known]
         gone = [f"{path} ({known[path]}): removed" for path in known if path not in now]
+        if not added + gone:
+            raise StateError(
+                "the call changes an attribute of the model that is no nnx.Variable, which a pure "
+                "function cannot keep: hold it in one, or set it (model.eval(), say) before "
+                "lowrank.functional(model)"
+            )
         raise StateError(
-            "the call adds variables to the model or removes some, or changes an attribute that is "
-            "no variable; a pure function cannot keep that. Return what was sown from method: "
-            "method=lambda model, *args: (model(*args), nnx.pop(model, nnx.Intermediate)):\n"
-            + listing(added + gone or ["an attribute that is no variable"])
+            "the call adds variables to the model or removes some; a pure function cannot keep "
+            "that. Return what was sown from method: method=lambda model, *args: (model(*args), "
+            f"nnx.pop(model, nnx.Intermediate)):\n{listing(added + gone)}"
         )
 
     def changed(self, params: Any, state: Any, after: Any, args: Any, kwargs: Any) -> list[str]:
         """Paths of the variables that a call does not leave as they came."""
-        came, left = _arrays((params, state)), _arrays(after)
-        if all(one is other for one, other in zip(came, left, strict=True)):
-            return []
-        # nnx.jit, nnx.remat and nnx.scan hand every variable on, as another array: a trace tells
-        # which of those are the ones that came
-        call, dynamic, paths = split((params, state, *args), kwargs)
-        run = lambda params, state, *args, **kwargs: _arrays(
-            self.call(params, state, args, kwargs)[1]
+        before, now = _leaves(params, state), _leaves(*after)
+        both = [path for path in before if is_array(before[path]) and is_array(now.get(path))]
+        others = [path for path in {**before, **now} if path not in both]
+        found = [path for path in others if not _same(before.get(path), now.get(path))]
+        both = [path for path in both if before[path] is not now[path]]
+        # nnx.jit, nnx.remat and nnx.scan hand every variable on, as another array: of those the
+        # values tell which are the ones that came, or a trace where there are none
+        if not any(is_tracer(tree[path]) for path in both for tree in (before, now)):
+            return found + [path for path in both if not _equal(before[path], now[path])]
+        run = lambda params, state: list(
+            map(_leaves(*self.call(params, state, args, kwargs)[1]).get, both)
         )
-        through = forwarded(trace(run, call, dynamic, paths)[0])
-        names = [path for tree in (params, state) for path, x in flatten(tree)[0] if is_array(x)]
-        return [path for i, path in enumerate(names) if through[i] != i]
+        call, dynamic, paths = split((params, state), {})
+        through = forwarded(trace(run, call, dynamic, paths).jaxpr)
+        entered = [path for path, leaf in before.items() if is_array(leaf)]
+        pairs = zip(both, through[: len(both)], strict=True)
+        return found + [path for path, i in pairs if i is None or entered[i] != path]
 
     def listed(self, paths: list[str]) -> str:
         """Variables, one to a line, with their types."""
         kinds = {**self.params, **self.state}
-        return listing([f"{path} ({kinds[path]})" for path in paths])
+        return listing([f"{path} ({kinds.get(path, 'new')})" for path in paths])
 
 
-def _arrays(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
+def _leaves(params: Any, state: Any) -> dict[str, Any]:
+    """Leaves of both by path."""
+    return {path: leaf for tree in (params, state) for path, leaf in flatten(tree)[0]}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two arrays are equal in every value, NaNs too."""
+    if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+        one, other = jax.random.key_data(one), jax.random.key_data(other)
+    floating = jnp.issubdtype(one.dtype, jnp.floating)
+    return one.dtype == other.dtype and bool(jnp.array_equal(one, other, equal_nan=floating))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values that are no arrays are equal."""
+    return one is other or (type(one) is type(other) and not is_array(one) and bool(one == other))
 
 
 def _no_module(value: Any) -> TreeError:
@@ -215,19 +247,27 @@ def _callable(model: Any, method: Method | None) -> Callable:
             f"{type(model).__name__} has no method {name!r}: pass method, the name of one or a "
             "function (model, *args)"
         )
-    return lambda model, *args, **kwargs: getattr(model, name)(*args, **kwargs)
+    return lambda model, /, *args, **kwargs: getattr(model, name)(*args, **kwargs)
 
 
-def _types(state: Any) -> dict[str, str]:
-    """path -> type name of each variable."""
+def _kinds(state: Any) -> dict[str, str]:
+    """Path of each leaf of a State -> type name of the variable that it is, or is part of."""
     from flax import nnx
 
-    leaves = flatten(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
-    return {path: type(leaf).__name__ for path, leaf in leaves}
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+    found = {}
+    for path, variable in flatten(state, is_leaf=is_variable)[0]:
+        value = variable.get_value() if is_variable(variable) else variable
+        for below, _ in flatten(value)[0]:
+            found["/".join(filter(None, (path, below)))] = type(variable).__name__
+    return found
 
 
 def _check(expected: dict[str, str], tree: Any, what: str) -> None:
     """A tree has the model's variables and no others."""
+    leaves = flatten(tree, is_leaf=is_node)[0]
+    if any(is_node(leaf) for _, leaf in leaves):
+        raise forgotten("an adapted weight")
     came = {path for path, _ in flatten(tree)[0]}
     problems = [f"{path} ({kind}): missing" for path, kind in expected.items() if path not in came]
     problems += [f"{path}: unexpected" for path in sorted(came - expected.keys())]

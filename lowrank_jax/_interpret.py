@@ -199,36 +199,55 @@ def forwarded(jaxpr: Any) -> list[int | None]:
     NNX returns its parameters from jit, remat and scan; knowing that they are the ones that came in
     keeps a stack of weights from being written again.
     """
-    inner, _ = _jaxprs.opened(jaxpr)
-    source: dict[Any, int] = {var: index for index, var in enumerate(inner.invars)}
-    for eqn in inner.eqns:
-        for var, index in zip(eqn.outvars, _forwarded_by(eqn), strict=True):
-            atom = None if index is None else eqn.invars[index]
-            if atom is not None and not isinstance(atom, _jaxprs.Literal) and atom in source:
-                source[var] = source[atom]
     return [
-        None if isinstance(atom, _jaxprs.Literal) else source.get(atom) for atom in inner.outvars
+        found[0] if found is not None and found[1] == tuple(range(len(found[1]))) else None
+        for found in _sources(jaxpr)
     ]
 
 
-def _forwarded_by(eqn: Any) -> list[int | None]:
-    """For each result of an equation, the operand that it is, unchanged, or None."""
+# An input by number and the order of its axes: a scan over another axis than the first transposes
+# before and after.
+_Source = tuple[int, tuple[int, ...]]
+
+
+def _sources(jaxpr: Any) -> list[_Source | None]:
+    """For each result of a jaxpr, the input that it is but for a transposition, or None."""
+    inner, _ = _jaxprs.opened(jaxpr)
+    whole = lambda var: tuple(range(len(var.aval.shape)))
+    source: dict[Any, _Source] = {var: (i, whole(var)) for i, var in enumerate(inner.invars)}
+    known = lambda atom: None if isinstance(atom, _jaxprs.Literal) else source.get(atom)
+    for eqn in inner.eqns:
+        for var, found in zip(eqn.outvars, _source_of(eqn), strict=True):
+            before = None if found is None else known(eqn.invars[found[0]])
+            if found is not None and before is not None:
+                source[var] = (before[0], tuple(before[1][axis] for axis in found[1]))
+    return [known(atom) for atom in inner.outvars]
+
+
+def _source_of(eqn: Any) -> list[_Source | None]:
+    """For each result of an equation, the operand that it is but for a transposition, or None."""
     name = eqn.primitive.name
+    if name == "transpose":
+        return [(0, tuple(eqn.params["permutation"]))]
     if name in ("jit", "remat2", "checkpoint", "closed_call", "core_call", "shard_map"):
         body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
         if body is not None:
-            return forwarded(body)
+            return _sources(body)
     if name == "scan":
         consts, carries = _jaxprs.scan_split(eqn)
-        through = forwarded(eqn.params["jaxpr"])
-        carried = [
-            consts + i
-            if index == consts + i
-            else index
-            if index is not None and index < consts
+        carried: list[_Source | None] = [
+            (consts + i if index == consts + i else index, tuple(range(len(var.aval.shape))))
+            if index is not None and (index < consts or index == consts + i)
             else None
-            for i, index in enumerate(through[:carries])
+            for i, (index, var) in enumerate(
+                zip(forwarded(eqn.params["jaxpr"])[:carries], eqn.outvars, strict=False)
+            )
         ]
-        xs = [i if i is not None and i >= consts + carries else None for i in through[carries:]]
-        return carried + xs
+        slices = [
+            (found[0], (0, *(axis + 1 for axis in found[1])))
+            if found is not None and found[0] >= consts + carries
+            else None
+            for found in _sources(eqn.params["jaxpr"])[carries:]
+        ]
+        return carried + slices
     return [None] * len(eqn.outvars)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.core import ShapedArray as ShapedArray
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 
@@ -27,6 +29,13 @@ def binders(jaxpr: Any) -> list[Any]:
     """The variables of constants and inputs, in the order their values are given."""
     inner, _ = opened(jaxpr)
     return [*getattr(inner, "constvars", ()), *inner.invars]
+
+
+def users(jaxpr: Any, number: int) -> list[Any]:
+    """The equations that take an input, given by number."""
+    inner, _ = opened(jaxpr)
+    var = inner.invars[number]
+    return [eqn for eqn in inner.eqns if any(atom is var for atom in eqn.invars)]
 
 
 def bind(eqn: Any, args: Sequence[Any], **changes: Any) -> Sequence[Any]:
@@ -130,6 +139,26 @@ def laid_out_like(result: Any, branch: Callable, *operands: Any) -> Any:
     of theirs is said of the whole, not of the two thin products that go beside it.
     """
     sharding = jax.typeof(result).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    if not any(map(is_split, (result, *jax.tree.leaves(operands)))):
         return branch(*operands)
-    return jax.sharding.auto_axes(branch, out_sharding=sharding)(*operands)
+    return by_the_compiler(branch, sharding, *operands)
+
+
+def is_split(array: Any) -> bool:
+    """Whether an array's type says that it is split along an explicit axis of a mesh."""
+    return any(entry is not None for entry in getattr(jax.typeof(array).sharding, "spec", ()))
+
+
+def mesh_of(array: Any) -> Any:
+    """A context: the mesh that an array lies on, where it is no tracer, whose context is set."""
+    if is_tracer(array):
+        return contextlib.nullcontext()
+    return jax.set_mesh(array.sharding.mesh)
+
+
+def by_the_compiler(fn: Callable, out_sharding: Any, *operands: Any) -> Any:
+    """fn(*operands), explicit axes of the mesh left to the compiler inside it."""
+    mesh = jax.tree.leaves(out_sharding)[0].mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    return jax.sharding.auto_axes(fn, axes=axes, out_sharding=out_sharding)(*operands)

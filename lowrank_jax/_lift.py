@@ -14,8 +14,15 @@ from jax import lax
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._dense import DenseWeight
-from lowrank_jax._errors import ConfigError, LowrankError, MaterializeWarning, TreeError
-from lowrank_jax._interpret import Context, Record, interpret
+from lowrank_jax._errors import (
+    ConfigError,
+    LowrankError,
+    MaterializeWarning,
+    StateError,
+    TreeError,
+    listing,
+)
+from lowrank_jax._interpret import Context, Record, forwarded, interpret
 from lowrank_jax._nodes import Full, LowRank, is_node, materialize
 from lowrank_jax._paths import path_of
 from lowrank_jax._quantized import Quantized
@@ -36,11 +43,15 @@ class Static:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The arguments of one call, flattened: arrays and nodes in `dynamic`, the rest in `static`."""
+    """The arguments of one call, flattened: arrays and nodes in `dynamic`, the rest in `static`.
+
+    `owners` names, for each of the dynamic ones, the argument that it is in.
+    """
 
     treedef: Any
     places: tuple[bool, ...]
     static: tuple[Static, ...]
+    owners: tuple[Any, ...]
 
     def arguments(self, dynamic: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """args and kwargs with these values for the arrays."""
@@ -64,7 +75,8 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any
     dynamic = [leaf for _, leaf in keyed if is_array(leaf)]
     paths = [_argument_path(keys) for keys, leaf in keyed if is_array(leaf)]
     static = tuple(Static(leaf) for _, leaf in keyed if not is_array(leaf))
-    return Call(treedef, tuple(is_array(leaf) for _, leaf in keyed), static), dynamic, paths
+    owners = tuple(tuple(keys[:2]) for keys, leaf in keyed if is_array(leaf))
+    return Call(treedef, tuple(is_array(leaf) for _, leaf in keyed), static, owners), dynamic, paths
 
 
 def _argument_path(keys: Sequence[Any]) -> str:
@@ -77,35 +89,91 @@ def _argument_path(keys: Sequence[Any]) -> str:
     return f"{name}/{path}" if path else name
 
 
-def trace(
-    fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str]
-) -> tuple[Any, Any]:
-    """The jaxpr of fn on dense leaves, and the tree of its results."""
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A function traced on dense leaves.
+
+    Args:
+      jaxpr: its results, then what has become of the arguments that it put other arrays into.
+      out_tree: the structure of its results.
+      moved: those arguments, by number.
+    """
+
+    jaxpr: Any
+    out_tree: Any
+    moved: tuple[int, ...]
+
+    @property
+    def changed(self) -> list[int]:
+        """Arguments that the function changed in place: an nnx.Module is such an argument.
+
+        nnx.jit, nnx.remat and nnx.scan hand every variable on as another array, the same or not:
+        the jaxpr tells.
+        """
+        through = forwarded(self.jaxpr)[self.out_tree.num_leaves :]
+        return [i for i, source in zip(self.moved, through, strict=True) if source != i]
+
+
+def trace(fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str]) -> Traced:
+    """Trace fn on dense leaves."""
+    moved: tuple[int, ...] = ()
 
     def flat(*leaves: Any) -> Any:
+        nonlocal moved
         args, kwargs = call.arguments(leaves)
-        return fn(*args, **kwargs)
+        out = fn(*args, **kwargs)
+        after = [leaf for leaf in jax.tree.leaves((args, kwargs)) if is_array(leaf)]
+        if len(after) != len(leaves):
+            raise StateError(
+                f"the function adds arrays to its arguments, or removes some ({len(leaves)} before "
+                f"the call, {len(after)} after it): {_IN_PLACE}"
+            )
+        pairs = enumerate(zip(leaves, after, strict=True))
+        moved = tuple(i for i, (one, other) in pairs if one is not other)
+        return out, [after[i] for i in moved]
 
     for leaf, path in zip(dynamic, paths, strict=True):
         if is_node(leaf):
             check(leaf, path)
     avals = [jax.eval_shape(materialize, leaf) if is_node(leaf) else leaf for leaf in dynamic]
-    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*avals)
-    return jaxpr, jax.tree.structure(out)
+    jaxpr, (out, _) = jax.make_jaxpr(flat, return_shape=True)(*avals)
+    return Traced(jaxpr, jax.tree.structure(out), moved)
+
+
+_IN_PLACE = (
+    "a lifted function is pure, and would forget that. For an nnx.Module call model.eval() before, "
+    "where dropout and batch statistics are to rest, or take lowrank.functional_with_state(model), "
+    "whose function returns the new state; an nnx.Rngs is to be made of a key in the jitted step"
+)
 
 
 def evaluate(
-    fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str], ctx: Context
+    fn: Callable,
+    call: Call,
+    dynamic: Sequence[Any],
+    paths: Sequence[str],
+    ctx: Context,
+    eager: bool = False,
 ) -> Any:
     """Trace fn once and evaluate what was traced with the nodes in place of their dense weights."""
-    jaxpr, out_tree = trace(fn, call, dynamic, paths)
+    traced = trace(fn, call, dynamic, paths)
+    # an argument without nodes that was made in the caller's own trace is the caller's business: an
+    # nnx.Rngs of a key for this call, say
+    adapted = {call.owners[i] for i, leaf in enumerate(dynamic) if is_node(leaf)}
+    kept = lambda i: call.owners[i] in adapted or eager or not _jaxprs.is_tracer(dynamic[i])
+    if changed := [paths[i] for i in traced.changed if kept(i)]:
+        raise StateError(f"the function changes its arguments: {_IN_PLACE}:\n{listing(changed)}")
+    for i, (leaf, path) in enumerate(zip(dynamic, paths, strict=True)):
+        if is_node(leaf) and isinstance(getattr(leaf, "delta", leaf), Full):
+            for eqn in _jaxprs.users(traced.jaxpr, i):
+                ctx.records.append(Record(path, eqn.primitive.name, "dense", *ctx.where(eqn)))
     values = [
         _enter(leaf, path) if is_node(leaf) else leaf
         for leaf, path in zip(dynamic, paths, strict=True)
     ]
-    outs = interpret(ctx, jaxpr, values)
+    outs = interpret(ctx, traced.jaxpr, values)[: traced.out_tree.num_leaves]
     dense = [ctx.returned(out) if isinstance(out, Virtual) else out for out in outs]
-    return jax.tree.unflatten(out_tree, dense)
+    return jax.tree.unflatten(traced.out_tree, dense)
 
 
 def check(node: Any, path: str) -> None:
@@ -166,6 +234,8 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     Raises:
       ConfigError: fallback is none of the three.
       MaterializeError: when called, with fallback="raise".
+      StateError: when called, if fn changes an argument that holds adapted weights in place, as an
+        nnx.Module in training mode changes itself: the changes would be lost.
 
     Source: LoRA, arXiv 2106.09685, equation 3.
 
@@ -186,14 +256,14 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
         )
     warned: set[tuple[Any, str]] = set()
 
-    def run(call: Call, paths: tuple[str, ...], dynamic: Sequence[Any]) -> Any:
+    def run(call: Call, paths: tuple[str, ...], eager: bool, dynamic: Sequence[Any]) -> Any:
         ctx = Context(RULES, refuse=fallback == "raise")
-        out = evaluate(fn, call, dynamic, paths, ctx)
+        out = evaluate(fn, call, dynamic, paths, ctx, eager)
         if fallback == "warn":
             _warn(ctx.records, warned)
         return out
 
-    jitted = jax.jit(run, static_argnums=(0, 1))
+    jitted = jax.jit(run, static_argnums=(0, 1, 2))
 
     @functools.wraps(fn, updated=())
     def lifted(*args: Any, **kwargs: Any) -> Any:
@@ -201,9 +271,9 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
         if not any(is_node(leaf) for leaf in dynamic):
             return fn(*args, **kwargs)
         if any(_jaxprs.is_tracer(leaf) for leaf in jax.tree.leaves(dynamic)):
-            return run(call, tuple(paths), dynamic)
+            return run(call, tuple(paths), False, dynamic)
         _check_hashable(call)
-        return jitted(call, tuple(paths), dynamic)
+        return jitted(call, tuple(paths), True, dynamic)
 
     return lifted
 

@@ -81,7 +81,7 @@ class LowRank:
         return shift(self.fan_in), shift(self.fan_out), shift(self.stack)
 
     def __jax_array__(self):
-        raise LowrankError(_FORGOTTEN.format("a LowRank adapter"))
+        raise forgotten("a LowRank adapter")
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +107,7 @@ class Full:
         return self.value.dtype
 
     def __jax_array__(self):
-        raise LowrankError(_FORGOTTEN.format("a Full leaf"))
+        raise forgotten("a Full leaf")
 
 
 @jax.tree_util.register_dataclass
@@ -145,13 +145,16 @@ class Adapted:
         return self.base.dtype
 
     def __jax_array__(self):
-        raise LowrankError(_FORGOTTEN.format("an adapted weight"))
+        raise forgotten("an adapted weight")
 
 
-_FORGOTTEN = (
-    "{} was used as if it were an array: the function that uses the parameters must be lifted; "
-    "call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), or pass lowrank.merge(base, lora)"
-)
+def forgotten(what: str) -> LowrankError:
+    """The error of a node that met a function which knows none."""
+    return LowrankError(
+        f"{what} was used as if it were an array: the function that uses the parameters must be "
+        "lifted; call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), or pass "
+        "lowrank.merge(base, lora)"
+    )
 
 
 def is_node(value: Any) -> bool:

@@ -91,6 +91,9 @@ def factor_labels(lora: Any) -> Any:
 def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Train the adapters of a combined tree and leave the rest alone.
 
+    It goes outermost: around optax.MultiSteps and clipping, which are then of the adapters alone.
+    Donate the old parameters to a jitted step, or the base is copied at each.
+
     Args:
       tx: any optax transformation; it sees the trainable leaves only.
 

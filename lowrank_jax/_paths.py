@@ -111,11 +111,12 @@ def no_match(pattern: Pattern, paths: Sequence[str], what: str) -> PatternError:
 
 
 def _suggested(pattern: Pattern, paths: Sequence[str]) -> str:
-    """The glob that was likely meant, if it matches something and not everything."""
+    """The glob that was likely meant: the same words, at another depth."""
     if isinstance(pattern, re.Pattern):
         return ""
-    for glob in (f"**/{pattern}", f"**/{pattern.split('/')[-1]}"):
-        if 0 < sum(matches(glob, path) for path in paths) < max(2, len(paths)):
+    words = pattern.removeprefix("**/").removesuffix("/**")
+    for glob in (f"**/{words}", f"**/{words}/kernel", f"**/{words}/**"):
+        if words.strip("*/") and any(matches(glob, path) for path in paths):
             return f" (try {glob!r})"
     return ""
 

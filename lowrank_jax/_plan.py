@@ -156,7 +156,8 @@ def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
     """
     leaves = [(path, leaf) for path, leaf in flatten(params, is_leaf=is_node)[0] if is_array(leaf)]
     call, dynamic, paths = split((params, *args), kwargs)
-    jaxpr, _ = trace(fn, call, dynamic, paths)
+    traced = trace(fn, call, dynamic, paths)
+    jaxpr = traced.jaxpr
     survey = _Survey(RULES, inline_jit=True)
 
     def run(*values: Any) -> list[Any]:
@@ -166,11 +167,11 @@ def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
             Probe.of(materialize(v), path, log) if i < count and _floating(v) else v
             for i, (v, path) in enumerate(zip(values, paths, strict=True))
         ]
-        outs = interpret(survey, jaxpr, entered)
+        outs = interpret(survey, jaxpr, entered)[: traced.out_tree.num_leaves]
         return [survey.returned(v) if isinstance(v, Virtual) else v for v in outs]
 
     jax.eval_shape(run, *dynamic)
-    final = _final_products(jaxpr, len(leaves))
+    final = _final_products(jaxpr, len(leaves), traced.out_tree.num_leaves)
     uses = {path: _use(leaf, survey.found.get(path, {}), final) for path, leaf in leaves}
     return Plan(uses)
 
@@ -241,12 +242,12 @@ _PRODUCT = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 _NESTED = {"jit", "remat2", "checkpoint", "closed_call", "core_call"}
 
 
-def _final_products(jaxpr: Any, n_params: int) -> set[Any]:
+def _final_products(jaxpr: Any, n_params: int, n_results: int) -> set[Any]:
     """Frames of the products that reach a result through bias, scale, cast or soft-cap alone."""
     inner, _ = _jaxprs.opened(jaxpr)
     data = {index for index in range(len(inner.invars)) if index >= n_params}
     found: set[Any] = set()
-    _walk(jaxpr, data, range(len(inner.outvars)), (), found)
+    _walk(jaxpr, data, range(n_results), (), found)
     return found
 
 

@@ -115,13 +115,12 @@ class Probe(Virtual):
                 dims[axis] = self._axes(old)
         return self._with(value=lax.reshape(self.value, tuple(shape)), dims=tuple(dims))
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int]) -> Probe:
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> Probe:
         """New axes come from nowhere."""
         dims = [frozenset()] * len(shape)
         for old, new in enumerate(axes):
             dims[new] = self.dims[old]
-        value = lax.broadcast_in_dim(self.value, shape, tuple(axes))
-        return self._with(value=value, dims=tuple(dims))
+        return self._with(value=fn(self.value), dims=tuple(dims))
 
     def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> Probe:
         """An axis cut to one index is selected from."""
@@ -172,7 +171,7 @@ class Probe(Virtual):
         """The window and the input features are contracted."""
         out, *taps = params["dimension_numbers"].rhs_spec
         self._note("conv", taps, (), (out,))
-        options = {k: v for k, v in params.items() if k != "out_sharding"}
+        options = {k: v for k, v in params.items() if v is not None}
         return lax.conv_general_dilated(other, self.value, **options)
 
     def gather(self, indices: Any, params: dict[str, Any]) -> Any:

@@ -88,16 +88,19 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     extents = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
     precision = {"precision": options.get("precision")}
     last = {**precision, "preferred_element_type": options.get("preferred_element_type")}
-    step = lambda x, xl, y, yl, keep, options: _ragged(
-        x, xl, y, yl, keep, groups[0], rows, sizes, options
-    )
-    value = dropped(w, other)
-    value, labels = step(
-        value, x_labels, w.a.astype(w.dtype), w.a_axes, {*w.b_axes, *out}, precision
-    )
-    value = w.scaled(value).astype(product_dtype(other.dtype, w.dtype))
-    value, labels = step(value, labels, w.b.astype(w.dtype), w.b_axes, {*out}, last)
-    return base + arrange(value, labels, out, extents).astype(base.dtype)
+
+    def branch(w: Any, other: jax.Array, sizes: jax.Array) -> jax.Array:
+        step = lambda x, xl, y, yl, keep, options: _ragged(
+            x, xl, y, yl, keep, groups[0], rows, sizes, options
+        )
+        value, labels = step(
+            dropped(w, other), x_labels, w.a.astype(w.dtype), w.a_axes, {*w.b_axes, *out}, precision
+        )
+        value = w.scaled(value).astype(product_dtype(other.dtype, w.dtype))
+        value, labels = step(value, labels, w.b.astype(w.dtype), w.b_axes, {*out}, last)
+        return arrange(value, labels, out, extents).astype(base.dtype)
+
+    return base + laid_out_like(base, branch, w, other, sizes)
 
 
 def _ragged(

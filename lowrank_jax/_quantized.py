@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import _codecs, _scales
+from lowrank_jax import _codecs, _packing, _scales
+from lowrank_jax._errors import LowrankError
 
 _STATIC = {"static": True}
 
@@ -97,14 +99,35 @@ class Quantized:
         return (self.codes, self.scales, table, *second)
 
     @property
-    def decoding(self) -> Decoding:
+    def decoding(self) -> Any:
         """How the parts become codes' axes of floating-point numbers."""
         return Decoding(
             self.format, self.packing, self.trailing, self.strides, (self.weight_dtype,)
         )
 
+    def mapped(self, make: Callable[[tuple[Any, ...]], Any]) -> Quantized:
+        """The same node with make(axes of the leaf, or None) at each array: a spec, say.
+
+        The axis of blocks is the first axis of the run that was cut; an axis of elements, of a
+        second level or of a leaf kept flat is None.
+        """
+        lead, run = self.leading, len(self.blocked)
+        before: list[Any] = list(range(lead))
+        if self.order is not None:
+            codes = [*before, None, None]
+        else:
+            codes = [*before, lead, None, *range(lead + run, self.ndim)]
+        scales = [*codes[: lead + 1], *codes[lead + 2 :]]
+        second: dict[str, Any] = {}
+        if self.nested is not None:
+            stack = tuple(range(self.nested.ndim - 1))
+            second = {"nested": make((*stack, None)), "offset": make(stack)}
+        return dataclasses.replace(
+            self, codes=make(tuple(codes)), scales=make(tuple(scales)), **second
+        )
+
     def __jax_array__(self):
-        raise TypeError(
+        raise LowrankError(
             "a Quantized leaf was used as if it were an array: the function that uses the "
             "parameters must be lifted; call lowrank.lift(fn)(tree, ...), or pass "
             "lowrank.dequantize(tree)"
@@ -133,7 +156,7 @@ class Decoding:
         if nested is not None:
             scales = self.scales(scales, nested, offset)
         if self.format != "int8":
-            codes = _codecs.unpack(codes, axis, self.packing)
+            codes = _packing.unpack(codes, axis, self.packing)
         out = _codecs.decode(codes, scales, self.format, axis, table=table)
         for dtype in self.casts:
             out = out.astype(dtype)
@@ -224,7 +247,7 @@ def quantized(
             encode_scales = jax.vmap(encode_scales)
         scales, nested, offset = encode_scales(scales)
     if format != "int8":
-        codes = _codecs.pack(codes, codes.ndim - 1 - trailing, packing)
+        codes = _packing.pack(codes, codes.ndim - 1 - trailing, packing)
     return Quantized(
         codes, scales, nested, offset, **options, blocked=tuple(blocked), trailing=trailing,
         order=place, strides=strides, weight_dtype=dtype,
@@ -260,4 +283,8 @@ def _nested(scales: jax.Array, strides: tuple[int, ...]) -> tuple[Any, Any, Any]
     order = tuple(np.argsort([-s for s in strides], stable=True))
     flat = jnp.transpose(scales, order)
     codes, nested, offset = _scales.encode_scales(flat.reshape(-1))
-    return jnp.transpose(codes.reshape(flat.shape), np.argsort(order)), nested, offset
+    return (
+        jnp.transpose(codes.reshape(flat.shape), [int(i) for i in np.argsort(order)]),
+        nested,
+        offset,
+    )

@@ -7,17 +7,15 @@ transpose moves nothing; the axes that hold the blocks are one run of the weight
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from lowrank_jax._bilinear import Labels, dot_of_labels, flat_dot_of_labels
+from lowrank_jax._blocks import BLOCKS, ELEMENTS, Conv, Dot, FlatDecoding, Layout, is_run
 from lowrank_jax._contract import arrange, reshape_groups
 from lowrank_jax._lookup import gather_labelled
 from lowrank_jax._nodes import labelled_spec
@@ -25,131 +23,7 @@ from lowrank_jax._quantized import Decoding, Quantized
 from lowrank_jax._tied import tied
 from lowrank_jax._virtual import Virtual
 
-BLOCKS, ELEMENTS = "blocks", "elements"
 _STATIC = {"static": True}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How decoded blocks lie in the weight.
-
-    Args:
-      axes: for each axis of the decoded array, the weight's axis, or BLOCKS or ELEMENTS.
-      blocked: the weight's axes that those two stand for, in order.
-      sizes: their sizes.
-    """
-
-    axes: Labels
-    blocked: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def expand(self, labels: Sequence[Any]) -> Labels:
-        """Labels with the two axes of blocks in place of the run of axes they stand for."""
-        out: list[Any] = []
-        for label in labels:
-            if label not in self.blocked:
-                out.append(label)
-            elif label == self.blocked[0]:
-                out += [BLOCKS, ELEMENTS]
-        return tuple(out)
-
-    def dense(self, blocks: jax.Array) -> jax.Array:
-        """The dense weight, in the order of its axes."""
-        if not self.blocked:
-            order = tuple(range(blocks.ndim))
-            return arrange(blocks, self.axes, order, {})
-        ndim = len(self.axes) - 2 + len(self.blocked)
-        order = self.expand(range(ndim))
-        extent = dict(zip(self.axes, blocks.shape, strict=True))
-        extent |= dict(zip(self.blocked, self.sizes, strict=True))
-        shape = [extent[axis] for axis in range(ndim)]
-        if not _run(self.blocked):
-            raise AssertionError("the axes of blocks are apart")
-        return arrange(blocks, self.axes, order, extent).reshape(shape)
-
-
-def _run(axes: Sequence[int]) -> bool:
-    """Whether axes are consecutive."""
-    return all(b == a + 1 for a, b in itertools.pairwise(axes))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dot:
-    """lax.dot_general of an activation and decoded blocks, linear in the activation."""
-
-    layout: Layout
-    numbers: Any
-    on_left: bool
-    options: tuple[tuple[str, Any], ...]
-
-    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return self._run(dot_of_labels, x, w)
-
-    def on_cpu(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """As a product of two matrices."""
-        return self._run(flat_dot_of_labels, x, w)
-
-    def _run(self, product: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-        layout = self.layout
-        (lc, rc), (lb, rb) = self.numbers
-        mine, theirs = ((lc, lb), (rc, rb)) if self.on_left else ((rc, rb), (lc, lb))
-        labels: list[Any] = [("x", i) for i in range(x.ndim)]
-        for own, others in zip(mine, theirs, strict=True):
-            for axis, other in zip(own, others, strict=True):
-                labels[other] = axis
-        bound = {*mine[0], *mine[1]}
-        ndim = len(layout.axes) - (2 if layout.blocked else 0) + len(layout.blocked)
-        free = layout.expand([axis for axis in range(ndim) if axis not in bound])
-        x_free = [label for label in labels if isinstance(label, tuple)]
-        x, labels = self._cut(x, labels, w)
-        out = (*mine[1], *free, *x_free) if self.on_left else (*mine[1], *x_free, *free)
-        pair = (w, x, layout.axes, labels) if self.on_left else (x, w, labels, layout.axes)
-        y = product(*pair, out, **dict(self.options))
-        if BLOCKS in out:
-            at = out.index(BLOCKS)
-            y = y.reshape(*y.shape[:at], *layout.sizes, *y.shape[at + 2 :])
-        return y
-
-    def _cut(self, x: jax.Array, labels: list[Any], w: jax.Array) -> tuple[jax.Array, Labels]:
-        """The activation with the contracted axes of blocks cut in two, as the weight's are."""
-        blocked = self.layout.blocked
-        if not blocked or blocked[0] not in labels:
-            return x, tuple(labels)
-        at = [labels.index(axis) for axis in blocked]
-        if not _run(at):
-            order = [i for i in range(x.ndim) if i not in at] + at
-            x, labels = lax.transpose(x, order), [labels[i] for i in order]
-            at = list(range(x.ndim - len(at), x.ndim))
-        cut = [w.shape[self.layout.axes.index(name)] for name in (BLOCKS, ELEMENTS)]
-        x = x.reshape(*x.shape[: at[0]], *cut, *x.shape[at[-1] + 1 :])
-        return x, (*labels[: at[0]], BLOCKS, ELEMENTS, *labels[at[-1] + 1 :])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Conv:
-    """lax.conv_general_dilated with a decoded kernel."""
-
-    layout: Layout
-    options: tuple[tuple[str, Any], ...]
-
-    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(x, self.layout.dense(w), **dict(self.options))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flat:
-    """Decodes a leaf kept flat into its dense shape: blocks that straddle its rows."""
-
-    decoding: Decoding
-    blocked: tuple[int, ...]
-    order: tuple[int, ...]
-
-    def __call__(self, *parts: Any) -> jax.Array:
-        blocks = self.decoding(*parts)
-        before = blocks.shape[:-2]
-        flat = blocks.reshape(*before, -1)[..., : math.prod(self.blocked)]
-        axes = [len(before) + int(place) for place in np.argsort(self.order)]
-        return lax.transpose(flat.reshape(*before, *self.blocked), (*range(len(before)), *axes))
 
 
 @jax.tree_util.register_dataclass
@@ -170,7 +44,7 @@ class QuantizedWeight(Virtual):
         codes, *rest = node.parts
         parts = (codes, *map(lax.stop_gradient, rest))
         if node.order is not None:
-            decode = _Flat(node.decoding, node.blocked, node.order)
+            decode = FlatDecoding(node.decoding, node.blocked, node.order)
             return cls(parts, Layout(tuple(range(node.ndim)), (), ()), decode, path)
         lead = node.leading
         run = tuple(range(lead, lead + len(node.blocked)))
@@ -181,11 +55,11 @@ class QuantizedWeight(Virtual):
     @property
     def flat(self) -> bool:
         """Whether the blocks straddle the rows of the weight."""
-        return isinstance(self.decode, _Flat)
+        return isinstance(self.decode, FlatDecoding)
 
     @property
     def _decoding(self) -> Decoding:
-        return self.decode.decoding if isinstance(self.decode, _Flat) else self.decode
+        return self.decode.decoding if isinstance(self.decode, FlatDecoding) else self.decode
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -219,7 +93,7 @@ class QuantizedWeight(Virtual):
 
     def _decoded_by(self, **changes: Any) -> QuantizedWeight:
         decoding = dataclasses.replace(self._decoding, **changes)
-        if isinstance(self.decode, _Flat):
+        if isinstance(self.decode, FlatDecoding):
             return self._with(decode=dataclasses.replace(self.decode, decoding=decoding))
         return self._with(decode=decoding)
 
@@ -242,9 +116,9 @@ class QuantizedWeight(Virtual):
         place = {old: new for new, old in enumerate(order)}
         return self._renumbered(place)
 
-    def _renumbered(self, place: dict[int, int], **changes: Any) -> QuantizedWeight | None:
+    def _renumbered(self, place: dict[Any, int], **changes: Any) -> QuantizedWeight | None:
         blocked = tuple(place[axis] for axis in self.layout.blocked)
-        if not _run(blocked):
+        if not is_run(blocked):
             return None
         axes = tuple(place.get(axis, axis) for axis in self.layout.axes)
         return self._with(layout=Layout(axes, blocked, self.layout.sizes), **changes)
@@ -254,7 +128,7 @@ class QuantizedWeight(Virtual):
         if self.flat or 0 in self.shape:
             return None
         own, blocked, sizes = self.shape, self.layout.blocked, self.layout.sizes
-        place: dict[int, int] = {}
+        place: dict[Any, int] = {}
         for old, new in reshape_groups(own, shape):
             if {*old} & {*blocked}:
                 if {*old} != {axis for axis in blocked if own[axis] != 1}:
@@ -266,7 +140,7 @@ class QuantizedWeight(Virtual):
                 return None
         kept = {*place, BLOCKS, ELEMENTS}
         gone = [i for i, axis in enumerate(self.layout.axes) if axis not in kept]
-        if len(place) + len(blocked) != len(shape) or not _run(blocked):
+        if len(place) + len(blocked) != len(shape) or not is_run(blocked):
             return None  # an axis of size 1 that the blocks do not have
         slim = self._squeezed(gone)
         if slim is None:
@@ -294,8 +168,9 @@ class QuantizedWeight(Virtual):
 
     def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> QuantizedWeight | None:
         """Take a part of stack axes, or without a second level of any axis that blocks keep."""
-        places = {axis: self._place(axis) for axis in axes}
-        if any(place is None for place in places.values()):
+        found = {axis: self._place(axis) for axis in axes}
+        places = {axis: place for axis, place in found.items() if place is not None}
+        if len(places) < len(found):
             return None
         codes, scales, table, *second = self.parts
         where = dict(places)
@@ -369,7 +244,7 @@ class QuantizedWeight(Virtual):
             return None
         if not jnp.issubdtype(other.dtype, jnp.floating) or "out_sharding" in options:
             return None
-        op = _Dot(self._here, numbers, on_left, tuple(sorted(options.items())))
+        op = Dot(self._here, numbers, on_left, tuple(sorted(options.items())))
         return tied(other, self.parts, op, self.decode)
 
     @property
@@ -382,7 +257,7 @@ class QuantizedWeight(Virtual):
 
     def conv(self, other: Any, params: dict[str, Any]) -> Any:
         """lax.conv_general_dilated, the kernel decoded where the activation is."""
-        op = _Conv(self._here, tuple(sorted(params.items())))
+        op = Conv(self._here, tuple(sorted(params.items())))
         return tied(other, self.parts, op, self.decode)
 
     def gather(self, indices: Any, params: dict[str, Any]) -> Any:

@@ -55,7 +55,9 @@ def _squeeze(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 def _broadcast_in_dim(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     if not _first_only(values) or len(values) > 1:
         return None
-    return _one(values[0].broadcast(eqn.params["shape"], eqn.params["broadcast_dimensions"]))
+    bound = lambda array: _jaxprs.bind(eqn, [array])[0]
+    axes = eqn.params["broadcast_dimensions"]
+    return _one(values[0].broadcast(eqn.params["shape"], axes, bound))
 
 
 def _slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
@@ -226,7 +228,7 @@ def _ragged_dot_general(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         or params["group_offset"] is not None
     ):
         return None
-    names = ("precision", "preferred_element_type")
+    names = ("precision", "preferred_element_type", "out_sharding")
     options = {k: params[k] for k in names if params.get(k) is not None}
     out = ctx.use(right).ragged_dot(left, sizes, params["ragged_dot_dimension_numbers"], options)
     return _consumed(ctx, eqn, right, out)

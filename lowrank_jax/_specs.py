@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from lowrank_jax._contract import RANK
 from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node, labelled_spec
 from lowrank_jax._paths import flatten
+from lowrank_jax._quantized import Quantized
 
 Spec = PartitionSpec | NamedSharding
 
@@ -56,6 +57,7 @@ def specs(tree: Any, dense_specs: Any) -> Any:
             "PartitionSpec, a NamedSharding or None is expected: the order is (tree, dense_specs)"
         )
     leaves, treedef = flatten(tree, is_leaf=is_node)
+    many = _stacked_adapters([leaf for _, leaf in leaves])
     found, used, problems = [], set(), []
     for path, leaf in leaves:
         at = _nearest(given, path)
@@ -64,13 +66,14 @@ def specs(tree: Any, dense_specs: Any) -> Any:
             continue
         used.add(at)
         spec = given[at] if given[at] is not None else PartitionSpec()
-        ndim = _ndim(leaf)
+        ndim = _ndim(leaf, many)
         if len(_entries(spec)) > ndim:
             problems.append(f"{path}: {_entries(spec)} for a leaf of {ndim} axes")
             continue
-        found.append(_of(leaf, spec, ndim))
+        found.append(_of(leaf, spec, ndim, many))
     if not any(isinstance(leaf, LowRank | Full) for _, leaf in leaves):  # an adapter has few paths
-        problems += [f"{path}: a spec, but no leaf" for path in given if path not in used]
+        unused = [path for path, spec in given.items() if spec is not None and path not in used]
+        problems += [f"{path}: a spec, but no leaf" for path in unused]
     if problems:
         raise TreeError(
             "dense_specs does not fit the tree: pass the specs of the dense parameters, at the "
@@ -90,46 +93,53 @@ def _entries(spec: Spec) -> PartitionSpec:
     return spec.spec if isinstance(spec, NamedSharding) else spec
 
 
-def _ndim(leaf: Any) -> int:
-    """Number of axes of the dense leaf, without the axis of a stack of adapters."""
+def _stacked_adapters(leaves: Sequence[Any]) -> int:
+    """How many axes of stacked adapters lead the arrays of an adapter."""
+    extra = [
+        leaf.a.ndim - 1 - len(leaf.fan_in) - len(leaf.stack)
+        for leaf in leaves
+        if isinstance(leaf, LowRank)
+    ]
+    return max(extra, default=0)
+
+
+def _ndim(leaf: Any, many: int) -> int:
+    """Number of axes of the dense leaf, without those of stacked adapters."""
     if isinstance(leaf, LowRank):
         return len(leaf.fan_in) + len(leaf.fan_out) + len(leaf.stack)
-    return leaf.ndim if hasattr(leaf, "ndim") else 0
+    return getattr(leaf, "ndim", 0) - (many if isinstance(leaf, Full) else 0)
 
 
-def _of(leaf: Any, spec: Spec, ndim: int) -> Any:
+def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
     """The leaf with specs in place of its arrays."""
     entries = _entries(spec)
+    ahead = (RANK,) * many
     wrap = lambda own: (
         NamedSharding(spec.mesh, own, memory_kind=spec.memory_kind)
         if isinstance(spec, NamedSharding)
         else own
     )
     if isinstance(leaf, Full):
-        return Full(wrap(entries))
+        return Full(wrap(labelled_spec(entries, (*ahead, *range(ndim))) if many else entries))
     if isinstance(leaf, Adapted):
         keys = leaf.delta.stack if isinstance(leaf.delta, LowRank) else ()
         return dataclasses.replace(
             leaf,
-            base=wrap(entries),
+            base=_of(leaf.base, spec, ndim),
             delta=_of(leaf.delta, spec, ndim),
             multiplier=None if leaf.multiplier is None else wrap(PartitionSpec()),
-            key=None if leaf.key is None else wrap(_stacked(leaf.key, keys, entries)),
+            key=None if leaf.key is None else wrap(labelled_spec(entries, keys)),
         )
+    if isinstance(leaf, Quantized):
+        return leaf.mapped(lambda labels: wrap(labelled_spec(entries, labels)))
     if not isinstance(leaf, LowRank):
         return wrap(entries)
     magnitude = None
     if leaf.magnitude is not None:
-        magnitude = wrap(_stacked(leaf.magnitude, (*leaf.stack, *leaf.fan_out), entries))
+        magnitude = wrap(labelled_spec(entries, (*ahead, *leaf.stack, *leaf.fan_out)))
     return dataclasses.replace(
         leaf,
-        a=wrap(_stacked(leaf.a, (*leaf.stack, *leaf.fan_in, RANK), entries)),
-        b=wrap(_stacked(leaf.b, (*leaf.stack, RANK, *leaf.fan_out), entries)),
+        a=wrap(labelled_spec(entries, (*ahead, *leaf.stack, *leaf.fan_in, RANK))),
+        b=wrap(labelled_spec(entries, (*ahead, *leaf.stack, RANK, *leaf.fan_out))),
         magnitude=magnitude,
     )
-
-
-def _stacked(array: Any, labels: tuple[Any, ...], spec: PartitionSpec) -> PartitionSpec:
-    """labelled_spec of an array that may have the axis of a stack of adapters in front."""
-    more = (RANK,) * (array.ndim - len(labels))
-    return labelled_spec(spec, (*more, *labels))

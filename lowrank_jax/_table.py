@@ -46,14 +46,14 @@ class Table:
         body = "".join(line("td", row) for row in self.rows)
         return f"<table><thead>{line('th', self.columns)}</thead><tbody>{body}</tbody></table>"
 
-    def rich(self, title: str | None = None) -> Any:
+    def rich(self) -> Any:
         """A rich.table.Table; called by rich itself, so that it is there to be imported."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
 
         kept = [i for i in range(len(self.columns)) if self._said(i) or not self.rows]
-        table = RichTable(title=title, box=box.SIMPLE, pad_edge=False)
+        table = RichTable(box=box.SIMPLE, pad_edge=False)
         for i in kept:  # a narrow terminal folds the paths and the notes
             name, outer = self.columns[i], i in (0, len(self.columns) - 1)
             side = "right" if name in self.right else "left"
@@ -67,7 +67,7 @@ class Table:
         return any(row[column] not in ("", "-") for row in self.rows)
 
 
-def collapsed(rows: Iterable[Row], at_least: int = 3) -> list[tuple[Row, int]]:
+def collapsed(rows: Iterable[Row], at_least: int = 2) -> list[tuple[Row, int]]:
     """Rows that differ only in numbers within their first cell, a path, made one, and how many.
 
     >>> rows = [("layer_0/w", "8×8"), ("layer_1/w", "8×8"), ("layer_2/w", "8×8"), ("head", "8×2")]
@@ -100,9 +100,9 @@ def _pattern(paths: Sequence[str]) -> str | None:
 def _run(numbers: Sequence[str]) -> str:
     """{0..3} for consecutive numbers, else {0,2,3}."""
     values = sorted(map(int, numbers))
-    if values == list(range(values[0], values[-1] + 1)):
+    if {*map(str, values)} == {*numbers} and values == list(range(values[0], values[-1] + 1)):
         return f"{{{values[0]}..{values[-1]}}}"
-    return "{" + ",".join(map(str, values)) + "}"
+    return "{" + ",".join(sorted(numbers, key=int)) + "}"
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -1,11 +1,11 @@
 r"""A product with a decoded weight, tied to the activation it meets: a primitive.
 
 $y = \text{op}(x, \text{decode}(\text{codes}, \text{scales}, \ldots))$, linear in x. It is a
-primitive for the sake of memory. Its derivative binds itself on the tangent, and its transpose binds itself,
-transposed, on the cotangent: the dense weight is in no jaxpr, so no rematerialization policy can
-save it, and what is saved for backward is the codes and their scales. And wherever it is lowered,
-a barrier ties the decoding to the activation: without one XLA decodes every layer's weight early
-and keeps it until backward. A custom_vjp would forbid jvp; jax.checkpoint leaks copies.
+primitive for the sake of memory. Its derivative binds itself on the tangent, and its transpose
+binds itself, transposed, on the cotangent: the dense weight is in no jaxpr, so no rematerialization
+policy can save it, and what is saved for backward is the codes and their scales. And wherever it is
+lowered, a barrier ties the decoding to the activation: without one XLA decodes every layer's weight
+early and keeps it until backward. A custom_vjp would forbid jvp; jax.checkpoint leaks copies.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 
-from lowrank_jax._jaxprs import Primitive, is_plain
+from lowrank_jax._jaxprs import Primitive, ShapedArray, is_plain
 
 Op = Callable[[jax.Array, jax.Array], jax.Array]
 Decode = Callable[..., jax.Array]
@@ -42,8 +41,8 @@ def tied(x: jax.Array, parts: Sequence[jax.Array], op: Op, decode: Decode) -> ja
 
 
 def _tied(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax.Array:
-    x, *parts = lax.optimization_barrier((x, *parts))
-    return op(x, decode(*parts))
+    x, *tied_parts = lax.optimization_barrier((x, *parts))
+    return op(x, decode(*tied_parts))
 
 
 def _tied_on_cpu(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax.Array:
@@ -101,10 +100,8 @@ def _abstract(x: Any, *parts: Any, op: Op, decode: Decode) -> ShapedArray:
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
     """Linear in x; the parts are constants."""
-    out = tied_p.bind(*primals, **params)
-    if type(tangents[0]) is ad.Zero:
-        return out, ad.Zero.from_primal_value(out)
-    return out, tied_p.bind(tangents[0], *primals[1:], **params)
+    tangent = ad.instantiate_zeros(tangents[0])
+    return tied_p.bind(*primals, **params), tied_p.bind(tangent, *primals[1:], **params)
 
 
 def _transpose(ct: Any, x: Any, *parts: Any, op: Op, decode: Decode) -> list[Any]:

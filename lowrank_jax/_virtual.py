@@ -51,8 +51,8 @@ class Virtual:
         """Change the shape, the order of elements kept."""
         return None
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int]) -> Virtual | None:
-        """lax.broadcast_in_dim: axis i becomes axis axes[i] of shape."""
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> Virtual | None:
+        """lax.broadcast_in_dim, which fn is: axis i becomes axis axes[i] of shape."""
         return None
 
     def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> Virtual | None:

@@ -176,11 +176,11 @@ class LowRankWeight(Virtual):
             parts[name], parts[name + "_axes"] = found
         return self._on(self.base.reshape(shape), **parts)
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int]) -> LowRankWeight | None:
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> LowRankWeight | None:
         """New axes, and axes of size 1 made longer, are constant along the delta."""
         place = dict(enumerate(axes))
         grown = {old for old, new in place.items() if self.shape[old] != shape[new]}
-        return self._dropped(grown)._renumbered(place, self.base.broadcast(shape, axes))
+        return self._dropped(grown)._renumbered(place, self.base.broadcast(shape, axes, fn))
 
     def _dropped(self, gone: set[int]) -> LowRankWeight:
         """Forget labels of axes of size 1."""

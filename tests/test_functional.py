@@ -282,18 +282,57 @@ class Linen(nn.Module):
         return nn.Dense(3)(x)
 
 
+def forgotten_lift():
+    fn, params = lowrank.functional(WithRngs(nnx.Rngs(0)))
+    config = lowrank.LoraConfig(rank=1, targets="up/kernel")
+    return fn(lowrank.combine(*lowrank.init(jax.random.key(0), params, config)), X)
+
+
 def called(module, make=lowrank.functional):
     fn, *trees = make(module(nnx.Rngs(0)))
     return fn(*trees, X)
 
 
+class Scalar(Sowing):
+    """A variable that is no array."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.step = nnx.Variable(0)
+
+    def __call__(self, x):
+        self.step.set_value(self.step.get_value() + 1)
+        return self.linear(x)
+
+
+class Becoming(Scalar):
+    def __call__(self, x):
+        self.step.set_value(x.mean())
+        return self.linear(x)
+
+
+class Holding(nnx.Module):
+    """Variables that hold a tree, and nothing."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param({"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)})
+        self.nothing = nnx.Variable(None)
+
+    def __call__(self, x, *, model=1.0, params=0.0, state=0.0):
+        w = self.w.get_value()
+        return model * (x @ w["kernel"] + w["bias"]) + params + state
+
+
 REFUSED = {
+    "a number that changes": (lambda: called(Scalar), "StateError", r"step \(Variable\)"),
+    "a number that becomes an array": (lambda: called(Becoming), "StateError", r"step \(Variable"),
+    "a forgotten lift": (lambda: forgotten_lift(), "LowrankError", "must be lifted"),
     "a variable that appears": (
         lambda: called(Sowing),
         "StateError",
         r"hidden \(Intermediate\): a",
     ),
-    "an attribute that changes": (lambda: called(Counting), "StateError", "no variable"),
+    "an attribute that changes": (lambda: called(Counting), "StateError", "no nnx.Variable"),
     "a parameter that changes": (lambda: called(Learning), "StateError", r"linear/bias \(Param\)"),
     "a parameter that changes, with state": (
         lambda: called(Learning, lowrank.functional_with_state),
@@ -338,3 +377,116 @@ def test_what_was_sown_can_be_returned():
     out, sown = fn(params, X)
     assert out.shape == (5, 3)
     chex.assert_trees_all_close(sown["hidden"], X.sum())
+
+
+def loss_of(model, x):
+    return (model(x) ** 2).mean()
+
+
+def adapted(kind="plain", mode="train"):
+    """A module whose weights are nodes: a module is a pytree, and may stand where one does."""
+    model = model_of(kind, mode)
+    plan = lowrank.plan(loss_of, model, X)
+    return lowrank.combine(
+        *lowrank.init(jax.random.key(1), model, lowrank.LoraConfig(rank=2), plan=plan)
+    )
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit, nnx.value_and_grad, jax.jit])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lifted_call_of_a_module_in_training_mode_is_refused(kind, transform):
+    with pytest.raises(lowrank.StateError, match=r"(?s)model.eval\(\).*block/norm/mean") as caught:
+        transform(lowrank.lift(loss_of))(adapted(kind), X)
+    assert "block/drop/rngs/count" in str(caught.value)
+    assert "linear/kernel" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lifted_call_of_a_module_at_rest(kind):
+    tree = adapted(kind, "eval")
+    merged = lowrank.merge(*lowrank.partition(tree))
+    got = lowrank.lift(loss_of, fallback="raise")(tree, X)
+    chex.assert_trees_all_close(got, loss_of(merged, X), rtol=1e-5)
+
+
+def test_a_dict_changed_in_place_is_refused():
+    def fn(p, x):
+        p["calls"] = p["calls"] + 1
+        return x @ p["w"]
+
+    def growing(p, x):
+        p["new"] = x
+        return x @ p["w"]
+
+    params = {"w": jnp.ones((4, 3)), "calls": jnp.array(0)}
+    base, lora = lowrank.init(jax.random.key(0), params, lowrank.LoraConfig(rank=1, targets="w"))
+    with pytest.raises(lowrank.StateError, match=r"(?s)changes its arguments.*- calls"):
+        lowrank.lift(fn)(lowrank.combine(base, lora), X)
+    with pytest.raises(lowrank.StateError, match="adds arrays to its arguments"):
+        lowrank.lift(growing)(lowrank.combine(base, lora), X)
+
+
+def test_variables_that_hold_trees_numbers_or_nothing():
+    fn, params = lowrank.functional(Holding(nnx.Rngs(0)))
+    assert sorted(params["w"]) == ["bias", "kernel"]
+    chex.assert_trees_all_close(fn(params, X), X @ jnp.ones((4, 3)) + 1)
+    # any keyword is the model's own
+    chex.assert_trees_all_close(
+        fn(params, X, model=0.0, params=1.0, state=2.0), jnp.full((5, 3), 3.0)
+    )
+    fn, params, state = lowrank.functional_with_state(Scalar(nnx.Rngs(0)))
+    for count in (1, 2):
+        _, state = fn(params, state, X)
+        assert state["step"] == count
+
+
+def test_a_model_scanned_over_another_axis():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=nnx.StateAxes({nnx.Param: 1, ...: 0}))
+    def make(rngs):
+        return nnx.Linear(4, 4, rngs=rngs)
+
+    class Scanned(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = make(rngs)
+
+        def __call__(self, x):
+            axes = (nnx.StateAxes({nnx.Param: 1, ...: 0}), nnx.Carry)
+            run = nnx.scan(lambda layer, x: jnp.tanh(layer(x)), in_axes=axes, out_axes=nnx.Carry)
+            return run(self.layers, x)
+
+    model = Scanned(nnx.Rngs(0))
+    fn, params = lowrank.functional(model)
+    assert params["layers"]["kernel"].shape == (4, 3, 4)
+    chex.assert_trees_all_close(fn(params, X), model(X), atol=1e-6)
+    plan = lowrank.plan(fn, params, X)
+    base, lora = lowrank.init(jax.random.key(1), params, lowrank.LoraConfig(rank=2), plan=plan)
+    lora = jax.tree.map(lambda f: f + 0.1, lora)
+    got = lowrank.lift(fn, fallback="raise")(lowrank.combine(base, lora), X)
+    chex.assert_trees_all_close(got, fn(lowrank.merge(base, lora), X), atol=1e-5)
+
+
+def test_eager_code_of_a_model_with_a_jit_inside():
+    class Eager(Model):
+        def __call__(self, x, repeat):
+            scale = 2.0 if float(x.sum()) < 1e9 else 1.0
+            for _ in range(repeat):
+                x = jnp.pad(super().__call__(x), ((0, 0), (0, 1)))
+            return x * scale
+
+    model = Eager(nnx.Rngs(0), "jit")
+    model.eval()
+    fn, params = lowrank.functional(model)
+    chex.assert_trees_all_close(fn(params, X, np.int64(2)), model(X, 2), atol=1e-6)
+
+
+def test_rngs_made_outside_the_step_are_refused_by_lift():
+    fn, params = lowrank.functional(WithRngs(nnx.Rngs(0)))
+    base, lora = lowrank.init(
+        jax.random.key(1), params, lowrank.LoraConfig(rank=2, targets="up/*l")
+    )
+    tree, lifted, rngs = lowrank.combine(base, lora), lowrank.lift(fn), nnx.Rngs(dropout=7)
+    with pytest.raises(lowrank.StateError, match="made of a key in the jitted step"):
+        lifted(tree, X, rngs=rngs)  # the mask would be the same at every call
+    with pytest.raises(lowrank.StateError, match=r"rngs/dropout/count"):
+        jax.jit(lambda tree, x: lifted(tree, x, rngs=rngs))(tree, X)

@@ -99,3 +99,21 @@ def test_paths_that_print_alike_are_refused():
 def test_hash_is_the_same_everywhere():
     # a constant: were it another tomorrow, every adapter would start elsewhere
     assert path_hash("params/layers_0/q_proj/kernel") == 0x14B80BA6
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("q_proj", r"\(try '\*\*/q_proj/kernel'\)"),
+        ("**/q_proj", r"\(try '\*\*/q_proj/kernel'\)"),
+        ("*_proj", r"\(try '\*\*/\*_proj/kernel'\)"),
+        ("attn/q_proj/kernel", r"\(try '\*\*/attn/q_proj/kernel'\)"),
+        ("attn", r"\(try '\*\*/attn/\*\*'\)"),
+        ("attn/q_porj/kernel", r"'\*\*' spans segments$"),  # nothing that would adapt everything
+        ("**/hed/*", r"'\*\*' spans segments$"),
+    ],
+)
+def test_a_pattern_that_misses_suggests_what_was_meant(pattern, words):
+    paths = ["params/l_0/attn/q_proj/kernel", "params/l_0/attn/v_proj/kernel", "params/head/bias"]
+    with pytest.raises(lowrank.PatternError, match=words):
+        select([pattern], paths, "targets")

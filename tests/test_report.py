@@ -155,7 +155,7 @@ def test_text():
     assert re.search(r"^trained +[\d,]+ +\d+\.\d\d% +[\d.]+ KiB$", text, re.M)
     row = r"^params/block_{0\.\.3}/up/kernel +8×12 +LoRA r=2 s=1\.5 +160 +factored 1×$"
     assert re.search(row, text, re.M)
-    assert re.search(r"^params/block_0/up/bias +12 +trained whole +12 +dense$", text, re.M)
+    assert re.search(r"^params/block_0/up/bias +12 +trained whole +12 +dense 1×$", text, re.M)
     assert text.count("\n") < 25
 
 
@@ -206,18 +206,41 @@ def test_html_is_escaped():
     assert "&lt;b&gt;w&lt;b&gt;" in report._repr_html_()
 
 
+def test_notes_of_like_layers_are_one_and_unused_whole_leaves_are_said():
+    @jax.custom_vjp
+    def own(x, w):
+        return x @ w
+
+    own.defvjp(lambda x, w: (x @ w, (x, w)), lambda res, ct: (ct @ res[1].T, res[0].T @ ct))
+
+    def fn(p, x):
+        for i in range(6):
+            x = own(x, p[f"layer_{i}"])
+        return x
+
+    params = {f"layer_{i}": jnp.eye(4) for i in range(6)} | {"b": jnp.ones(4)}
+    config = lowrank.LoraConfig(rank=1, targets="layer_*", train="b")
+    base, lora = lowrank.init(KEY, params, config)
+    report = lowrank.report(fn, lowrank.combine(base, lora), jnp.ones((2, 4)))
+    built, unused = report.notes
+    assert built.startswith("layer_{0..5} is built densely at custom_vjp_call")
+    assert unused == "b is adapted, but nothing used it: its gradient is zero"
+    assert report["b"].how == "unused"
+
+
 def test_rows_are_joined_only_where_nothing_is_lost():
     layer = lambda i, j=0, cell="x": (f"layer_{i}/w_{j}", cell)
     joined = lambda rows: [(row[0], count) for row, count in collapsed(rows)]
     assert joined([layer(i) for i in range(3)]) == [("layer_{0..2}/w_0", 3)]
     assert joined([layer(i) for i in (0, 2, 5)]) == [("layer_{0,2,5}/w_0", 3)]
-    # two are shown as they are, and so are rows whose other cells differ
-    assert [n for _, n in joined([layer(0), layer(1)])] == [1, 1]
+    # rows whose other cells differ are shown as they are
     assert len(joined([layer(i, cell=str(i)) for i in range(3)])) == 3
     # every combination, or none: {0..1}/{0..1} would name a leaf that is not there
     grid = [layer(i, j) for i in range(2) for j in range(2)]
     assert joined(grid) == [("layer_{0..1}/w_{0..1}", 4)]
     assert len(joined(grid[:3])) == 3
+    assert joined([layer(4)]) == [("layer_4/w_0", 1)]
+    assert joined([(f"l_{i:02}", "x") for i in range(2)]) == [("l_{00,01}", 2)]
 
 
 def test_units():

@@ -262,8 +262,9 @@ def test_explicit_axes(shape):
     plain = functools.partial(explicit_model, False)
     config = lowrank.LoraConfig(rank=2, alpha=3, targets=("all-linear", "embed"))
     plan = lowrank.plan(plain, EXPLICIT_PARAMS, ids)
-    base, lora = lowrank.init(jax.random.key(6), EXPLICIT_PARAMS, config, plan=plan)
-    lora = jax.tree.map(lambda f: f + 0.1, lora)
+    base, start = lowrank.init(jax.random.key(6), EXPLICIT_PARAMS, config, plan=plan)
+    lora = jax.tree.map(lambda f: f + 0.1, start)
+    unsplit = base, lora
     mean = lambda fn, tree, ids: jnp.sin(fn(tree, ids)).mean()
     want = jax.value_and_grad(lambda l: mean(plain, lowrank.merge(base, l), ids))(lora)
 
@@ -283,5 +284,72 @@ def test_explicit_axes(shape):
         assert_placed_alike(got[1], lora)
         merged = jax.jit(lowrank.merge)(base, lora)
         assert_placed_alike(merged, base)
-        masked = lowrank.combine(base, lora, scale=0.5, dropout=0.5, key=jax.random.key(0))
-        assert jnp.isfinite(jax.jit(run)(masked, ids)).all()
+        # scale and dropout: the masks are of the key alone, however things lie
+        options = {"scale": 0.5, "dropout": 0.5, "key": jax.random.key(0)}
+        masked = jax.jit(lambda l, b, i: run(lowrank.combine(b, l, **options), i))(lora, base, ids)
+        # init, eager and jitted, makes the factors lie as the weights do
+        make = lambda base: lowrank.init(jax.random.key(6), base, config, plan=plan)[1]
+        for made in (make(base), jax.jit(make)(base)):
+            assert_placed_alike(made, lora)
+            chex.assert_trees_all_close(made, jax.device_get(start), rtol=1e-6)
+    alone = lowrank.lift(plain)(lowrank.combine(*unsplit, **options), np.asarray(ids))
+    chex.assert_trees_all_close(jax.device_get(masked), jax.device_get(alone), rtol=1e-3, atol=1e-5)
+
+
+def test_convolutions_and_ragged_products_keep_the_users_layout():
+    """out_sharding is said of the whole: kernels stay split where they meet the activation."""
+    mesh = mesh_of((4, 2), AxisType.Explicit)
+    kernel, experts = normal(0, 3, 8, 6), normal(1, 2, 8, 6)
+    x, sizes = normal(2, 8, 5, 8), jnp.array([20, 20])
+
+    def fn(explicit, p, x):
+        lay = lambda *spec: {"out_sharding": P(*spec)} if explicit else {}
+        h = lax.conv_general_dilated(
+            x, p["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"),
+            **lay("data", None, "model"),
+        )  # fmt: skip
+        rows = jnp.ones((40, 8)) * jnp.arange(8.0)
+        numbers = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+        ragged = lax.ragged_dot_general(rows, p["experts"], sizes, numbers, **lay(None, "model"))
+        return h, ragged
+
+    params = {"kernel": kernel, "experts": experts}
+    config = lowrank.LoraConfig(rank=2, alpha=3, targets="*")
+    plan = lowrank.plan(functools.partial(fn, False), params, x)
+    base, lora = lowrank.init(jax.random.key(3), params, config, plan=plan)
+    lora = jax.tree.map(lambda f: f + 0.2, lora)
+    want = fn(False, lowrank.merge(base, lora), x)
+    with jax.set_mesh(mesh):
+        specs = {"kernel": P(None, None, "model"), "experts": P(None, None, "model")}
+        base, lora = placed(mesh, base, lora, specs)
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        explicit = functools.partial(fn, True)
+        assert str(lowrank.plan(explicit, base, x)) == str(plan)
+        run = jax.jit(lambda l, b, x: lowrank.lift(explicit, fallback="raise")(
+            lowrank.combine(b, l), x))  # fmt: skip
+        got = run(lora, base, x)
+        assert [y.sharding.spec for y in got] == [P("data", None, "model"), P(None, "model")]
+        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_partly_manual_mesh_of_explicit_axes():
+    mesh = mesh_of((4, 2), AxisType.Explicit)
+    params = {"w": normal(0, 16, 32), "v": normal(1, 32, 16)}
+    fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["v"])
+    base, lora = lowrank.init(jax.random.key(2), params, lowrank.LoraConfig(rank=2, targets="*"))
+    lora = jax.tree.map(lambda f: f + 0.1, lora)
+    x = normal(3, 8, 16)
+    want = fn(lowrank.merge(base, lora), x)
+    lifted = lowrank.lift(fn, fallback="raise")
+    with jax.set_mesh(mesh):
+        each = lambda l, b, x: lifted(lowrank.combine(b, l), x)
+        mapped = jax.shard_map(
+            each, in_specs=(P(), P(), P("data")), out_specs=P("data"), axis_names={"data"}
+        )
+        put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+        args = put(lora, P()), put(base, P()), put(x, P("data"))
+        chex.assert_trees_all_close(jax.jit(mapped)(*args), want, rtol=1e-4, atol=1e-5)
+        loss = lambda l, b, x: mapped(l, b, x).sum()
+        grads = jax.jit(jax.grad(loss))(*args)
+    wanted = jax.grad(lambda l: fn(lowrank.merge(params, l), x).sum())(lora)
+    chex.assert_trees_all_close(jax.device_get(grads), jax.device_get(wanted), rtol=1e-3, atol=1e-5)

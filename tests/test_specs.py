@@ -23,6 +23,15 @@ SPECS = {
 }
 
 
+BIG = {
+    "embed": jnp.ones((16, 128)),
+    "layers": {
+        "q": jnp.ones((3, 128, 4, 2)), "o": jnp.ones((3, 4, 2, 128)), "bias": jnp.ones((3, 128)),
+    },
+    "count": jnp.array(3),
+}  # fmt: skip
+
+
 def fn(p, ids):
     def layer(x, w):
         h = jnp.einsum("btd,dhk->bthk", x, w["q"])
@@ -84,6 +93,10 @@ def test_the_structure_is_the_trees_own(which):
         assert split["layers"]["q"].key == P(None)  # a mask for each layer
     if which == "many":
         assert split["layers"]["q"].a == P(None, None, "data", None)
+        whole = lowrank.specs(
+            tree, {**SPECS, "layers": {**SPECS["layers"], "bias": P(None, "data")}}
+        )
+        assert whole["layers"]["bias"].value == P(None, None, "data")  # [n, L, d]
 
 
 def test_an_axis_of_a_scanned_layer_may_be_split():
@@ -154,6 +167,30 @@ def test_specs_that_linen_and_nnx_annotate():
     split = lowrank.specs(lora, nnx.to_pure_dict(state))
     assert (split["kernel"].a, split["kernel"].b) == (P("data", None), P(None, "model"))
     assert lowrank.specs(lora, state)["kernel"].a == P("data", None)
+
+
+def test_a_leaf_that_is_none_needs_no_spec():
+    params = {"w": jnp.ones((4, 4)), "bias": None}
+    base, lora = lowrank.init(KEY, params, lowrank.LoraConfig(rank=1, targets="w"))
+    for tree in (base, lora, lowrank.combine(base, lora)):
+        assert lowrank.specs(tree, {"w": P("data"), "bias": None})["bias"] is None
+
+
+def test_a_quantized_leaf_is_split_as_the_dense_one():
+    plan = lowrank.plan(fn, BIG, IDS)
+    frozen = lowrank.quantize(BIG, lowrank.QuantConfig(), plan=plan)
+    split = lowrank.specs(frozen, SPECS)["layers"]["q"]  # [L, d, h, k] in blocks along d
+    assert split.codes == P(None, "data", None, "model", None)
+    assert split.scales == P(None, "data", "model", None)
+    assert (split.nested, split.offset) == (P(None, None), P(None))
+    chex.assert_trees_all_equal_structs(
+        jax.tree.map(lambda _: 0, frozen),
+        jax.tree.map(lambda _: 0, lowrank.specs(frozen, SPECS), is_leaf=is_spec),
+    )
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+    where = NamedSharding(mesh, split.codes)
+    codes = jax.device_put(frozen["layers"]["q"].codes, where)
+    assert codes.addressable_shards[0].data.shape == (3, 1, 64, 2, 2)
 
 
 MISTAKES = {

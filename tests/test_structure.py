@@ -16,9 +16,20 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 
 # A module imports only from layers below its own (or its own, without a circle).
 LAYERS = [
-    {"_errors", "_paths", "_configs", "_table", "_codecs", "_scales", "_jaxprs", "_bilinear", "_contract"},
+    {"_errors", "_paths", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"}
+    | {"_codecs", "_scales", "_packing"},
     {"_quantized", "_nodes", "_virtual"},
-    {"_tied", "_quantized_weight", "_dense", "_products", "_convolution", "_lookup", "_weight", "initializers"},
+    {
+        "_tied",
+        "_blocks",
+        "_quantized_weight",
+        "_dense",
+        "_products",
+        "_convolution",
+        "_lookup",
+        "_weight",
+    }
+    | {"initializers"},
     {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
     {"_quantize", "_targets", "_adapters", "_optim", "_functional", "_report", "_specs"}
     | {"_fingerprint", "_archive", "_entries"},
