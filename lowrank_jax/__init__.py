@@ -7,6 +7,7 @@ from lowrank_jax._adapters import init as init
 from lowrank_jax._adapters import merge as merge
 from lowrank_jax._adapters import partition as partition
 from lowrank_jax._configs import LoraConfig as LoraConfig
+from lowrank_jax._configs import QuantConfig as QuantConfig
 from lowrank_jax._errors import AxesError as AxesError
 from lowrank_jax._errors import CheckpointError as CheckpointError
 from lowrank_jax._errors import ConfigError as ConfigError
@@ -32,6 +33,9 @@ from lowrank_jax._optim import trainable_mask as trainable_mask
 from lowrank_jax._plan import Plan as Plan
 from lowrank_jax._plan import Use as Use
 from lowrank_jax._plan import plan as plan
+from lowrank_jax._quantize import dequantize as dequantize
+from lowrank_jax._quantize import quantize as quantize
+from lowrank_jax._quantized import Quantized as Quantized
 from lowrank_jax._report import LeafReport as LeafReport
 from lowrank_jax._report import Memory as Memory
 from lowrank_jax._report import Report as Report

@@ -19,12 +19,14 @@ from lowrank_jax._nodes import (
     Full,
     LowRank,
     inverse,
+    is_adapter,
     is_node,
     labelled_spec,
     materialize,
 )
 from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._plan import Plan
+from lowrank_jax._quantized import Quantized
 from lowrank_jax._targets import Target, resolve, train_whole
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
@@ -73,7 +75,7 @@ def init(
     if config.dora:
         raise ConfigError("dora=True is not available in this version; use dora=False")
     leaves, treedef = flatten(params, is_leaf=is_node)
-    if adapted := [path for path, leaf in leaves if is_node(leaf)]:
+    if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(
             f"params already holds adapters ({adapted[0]!r} and {len(adapted) - 1} more): pass the "
             "base, or lowrank.merge(base, lora) to start from the merged weights"
@@ -111,6 +113,11 @@ def _init_leaf(
     if initializer is None:
         initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
     a, b, residual = _laid_out_factors(key, leaf, target, initializer, dtype)
+    if residual is not None and isinstance(leaf, Quantized):
+        raise ConfigError(
+            "an initializer that moves weight out of the base needs a dense base: initialize "
+            "before lowrank.quantize, or take another initializer"
+        )
     node = LowRank(
         a, b, None, target.fan_in, target.fan_out, target.stack, target.scale, target.kind
     )
@@ -121,7 +128,7 @@ def _laid_out_factors(
     key: jax.Array, leaf: Any, target: Target, initializer: Initializer, dtype: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """_factors, split as the leaf is where its type says how (on a mesh with explicit axes)."""
-    if not _jaxprs.is_split(leaf):
+    if isinstance(leaf, Quantized) or not _jaxprs.is_split(leaf):
         return _factors(key, leaf, target, initializer, dtype)
     sharding = jax.typeof(leaf).sharding
     like = lambda labels: jax.NamedSharding(sharding.mesh, labelled_spec(sharding.spec, labels))
@@ -146,7 +153,7 @@ def _factors(
     sizes = lambda axes: tuple(leaf.shape[axis] for axis in axes)
     stack, fan_in, fan_out = sizes(target.stack), sizes(target.fan_in), sizes(target.fan_out)
     rows, columns = math.prod(fan_in), math.prod(fan_out)
-    weight = jnp.transpose(leaf, order).astype(jnp.float32).reshape(-1, rows, columns)
+    weight = jnp.transpose(materialize(leaf), order).astype(jnp.float32).reshape(-1, rows, columns)
     keys = jax.random.split(key, weight.shape[0]) if stack else key[None]
     make = lambda key, weight: initializer(key, weight, target.rank, target.scale)
     a, b, residual = jax.vmap(make)(keys, weight)

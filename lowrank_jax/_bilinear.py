@@ -86,6 +86,20 @@ def _permuted(array: jax.Array, labels: Labels, order: Labels) -> jax.Array:
     return array if tuple(labels) == tuple(order) else lax.transpose(array, _at(labels, order))
 
 
+def dot_of_labels(
+    x: jax.Array, y: jax.Array, xl: Labels, yl: Labels, out: Labels, **options: Any
+) -> jax.Array:
+    """The product as one lax.dot_general, in any program."""
+    return _dot(x, y, xl=xl, yl=yl, out=out, **options)
+
+
+def flat_dot_of_labels(
+    x: jax.Array, y: jax.Array, xl: Labels, yl: Labels, out: Labels, **options: Any
+) -> jax.Array:
+    """The product as one of matrices, which is what XLA on CPU wants."""
+    return _flat(x, y, xl=xl, yl=yl, out=out, **options)
+
+
 @functools.cache
 def product_dtype(x: Any, y: Any) -> Any:
     """Dtype of lax.dot_general of two dtypes, which need not be equal."""

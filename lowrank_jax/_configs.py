@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lowrank_jax._codecs import check_block_size, format_of
 from lowrank_jax._errors import ConfigError
+from lowrank_jax._packing import PACKINGS
 from lowrank_jax._paths import ALL_LINEAR, Pattern, compile_pattern
 
 
@@ -192,3 +194,63 @@ class LoraConfig:
         """alpha / rank, or alpha / sqrt(rank) with rslora; alpha None is twice the rank."""
         alpha = 2.0 * rank if alpha is None else float(alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    r"""Which leaves are kept as small integers, and how.
+
+    $W = \text{table}[\text{codes}] \cdot \text{absmax}$, in blocks along the contracted axes.
+
+    Args:
+      format: "nf4", "fp4" (4 bits) or "int8".
+      block_size: elements that share a scale: a power of two from 32 to 4096.
+      double_quant: keep the scales as 8-bit codes too: 4.13 bits a parameter in place of 4.5.
+      packing: "uint4", native 4-bit arrays, what accelerators want; "uint8", two codes a byte, what
+        saves memory on CPU, where a uint4 takes a byte. Never chosen by the backend: what is
+        compiled for a TPU from a CPU process must be the TPU's.
+      targets: a pattern, a sequence of patterns, or "all-linear".
+      exclude: patterns of leaves that stay dense; they must match something.
+
+    Raises:
+      ConfigError: a value is of the wrong type or out of range.
+
+    Source: QLoRA, arXiv 2305.14314, section 3.
+
+    >>> config = QuantConfig(block_size=128, exclude="**/head/*")
+    >>> QuantConfig.from_dict(config.to_dict()) == config
+    True
+    """
+
+    format: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    packing: str = "uint4"
+    targets: Any = ALL_LINEAR
+    exclude: Any = ()
+
+    def __post_init__(self):
+        put = lambda name, value: object.__setattr__(self, name, value)
+        format_of(self.format)
+        check_block_size(self.block_size)
+        if not isinstance(self.double_quant, bool):
+            raise ConfigError(f"double_quant must be True or False, not {self.double_quant!r}")
+        if self.packing not in PACKINGS:
+            raise ConfigError(f"packing must be one of {PACKINGS}, not {self.packing!r}")
+        for name in ("targets", "exclude"):
+            put(name, _patterns(name, getattr(self, name)))
+        if ALL_LINEAR in self.exclude:
+            raise ConfigError('"all-linear" is a value of targets, not of exclude')
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; a regex becomes {"re": "..."}."""
+        fields = dataclasses.fields(self)
+        return {field.name: _to_json(getattr(self, field.name)) for field in fields}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """The configuration whose `to_dict` is values; an unknown key is refused by name."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown QuantConfig keys {unknown}; known are {sorted(known)}")
+        return cls(**{name: _from_json(value) for name, value in values.items()})

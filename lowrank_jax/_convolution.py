@@ -31,7 +31,7 @@ def conv(w: Any, other: Any, params: dict[str, Any]) -> jax.Array | None:
     return _conv(squeezed, other, params, groups)
 
 
-def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Array:
+def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Array | None:
     """A kernel whose a has the window and in axes and whose b has the out axis."""
     numbers = params["dimension_numbers"]
     out_axis, *taps = numbers.rhs_spec
@@ -42,7 +42,9 @@ def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Arra
         # a grouped kernel this small is cheaper to add to than to convolve beside
         return lax.conv_general_dilated(x, w.materialize(), **_conv_options(params))
     options = _conv_options(params)
-    base = lax.conv_general_dilated(x, w.base, **options)
+    base = w.base.conv(x, options)
+    if base is None:
+        return None
     options.pop("out_sharding", None)
 
     def branch(w: Any, x: jax.Array) -> jax.Array:

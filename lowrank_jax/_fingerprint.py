@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import TreeError
-from lowrank_jax._nodes import is_node
+from lowrank_jax._nodes import is_adapter
 from lowrank_jax._paths import flatten
 
 
@@ -97,8 +97,8 @@ def fingerprint(tree: Any) -> Fingerprint:
     >>> fingerprint(params) == fingerprint({**params, "step": jnp.array(4)})
     False
     """
-    leaves = flatten(tree, is_leaf=is_node)[0]
-    if adapted := [path for path, leaf in leaves if is_node(leaf)]:
+    leaves = flatten(tree, is_leaf=is_adapter)[0]
+    if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(
             f"a fingerprint is of the frozen base, and {adapted[0]!r} is an adapter: pass the base "
             "(lowrank.partition takes a combined tree apart)"

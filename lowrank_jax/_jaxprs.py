@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.core import ShapedArray as ShapedArray
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 

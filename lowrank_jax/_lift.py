@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._dense import DenseWeight
 from lowrank_jax._errors import (
     ConfigError,
     LowrankError,
@@ -23,6 +25,8 @@ from lowrank_jax._errors import (
 from lowrank_jax._interpret import Context, Record, forwarded, interpret
 from lowrank_jax._nodes import Full, LowRank, is_node, materialize
 from lowrank_jax._paths import path_of
+from lowrank_jax._quantized import Quantized
+from lowrank_jax._quantized_weight import QuantizedWeight
 from lowrank_jax._rules import RULES
 from lowrank_jax._virtual import Virtual
 from lowrank_jax._weight import LowRankWeight
@@ -179,7 +183,7 @@ def check(node: Any, path: str) -> None:
             f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
             "the lifted function"
         )
-    if isinstance(node, Full):
+    if isinstance(node, Full | Quantized):
         return
     delta = node.delta
     if not isinstance(delta, LowRank | Full):
@@ -200,9 +204,14 @@ def check(node: Any, path: str) -> None:
 
 def _enter(node: Any, path: str) -> Any:
     """The value that stands for a node inside: a weight, or an array for a leaf trained whole."""
+    if isinstance(node, Quantized):
+        return QuantizedWeight.of(node, path)
     if isinstance(node, Full) or isinstance(node.delta, Full):
         return materialize(node)
-    return LowRankWeight.of(node, path)
+    if isinstance(node.base, Quantized):
+        return LowRankWeight.of(node, QuantizedWeight.of(node.base, path), path)
+    # frozen here, outside every loop: inside one, a stack of copies would be saved for backward
+    return LowRankWeight.of(node, DenseWeight(lax.stop_gradient(node.base)), path)
 
 
 def lift(fn: Callable, *, fallback: str = "warn") -> Callable:

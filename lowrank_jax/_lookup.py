@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._contract import RANK, Labels, arrange, contract
+from lowrank_jax._contract import Labels, arrange, contract
+from lowrank_jax._dense import DenseWeight
+from lowrank_jax._virtual import Virtual
 
 
 def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
@@ -18,7 +21,9 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     sliced = {d for d in range(w.ndim) if params["slice_sizes"][d] != w.shape[d]}
     if sliced - indexed:
         return None
-    base = _gather(w.base, tuple(range(w.ndim)), indices, params, as_is=True)[0]
+    base = w.base.gather(indices, params)
+    if base is None:
+        return None
     offset, batch = numbers.offset_dims, range(indices.ndim - 1)
     kept = [
         d
@@ -28,32 +33,33 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     rows = iter(("n", i) for i in batch)
     at = dict(zip(offset, kept, strict=True))
     out = tuple(at[i] if i in at else next(rows) for i in range(base.ndim))
-    a, a_labels = _gather(w.a, w.a_axes, indices, params)
-    b, b_labels = _gather(w.b, w.b_axes, indices, params)
+    a, a_labels = gather_labelled(w.a, w.a_axes, indices, params, w.shape)
+    b, b_labels = gather_labelled(w.b, w.b_axes, indices, params, w.shape)
     if indexed <= {*w.a_axes} & {*w.b_axes}:
         place = {label: i for i, label in enumerate(out)}
         key, key_axes = (None, ())
         if w.key is not None:
-            key, key_axes = _gather(w.key, w.key_axes, indices, params)
+            key, key_axes = gather_labelled(w.key, w.key_axes, indices, params, w.shape)
         moved = w.replaced(a=a, b=b, key=key, a_axes=a_labels, b_axes=b_labels, key_axes=key_axes)
-        return moved._renumbered(place, base=base)
+        return moved._renumbered(place, base if isinstance(base, Virtual) else DenseWeight(base))
     sizes = {**w.sizes(), **dict(zip(out, base.shape, strict=True))}
     dtype = w.dtype
     branch, labels = contract(w.scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
     return base + arrange(branch, labels, out, sizes).astype(base.dtype)
 
 
-def _gather(
+def gather_labelled(
     array: jax.Array,
     labels: Labels,
     indices: jax.Array,
     params: dict[str, Any],
-    as_is: bool = False,
+    shape: Sequence[int],
 ) -> tuple[jax.Array, Labels]:
-    """Gather from an array along the labelled axes it has; rows come first unless as_is."""
+    """Gather from an array along the axes it has of a weight of this shape; rows come first.
+
+    Other labels than the weight's axes (the rank, the elements of a block) are read whole.
+    """
     numbers = params["dimension_numbers"]
-    if as_is:
-        return _lax_gather(array, indices, numbers, params["slice_sizes"], params), labels
     array, labels = _in_order(array, labels)
     at = labels.index
     mapped = [i for i, axis in enumerate(numbers.start_index_map) if axis in labels]
@@ -73,7 +79,8 @@ def _gather(
         start_indices_batching_dims=tuple(place for _, place in batching),
     )
     full = dict(zip(labels, array.shape, strict=True))
-    sizes = tuple(full[x] if x == RANK else params["slice_sizes"][x] for x in labels)
+    whole = lambda x: isinstance(x, str) or params["slice_sizes"][x] == shape[x]
+    sizes = tuple(full[x] if whole(x) else params["slice_sizes"][x] for x in labels)
     # beyond the table the base alone is the fill value; the delta of no row is zero
     mode = {**params, "fill_value": 0}
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -87,10 +94,10 @@ def _gather(
 
 def _in_order(array: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
     """The axes of a factor in the order of the weight's, which lax.gather asks of batching axes."""
-    mine: list[Any] = [label for label in labels if label != RANK]
+    mine: list[Any] = [label for label in labels if not isinstance(label, str)]
     if mine == sorted(mine):
         return array, labels
-    order = (*sorted(mine), *(label for label in labels if label == RANK))
+    order = (*sorted(mine), *(label for label in labels if isinstance(label, str)))
     return lax.transpose(array, tuple(labels.index(label) for label in order)), order
 
 

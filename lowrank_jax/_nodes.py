@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._errors import AxesError, LowrankError
+from lowrank_jax._quantized import Quantized, dequantized
 
 
 @jax.tree_util.register_dataclass
@@ -158,6 +159,11 @@ def forgotten(what: str) -> LowrankError:
 
 def is_node(value: Any) -> bool:
     """Whether a value is one of the library's nodes: the `is_leaf` for trees that hold them."""
+    return isinstance(value, LowRank | Full | Adapted | Quantized)
+
+
+def is_adapter(value: Any) -> bool:
+    """Whether a value is a node that has to do with an adapter."""
     return isinstance(value, LowRank | Full | Adapted)
 
 
@@ -197,13 +203,15 @@ def delta(node: LowRank, ndim: int, precision: Any = lax.Precision.HIGHEST) -> j
 
 def materialize(node: Any) -> Any:
     """The dense weight a node stands for: summed in float32, cast once to the base's dtype."""
+    if isinstance(node, Quantized):
+        return dequantized(node)
     if not is_node(node):
         return node
     if isinstance(node, Full):
         return node.value
     if isinstance(node, LowRank):
         raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
-    base = node.base
+    base = materialize(node.base)
     dtype = accumulator(base.dtype)
     if isinstance(node.delta, Full):
         if node.multiplier is None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._errors import TreeError
-from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
 from lowrank_jax._paths import flatten
 
 if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
@@ -48,7 +48,7 @@ def trainable_mask(tree: Any) -> Any:
                 frozen.key,
                 node.rate,
             )
-        return jax.tree.map(lambda _: is_node(node), node)
+        return jax.tree.map(lambda _: is_adapter(node), node)
 
     return jax.tree.map(mark, tree, is_leaf=is_node)
 
@@ -149,7 +149,7 @@ def _nodes(tree: Any) -> dict[str, Any]:
     """path -> adapter node: a flat dict, which every container of parameters can turn into."""
     found = {}
     for path, leaf in flatten(tree, is_leaf=is_node)[0]:
-        if is_node(leaf):
+        if is_adapter(leaf):
             found[path] = leaf.delta if isinstance(leaf, Adapted) else leaf
     return found
 
@@ -157,7 +157,7 @@ def _nodes(tree: Any) -> dict[str, Any]:
 def _updated(leaf: Any, update: Any) -> Any:
     """The update of one leaf: that of its adapter, and no change of anything frozen."""
     if update is None:
-        return _no_change(leaf)
+        return jax.tree.map(_no_change, leaf)
     if not isinstance(leaf, Adapted):
         return update
     still = jax.tree.map(_no_change, leaf)

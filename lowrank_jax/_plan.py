@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lowrank_jax import _jaxprs
 from lowrank_jax._interpret import Context, Record, interpret
 from lowrank_jax._lift import is_array, split, trace
+from lowrank_jax._nodes import is_node, materialize
 from lowrank_jax._paths import flatten
 from lowrank_jax._probe import Log, Probe, Roles
 from lowrank_jax._rules import RULES
@@ -153,7 +154,7 @@ def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
     >>> uses["w"].op, uses["w"].fan_in, uses["w"].fan_out, uses["bias"].op
     ('dot', (0,), (1,), 'other')
     """
-    leaves = [(path, leaf) for path, leaf in flatten(params)[0] if is_array(leaf)]
+    leaves = [(path, leaf) for path, leaf in flatten(params, is_leaf=is_node)[0] if is_array(leaf)]
     call, dynamic, paths = split((params, *args), kwargs)
     traced = trace(fn, call, dynamic, paths)
     jaxpr = traced.jaxpr
@@ -163,7 +164,7 @@ def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
         log = Log()
         count = len(leaves)
         entered = [
-            Probe.of(v, path, log) if i < count and _floating(v) else v
+            Probe.of(materialize(v), path, log) if i < count and _floating(v) else v
             for i, (v, path) in enumerate(zip(values, paths, strict=True))
         ]
         outs = interpret(survey, jaxpr, entered)[: traced.out_tree.num_leaves]

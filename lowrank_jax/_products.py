@@ -13,15 +13,13 @@ from lowrank_jax._contract import Labels, arrange, contract, cost
 from lowrank_jax._jaxprs import laid_out_like
 
 
-def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> jax.Array:
+def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
     """The base's product as the user wrote it, plus the factors' products."""
     (lc, rc), (lb, rb) = numbers
-    if on_left:
-        base = lax.dot_general(w.base, other, numbers, **options)
-        mine, theirs = (lc, lb), (rc, rb)
-    else:
-        base = lax.dot_general(other, w.base, numbers, **options)
-        mine, theirs = (rc, rb), (lc, lb)
+    base = w.base.dot(other, numbers, on_left, options)
+    if base is None:
+        return None
+    mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
     x_labels = _operand_labels(other.ndim, mine, theirs)
     bound = {*mine[0], *mine[1]}
     free = [axis for axis in range(w.ndim) if axis not in bound]
@@ -79,7 +77,9 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     ragged = tuple(numbers.lhs_ragged_dimensions)
     if lb or rb or len(groups) != 1 or len(ragged) != 1 or ragged[0] in lc:
         return None
-    base = lax.ragged_dot_general(other, w.base, sizes, numbers, **options)
+    base = w.base.ragged_dot(other, sizes, numbers, options)
+    if base is None:
+        return None
     x_labels = _operand_labels(other.ndim, (rc, rb), (lc, lb))
     rows = ("x", ragged[0])
     x_free = [label for label in x_labels if isinstance(label, tuple)]

@@ -13,8 +13,9 @@ import jax
 
 from lowrank_jax._interpret import Context, Record
 from lowrank_jax._lift import evaluate, split
-from lowrank_jax._nodes import Adapted, Full, is_node
+from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node
 from lowrank_jax._paths import flatten
+from lowrank_jax._quantized import Quantized
 from lowrank_jax._rules import RULES
 from lowrank_jax._table import Table, bytes_text, collapsed, shape_text
 
@@ -35,13 +36,15 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class LeafReport:
-    """One adapted leaf.
+    """One adapted or quantized leaf.
 
     Args:
-      kind: "LoRA", or "whole" for a leaf trained whole.
+      kind: "LoRA", "whole" for a leaf trained whole, "frozen" for a quantized one alone.
       shape: of the leaf.
-      rank, scale: of its adapter; None for a leaf trained whole.
+      rank, scale: of its adapter, if it has one.
       trainable: number of values trained.
+      format: of a quantized base: "nf4", say; else None.
+      bits: of the base, for each of its values, scales included.
       uses: one Record for each equation that took it, in order.
     """
 
@@ -50,6 +53,8 @@ class LeafReport:
     rank: int | None
     scale: float | None
     trainable: int
+    format: str | None
+    bits: float
     uses: tuple[Record, ...] = ()
 
     @property
@@ -142,7 +147,13 @@ class Report(Mapping):
             (path, shape, adapter, f"{count * int(trainable):,}", how)
             for (path, shape, adapter, trainable, how), count in collapsed(rows)
         ]
-        columns = ("leaf", "shape", "adapter", "trained", "use")
+        columns = (
+            "leaf",
+            "shape",
+            "kept as" if self.memory.scales else "adapter",
+            "trained",
+            "use",
+        )
         return Table(columns, tuple(summed), frozenset({"trained"}))
 
     def __str__(self) -> str:
@@ -181,9 +192,12 @@ class Report(Mapping):
 
 
 def _adapter(leaf: LeafReport) -> str:
-    if leaf.rank is None:
+    if leaf.kind == "whole":
         return "trained whole"
-    return f"{leaf.kind} r={leaf.rank} s={leaf.scale:.4g}"
+    over = "" if leaf.format is None else f"{leaf.format}, {leaf.bits:.2f} bits"
+    if leaf.rank is None:
+        return over
+    return f"{leaf.kind} r={leaf.rank} s={leaf.scale:.4g}" + (f" on {over}" if over else "")
 
 
 def _use_text(use: Record) -> str:
@@ -240,20 +254,45 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     frozen = jax.tree.map(
         lambda leaf: leaf.base if isinstance(leaf, Adapted) else leaf, tree, is_leaf=is_node
     )
-    deltas = [node.delta if isinstance(node, Adapted) else node for node in nodes.values()]
-    memory = lambda size: Memory(_sum(size, frozen), _sum(size, deltas))
+    deltas = [
+        node.delta if isinstance(node, Adapted) else node
+        for node in nodes.values()
+        if is_adapter(node)
+    ]
+    scales = [
+        (leaf.scales, leaf.nested, leaf.offset)
+        for leaf in jax.tree.leaves(frozen, is_leaf=is_node)
+        if isinstance(leaf, Quantized)
+    ]
+
+    def memory(size: Callable[[Any], int]) -> Memory:
+        return Memory(
+            _sum(size, frozen) - _sum(size, scales), _sum(size, deltas), _sum(size, scales)
+        )
+
+    counted = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_node) if hasattr(leaf, "shape")]
     return Report(
-        leaves, _sum(_size, deltas), _sum(_size, frozen), memory(_bytes), memory(_device_bytes)
+        leaves,
+        _sum(_size, deltas),
+        sum(map(_size, counted)),
+        memory(_bytes),
+        memory(_device_bytes),
     )
 
 
 def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     """What there is to say of one node."""
+    shape, base = tuple(node.shape), node.base if isinstance(node, Adapted) else node
+    quantized = isinstance(base, Quantized)
+    format = base.format if quantized else None
+    bits = 8 * _sum(_bytes, base) / max(1, math.prod(shape))
+    if isinstance(node, Quantized):
+        return LeafReport("frozen", shape, None, None, 0, format, bits, uses)
     delta = node.delta if isinstance(node, Adapted) else node
-    shape, count = tuple(node.shape), _sum(_size, delta)
+    count = _sum(_size, delta)
     if isinstance(delta, Full):
-        return LeafReport("whole", shape, None, None, count, uses)
-    return LeafReport("LoRA", shape, delta.rank, delta.scale, count, uses)
+        return LeafReport("whole", shape, None, None, count, format, bits, uses)
+    return LeafReport("LoRA", shape, delta.rank, delta.scale, count, format, bits, uses)
 
 
 def _sum(size: Callable[[Any], int], tree: Any) -> int:
@@ -265,12 +304,25 @@ def _size(leaf: Any) -> int:
 
 
 def _bytes(leaf: Any) -> int:
-    return _size(leaf) * leaf.dtype.itemsize
+    """Bytes as devices hold them: accelerators pack two 4-bit integers, a CPU gives each a byte."""
+    return _held(leaf, leaf.shape)
 
 
 def _device_bytes(leaf: Any) -> int:
     """Bytes on the device that holds most; an array without a sharding is whole on one."""
     sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        return _bytes(leaf)
-    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return _held(leaf, leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+
+
+def _held(leaf: Any, shape: tuple[int, ...]) -> int:
+    count = math.prod(shape)
+    return (count + 1) // 2 if _packed(leaf) else count * leaf.dtype.itemsize
+
+
+def _packed(leaf: Any) -> bool:
+    """Whether an array of 4-bit integers is, or would be, on something that packs them."""
+    if leaf.dtype.name not in ("uint4", "int4"):
+        return False
+    devices = getattr(getattr(leaf, "sharding", None), "device_set", None)
+    platforms = {device.platform for device in devices} if devices else {jax.default_backend()}
+    return "cpu" not in platforms

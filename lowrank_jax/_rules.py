@@ -203,7 +203,7 @@ def _consumed(ctx: Context, eqn: Any, weight: Virtual, out: Any) -> Out:
     if out is None:
         return None
     if not isinstance(out, Virtual):
-        ctx.record(weight, eqn, "factored")
+        ctx.record(weight, eqn, weight.how)
     return [out]
 
 

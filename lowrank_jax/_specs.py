@@ -14,6 +14,7 @@ from lowrank_jax._contract import RANK
 from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node, labelled_spec
 from lowrank_jax._paths import flatten
+from lowrank_jax._quantized import Quantized
 
 Spec = PartitionSpec | NamedSharding
 
@@ -124,11 +125,13 @@ def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
         keys = leaf.delta.stack if isinstance(leaf.delta, LowRank) else ()
         return dataclasses.replace(
             leaf,
-            base=wrap(entries),
+            base=_of(leaf.base, spec, ndim),
             delta=_of(leaf.delta, spec, ndim),
             multiplier=None if leaf.multiplier is None else wrap(PartitionSpec()),
             key=None if leaf.key is None else wrap(labelled_spec(entries, keys)),
         )
+    if isinstance(leaf, Quantized):
+        return leaf.mapped(lambda labels: wrap(labelled_spec(entries, labels)))
     if not isinstance(leaf, LowRank):
         return wrap(entries)
     magnitude = None

@@ -36,9 +36,11 @@ class Target:
 
 def resolve(leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
     """Map the path of each leaf to adapt to its Target; every bad leaf is listed in one error."""
-    if plan is not None:
-        _check_plan(leaves, plan)
-    chosen, linear = _chosen(leaves, config, plan)
+    chosen, linear = choose(leaves, config.targets, config.exclude, plan)
+    if clash := sorted({*chosen} & train_whole(leaves, config)):
+        raise ConfigError(
+            f"{clash[0]!r} is both adapted (targets) and trained whole (train): exclude it from one"
+        )
     for name in ("rank_pattern", "alpha_pattern", "stack"):
         for pattern in getattr(config, name):
             if not any(matches(pattern, path) for path in chosen):
@@ -55,8 +57,7 @@ def resolve(leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None) ->
         text = listing([str(problem) for problem in problems])
         raise type(problems[0])(f"{len(problems)} leaves cannot be adapted:\n{text}")
     if not targets:
-        why = _why_none(plan) if linear else "exclude removes every leaf that targets names"
-        raise PatternError(f"no leaf is left to adapt: {why}")
+        raise PatternError(f"no leaf is left to adapt: {why_none(plan, linear)}")
     return targets
 
 
@@ -76,13 +77,15 @@ def _check_plan(leaves: Mapping[str, Any], plan: Plan) -> None:
         )
 
 
-def _chosen(
-    leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None
+def choose(
+    leaves: Mapping[str, Any], targets: Sequence[Any], exclude: Sequence[Any], plan: Plan | None
 ) -> tuple[list[str], bool]:
-    """Paths to adapt in the tree's order, and whether "all-linear" was among the targets."""
+    """Paths of the targets in the tree's order, and whether "all-linear" was among them."""
+    if plan is not None:
+        _check_plan(leaves, plan)
     floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    named = [pattern for pattern in config.targets if pattern != ALL_LINEAR]
-    linear = len(named) < len(config.targets)
+    named = [pattern for pattern in targets if pattern != ALL_LINEAR]
+    linear = len(named) < len(targets)
     chosen = set(_select(named, floating, leaves, "targets"))
     if linear:
         if plan is None:
@@ -91,12 +94,7 @@ def _chosen(
                 "plan=lowrank.plan(fn, params, *args)"
             )
         chosen |= {path for path in floating if plan[path].linear}
-    chosen -= set(_select(config.exclude, floating, leaves, "exclude"))
-    whole = set(_select(config.train, floating, leaves, "train"))
-    if clash := sorted(chosen & whole):
-        raise ConfigError(
-            f"{clash[0]!r} is both adapted (targets) and trained whole (train): exclude it from one"
-        )
+    chosen -= set(_select(exclude, floating, leaves, "exclude"))
     return [path for path in leaves if path in chosen], linear
 
 
@@ -121,8 +119,10 @@ def train_whole(leaves: Mapping[str, Any], config: LoraConfig) -> set[str]:
     return set(_select(config.train, floating, leaves, "train"))
 
 
-def _why_none(plan: Plan | None) -> str:
-    """Why "all-linear" found nothing."""
+def why_none(plan: Plan | None, linear: bool) -> str:
+    """Why no target was found."""
+    if not linear:
+        return "exclude removes every leaf that targets names"
     finals = [path for path, use in (plan or {}).items() if use.final]
     if finals:
         return (
@@ -145,7 +145,7 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None) -> Targ
             f"{path!r} has dtype {leaf.dtype}: factors cast to 8 bits would lose the adapter; cast "
             "the leaf to bfloat16 first"
         )
-    fan_in, fan_out, stack, kind = _axes(path, tuple(leaf.shape), use)
+    fan_in, fan_out, stack, kind = axes_of(path, tuple(leaf.shape), use)
     if (override := _first(config.stack, path, None)) is not None:
         stack = _stack(path, leaf.ndim, override)
         fan_in = tuple(axis for axis in fan_in if axis not in stack)
@@ -169,7 +169,7 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None) -> Targ
     return Target(fan_in, fan_out, stack, rank, config.scale_of(rank, alpha), kind)
 
 
-def _axes(path: str, shape: tuple[int, ...], use: Use | None) -> tuple[Any, Any, Any, str]:
+def axes_of(path: str, shape: tuple[int, ...], use: Use | None) -> tuple[Any, Any, Any, str]:
     """fan_in, fan_out, stack and kind of one leaf."""
     if use is not None and (use.fan_in or use.fan_out):
         return use.fan_in, use.fan_out, use.stack, use.op

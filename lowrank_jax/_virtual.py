@@ -16,6 +16,8 @@ class Virtual:
     shape: tuple[int, ...]
     dtype: Any
 
+    how = "factored"  # what a report says of a product with it
+
     @property
     def ndim(self) -> int:
         """Number of axes."""

@@ -20,6 +20,7 @@ from jax import lax
 
 from lowrank_jax import _convolution, _lookup, _products
 from lowrank_jax._contract import RANK, Labels, arrange, contract, reshape_groups
+from lowrank_jax._dense import DenseWeight
 from lowrank_jax._nodes import Adapted, LowRank, accumulator, labelled_spec
 from lowrank_jax._virtual import Virtual
 
@@ -29,9 +30,13 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRankWeight(Virtual):
-    """Base, factors, multiplier and dropout key of one weight, with the labels of their axes."""
+    """Base, factors, multiplier and dropout key of one weight, with the labels of their axes.
 
-    base: Any
+    The base is itself a weight in flight, dense or quantized, and does what is asked of it in its
+    own way; a verb that it does not have, this weight does not have either.
+    """
+
+    base: Virtual
     a: Any
     b: Any
     multiplier: Any
@@ -43,14 +48,20 @@ class LowRankWeight(Virtual):
     rate: float = dataclasses.field(metadata=_STATIC)
     path: Any = dataclasses.field(metadata=_STATIC)
 
+    @property
+    def how(self) -> str:  # type: ignore[override]
+        """The adapter is factored; a quantized base is dequantized at the product."""
+        under = self.base.how
+        return "factored" if isinstance(self.base, DenseWeight) else f"factored, {under}"
+
     @classmethod
-    def of(cls, node: Adapted, path: str) -> LowRankWeight:
-        """The weight of a node with LowRank factors; its base is frozen here, outside loops."""
+    def of(cls, node: Adapted, base: Virtual, path: str) -> LowRankWeight:
+        """The weight of a node with LowRank factors, on a frozen base."""
         delta = node.delta
         assert isinstance(delta, LowRank)
-        fan_in, fan_out, stack = delta.axes(node.base.ndim)
+        fan_in, fan_out, stack = delta.axes(base.ndim)
         return cls(
-            base=lax.stop_gradient(node.base),
+            base=base,
             a=delta.a,
             b=delta.b,
             multiplier=node.multiplier,
@@ -99,7 +110,7 @@ class LowRankWeight(Virtual):
             precision=lax.Precision.HIGHEST,
         )
         change = arrange(self.scaled(change), labels, axes, self.sizes())
-        return (self.base.astype(dtype) + change).astype(self.dtype)
+        return (self.base.materialize().astype(dtype) + change).astype(self.dtype)
 
     def for_use(self, number: int) -> LowRankWeight:
         """The same weight with a dropout key of its own for this use."""
@@ -107,32 +118,41 @@ class LowRankWeight(Virtual):
 
     # Verbs that pass the weight on.
 
-    def each(self, fn: Any, base_only: bool = False) -> LowRankWeight:
+    def each(self, fn: Any, base_only: bool = False) -> LowRankWeight | None:
         """Apply an identity of values to the base, and to the factors unless base_only."""
-        if base_only:
-            return self.replaced(base=fn(self.base))
-        return self.replaced(base=fn(self.base), a=fn(self.a), b=fn(self.b))
+        base = self.base.each(fn, base_only)
+        if base is None or base_only:
+            return self._on(base)
+        return self.replaced(base=base, a=fn(self.a), b=fn(self.b))
 
-    def reshard(self, spec: Any, fn: Any) -> LowRankWeight:
+    def _on(self, base: Virtual | None, **changes: Any) -> LowRankWeight | None:
+        """This weight on another base, or None where the base could not take part."""
+        return None if base is None else self.replaced(base=base, **changes)
+
+    def reshard(self, spec: Any, fn: Any) -> LowRankWeight | None:
         """Lay out the base by the spec, the factors by the axes that they have."""
         whole = self.specs(spec)
-        names = [n for n in ("base", "a", "b", "multiplier", "key") if getattr(self, n) is not None]
-        return self.replaced(**{n: fn(getattr(self, n), getattr(whole, n)) for n in names})
+        names = [n for n in ("a", "b", "multiplier", "key") if getattr(self, n) is not None]
+        parts = {n: fn(getattr(self, n), getattr(whole, n)) for n in names}
+        return self._on(self.base.reshard(spec, fn), **parts)
 
     def astype(self, dtype: Any) -> LowRankWeight | None:
         """Convert the base; the factors are cast to its dtype in the product."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return self.replaced(base=lax.convert_element_type(self.base, dtype))
+        return self._on(self.base.astype(dtype))
 
-    def transpose(self, order: Sequence[int]) -> LowRankWeight:
+    def transpose(self, order: Sequence[int]) -> LowRankWeight | None:
         """Permute the base; renumber the labels."""
         place = {old: new for new, old in enumerate(order)}
-        return self._renumbered(place, base=lax.transpose(self.base, order))
+        return self._renumbered(place, self.base.transpose(order))
 
-    def _renumbered(self, place: dict[Any, int], **changes: Any) -> LowRankWeight:
+    def _renumbered(
+        self, place: dict[Any, int], base: Virtual | None, **changes: Any
+    ) -> LowRankWeight | None:
         rename = lambda labels: tuple(place.get(label, label) for label in labels)
-        return self.replaced(
+        return self._on(
+            base,
             a_axes=rename(self.a_axes),
             b_axes=rename(self.b_axes),
             key_axes=rename(self.key_axes),
@@ -154,13 +174,13 @@ class LowRankWeight(Virtual):
             if found is None:
                 return None
             parts[name], parts[name + "_axes"] = found
-        return self.replaced(base=lax.reshape(self.base, tuple(shape)), **parts)
+        return self._on(self.base.reshape(shape), **parts)
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> LowRankWeight:
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> LowRankWeight | None:
         """New axes, and axes of size 1 made longer, are constant along the delta."""
         place = dict(enumerate(axes))
         grown = {old for old, new in place.items() if self.shape[old] != shape[new]}
-        return self._dropped(grown)._renumbered(place, base=fn(self.base))
+        return self._dropped(grown)._renumbered(place, self.base.broadcast(shape, axes, fn))
 
     def _dropped(self, gone: set[int]) -> LowRankWeight:
         """Forget labels of axes of size 1."""
@@ -174,7 +194,7 @@ class LowRankWeight(Virtual):
             parts[name + "_axes"] = tuple(label for label in labels if label not in gone)
         return self.replaced(**parts) if parts else self
 
-    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> LowRankWeight:
+    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> LowRankWeight | None:
         """Take the part fn takes from each array along the axes that it has."""
         parts = {}
         for name in ("a", "b", "key"):
@@ -182,19 +202,22 @@ class LowRankWeight(Virtual):
             where = {axis: labels.index(axis) for axis in axes if axis in labels}
             if array is not None and where:
                 parts[name] = fn(array, where)
-        return self.replaced(base=fn(self.base, {axis: axis for axis in axes}), **parts)
+        return self._on(self.base.index(fn, sizes, axes), **parts)
 
-    def multiply(self, scalar: Any, fn: Any) -> LowRankWeight:
+    def multiply(self, scalar: Any, fn: Any) -> LowRankWeight | None:
         """Scale the base and b."""
         scaled = fn(self.b, jnp.asarray(scalar).astype(self.b.dtype))
-        return self.replaced(base=fn(self.base, scalar), b=scaled)
+        return self._on(self.base.multiply(scalar, fn), b=scaled)
 
-    def unstack(self) -> tuple[Any, Any]:
+    def unstack(self) -> tuple[Any, Any] | None:
         """Slices along the leading axis; what does not vary along it is closed over."""
+        stacked = self.base.unstack()
+        if stacked is None:
+            return None
         names = [n for n in ("a", "b", "key") if 0 in getattr(self, n + "_axes")]
         names = [n for n in names if getattr(self, n) is not None]
         arrays = {n: _front(getattr(self, n), getattr(self, n + "_axes").index(0)) for n in names}
-        arrays["base"] = self.base
+        arrays["base"], rebuild_base = stacked
         place = {axis: axis - 1 for axis in range(1, self.ndim)}
         labels = {}
         for name in names:
@@ -202,15 +225,16 @@ class LowRankWeight(Virtual):
         if self.key is None:
             labels["key_axes"] = tuple(x for x in self.key_axes if x != 0)
 
-        def rebuild(slices: dict[str, Any]) -> LowRankWeight:
-            return self.replaced(**labels)._renumbered(place, **slices)
+        def rebuild(slices: dict[str, Any]) -> LowRankWeight | None:
+            base = rebuild_base(slices.pop("base"))
+            return self.replaced(**labels)._renumbered(place, base, **slices)
 
         return arrays, rebuild
 
-    def specs(self, spec: Any) -> LowRankWeight:
+    def specs(self, spec: Any) -> LowRankWeight | None:
         """PartitionSpecs of the arrays: each axis is split as the weight's axis of its label."""
-        return self.replaced(
-            base=spec,
+        return self._on(
+            self.base.specs(spec),
             a=labelled_spec(spec, self.a_axes),
             b=labelled_spec(spec, self.b_axes),
             multiplier=None if self.multiplier is None else type(spec)(),

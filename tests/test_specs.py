@@ -23,6 +23,15 @@ SPECS = {
 }
 
 
+BIG = {
+    "embed": jnp.ones((16, 128)),
+    "layers": {
+        "q": jnp.ones((3, 128, 4, 2)), "o": jnp.ones((3, 4, 2, 128)), "bias": jnp.ones((3, 128)),
+    },
+    "count": jnp.array(3),
+}  # fmt: skip
+
+
 def fn(p, ids):
     def layer(x, w):
         h = jnp.einsum("btd,dhk->bthk", x, w["q"])
@@ -165,6 +174,23 @@ def test_a_leaf_that_is_none_needs_no_spec():
     base, lora = lowrank.init(KEY, params, lowrank.LoraConfig(rank=1, targets="w"))
     for tree in (base, lora, lowrank.combine(base, lora)):
         assert lowrank.specs(tree, {"w": P("data"), "bias": None})["bias"] is None
+
+
+def test_a_quantized_leaf_is_split_as_the_dense_one():
+    plan = lowrank.plan(fn, BIG, IDS)
+    frozen = lowrank.quantize(BIG, lowrank.QuantConfig(), plan=plan)
+    split = lowrank.specs(frozen, SPECS)["layers"]["q"]  # [L, d, h, k] in blocks along d
+    assert split.codes == P(None, "data", None, "model", None)
+    assert split.scales == P(None, "data", "model", None)
+    assert (split.nested, split.offset) == (P(None, None), P(None))
+    chex.assert_trees_all_equal_structs(
+        jax.tree.map(lambda _: 0, frozen),
+        jax.tree.map(lambda _: 0, lowrank.specs(frozen, SPECS), is_leaf=is_spec),
+    )
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+    where = NamedSharding(mesh, split.codes)
+    codes = jax.device_put(frozen["layers"]["q"].codes, where)
+    assert codes.addressable_shards[0].data.shape == (3, 1, 64, 2, 2)
 
 
 MISTAKES = {

@@ -18,10 +18,20 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 LAYERS = [
     {"_errors", "_paths", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"}
     | {"_codecs", "_scales", "_packing"},
-    {"_nodes", "_virtual"},
-    {"_products", "_convolution", "_lookup", "_weight", "initializers"},
+    {"_quantized", "_nodes", "_virtual"},
+    {
+        "_tied",
+        "_blocks",
+        "_quantized_weight",
+        "_dense",
+        "_products",
+        "_convolution",
+        "_lookup",
+        "_weight",
+    }
+    | {"initializers"},
     {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
-    {"_targets", "_adapters", "_optim", "_functional", "_report", "_specs"}
+    {"_quantize", "_targets", "_adapters", "_optim", "_functional", "_report", "_specs"}
     | {"_fingerprint", "_archive", "_entries"},
     {"checkpoint"},
     {"__init__"},

@@ -1,0 +1,146 @@
+"""Products with the decoded blocks of a quantized weight: what a tied product computes.
+
+Each axis of the decoded blocks carries a label, the axis of the weight that it is now; the axes
+that hold the blocks are one run of the weight's axes, cut in two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from lowrank_jax._bilinear import Labels, dot_of_labels, flat_dot_of_labels
+from lowrank_jax._contract import arrange
+from lowrank_jax._quantized import Decoding
+
+BLOCKS, ELEMENTS = "blocks", "elements"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How decoded blocks lie in the weight.
+
+    Args:
+      axes: for each axis of the decoded array, the weight's axis, or BLOCKS or ELEMENTS.
+      blocked: the weight's axes that those two stand for, in order.
+      sizes: their sizes.
+    """
+
+    axes: Labels
+    blocked: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def expand(self, labels: Sequence[Any]) -> Labels:
+        """Labels with the two axes of blocks in place of the run of axes they stand for."""
+        out: list[Any] = []
+        for label in labels:
+            if label not in self.blocked:
+                out.append(label)
+            elif label == self.blocked[0]:
+                out += [BLOCKS, ELEMENTS]
+        return tuple(out)
+
+    def dense(self, blocks: jax.Array) -> jax.Array:
+        """The dense weight, in the order of its axes."""
+        if not self.blocked:
+            order = tuple(range(blocks.ndim))
+            return arrange(blocks, self.axes, order, {})
+        ndim = len(self.axes) - 2 + len(self.blocked)
+        order = self.expand(range(ndim))
+        extent = dict(zip(self.axes, blocks.shape, strict=True))
+        extent |= dict(zip(self.blocked, self.sizes, strict=True))
+        shape = [extent[axis] for axis in range(ndim)]
+        if not is_run(self.blocked):
+            raise AssertionError("the axes of blocks are apart")
+        return arrange(blocks, self.axes, order, extent).reshape(shape)
+
+
+def is_run(axes: Sequence[int]) -> bool:
+    """Whether axes are consecutive."""
+    return all(b == a + 1 for a, b in itertools.pairwise(axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """lax.dot_general of an activation and decoded blocks, linear in the activation."""
+
+    layout: Layout
+    numbers: Any
+    on_left: bool
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return self._run(dot_of_labels, x, w)
+
+    def on_cpu(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """As a product of two matrices."""
+        return self._run(flat_dot_of_labels, x, w)
+
+    def _run(self, product: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+        layout = self.layout
+        (lc, rc), (lb, rb) = self.numbers
+        mine, theirs = ((lc, lb), (rc, rb)) if self.on_left else ((rc, rb), (lc, lb))
+        own_labels: list[Any] = [("x", i) for i in range(x.ndim)]
+        for own, others in zip(mine, theirs, strict=True):
+            for axis, other in zip(own, others, strict=True):
+                own_labels[other] = axis
+        bound = {*mine[0], *mine[1]}
+        ndim = len(layout.axes) - (2 if layout.blocked else 0) + len(layout.blocked)
+        free = layout.expand([axis for axis in range(ndim) if axis not in bound])
+        x_free = [label for label in own_labels if isinstance(label, tuple)]
+        x, labels = self._cut(x, own_labels, w)
+        out = (*mine[1], *free, *x_free) if self.on_left else (*mine[1], *x_free, *free)
+        pair = (w, x, layout.axes, labels) if self.on_left else (x, w, labels, layout.axes)
+        y = product(*pair, out, **dict(self.options))
+        if BLOCKS in out:
+            at = out.index(BLOCKS)
+            y = y.reshape(*y.shape[:at], *layout.sizes, *y.shape[at + 2 :])
+        return y
+
+    def _cut(self, x: jax.Array, labels: list[Any], w: jax.Array) -> tuple[jax.Array, Labels]:
+        """The activation with the contracted axes of blocks cut in two, as the weight's are."""
+        blocked = self.layout.blocked
+        if not blocked or blocked[0] not in labels:
+            return x, tuple(labels)
+        at = [labels.index(axis) for axis in blocked]
+        if not is_run(at):
+            order = [i for i in range(x.ndim) if i not in at] + at
+            x, labels = lax.transpose(x, order), [labels[i] for i in order]
+            at = list(range(x.ndim - len(at), x.ndim))
+        cut = [w.shape[self.layout.axes.index(name)] for name in (BLOCKS, ELEMENTS)]
+        x = x.reshape(*x.shape[: at[0]], *cut, *x.shape[at[-1] + 1 :])
+        return x, (*labels[: at[0]], BLOCKS, ELEMENTS, *labels[at[-1] + 1 :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """lax.conv_general_dilated with a decoded kernel."""
+
+    layout: Layout
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, self.layout.dense(w), **dict(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatDecoding:
+    """Decodes a leaf kept flat into its dense shape: blocks that straddle its rows."""
+
+    decoding: Decoding
+    blocked: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def __call__(self, *parts: Any) -> jax.Array:
+        blocks = self.decoding(*parts)
+        before = blocks.shape[:-2]
+        flat = blocks.reshape(*before, -1)[..., : math.prod(self.blocked)]
+        axes = [len(before) + int(place) for place in np.argsort(self.order)]
+        return lax.transpose(flat.reshape(*before, *self.blocked), (*range(len(before)), *axes))

@@ -1,0 +1,131 @@
+r"""A product with a decoded weight, tied to the activation it meets: a primitive.
+
+$y = \text{op}(x, \text{decode}(\text{codes}, \text{scales}, \ldots))$, linear in x. It is a
+primitive for the sake of memory. Its derivative binds itself on the tangent, and its transpose
+binds itself, transposed, on the cotangent: the dense weight is in no jaxpr, so no rematerialization
+policy can save it, and what is saved for backward is the codes and their scales. And wherever it is
+lowered, a barrier ties the decoding to the activation: without one XLA decodes every layer's weight
+early and keeps it until backward. A custom_vjp would forbid jvp; jax.checkpoint leaks copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.interpreters import ad, batching, mlir
+
+from lowrank_jax._jaxprs import Primitive, ShapedArray, is_plain
+
+Op = Callable[[jax.Array, jax.Array], jax.Array]
+Decode = Callable[..., jax.Array]
+
+
+def tied(x: jax.Array, parts: Sequence[jax.Array], op: Op, decode: Decode) -> jax.Array:
+    """op(x, decode(*parts)), the decoded weight alive only here.
+
+    Args:
+      x: the activation.
+      parts: the arrays the weight is decoded from; they are constants to every derivative.
+      op: linear in its first argument; hashable.
+      decode: hashable.
+    """
+    if all(map(is_plain, (x, *parts))):
+        return tied_p.bind(x, *parts, op=op, decode=decode)
+    # within manual axes, and on explicit meshes, JAX's own rules know the types
+    return jax.checkpoint(lambda x, *parts: _tied(x, *parts, op=op, decode=decode))(x, *parts)
+
+
+def _tied(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax.Array:
+    x, *tied_parts = lax.optimization_barrier((x, *parts))
+    return op(x, decode(*tied_parts))
+
+
+def _tied_on_cpu(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax.Array:
+    """XLA on CPU drops barriers and merges the copies: there the codes depend on the activation.
+
+    The least of an unsigned number and 0 is 0, which XLA does not know.
+    """
+    codes, *rest = parts
+    first = lax.slice(x.reshape(-1), (0,), (1,)).reshape(()) if x.size else jnp.zeros((), x.dtype)
+    bits = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
+    nothing = jnp.minimum(bits, jnp.uint32(0)).astype(codes.dtype)
+    return getattr(op, "on_cpu", op)(x, decode(codes ^ nothing, *rest))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transposed:
+    """The transpose of an op in its first argument, which has this shape and dtype."""
+
+    op: Op
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def __call__(self, ct: jax.Array, w: jax.Array) -> jax.Array:
+        return self._run(self.op, ct, w)
+
+    def on_cpu(self, ct: jax.Array, w: jax.Array) -> jax.Array:
+        """The transpose of the op's own form for CPU."""
+        return self._run(getattr(self.op, "on_cpu", self.op), ct, w)
+
+    def _run(self, op: Op, ct: jax.Array, w: jax.Array) -> jax.Array:
+        aval = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        return jax.linear_transpose(lambda x: op(x, w), aval)(ct)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mapped:
+    """A function of arrays along an axis of some of them."""
+
+    fn: Callable
+    axes: tuple[int | None, ...]
+
+    def __call__(self, *args: jax.Array) -> jax.Array:
+        return jax.vmap(self.fn, self.axes)(*args)
+
+    def on_cpu(self, *args: jax.Array) -> jax.Array:
+        """The function's own form for CPU."""
+        return jax.vmap(getattr(self.fn, "on_cpu", self.fn), self.axes)(*args)
+
+
+def _abstract(x: Any, *parts: Any, op: Op, decode: Decode) -> ShapedArray:
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *parts)]
+    out = jax.eval_shape(lambda x, *parts: op(x, decode(*parts)), *shapes)
+    return ShapedArray(out.shape, out.dtype)
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    """Linear in x; the parts are constants."""
+    tangent = ad.instantiate_zeros(tangents[0])
+    return tied_p.bind(*primals, **params), tied_p.bind(tangent, *primals[1:], **params)
+
+
+def _transpose(ct: Any, x: Any, *parts: Any, op: Op, decode: Decode) -> list[Any]:
+    if type(ct) is ad.Zero:
+        return [ad.Zero(x.aval)] + [None] * len(parts)
+    back = op.op if isinstance(op, _Transposed) else _Transposed(op, x.aval.shape, x.aval.dtype)
+    return [tied_p.bind(ct, *parts, op=back, decode=decode)] + [None] * len(parts)
+
+
+def _batched(args: Sequence[Any], dims: Sequence[Any], *, op: Op, decode: Decode) -> tuple:
+    """A mapped activation is decoded for once; mapped codes are decoded as a stack."""
+    x_dim, *part_dims = dims
+    mapped = any(dim is not None for dim in part_dims)
+    if mapped:
+        decode = _Mapped(decode, tuple(part_dims))
+    op = _Mapped(op, (x_dim, 0 if mapped else None))
+    return tied_p.bind(*args, op=op, decode=decode), 0
+
+
+tied_p = Primitive("lowrank_tied")
+tied_p.def_abstract_eval(_abstract)
+tied_p.def_impl(jax.jit(_tied, static_argnames=("op", "decode")))
+ad.primitive_jvps[tied_p] = _jvp
+ad.primitive_transposes[tied_p] = _transpose
+batching.primitive_batchers[tied_p] = _batched
+mlir.register_lowering(tied_p, mlir.lower_fun(_tied, multiple_results=False))
+mlir.register_lowering(tied_p, mlir.lower_fun(_tied_on_cpu, multiple_results=False), platform="cpu")
