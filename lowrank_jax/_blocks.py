@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 
 from lowrank_jax._bilinear import Labels, dot_of_labels, flat_dot_of_labels
 from lowrank_jax._contract import arrange
-from lowrank_jax._quantized import Decoding
+from lowrank_jax._quantized import Decoding, unflattened
 
 BLOCKS, ELEMENTS = "blocks", "elements"
 
@@ -57,8 +55,6 @@ class Layout:
         extent = dict(zip(self.axes, blocks.shape, strict=True))
         extent |= dict(zip(self.blocked, self.sizes, strict=True))
         shape = [extent[axis] for axis in range(ndim)]
-        if not is_run(self.blocked):
-            raise AssertionError("the axes of blocks are apart")
         return arrange(blocks, self.axes, order, extent).reshape(shape)
 
 
@@ -139,8 +135,4 @@ class FlatDecoding:
     order: tuple[int, ...]
 
     def __call__(self, *parts: Any) -> jax.Array:
-        blocks = self.decoding(*parts)
-        before = blocks.shape[:-2]
-        flat = blocks.reshape(*before, -1)[..., : math.prod(self.blocked)]
-        axes = [len(before) + int(place) for place in np.argsort(self.order)]
-        return lax.transpose(flat.reshape(*before, *self.blocked), (*range(len(before)), *axes))
+        return unflattened(self.decoding(*parts), self.blocked, self.order)

@@ -188,10 +188,15 @@ def dequantized(node: Quantized) -> jax.Array:
     blocks = node.decoding(*node.parts)
     if node.order is None:
         return blocks.reshape(node.shape)
-    before = blocks.shape[: node.leading]
-    flat = blocks.reshape(*before, -1)[..., : math.prod(node.blocked)]
-    axes = [len(before) + place for place in np.argsort(node.order)]
-    return jnp.transpose(flat.reshape(*before, *node.blocked), (*range(len(before)), *axes))
+    return unflattened(blocks, node.blocked, node.order)
+
+
+def unflattened(blocks: jax.Array, blocked: tuple[int, ...], order: tuple[int, ...]) -> jax.Array:
+    """The dense leaf of blocks that straddle its rows: [stack, blocks, block] of a flat leaf."""
+    before = blocks.shape[:-2]
+    flat = blocks.reshape(*before, -1)[..., : math.prod(blocked)]
+    axes = [len(before) + int(place) for place in np.argsort(order)]
+    return jnp.transpose(flat.reshape(*before, *blocked), (*range(len(before)), *axes))
 
 
 def quantized(
