@@ -35,6 +35,17 @@ class Layout:
     blocked: tuple[int, ...]
     sizes: tuple[int, ...]
 
+    @property
+    def ndim(self) -> int:
+        """Number of the weight's axes."""
+        return len(self.axes) + (len(self.blocked) - 2 if self.blocked else 0)
+
+    def spec(self, codes: Any) -> Any:
+        """The weight's PartitionSpec, from that of its codes."""
+        entries = dict(zip(self.axes, codes, strict=False))
+        entries |= {axis: entries.get(BLOCKS) for axis in self.blocked[:1]}
+        return type(codes)(*(entries.get(axis) for axis in range(self.ndim)))
+
     def expand(self, labels: Sequence[Any]) -> Labels:
         """Labels with the two axes of blocks in place of the run of axes they stand for."""
         out: list[Any] = []
@@ -112,6 +123,9 @@ class Dot:
             at = list(range(x.ndim - len(at), x.ndim))
         cut = [w.shape[self.layout.axes.index(name)] for name in (BLOCKS, ELEMENTS)]
         x = x.reshape(*x.shape[: at[0]], *cut, *x.shape[at[-1] + 1 :])
+        # Else XLA on TPU merges the two axes in backward's product, on the weight's side too, and
+        # what decodes it is no longer part of the product.
+        x = lax.optimization_barrier(x)
         return x, (*labels[: at[0]], BLOCKS, ELEMENTS, *labels[at[-1] + 1 :])
 
 
@@ -127,6 +141,36 @@ class Conv:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ragged:
+    """lax.ragged_dot_general with a decoded weight for each group of rows."""
+
+    layout: Layout
+    numbers: Any
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: jax.Array, groups: tuple[jax.Array, jax.Array]) -> jax.Array:
+        w, sizes = groups
+        dense = self.layout.dense(w)
+        return lax.ragged_dot_general(x, dense, sizes, self.numbers, **dict(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedDecoding:
+    """Decodes all parts but the last, the sizes of the groups, which go along."""
+
+    decode: Any
+
+    def __call__(self, *parts: Any) -> tuple[jax.Array, jax.Array]:
+        *own, sizes = parts
+        return self.decode(*own), sizes
+
+    @property
+    def on_tpu(self) -> GroupedDecoding:
+        """The same, decoded as TPUs want it."""
+        return GroupedDecoding(self.decode.on_tpu)
+
+
+@dataclasses.dataclass(frozen=True)
 class FlatDecoding:
     """Decodes a leaf kept flat into its dense shape: blocks that straddle its rows."""
 
@@ -136,3 +180,8 @@ class FlatDecoding:
 
     def __call__(self, *parts: Any) -> jax.Array:
         return unflattened(self.decoding(*parts), self.blocked, self.order)
+
+    @property
+    def on_tpu(self) -> FlatDecoding:
+        """The same, decoded as TPUs want it."""
+        return dataclasses.replace(self, decoding=self.decoding.on_tpu)

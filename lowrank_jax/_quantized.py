@@ -9,6 +9,7 @@ contracted axes cannot be cut evenly is kept flat, [stack, blocks, block], in bi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import _codecs, _packing, _scales
-from lowrank_jax._errors import LowrankError
+from lowrank_jax import _codecs, _jaxprs, _packing, _scales
+from lowrank_jax._errors import LowrankError, TreeError
+
+Axes = tuple[int, ...]
 
 _STATIC = {"static": True}
 
@@ -36,6 +39,7 @@ class Quantized:
       scales: float32 (absmax of each block), or uint8 codes of it: codes' shape without the block.
       nested: float32 [*stack, ceil(blocks of one / 256)], or None.
       offset: float32 [*stack], or None.
+      nested_map: float32 [*stack, 256], the map of a file that brings its own; None: the usual one.
       format: "nf4", "fp4" or "int8".
       block_size: elements that share a scale.
       packing: "uint4" or "uint8"; of 4-bit codes.
@@ -52,6 +56,7 @@ class Quantized:
     scales: Any
     nested: Any = None
     offset: Any = None
+    nested_map: Any = None
     format: str = dataclasses.field(default="nf4", metadata=_STATIC)
     block_size: int = dataclasses.field(default=64, metadata=_STATIC)
     packing: str = dataclasses.field(default="uint4", metadata=_STATIC)
@@ -67,13 +72,20 @@ class Quantized:
         return self.codes.ndim - 2 - self.trailing
 
     @property
+    def stacked(self) -> int:
+        """Number of leading axes that every array has: those that enumerate whole leaves."""
+        return self.scales.ndim - len(self.strides)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense leaf; stack axes that a loop or vmap took away are left out."""
-        before = self.codes.shape[: self.leading]
+        lead, codes = self.leading, self.codes.shape
         if self.order is not None:
             inner = tuple(self.blocked[i] for i in np.argsort(self.order))
-            return (*before, *inner)
-        return (*before, *self.blocked, *self.codes.shape[self.leading + 2 :])
+            return (*codes[:lead], *inner)
+        rest = self.blocked[1:]
+        first = codes[lead] * self.block_size // math.prod(rest)  # a part, inside shard_map
+        return (*codes[:lead], first, *rest, *codes[lead + 2 :])
 
     @property
     def ndim(self) -> int:
@@ -95,8 +107,12 @@ class Quantized:
         """What `decoding` takes: codes, scales, the table, and the second level if there is one."""
         table = _codecs.format_of(self.format).table
         table = jnp.zeros(1, jnp.float32) if table is None else jnp.asarray(table)
-        second = () if self.nested is None else (self.nested, self.offset)
-        return (self.codes, self.scales, table, *second)
+        if self.nested is None:
+            return (self.codes, self.scales, table)
+        nested_map = self.nested_map
+        if nested_map is None:
+            nested_map = jnp.broadcast_to(_scales.DYNAMIC_MAP, (*self.offset.shape, 256))
+        return (self.codes, self.scales, table, self.nested, self.offset, nested_map)
 
     @property
     def decoding(self) -> Any:
@@ -105,26 +121,29 @@ class Quantized:
             self.format, self.packing, self.trailing, self.strides, (self.weight_dtype,)
         )
 
+    @property
+    def labels(self) -> tuple[int | None, ...]:
+        """For each axis of codes the axis of the leaf that it runs along, or None."""
+        lead, run = self.leading, len(self.blocked)
+        if self.order is not None:
+            return (*range(lead), None, None)
+        return (*range(lead), lead, None, *range(lead + run, self.ndim))
+
     def mapped(self, make: Callable[[tuple[Any, ...]], Any]) -> Quantized:
         """The same node with make(axes of the leaf, or None) at each array: a spec, say.
 
         The axis of blocks is the first axis of the run that was cut; an axis of elements, of a
         second level or of a leaf kept flat is None.
         """
-        lead, run = self.leading, len(self.blocked)
-        before: list[Any] = list(range(lead))
-        if self.order is not None:
-            codes = [*before, None, None]
-        else:
-            codes = [*before, lead, None, *range(lead + run, self.ndim)]
+        codes, lead = self.labels, self.leading
         scales = [*codes[: lead + 1], *codes[lead + 2 :]]
         second: dict[str, Any] = {}
         if self.nested is not None:
             stack = tuple(range(self.nested.ndim - 1))
             second = {"nested": make((*stack, None)), "offset": make(stack)}
-        return dataclasses.replace(
-            self, codes=make(tuple(codes)), scales=make(tuple(scales)), **second
-        )
+        if self.nested_map is not None:
+            second["nested_map"] = second["nested"]
+        return dataclasses.replace(self, codes=make(codes), scales=make(tuple(scales)), **second)
 
     def __jax_array__(self):
         raise LowrankError(
@@ -141,6 +160,7 @@ class Decoding:
     Args:
       format, packing, trailing, strides: as of Quantized.
       casts: dtypes that the float32 numbers go through, in order.
+      tree: whether scales are looked up by selects.
     """
 
     format: str
@@ -148,13 +168,17 @@ class Decoding:
     trailing: int
     strides: tuple[int, ...]
     casts: tuple[str, ...]
+    tree: bool = False
 
-    def __call__(
-        self, codes: Any, scales: Any, table: Any, nested: Any = None, offset: Any = None
-    ) -> jax.Array:
+    @property
+    def on_tpu(self) -> Decoding:
+        """The same without gathers."""
+        return dataclasses.replace(self, tree=True)
+
+    def __call__(self, codes: Any, scales: Any, table: Any, *second: Any) -> jax.Array:
         axis = codes.ndim - 1 - self.trailing
-        if nested is not None:
-            scales = self.scales(scales, nested, offset)
+        if second:
+            scales = self.scales(scales, *second)
         if self.format != "int8":
             codes = _packing.unpack(codes, axis, self.packing)
         out = _codecs.decode(codes, scales, self.format, axis, table=table)
@@ -162,33 +186,49 @@ class Decoding:
             out = out.astype(dtype)
         return out
 
-    def scales(self, scales: Any, nested: Any, offset: Any) -> jax.Array:
-        """Scales of each stacked leaf from their codes."""
-        one = _OneLeafScales(self.strides)
+    def scales(self, scales: Any, nested: Any, offset: Any, table: Any) -> jax.Array:
+        """Scales of each stacked leaf from their codes, by its second level."""
+        count = math.prod(scales.shape[nested.ndim - 1 :])
+        if -(-count // _scales.SCALE_BLOCK) != nested.shape[-1]:
+            raise TreeError(
+                f"{count} doubly quantized scales, but {nested.shape[-1]} scales of those: inside "
+                "shard_map they cannot tell their places in the whole leaf. Split it along stack "
+                "axes alone, quantize it with double_quant=False, or lift the function that "
+                "shard_map returned"
+            )
+        order = np.argsort([-stride for stride in self.strides], stable=True).tolist()
+        one = lambda *args: _scales.decode_scales(*args[:3], order, args[3], self.tree)
         for _ in range(nested.ndim - 1):
             one = jax.vmap(one)
-        return one(scales, nested, offset)
-
-
-@dataclasses.dataclass(frozen=True)
-class _OneLeafScales:
-    """decode_scales, each code's flat index told by the strides of its axes."""
-
-    strides: tuple[int, ...]
-
-    def __call__(self, scales: Any, nested: Any, offset: Any) -> jax.Array:
-        index = jnp.zeros(scales.shape, jnp.int32)
-        for axis, stride in enumerate(self.strides):
-            index += jax.lax.broadcasted_iota(jnp.int32, scales.shape, axis) * stride
-        return _scales.decode_scales(scales, nested, offset, index // _scales.SCALE_BLOCK)
+        return one(scales, nested, offset, table)
 
 
 def dequantized(node: Quantized) -> jax.Array:
-    """The dense leaf: decoded in float32, cast once to its dtype."""
+    """The dense leaf: decoded in float32, cast once to its dtype; split as its type says."""
+    sharding = dense_sharding(node)
+    if sharding is None:
+        return _dequantized(node)
+    with _jaxprs.mesh_of(node.codes):
+        return _jaxprs.by_the_compiler(_dequantized, sharding, node)
+
+
+@functools.partial(jax.jit, inline=True)
+def _dequantized(node: Quantized) -> jax.Array:
+    """The same; one program, for op by op a look-up takes the memory of eight dense leaves."""
     blocks = node.decoding(*node.parts)
     if node.order is None:
         return blocks.reshape(node.shape)
     return unflattened(blocks, node.blocked, node.order)
+
+
+def dense_sharding(node: Quantized) -> Any:
+    """How the dense leaf lies where the node's types say that it is split, or None."""
+    if not any(map(_jaxprs.is_split, jax.tree.leaves(node))):
+        return None
+    sharding = jax.typeof(node.codes).sharding
+    entries = dict(zip(node.labels, sharding.spec, strict=False))
+    spec = jax.P(*(entries.get(axis) for axis in range(node.ndim)))
+    return jax.NamedSharding(sharding.mesh, spec)
 
 
 def unflattened(blocks: jax.Array, blocked: tuple[int, ...], order: tuple[int, ...]) -> jax.Array:
@@ -200,43 +240,48 @@ def unflattened(blocks: jax.Array, blocked: tuple[int, ...], order: tuple[int, .
 
 
 def quantized(
-    leaf: Any,
-    fan_in: tuple[int, ...],
-    stack: tuple[int, ...],
-    *,
-    format: str = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
-    packing: str = "uint4",
+    leaf: Any, fan_in: Axes, stack: Axes, *, together: bool = False, **options: Any
 ) -> Quantized:
     """Quantize a leaf in blocks along its fan-in axes.
 
     Args:
       leaf: floating-point array.
       fan_in: the axes blocks run along (the feature axes of a look-up table).
-      stack: axes that enumerate independent weights.
-      format: as of QuantConfig, and the rest too.
-      block_size: elements that share a scale.
-      double_quant: whether the scales are kept as codes.
-      packing: "uint4" or "uint8".
+      stack: axes that enumerate independent weights. Those that lead have second levels of their
+        own.
+      together: whether the first of those is mapped at once, as one that is split over devices
+        must be; else it is looped over, and temporaries are those of one layer.
+      **options: format, block_size, double_quant and packing, as of QuantConfig.
     """
-    shape, dtype = leaf.shape, jnp.dtype(leaf.dtype).name
     lead = 0
-    while lead < len(shape) and lead in stack:
-        lead += 1  # stack axes that lead have second levels of their own
-    group = _group(shape, fan_in, block_size)
+    while lead < leaf.ndim and lead in stack:
+        lead += 1
+    fan_in = tuple(axis - lead for axis in fan_in)
+    one = lambda leaf: _quantized(leaf, fan_in, **options)
+    for depth in reversed(range(lead)):
+        one = jax.vmap(one) if depth or together else functools.partial(jax.lax.map, one)
+    return one(leaf)
+
+
+def _quantized(
+    leaf: Any,
+    fan_in: Axes,
+    *,
+    format: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    packing: str = "uint4",
+) -> Quantized:
+    """A leaf that no stack axis leads."""
     options = {"format": format, "block_size": block_size, "packing": packing}
+    shape = leaf.shape
+    group = _group(shape, fan_in, block_size)
     if group is None:
-        inner = [axis for axis in range(lead, len(shape)) if axis not in fan_in]
-        order = (*inner, *fan_in)
-        rows = jnp.transpose(leaf, (*range(lead), *order)).reshape(*shape[:lead], -1)
-        encode = lambda row: _codecs.encode_flat(row, format, block_size)
-        for _ in range(lead):
-            encode = jax.vmap(encode)
-        codes, scales = encode(rows)
-        codes = codes.reshape(*shape[:lead], -1, block_size)
-        blocked = tuple(shape[axis] for axis in order)
-        place = tuple(axis - lead for axis in order)
+        place = (*(axis for axis in range(len(shape)) if axis not in fan_in), *fan_in)
+        row = jnp.transpose(leaf, place).reshape(-1)
+        codes, scales = _codecs.encode_flat(row, format, block_size)
+        codes = codes.reshape(-1, block_size)
+        blocked = tuple(shape[axis] for axis in place)
         trailing, strides = 0, (1,)
     else:
         first, last = group
@@ -244,18 +289,15 @@ def quantized(
         cut = (*shape[:first], -1, block_size, *shape[last + 1 :])
         codes, scales = _codecs.encode(leaf.reshape(cut), format, first + 1)
         trailing, place = len(shape) - last - 1, None
-        strides = _strides(scales.shape, lead, first, [a for a in fan_in if a < first], last)
+        strides = _strides(scales.shape, first, [a for a in fan_in if a < first])
     nested = offset = None
     if double_quant:
-        encode_scales = lambda s: _nested(s, strides)
-        for _ in range(lead):
-            encode_scales = jax.vmap(encode_scales)
-        scales, nested, offset = encode_scales(scales)
+        scales, nested, offset = _nested(scales, strides)
     if format != "int8":
         codes = _packing.pack(codes, codes.ndim - 1 - trailing, packing)
     return Quantized(
-        codes, scales, nested, offset, **options, blocked=tuple(blocked), trailing=trailing,
-        order=place, strides=strides, weight_dtype=dtype,
+        codes, scales, nested, offset, **options, blocked=blocked, trailing=trailing,
+        order=place, strides=strides, weight_dtype=jnp.dtype(leaf.dtype).name,
     )  # fmt: skip
 
 
@@ -269,18 +311,15 @@ def _group(shape: tuple[int, ...], fan_in: tuple[int, ...], block: int) -> tuple
     return None if size % block or not size else (first, last)
 
 
-def _strides(
-    shape: tuple[int, ...], lead: int, blocks: int, fan_in_before: list[int], last: int
-) -> tuple[int, ...]:
+def _strides(shape: tuple[int, ...], blocks: int, fan_in_before: list[int]) -> tuple[int, ...]:
     """Steps of the axes of scales in bitsandbytes' order: fan-out, then fan-in, then blocks."""
-    axes = list(range(lead, len(shape)))
-    inner = [axis for axis in axes if axis in fan_in_before] + [blocks]
-    ordered = [axis for axis in axes if axis not in inner] + inner
+    inner = [*fan_in_before, blocks]
+    ordered = [axis for axis in range(len(shape)) if axis not in inner] + inner
     step, strides = 1, {}
     for axis in reversed(ordered):
         strides[axis] = step
         step *= shape[axis]
-    return tuple(strides[axis] for axis in axes)
+    return tuple(strides[axis] for axis in range(len(shape)))
 
 
 def _nested(scales: jax.Array, strides: tuple[int, ...]) -> tuple[Any, Any, Any]:

@@ -5,6 +5,8 @@ Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,31 +76,28 @@ def decode_scales(
     codes: jax.Array,
     nested_absmax: jax.Array,
     offset: jax.Array,
-    index: jax.Array | None = None,
+    order: Sequence[int] | None = None,
     table: jax.Array | np.ndarray = DYNAMIC_MAP,
     tree: bool = False,
 ) -> jax.Array:
     """The scales again: table[codes] * nested_absmax[flat index // 256] + offset, two roundings.
 
     Args:
-      codes: uint8, [n] in flat order; in any other order and shape with an index.
+      codes: uint8, [n] in flat order; in any other shape with an order.
       nested_absmax: float32 [ceil(n / 256)].
       offset: float32 scalar.
-      index: integers that broadcast against codes: flat index // 256. Without it nothing is
-        gathered but the table: a caller with codes [blocks, out] may decode codes.T.reshape(-1),
-        then reshape and transpose back.
+      order: the axes of codes, the slowest of the flat order first.
       table: float32 [256]; a file's own may differ by an ulp.
-      tree: look up by selects. On TPU a gather is slow; 255 selects are quick, but take seconds
-        to compile.
+      tree: look up by selects. On TPU a gather is slow; 255 selects are quick. Pass the table as
+        a traced array there (see `lookup`).
 
     Returns:
       float32 of codes' shape.
     """
-    if index is None:
-        blocks = jnp.broadcast_to(nested_absmax[:, None], (nested_absmax.size, SCALE_BLOCK))
-        nested = blocks.reshape(-1)[: codes.size]
-    else:
-        nested = jnp.take(nested_absmax, index, mode="clip")
+    axes = range(codes.ndim) if order is None else order
+    blocks = jnp.broadcast_to(nested_absmax[:, None], (nested_absmax.size, SCALE_BLOCK))
+    nested = blocks.reshape(-1)[: codes.size].reshape([codes.shape[axis] for axis in axes])
+    nested = jnp.transpose(nested, np.argsort(axes).tolist())
     table = jnp.asarray(table)
     values = lookup(codes, table) if tree else jnp.take(table, codes.astype(jnp.int32), mode="clip")
     # No value exceeds 1, so the clip changes nothing, but the product is rounded before the sum.

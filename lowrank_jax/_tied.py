@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
-from lowrank_jax._jaxprs import Primitive, ShapedArray, is_plain
+from lowrank_jax._jaxprs import Primitive, ShapedArray, is_automatic
 
-Op = Callable[[jax.Array, jax.Array], jax.Array]
-Decode = Callable[..., jax.Array]
+Op = Callable[[jax.Array, Any], jax.Array]
+Decode = Callable[..., Any]
 
 
 def tied(x: jax.Array, parts: Sequence[jax.Array], op: Op, decode: Decode) -> jax.Array:
@@ -30,19 +30,26 @@ def tied(x: jax.Array, parts: Sequence[jax.Array], op: Op, decode: Decode) -> ja
 
     Args:
       x: the activation.
-      parts: the arrays the weight is decoded from; they are constants to every derivative.
+      parts: the arrays the weight is decoded from; they are constants to every derivative. All
+        but the first pass the barrier: the codes are read where they lie, and where they are a
+        layer of a stack, not copied out of it.
       op: linear in its first argument; hashable.
       decode: hashable.
     """
-    if all(map(is_plain, (x, *parts))):
+    if all(map(is_automatic, (x, *parts))):
         return tied_p.bind(x, *parts, op=op, decode=decode)
     # within manual axes, and on explicit meshes, JAX's own rules know the types
     return jax.checkpoint(lambda x, *parts: _tied(x, *parts, op=op, decode=decode))(x, *parts)
 
 
 def _tied(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax.Array:
-    x, *tied_parts = lax.optimization_barrier((x, *parts))
-    return op(x, decode(*tied_parts))
+    codes, *rest = parts
+    x, *rest = lax.optimization_barrier((x, *rest))
+    return op(x, decode(codes, *rest))
+
+
+def _tied_on_tpu(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax.Array:
+    return _tied(x, *parts, op=op, decode=getattr(decode, "on_tpu", decode))
 
 
 def _tied_on_cpu(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax.Array:
@@ -51,7 +58,8 @@ def _tied_on_cpu(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax
     The least of an unsigned number and 0 is 0, which XLA does not know.
     """
     codes, *rest = parts
-    first = lax.slice(x.reshape(-1), (0,), (1,)).reshape(()) if x.size else jnp.zeros((), x.dtype)
+    corner = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim) if x.size else jnp.zeros((), x.dtype)
+    first = corner.reshape(())
     bits = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
     nothing = jnp.minimum(bits, jnp.uint32(0)).astype(codes.dtype)
     return getattr(op, "on_cpu", op)(x, decode(codes ^ nothing, *rest))
@@ -91,6 +99,11 @@ class _Mapped:
         """The function's own form for CPU."""
         return jax.vmap(getattr(self.fn, "on_cpu", self.fn), self.axes)(*args)
 
+    @property
+    def on_tpu(self) -> _Mapped:
+        """The function's own form for TPU."""
+        return _Mapped(getattr(self.fn, "on_tpu", self.fn), self.axes)
+
 
 def _abstract(x: Any, *parts: Any, op: Op, decode: Decode) -> ShapedArray:
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *parts)]
@@ -128,4 +141,5 @@ ad.primitive_jvps[tied_p] = _jvp
 ad.primitive_transposes[tied_p] = _transpose
 batching.primitive_batchers[tied_p] = _batched
 mlir.register_lowering(tied_p, mlir.lower_fun(_tied, multiple_results=False))
-mlir.register_lowering(tied_p, mlir.lower_fun(_tied_on_cpu, multiple_results=False), platform="cpu")
+for name, form in {"cpu": _tied_on_cpu, "tpu": _tied_on_tpu}.items():
+    mlir.register_lowering(tied_p, mlir.lower_fun(form, multiple_results=False), platform=name)
