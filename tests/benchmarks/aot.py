@@ -30,10 +30,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 INSTALL = """\
 python3.13 -m venv aot && . aot/bin/activate
-pip install -e '.[examples]' libtpu
+pip install -e '.[examples]' 'jax[tpu]'
 v=$(python -c 'import jax; print(jax.__version__)')
 pip install --no-deps jax-cuda13-plugin==$v jax-cuda13-pjrt==$v \\
-  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt"""
+  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt
+pip install --no-deps qwix==0.1.8  # for the rows of qwix"""
 
 GIB = 2**30
 # Usable memory in GiB, as the compilers say it.

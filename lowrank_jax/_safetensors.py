@@ -1,0 +1,96 @@
+"""The tensors of a model's folder: safetensors files, of which each tensor is read when asked for.
+
+Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_jax._errors import CheckpointError, listing
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Tensors(Mapping):
+    """name -> NumPy array, a copy of what the file holds, made at each look-up."""
+
+    def __init__(self, files: dict[str, Any]):
+        self._files = files
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[Tensors]:
+    """The tensors of model.safetensors, or of the shards that its index names.
+
+    Raises:
+      CheckpointError: there is no such file, a shard or one of its tensors is missing, or a file is
+        damaged.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise CheckpointError(
+            "reading safetensors files needs a package: pip install 'lowrank_jax[files]'"
+        ) from error
+    paths, promised = _files(folder)
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = stack.enter_context(safe_open(path, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} could not be read ({error})") from error
+            if twice := [name for name in file.keys() if name in files]:  # noqa: SIM118
+                raise CheckpointError(f"two shards hold {twice[0]!r}; the second is {path}")
+            files |= dict.fromkeys(file.keys(), file)
+        if lost := sorted(promised - files.keys()):
+            raise CheckpointError(
+                f"{folder / INDEX} names tensors that its shards do not hold: the files are of "
+                f"different models, or damaged\n{listing(lost)}"
+            )
+        yield Tensors(files)
+
+
+def _files(folder: Path) -> tuple[list[Path], set[str]]:
+    """The files of a folder, and the names of tensors that its index promises."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], set()
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        raise CheckpointError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}"
+            + (f"; {pickles[0]} is a pickle, and nothing here unpickles" if pickles else "")
+            + ": save the model again, as safetensors"
+        )
+    try:
+        where = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        names = sorted({*where.values()})
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / INDEX} is no index of shards ({error!r})") from error
+    if outside:
+        raise CheckpointError(f"{folder / INDEX} names files outside its folder: {outside}")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"shards are missing of {folder}; fetch them again\n{listing(missing)}"
+        )
+    return [folder / name for name in names], {*where}
