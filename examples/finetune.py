@@ -2,11 +2,15 @@
 
     python examples/finetune.py
     python examples/finetune.py --text my.txt --targets q_proj,v_proj --rank 8 --steps 200
+    python examples/finetune.py --quantize nf4
     python examples/finetune.py --resume
 
 Killed at any time, it goes on by the same flags and --resume, and comes to the same losses and the
 same adapter, bit for bit (on the same machine, with the same JAX). Its log tells the loss of every
 step, to the last bit: nine digits tell every float32 from its neighbors.
+
+With --quantize the adapter learns on a base of 4 or 8 bits (QLoRA): the losses tell what quantizing
+cost and what the training gained, the table of memory what a step takes, beside a dense base's.
 
 Losses are in nats per token, over windows the model has not trained on: of the target text, and of
 Python's own documentation (pydoc_data), which stands for all that the model knew before. (That text
@@ -16,14 +20,13 @@ differs from one Python version to another, and so does its loss, by some hundre
 import argparse
 import os
 import pydoc_data.topics
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,104 +34,25 @@ import numpy as np
 import optax
 import resume
 import smollm2
+from flags import parse, target_patterns
+from frozen import compiled, memory, memory_table, quantize
 from generate import generate
 from llama import Llama
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from smollm2 import ExampleError, Pretrained
-from texts import DICTIONARY, batches, read_text, sample_prompts, windows
+from texts import batches, read_text, sample_prompts, windows
 
 import lowrank_jax as lowrank
 
 EVALUATED_WINDOWS = 48  # of each text: a paired difference in loss is known to about 0.02
 SAMPLE_TOKENS = 48
+LOG_WIDTH = 140  # a log is as wide as it has to be: tables need not fold
 SAMPLE_TEMPERATURE = 0.7  # a small model that always takes the likeliest token repeats itself
 
 Tree = Any
 Apply = Callable[[Tree, jax.Array], jax.Array]
-
-
-# What is asked for
-
-
-class Flags(argparse.ArgumentParser):
-    """A parser whose complaint is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises what main prints."""
-        raise ExampleError(f"{message} (--help lists the flags)")
-
-
-def number(kind: type, above: int = 0) -> Callable[[str], float]:
-    """A flag's type: a number above a bound."""
-
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = above
-        if not value > above:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {what} above {above}, got {text!r}")
-        return value
-
-    return convert
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = Flags(description=__doc__.split("\n", 1)[0])
-    add = parser.add_argument
-    add("--rank", type=number(int), default=16, help="rank of every adapter (%(default)s)")
-    add("--alpha", type=number(float), help="scale is alpha / rank (twice the rank)")
-    add(
-        "--targets",
-        default="all-linear",
-        help="all-linear, or patterns with commas: q_proj,v_proj or **/mlp/*/kernel (%(default)s)",
-    )
-    add("--steps", type=number(int), default=40, help="optimizer steps (%(default)s)")
-    add("--learning-rate", type=number(float), default=1e-3, help="peak rate (%(default)s)")
-    add("--batch", type=number(int), default=4, help="windows in a step (%(default)s)")
-    add("--length", type=number(int, above=1), default=128, help="tokens in a window (%(default)s)")
-    add("--model", type=Path, help="a Llama in a GGUF file (SmolLM2-135M, fetched once)")
-    add("--text", type=Path, default=DICTIONARY, help="text to learn (The Devil's Dictionary)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("adapter"),
-        help="folder of the adapter; a finished run in it is replaced, an unfinished one is not "
-        "(%(default)s)",
-    )
-    add(
-        "--seed",
-        type=number(int, above=-1),
-        default=0,
-        help="of the adapter's start and the order (%(default)s)",
-    )
-    add(
-        "--save-every",
-        type=number(int),
-        default=10,
-        metavar="STEPS",
-        help="steps from one checkpoint to the next; the last step is always saved (%(default)s)",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on from the checkpoint in --out, which must be of these flags (--save-every may "
-        "change); without one, start from the beginning; if the run is finished, evaluate it again",
-    )
-    return parser.parse_args(arguments)
-
-
-def target_patterns(text: str) -> tuple[str, ...]:
-    """Turns the flag into patterns of the library; a bare name means the kernels of that module."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise ExampleError("--targets is empty: expected all-linear, or patterns with commas")
-    bare = re.compile(r"\w+")
-    return tuple(f"**/{word}/kernel" if bare.fullmatch(word) else word for word in words)
 
 
 # The loss, and one step of training
@@ -183,12 +107,12 @@ def train(
     columns = ["training", BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn("{task.fields[now]}"), TimeRemainingColumn()]
     losses, last = {}, steps.stop - 1
+    began = time.perf_counter()
     # A log has no bar to redraw, so there a line tells.
     log = (lambda line: None) if console.is_terminal else console.print
     with Progress(*columns, console=console) as progress:
-        now = "compiling" if steps else "nothing left to do"
+        now = "" if steps else "nothing left to do"
         task = progress.add_task("training", total=last, completed=steps.start - 1, now=now)
-        began = time.perf_counter()
         for count, tokens in zip(steps, data, strict=False):
             lora, opt_state, loss = step(base, lora, opt_state, tokens)
             losses[count] = float(loss)
@@ -196,15 +120,9 @@ def train(
                 raise ExampleError(
                     f"the loss is {losses[count]} at step {count}: lower --learning-rate"
                 )
-            speed = ""
-            if count == steps.start:  # compilation is in this one, so speed counts from its end
-                compiled = time.perf_counter()
-                console.print(f"first step, with compilation: {compiled - began:.1f} s")
-            else:
-                seconds = time.perf_counter() - compiled
-                speed = f"  {(count - steps.start) * tokens.size / seconds:,.0f} tokens/s"
-            progress.update(task, advance=1, now=f"loss {losses[count]:.3f}{speed}")
-            log(f"step {count}/{last}  loss {losses[count]:.9g}{speed}")
+            speed = len(losses) * tokens.size / (time.perf_counter() - began)
+            progress.update(task, advance=1, now=f"loss {losses[count]:.3f}  {speed:,.0f} tokens/s")
+            log(f"step {count}/{last}  loss {losses[count]:.9g}  {speed:,.0f} tokens/s")
             if save(lora, opt_state, count):
                 log(f"step {count}/{last}  saved")
     return lora, opt_state, losses
@@ -232,12 +150,13 @@ def print_samples(console: Console, title: str, prompts: list[str], answers: lis
         console.print(f"  {prompt} |", paragraph, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_change(console: Console, title: str, before: dict, after: dict) -> None:
-    """Prints what the training changed."""
-    table = Table("nats per token", "before", "after", "change")
+def print_losses(console: Console, title: str, stages: dict[str, dict[str, float]]) -> None:
+    """Prints the losses of each stage, and in brackets what each changed."""
+    table = Table("nats per token", *stages)
     for name, label in {"held out": title, "other": "pydoc_data"}.items():
-        change = after[name] - before[name]
-        table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", f"{change:+.3f}")
+        losses = [stage[name] for stage in stages.values()]
+        changes = [f"{loss:.3f} ({loss - last:+.3f})" for last, loss in pairwise(losses)]
+        table.add_row(label, f"{losses[0]:.3f}", *changes)
     console.print(table)
 
 
@@ -290,7 +209,8 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = lowrank.LoraConfig(rank=flags.rank, alpha=flags.alpha, targets=targets)
     text = read_text(flags.text)  # a wrong path should not cost a download first
     file = flags.model or smollm2.fetch(console.print)
-    pretrained = smollm2.load(file)
+    with console.status(f"reading {file.name}"):
+        pretrained = smollm2.load(file)
     this_run = resume.describe(flags, config, text, file)
     going_on = resume.goes_on(this_run, flags.resume, partial(console.print, soft_wrap=True))
     model, params = Llama(pretrained.config), pretrained.variables
@@ -304,61 +224,82 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     base, lora = lowrank.init(jax.random.key(flags.seed), params, config, plan=plan)
     optimizer = make_optimizer(flags.learning_rate, flags.steps)
     opt_state = optimizer.init(lora)
-    console.print(lowrank.report(model.apply, lowrank.combine(base, lora), shape))
-    console.print(f"optimizer state: {size(opt_state)[1] / 2**20:.2f} MiB")
-
     make_folder(flags.out)
 
-    loss = jax.jit(partial(next_token_loss, model.apply))
+    loss = jax.jit(partial(next_token_loss, apply))
+    stages: dict[str, dict[str, float]] = {}
 
-    def look(title: str, variables: Tree) -> dict[str, float]:
-        answers = generate(
-            model,
-            variables,
-            pretrained.tokenizer,
-            prompts,
-            length=SAMPLE_TOKENS,
-            key=jax.random.key(flags.seed),
-            temperature=SAMPLE_TEMPERATURE,
-            stop=pretrained.stop,
+    def evaluate(stage: str, variables: Tree) -> None:
+        with console.status(f"losses {stage}"):
+            stages[stage] = {
+                name: mean_loss(loss, variables, data[name], flags.batch)
+                for name in ("held out", "other")
+            }
+
+    def look(stage: str, variables: Tree) -> None:
+        with console.status(f"samples {stage}"):
+            answers = generate(
+                model,
+                variables,
+                pretrained.tokenizer,
+                prompts,
+                length=SAMPLE_TOKENS,
+                key=jax.random.key(flags.seed),
+                temperature=SAMPLE_TEMPERATURE,
+                stop=pretrained.stop,
+            )
+        print_samples(console, stage, prompts, answers)
+        evaluate(stage, variables)
+
+    # Merged, the weights have the shapes they had: what was compiled for the first look serves the
+    # second. A quantized base is not merged, for it would be dense again.
+    whole, base_name = lowrank.merge, ""
+    if flags.quantize != "none":
+        whole, base_name = lowrank.combine, f", {flags.quantize}"
+        evaluate("before, dense", base)
+        with console.status("quantizing"):
+            base = quantize(base, flags.quantize, plan)  # and params' kernels are deleted
+    report = lowrank.report(model.apply, lowrank.combine(base, lora), shape)
+    console.print(report)
+    with console.status("compiling"):
+        step, temporaries = compiled(
+            make_step(apply, optimizer), flags.quantize, base, lora, opt_state, shape
         )
-        print_samples(console, title, prompts, answers)
-        return {
-            name: mean_loss(loss, variables, data[name], flags.batch)
-            for name in ("held out", "other")
-        }
+    held = memory(report, size(opt_state)[1], temporaries)
+    console.print(memory_table(held))
 
-    before = look("before", params)
-    console.print(f"\nheld-out loss {before['held out']:.3f}, other domain {before['other']:.3f}")
+    look(f"before{base_name}", whole(base, lora))
+    print_losses(console, f"{flags.text.name}, held out", stages)
     fingerprint, done = lowrank.fingerprint(base), 0
     if going_on:
         lora, opt_state, done = resume.restore(this_run, fingerprint, lora, opt_state)
     order = islice(batches(data["train"], flags.batch, flags.seed), done, None)
     left = range(done + 1, flags.steps + 1)
-    step, save = make_step(apply, optimizer), resume.saver(this_run, fingerprint, flags.save_every)
+    save = resume.saver(this_run, fingerprint, flags.save_every)
     lora, opt_state, losses = train(console, step, base, lora, opt_state, order, left, save)
 
-    # Merged, the weights have the shapes they had: what was compiled for `before` serves again.
-    after = look("after", lowrank.merge(base, lora))
-    print_change(console, f"{flags.text.name}, held out", before, after)
+    look(f"after{base_name}", whole(base, lora))
+    print_losses(console, f"{flags.text.name}, held out", stages)
 
     restored, *_ = resume.restore(this_run, fingerprint, lora, opt_state)
     probe = data["held out"][: flags.batch]
-    kept = loss(lowrank.merge(base, lora), probe)
-    found = loss(lowrank.merge(base, restored), probe)
+    kept, found = (loss(whole(base, adapter), probe) for adapter in (lora, restored))
     if not same(lora, restored) or kept != found:
         raise ExampleError(f"the adapter in {flags.out} is not the one saved: {found} != {kept}")
     console.print(
         f"adapter saved in {flags.out}, loaded back, equal: loss {found:.4f}", soft_wrap=True
     )
     console.print(f"done in {time.perf_counter() - began:.0f} s")
-    return {"before": before, "after": after, "losses": losses}
+    return {"stages": stages, "losses": losses, "memory": held}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the job; a problem the user can mend is one line and exit status 1."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
     try:
-        run(parse(arguments), Console())
+        run(parse(arguments), console)
     except (ExampleError, lowrank.LowrankError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

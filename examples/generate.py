@@ -9,6 +9,8 @@ import numpy as np
 from llama import Llama, empty_cache
 from tokenizers import Tokenizer
 
+import lowrank_jax as lowrank
+
 
 @partial(jax.jit, static_argnames=("model", "length", "temperature"))
 def extend(
@@ -24,15 +26,17 @@ def extend(
     """Continues prompts [b, p] int, of which `lengths` [b] tokens count, to [b, length] tokens.
 
     A prompt is read token by token like what follows it: slower than at once, but one loop body
-    serves prompts of any length, and compiles once.
+    serves prompts of any length, and compiles once. Lifted, the model also takes adapted and
+    quantized variables.
     """
+    apply = lowrank.lift(model.apply)
     batch, width = prompts.shape
     tokens = jnp.zeros((batch, length), prompts.dtype).at[:, :width].set(prompts)
 
     def step(carry, position):
         tokens, cache = carry
         current = jax.lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
-        logits, cache = model.apply(variables, current, position, cache)
+        logits, cache = apply(variables, current, position, cache)
         if temperature > 0:
             noise = jax.random.fold_in(key, position)
             chosen = jax.random.categorical(noise, logits[:, 0] / temperature)

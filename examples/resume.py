@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from frozen import FORMATS
 from smollm2 import ExampleError, sha256
 
 import lowrank_jax as lowrank
@@ -37,6 +38,7 @@ def describe(
 ) -> Run:
     """The run that these flags ask for; a text and a model are what they hold, not their paths."""
     settings = {name: getattr(flags, name) for name in NUMBERS}
+    settings["quantize"] = FORMATS.index(flags.quantize)
     settings["text"] = digest(hashlib.sha256("\0".join(text).encode()).hexdigest())
     settings["model"] = digest(sha256(model))
     return Run(flags.out, flags.steps, config, settings)
@@ -61,8 +63,8 @@ def goes_on(run: Run, resume: bool, announce: Callable[[str], None]) -> bool:
     saved = found.opt_state.get("run") if isinstance(found.opt_state, dict) else None
     if not isinstance(saved, dict) or saved.keys() != run.settings.keys():
         raise ExampleError(
-            f"--out {run.folder} holds a checkpoint that is not of a run of this job: "
-            "pass another --out"
+            f"--out {run.folder} holds a checkpoint that is not of a run of this job "
+            "(or of another version of it): pass another --out"
         )
     done = f"{found.step} of {saved['steps']} steps"
     finished = found.step == saved["steps"]
@@ -100,7 +102,8 @@ def shown(config: lowrank.LoraConfig, settings: dict[str, Any]) -> dict[str, str
             return f"of SHA-256 {np.asarray(value).tobytes().hex()[:12]}"
         return str(value)
 
-    return {name: text(value) for name, value in (config.to_dict() | settings).items()}
+    named = {"quantize": FORMATS[settings["quantize"]]}
+    return {name: text(value) for name, value in (config.to_dict() | settings | named).items()}
 
 
 def differences(came: dict[str, str], expected: dict[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,25 +194,35 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
+Read = Callable[[], np.ndarray]
+Order = Callable[[np.ndarray], np.ndarray]
+
+
 def read_params(tensors: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
-    """The params tree in float32, dequantized; every tensor of the file must find its place."""
+    """The params tree in float32, dequantized; every tensor of the file must find its place.
+
+    Leaf by leaf: beside the tree, no more than one leaf is held in NumPy.
+    """
     left = dict(tensors)
 
-    def take(name: str) -> np.ndarray:
+    def take(name: str, order: Order = lambda w: w) -> Read:
         tensor = left.pop(name)
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        dequantize = partial(gguf.quants.dequantize, tensor.data, tensor.tensor_type)
+        return lambda: order(dequantize().astype(np.float32))
 
-    def projection(block: str, name: str, bias: bool) -> dict[str, np.ndarray]:
+    def projection(block: str, name: str, bias: bool) -> dict[str, Read]:
         heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name)
         order = (lambda w: unpermute(w, heads)) if heads else (lambda w: w)
-        entry = {"kernel": order(take(f"{block}.{name}.weight")).T}  # GGUF has [out, in]
+        entry = {"kernel": take(f"{block}.{name}.weight", lambda w: order(w).T)}  # it has [out, in]
         if bias:
-            entry["bias"] = order(take(f"{block}.{name}.bias"))
+            entry["bias"] = take(f"{block}.{name}.bias", order)
         return entry
 
     def layer(index: int) -> dict[str, Any]:
         block = f"blk.{index}"
-        tree = {ours: {"scale": take(f"{block}.{name}.weight")} for ours, name in NORMS.items()}
+        tree: dict[str, Any] = {
+            ours: {"scale": take(f"{block}.{name}.weight")} for ours, name in NORMS.items()
+        }
         for (part, ours), name in PROJECTIONS.items():
             bias = config.attention_bias if part == "self_attn" else config.mlp_bias
             tree.setdefault(part, {})[ours] = projection(block, name, bias)
@@ -223,14 +234,15 @@ def read_params(tensors: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
         "norm": {"scale": take("output_norm.weight")},
     }
     if config.scan_layers:
-        params["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+        stack = lambda *reads: lambda: np.stack([read() for read in reads])
+        params["layers"] = jax.tree.map(stack, *layers)
     else:
         params |= {f"layers_{i}": tree for i, tree in enumerate(layers)}
     if not config.tie_embeddings:
-        params["lm_head"] = {"kernel": take("output.weight").T}
+        params["lm_head"] = {"kernel": take("output.weight", np.transpose)}
     if left:
         raise ExampleError(f"tensors that this Llama has no place for: {', '.join(sorted(left))}")
-    return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(lambda read: jnp.asarray(read()), params)
 
 
 def read_tokenizer(fields: dict[str, Any]) -> Tokenizer:

@@ -1,5 +1,6 @@
 """Low-rank adapters for any JAX function: weights are adapted, not modules."""
 
+from lowrank_jax import bitsandbytes as bitsandbytes
 from lowrank_jax import checkpoint as checkpoint
 from lowrank_jax import initializers as initializers
 from lowrank_jax._adapters import combine as combine
@@ -14,6 +15,7 @@ from lowrank_jax._errors import ConfigError as ConfigError
 from lowrank_jax._errors import LowrankError as LowrankError
 from lowrank_jax._errors import MaterializeError as MaterializeError
 from lowrank_jax._errors import MaterializeWarning as MaterializeWarning
+from lowrank_jax._errors import OffloadWarning as OffloadWarning
 from lowrank_jax._errors import PatternError as PatternError
 from lowrank_jax._errors import StateError as StateError
 from lowrank_jax._errors import TreeError as TreeError
@@ -26,6 +28,7 @@ from lowrank_jax._lift import lift as lift
 from lowrank_jax._nodes import Adapted as Adapted
 from lowrank_jax._nodes import Full as Full
 from lowrank_jax._nodes import LowRank as LowRank
+from lowrank_jax._offload import offload_state as offload_state
 from lowrank_jax._optim import factor_labels as factor_labels
 from lowrank_jax._optim import lora_plus as lora_plus
 from lowrank_jax._optim import only_adapters as only_adapters
@@ -33,6 +36,9 @@ from lowrank_jax._optim import trainable_mask as trainable_mask
 from lowrank_jax._plan import Plan as Plan
 from lowrank_jax._plan import Use as Use
 from lowrank_jax._plan import plan as plan
+from lowrank_jax._quantization_error import Deviation as Deviation
+from lowrank_jax._quantization_error import Deviations as Deviations
+from lowrank_jax._quantization_error import quantization_error as quantization_error
 from lowrank_jax._quantize import dequantize as dequantize
 from lowrank_jax._quantize import quantize as quantize
 from lowrank_jax._quantized import Quantized as Quantized
@@ -41,5 +47,6 @@ from lowrank_jax._report import Memory as Memory
 from lowrank_jax._report import Report as Report
 from lowrank_jax._report import report as report
 from lowrank_jax._specs import specs as specs
+from lowrank_jax._states import quantize_state as quantize_state
 
 __version__ = "0.1.0"

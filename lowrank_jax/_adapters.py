@@ -26,7 +26,7 @@ from lowrank_jax._nodes import (
 )
 from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._plan import Plan
-from lowrank_jax._quantized import Quantized
+from lowrank_jax._quantized import Quantized, dense_sharding
 from lowrank_jax._targets import Target, resolve, train_whole
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
@@ -128,9 +128,12 @@ def _laid_out_factors(
     key: jax.Array, leaf: Any, target: Target, initializer: Initializer, dtype: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """_factors, split as the leaf is where its type says how (on a mesh with explicit axes)."""
-    if isinstance(leaf, Quantized) or not _jaxprs.is_split(leaf):
+    if isinstance(leaf, Quantized):
+        sharding = dense_sharding(leaf)
+    else:
+        sharding = jax.typeof(leaf).sharding if _jaxprs.is_split(leaf) else None
+    if sharding is None:
         return _factors(key, leaf, target, initializer, dtype)
-    sharding = jax.typeof(leaf).sharding
     like = lambda labels: jax.NamedSharding(sharding.mesh, labelled_spec(sharding.spec, labels))
     make = lambda key, leaf: _factors(key, leaf, target, initializer, dtype)
     plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -140,7 +143,7 @@ def _laid_out_factors(
         like((*target.stack, RANK, *target.fan_out)),
         sharding if moves else None,
     )
-    with _jaxprs.mesh_of(leaf):
+    with _jaxprs.mesh_of(jax.tree.leaves(leaf)[0]):
         return _jaxprs.by_the_compiler(make, out, key, leaf)
 
 

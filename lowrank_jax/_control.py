@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,11 +112,17 @@ def _checkpoint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 def _shard_map(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     params = eqn.params
-    specs = []
+    specs, parts = [], []
     for value, spec in zip(values, params["in_specs"], strict=True):
-        specs.append(value.specs(spec) if _is_weight(value) else spec)
-        if specs[-1] is None:
-            return None
+        if _is_weight(value):
+            whole = value.splittable(spec)
+            found = whole.specs(spec)
+            if found is None or not _divides(params["mesh"], whole, found):
+                value = ctx.dense(value, eqn, "it cannot be split so")
+            else:
+                value, spec = whole, found
+        specs.append(spec)
+        parts.append(value)
 
     def call(run: Callable, operands: list[Any]) -> list[Any]:
         mapped = jax.shard_map(
@@ -131,7 +138,18 @@ def _shard_map(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         )
         return mapped(*operands)
 
-    return _reenter(ctx, eqn, values, call)
+    return _reenter(ctx, eqn, parts, call)
+
+
+def _divides(mesh: Any, weight: Virtual, specs: Any) -> bool:
+    """Whether devices can share the arrays of a weight: whole blocks of a quantized one."""
+
+    def fits(array: Any, spec: Any) -> bool:
+        names = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+        parts = [math.prod(mesh.shape[name] for name in axes) for axes in names]
+        return all(size % part == 0 for size, part in zip(array.shape, parts, strict=False))
+
+    return jax.tree.all(jax.tree.map(fits, weight, specs))
 
 
 def _scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:

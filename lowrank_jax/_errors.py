@@ -37,6 +37,10 @@ class MaterializeWarning(UserWarning):
     """A weight was built densely because no rule covers the equation that uses it."""
 
 
+class OffloadWarning(UserWarning):
+    """An optimizer's state stays on the device, which has no host memory to put it in."""
+
+
 def listing(problems: list[str], limit: int = 20) -> str:
     """Join problems one to a line, saying how many were left out."""
     lines = [f"  - {p}" for p in problems[:limit]]

@@ -127,9 +127,21 @@ def is_tracer(value: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is neither of an explicit mesh nor varying over a manual one."""
+    """Whether a value is of no mesh, nor varying over a manual one."""
     kind = jax.typeof(value)
     return not getattr(kind, "vma", None) and kind.sharding.mesh.empty
+
+
+def is_automatic(value: Any) -> bool:
+    """Whether a value is of no mesh, or of one whose axes are all the compiler's to use."""
+    kind = jax.typeof(value)
+    axes = kind.sharding.mesh.axis_types
+    return not getattr(kind, "vma", None) and all(axis == AxisType.Auto for axis in axes)
+
+
+def is_explicit(value: Any) -> bool:
+    """Whether a value is of a mesh whose types say how arrays lie."""
+    return AxisType.Explicit in jax.typeof(value).sharding.mesh.axis_types
 
 
 def laid_out_like(result: Any, branch: Callable, *operands: Any) -> Any:
@@ -144,9 +156,11 @@ def laid_out_like(result: Any, branch: Callable, *operands: Any) -> Any:
     return by_the_compiler(branch, sharding, *operands)
 
 
-def is_split(array: Any) -> bool:
-    """Whether an array's type says that it is split along an explicit axis of a mesh."""
-    return any(entry is not None for entry in getattr(jax.typeof(array).sharding, "spec", ()))
+def is_split(array: Any, axis: int | None = None) -> bool:
+    """Whether an array's type says that it (or one axis) is split along an explicit mesh axis."""
+    spec = tuple(getattr(jax.typeof(array).sharding, "spec", ()))
+    entries = spec if axis is None else spec[axis : axis + 1]
+    return any(entry is not None for entry in entries)
 
 
 def mesh_of(array: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax._blocks import ELEMENTS
 from lowrank_jax._contract import Labels, arrange, contract
 from lowrank_jax._dense import DenseWeight
 from lowrank_jax._virtual import Virtual
@@ -48,16 +50,49 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     return base + arrange(branch, labels, out, sizes).astype(base.dtype)
 
 
+def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
+    """The rows of a quantized weight, alone decoded."""
+    numbers = params["dimension_numbers"]
+    indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    full = w.shape
+    cut = {d for d in range(w.ndim) if params["slice_sizes"][d] != full[d]}
+    if w.flat or cut - indexed or indexed & {*w.layout.blocked}:
+        return None
+    codes, scales, table = w.with_plain_scales().parts
+    axes = w.layout.axes
+    codes, labels = gather_labelled(codes, axes, indices, params, full)
+    under = tuple(axis for axis in axes if axis != ELEMENTS)
+    scales, _ = gather_labelled(scales, under, indices, params, full, jnp.nan)
+    at = labels.index(ELEMENTS)
+    decode = dataclasses.replace(
+        w.decoding, trailing=len(labels) - 1 - at, strides=(1,) * scales.ndim
+    )
+    blocks = decode(codes, scales, table)
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = iter(axis for axis in range(w.ndim) if axis not in gone)
+    rows = iter(("n", i) for i in range(indices.ndim - 1))
+    ndim = indices.ndim - 1 + w.ndim - len(gone)
+    out = [next(kept) if i in numbers.offset_dims else next(rows) for i in range(ndim)]
+    extent = dict(zip(labels, blocks.shape, strict=True))
+    extent |= {axis: full[axis] for axis in w.layout.blocked}
+    value = arrange(blocks, labels, w.layout.expand(out), extent)
+    if params["fill_value"] is not None:  # else NaN, as the scales beyond the table are
+        value = jnp.where(jnp.isnan(value), params["fill_value"], value)
+    return value.reshape([extent[label] for label in out])
+
+
 def gather_labelled(
     array: jax.Array,
     labels: Labels,
     indices: jax.Array,
     params: dict[str, Any],
     shape: Sequence[int],
+    fill: float = 0,
 ) -> tuple[jax.Array, Labels]:
     """Gather from an array along the axes it has of a weight of this shape; rows come first.
 
     Other labels than the weight's axes (the rank, the elements of a block) are read whole.
+    Beyond the table `fill` is read: the delta of no row is zero, and the base alone what it is.
     """
     numbers = params["dimension_numbers"]
     array, labels = _in_order(array, labels)
@@ -81,8 +116,7 @@ def gather_labelled(
     full = dict(zip(labels, array.shape, strict=True))
     whole = lambda x: isinstance(x, str) or params["slice_sizes"][x] == shape[x]
     sizes = tuple(full[x] if whole(x) else params["slice_sizes"][x] for x in labels)
-    # beyond the table the base alone is the fill value; the delta of no row is zero
-    mode = {**params, "fill_value": 0}
+    mode = {**params, "fill_value": fill}
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         mode = {**mode, "mode": "clip", "fill_value": None}
     if len(mapped) < indices.shape[-1]:  # a part of an index may repeat

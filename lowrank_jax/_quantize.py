@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._configs import QuantConfig
@@ -14,7 +15,8 @@ from lowrank_jax._errors import ConfigError, PatternError, TreeError, listing
 from lowrank_jax._nodes import is_adapter, is_node, materialize
 from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
-from lowrank_jax._quantized import Quantized, quantized
+from lowrank_jax._quantized import Axes, Quantized, quantized
+from lowrank_jax._specs import specs
 from lowrank_jax._targets import axes_of, choose, why_none
 
 
@@ -26,10 +28,11 @@ def quantize(
     $c_i = \operatorname{nearest}(w_i / m)$, $m = \max_i |w_i|$ over a block; blocks run along the
     axes that products contract (along the features of a table that is read by rows).
 
-    It works leaf by leaf: beside the result at most one dense leaf's worth of memory is used.
+    It works leaf by leaf: beside the result at most one dense leaf's worth of memory is used. Of
+    a NumPy array that is a stack it is one layer's, so that a stack may be larger than the device.
 
     Args:
-      params: any pytree of arrays, NumPy arrays too (memory-mapped ones are read one by one).
+      params: any pytree of arrays, NumPy arrays too (memory-mapped ones are read once, in parts).
       quant: which leaves, and how.
       plan: of the function that uses params; needed for "all-linear" and for leaves of more than
         two axes. Without it a matrix is taken as [i, o].
@@ -59,20 +62,29 @@ def quantize(
     chosen, linear = choose(arrays, quant.targets, quant.exclude, plan)
     if not chosen:
         raise PatternError(f"no leaf is left to quantize: {why_none(plan, linear)}")
+    if shapes := [p for p in chosen if isinstance(arrays[p], jax.ShapeDtypeStruct)]:
+        raise TreeError(
+            f"{shapes[0]!r} is a shape without values: for the shapes of the result call "
+            "jax.eval_shape(lambda params: lowrank.quantize(params, quant, plan=plan), params)"
+        )
     axes = {path: _axes(path, arrays[path], plan) for path in chosen}
-    _refuse_non_finite({path: arrays[path] for path in chosen})
-    out = []
+    known = [path for path in chosen if not _jaxprs.is_tracer(arrays[path])]
+    if donate:  # nothing is deleted before all is known to be good
+        _refuse({path: _count_bad(arrays[path], axes[path][1]) for path in known}, arrays)
+    out, bad = [], {}
     for path, leaf in leaves:
         if path in axes:
-            leaf = _one(leaf, *axes[path], quant)
+            leaf, bad[path] = _one(path, leaf, *axes[path], quant)
+            if path in known:
+                jax.block_until_ready(leaf)  # one by one, however fast they are asked for
             if donate and isinstance(arrays[path], jax.Array):
-                jax.block_until_ready(leaf)
                 arrays[path].delete()
         out.append(leaf)
+    _refuse({path: bad[path] for path in known}, arrays)
     return jax.tree.unflatten(treedef, out)
 
 
-def _axes(path: str, leaf: Any, plan: Plan | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _axes(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]:
     """The axes that blocks run along, and the stack axes."""
     use = plan[path] if plan is not None else None
     fan_in, fan_out, stack, kind = axes_of(path, tuple(leaf.shape), use)
@@ -83,10 +95,49 @@ def _axes(path: str, leaf: Any, plan: Plan | None) -> tuple[tuple[int, ...], tup
     return (fan_out if kind == "lookup" else fan_in), stack
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _one(leaf: Any, fan_in: tuple[int, ...], stack: tuple[int, ...], quant: QuantConfig) -> Any:
-    """One leaf."""
-    return quantized(
+def _one(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> tuple[Any, Any]:
+    """One leaf, and how many of its values are not finite; of a stack on the host, by layers."""
+    together = 0 in stack and _split_first(leaf)
+    encode = lambda leaf: _encode(leaf, fan_in, stack, quant, together)
+    if not _in_layers(leaf, stack) and not _jaxprs.is_split(leaf):
+        return encode(leaf)
+    shapes, _ = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    if _in_layers(leaf, stack):
+        out, bad = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes), 0
+        for number, layer in enumerate(leaf):
+            part, wrong = _one(path, layer, _inner(fan_in), _inner(stack), quant)
+            out, bad = _put(out, part, number), bad + int(wrong)
+        return out, bad
+    sharding = jax.typeof(leaf).sharding
+    out = specs({path: shapes}, {path: sharding})[path], jax.NamedSharding(sharding.mesh, jax.P())
+    with _jaxprs.mesh_of(leaf):
+        return _jaxprs.by_the_compiler(encode, out, leaf)
+
+
+def _in_layers(leaf: Any, stack: Axes) -> bool:
+    """Whether a leaf goes to the device layer by layer: a stack on the host."""
+    return isinstance(leaf, np.ndarray) and 0 in stack
+
+
+def _split_first(leaf: Any) -> bool:
+    """Whether the first axis is known to be split over devices."""
+    if _jaxprs.is_tracer(leaf):
+        return _jaxprs.is_split(leaf, 0)
+    concrete = isinstance(leaf, jax.Array)
+    return concrete and leaf.sharding.shard_shape(leaf.shape)[0] < leaf.shape[0]
+
+
+def _inner(axes: Axes) -> Axes:
+    """Axes of a leaf as those of one of its layers."""
+    return tuple(axis - 1 for axis in axes if axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _encode(
+    leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig, together: bool = False
+) -> tuple[Any, Any]:
+    """One leaf on a device."""
+    node = quantized(
         leaf,
         fan_in,
         stack,
@@ -94,21 +145,36 @@ def _one(leaf: Any, fan_in: tuple[int, ...], stack: tuple[int, ...], quant: Quan
         block_size=quant.block_size,
         double_quant=quant.double_quant,
         packing=quant.packing,
+        together=together,
     )
+    return node, _bad(leaf)
 
 
-def _refuse_non_finite(leaves: dict[str, Any]) -> None:
-    """Raise where values are known and not finite."""
-    known = {
-        path: leaf
-        for path, leaf in leaves.items()
-        if not _jaxprs.is_tracer(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
-    }
-    count = lambda leaf: int(leaf.size - jnp.isfinite(leaf).sum())
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: Any, part: Any, number: int) -> Any:
+    """The stack with one more layer in its place."""
+    return jax.tree.map(lambda array, layer: array.at[number].set(layer), whole, part)
+
+
+def _count_bad(leaf: Any, stack: Axes) -> int:
+    """How many values are not finite."""
+    if _in_layers(leaf, stack):
+        return sum(_count_bad(layer, _inner(stack)) for layer in leaf)
+    return int(_bad(leaf))
+
+
+@jax.jit
+def _bad(leaf: jax.Array) -> jax.Array:
+    """The same of an array on a device; a leaf may have more values than an integer counts."""
+    return jnp.sum(~jnp.isfinite(leaf), -1, jnp.int32).sum(dtype=jnp.float32)
+
+
+def _refuse(bad: dict[str, Any], leaves: dict[str, Any]) -> None:
+    """Raise where values are not finite."""
     problems = [
-        f"{path}: {bad} of {leaf.size} values are not finite"
-        for path, leaf in known.items()
-        if (bad := count(leaf))
+        f"{path}: {int(count)} of {leaves[path].size} values are not finite"
+        for path, count in bad.items()
+        if int(count)
     ]
     if problems:
         raise TreeError(

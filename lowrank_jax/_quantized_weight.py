@@ -15,9 +15,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._blocks import BLOCKS, ELEMENTS, Conv, Dot, FlatDecoding, Layout, is_run
-from lowrank_jax._contract import arrange, reshape_groups
-from lowrank_jax._lookup import gather_labelled
+from lowrank_jax import _jaxprs
+from lowrank_jax._blocks import (
+    BLOCKS,
+    ELEMENTS,
+    Conv,
+    Dot,
+    FlatDecoding,
+    GroupedDecoding,
+    Layout,
+    Ragged,
+    is_run,
+)
+from lowrank_jax._contract import reshape_groups
+from lowrank_jax._dense import DenseWeight
+from lowrank_jax._lookup import gather_blocks
 from lowrank_jax._nodes import labelled_spec
 from lowrank_jax._quantized import Decoding, Quantized
 from lowrank_jax._tied import tied
@@ -58,13 +70,15 @@ class QuantizedWeight(Virtual):
         return isinstance(self.decode, FlatDecoding)
 
     @property
-    def _decoding(self) -> Decoding:
+    def decoding(self) -> Decoding:
+        """How the parts become numbers."""
         return self.decode.decoding if isinstance(self.decode, FlatDecoding) else self.decode
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense weight, on this device where a mesh is manual."""
-        blocks = jax.eval_shape(self.decode, *self.parts).shape
+        parts = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in self.parts]
+        blocks = jax.eval_shape(self.decode, *parts).shape
         extent = dict(zip(self.layout.axes, blocks, strict=True))
         if self.layout.blocked:
             first, *rest = self.layout.blocked
@@ -76,23 +90,27 @@ class QuantizedWeight(Virtual):
     @property
     def ndim(self) -> int:
         """Number of axes."""
-        blocked = self.layout.blocked
-        return len(self.layout.axes) + (len(blocked) - 2 if blocked else 0)
+        return self.layout.ndim
 
     @property
     def dtype(self) -> Any:
         """Dtype of the dense weight."""
-        return jnp.dtype(self._decoding.casts[-1])
+        return jnp.dtype(self.decoding.casts[-1])
 
     def materialize(self) -> jax.Array:
-        """The dense weight."""
-        return self.layout.dense(self.decode(*self.parts))
+        """The dense weight, split as its codes are where their type says how."""
+        dense = lambda w: w.layout.dense(w.decode(*w.parts))
+        if not any(map(_jaxprs.is_split, self.parts)):
+            return dense(self)
+        sharding = jax.typeof(self.parts[0]).sharding
+        sharding = jax.NamedSharding(sharding.mesh, self.layout.spec(sharding.spec))
+        return _jaxprs.by_the_compiler(dense, sharding, self)
 
     def _with(self, **changes: Any) -> QuantizedWeight:
         return dataclasses.replace(self, **changes)
 
     def _decoded_by(self, **changes: Any) -> QuantizedWeight:
-        decoding = dataclasses.replace(self._decoding, **changes)
+        decoding = dataclasses.replace(self.decoding, **changes)
         if isinstance(self.decode, FlatDecoding):
             return self._with(decode=dataclasses.replace(self.decode, decoding=decoding))
         return self._with(decode=decoding)
@@ -108,7 +126,7 @@ class QuantizedWeight(Virtual):
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
         name = jnp.dtype(dtype).name
-        casts = self._decoding.casts
+        casts = self.decoding.casts
         return self if casts[-1] == name else self._decoded_by(casts=(*casts, name))
 
     def transpose(self, order: Sequence[int]) -> QuantizedWeight | None:
@@ -124,78 +142,112 @@ class QuantizedWeight(Virtual):
         return self._with(layout=Layout(axes, blocked, self.layout.sizes), **changes)
 
     def reshape(self, shape: Sequence[int]) -> QuantizedWeight | None:
-        """Drop stack axes of size 1; the run of blocked axes may be merged or split."""
-        if self.flat or 0 in self.shape:
+        """Merge, split or drop runs of axes; those that blocks run along among themselves."""
+        if 0 in self.shape:
             return None
         own, blocked, sizes = self.shape, self.layout.blocked, self.layout.sizes
-        place: dict[Any, int] = {}
+        weight: QuantizedWeight | None = self
         for old, new in reshape_groups(own, shape):
-            if {*old} & {*blocked}:
-                if {*old} != {axis for axis in blocked if own[axis] != 1}:
-                    return None
+            if not {*old} & {*blocked}:
+                weight = weight and weight._recut(old, new, [shape[axis] for axis in new])
+            elif {*old} == {axis for axis in blocked if own[axis] != 1}:
                 blocked, sizes = tuple(new), tuple(shape[axis] for axis in new)
-            elif len(old) == len(new) == 1:
-                place[old[0]] = new[0]
             else:
                 return None
-        kept = {*place, BLOCKS, ELEMENTS}
-        gone = [i for i, axis in enumerate(self.layout.axes) if axis not in kept]
-        if len(place) + len(blocked) != len(shape) or not is_run(blocked):
+        for axis, size in enumerate(own):
+            if size == 1 and axis in self.layout.axes:
+                weight = weight and weight._recut([axis], [], [])
+        if weight is None or not is_run(blocked):
+            return None
+        axes = tuple(x[1] if isinstance(x, tuple) else x for x in weight.layout.axes)
+        if {*axes, *blocked} - {BLOCKS, ELEMENTS} != {*range(len(shape))}:
             return None  # an axis of size 1 that the blocks do not have
-        slim = self._squeezed(gone)
-        if slim is None:
-            return None
-        axes = tuple(place.get(a, a) for a in self.layout.axes if a in kept)
-        return slim._with(layout=Layout(axes, blocked, sizes))
+        return weight._with(layout=Layout(axes, blocked, sizes))
 
-    def _squeezed(self, gone: Sequence[int]) -> QuantizedWeight | None:
-        """Without stack axes of size 1, given by their places in the codes."""
-        if not gone:
-            return self
-        if any(place >= self._stack for place in gone):
+    def _recut(
+        self, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]
+    ) -> QuantizedWeight | None:
+        """Adjacent axes of all arrays in other sizes; ("new", axis) is the label of the new."""
+        axes, decode = self.layout.axes, self.decode
+        at = [axes.index(axis) for axis in old]
+        labels = (*axes[: at[0]], *(("new", axis) for axis in new), *axes[at[-1] + 1 :])
+        layout = dataclasses.replace(self.layout, axes=labels)
+        if len(old) == len(new) == 1:
+            return self._with(layout=layout)
+        stacked = at[-1] < self._stack
+        if not is_run(at) or (not stacked and (self.flat or at[0] < self._stack)):
             return None
-        take = lambda array, place: jnp.squeeze(array, place) if place else array
-        codes, scales, table, *second = self.parts
-        gone = tuple(gone)
-        parts = (take(codes, gone), take(scales, gone), table, *(take(s, gone) for s in second))
-        return self._with(parts=parts)
+        weight = self if stacked else self.with_plain_scales()
+        codes, scales, table, *second = weight.parts
+
+        def cut(array: Any, at: Sequence[int]) -> Any:
+            return array.reshape(*array.shape[: at[0]], *sizes, *array.shape[at[-1] + 1 :])
+
+        under = [place - (place > self._cut_at) for place in at]
+        parts = (cut(codes, at), cut(scales, under), table, *(cut(s, at) for s in second))
+        if not stacked:
+            more = len(new) - len(old)
+            decode = dataclasses.replace(
+                self.decoding,
+                trailing=self.decoding.trailing + more * (at[0] > self._cut_at),
+                strides=(1,) * (len(self.decoding.strides) + more),
+            )
+        return self._with(parts=parts, layout=layout, decode=decode)
 
     @property
     def _stack(self) -> int:
         """How many leading axes every array has: the stack axes."""
         codes, _, _, *second = self.parts
-        return second[0].ndim - 1 if second else codes.ndim - len(self._decoding.strides) - 1
+        return second[0].ndim - 1 if second else codes.ndim - len(self.decoding.strides) - 1
 
     def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> QuantizedWeight | None:
-        """Take a part of stack axes, or without a second level of any axis that blocks keep."""
-        found = {axis: self._place(axis) for axis in axes}
-        places = {axis: place for axis, place in found.items() if place is not None}
-        if len(places) < len(found):
+        """Take a part of any axes that blocks keep; the scales of what is no stack are decoded."""
+        if not {*axes} <= {*self.layout.axes}:
             return None
-        codes, scales, table, *second = self.parts
-        where = dict(places)
-        split = self._cut_at
-        under = {axis: place - (place > split) for axis, place in places.items()}
+        where = {axis: self.layout.axes.index(axis) for axis in axes}
+        weight = self
+        if any(place >= self._stack for place in where.values()):
+            if self.flat:
+                return None
+            weight = self.with_plain_scales()
+        codes, scales, table, *second = weight.parts
+        under = {axis: place - (place > self._cut_at) for axis, place in where.items()}
         parts = (fn(codes, where), fn(scales, under), table, *(fn(s, where) for s in second))
-        return self._with(parts=parts)
+        return weight._with(parts=parts)
+
+    def with_plain_scales(self) -> QuantizedWeight:
+        """The same with scales that are numbers: their codes know their places in the whole."""
+        codes, scales, table, *second = self.parts
+        if not second:
+            return self
+        decode = self.decoding.scales
+        if _jaxprs.is_split(scales):
+            sharding = jax.typeof(scales).sharding
+            scales = _jaxprs.by_the_compiler(decode, sharding, scales, *second)
+        else:
+            scales = decode(scales, *second)
+        return self._with(parts=(codes, scales, table))
+
+    def multiply(self, scalar: Any, fn: Any) -> QuantizedWeight | None:
+        """Scale the scales, by a constant: derivatives do not reach them."""
+        if _jaxprs.is_tracer(scalar):
+            return None
+        codes, scales, table = self.with_plain_scales().parts
+        return self._with(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))
+
+    def frozen(self) -> QuantizedWeight:
+        """It is constant as it is."""
+        return self
 
     @property
     def _cut_at(self) -> int:
         """Place of the elements of a block among the axes of codes."""
-        return self.parts[0].ndim - 1 - self._decoding.trailing
-
-    def _place(self, axis: int) -> int | None:
-        """The axis of codes that a weight's axis is, if it can be cut."""
-        if axis not in self.layout.axes:
-            return None
-        place = self.layout.axes.index(axis)
-        second = len(self.parts) > 3
-        return None if (self.flat or second) and place >= self._stack else place
+        return self.parts[0].ndim - 1 - self.decoding.trailing
 
     def unstack(self) -> tuple[Any, Any] | None:
         """Slices along the leading axis of the weight."""
-        place = self._place(0)
-        if place is None or place >= self._stack:
+        place = self.layout.axes.index(0) if 0 in self.layout.axes else self._stack
+        if place >= self._stack:
             return None
         codes, scales, table, *second = self.parts
         front = lambda array: array if place == 0 else jnp.moveaxis(array, place, 0)
@@ -214,19 +266,28 @@ class QuantizedWeight(Virtual):
 
     def specs(self, spec: Any) -> QuantizedWeight | None:
         """PartitionSpecs of the arrays."""
-        entry = lambda axis: spec[axis] if axis < len(spec) else None
-        if any(entry(axis) is not None for axis in self.layout.blocked[1:]):
+        stack, split = self.layout.axes[: self._stack], self._split_by(spec)
+        if split & {*self.layout.blocked[1:]} or (self.flat and split):
             return None
         first = self.layout.blocked[0] if self.layout.blocked else None
         labels = [first if axis == BLOCKS else axis for axis in self.layout.axes]
         if self.flat:
-            labels = [*labels[: self._stack], None, None]
+            labels = [*stack, None, None]
         codes = [None if label == ELEMENTS else label for label in labels]
         scales = [label for i, label in enumerate(codes) if i != self._cut_at]
-        stack = codes[: self._stack]
-        second = [labelled_spec(spec, (*stack, None)), labelled_spec(spec, stack)]
+        whole = labelled_spec(spec, (*stack, None))
+        second = [whole, labelled_spec(spec, stack), whole]
         parts = (labelled_spec(spec, codes), labelled_spec(spec, scales), type(spec)())
         return self._with(parts=(*parts, *second[: len(self.parts) - 3]))
+
+    def splittable(self, spec: Any) -> QuantizedWeight:
+        """A part of the leaf cannot tell which scales of scales are its own."""
+        return self.with_plain_scales() if self._split_by(spec) else self
+
+    def _split_by(self, spec: Any) -> set[int]:
+        """The axes, stack axes left out, that a spec splits."""
+        split = {axis for axis, entry in enumerate(spec) if entry is not None}
+        return split - {*self.layout.axes[: self._stack]}
 
     def reshard(self, spec: Any, fn: Any) -> QuantizedWeight | None:
         """Lay the arrays out by the weight's spec."""
@@ -242,10 +303,20 @@ class QuantizedWeight(Virtual):
         blocked = {*self.layout.blocked}
         if blocked & {*batch} or len(blocked & {*contracted}) not in (0, len(blocked)):
             return None
-        if not jnp.issubdtype(other.dtype, jnp.floating) or "out_sharding" in options:
+        if not jnp.issubdtype(other.dtype, jnp.floating):
             return None
-        op = Dot(self._here, numbers, on_left, tuple(sorted(options.items())))
-        return tied(other, self.parts, op, self.decode)
+        op = Dot(self._here, numbers, on_left, _without_layout(options))
+        like = lambda w, other: w.dot(other, numbers, on_left, options)
+        return self._product(like, op, self.decode, other, *self.parts)
+
+    def _product(self, like: Any, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
+        """A tied product, on a mesh with explicit axes laid out as like(dense weight, other)."""
+        run = lambda other, *parts: tied(other, parts, op, decode)
+        if not _jaxprs.is_explicit(other):
+            return run(other, *parts)
+        dense = lambda own, other: like(DenseWeight(own.materialize()), other)
+        sharding = jax.eval_shape(dense, self, other).sharding
+        return _jaxprs.by_the_compiler(run, sharding, other, *parts)
 
     @property
     def _here(self) -> Layout:
@@ -255,38 +326,25 @@ class QuantizedWeight(Virtual):
             self.layout, sizes=tuple(shape[axis] for axis in self.layout.blocked)
         )
 
+    def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+        """lax.ragged_dot_general, the weights decoded where the rows are."""
+        if not jnp.issubdtype(other.dtype, jnp.floating):
+            return None
+        op = Ragged(self._here, numbers, _without_layout(options))
+        like = lambda w, other: w.ragged_dot(other, sizes, numbers, options)
+        return self._product(like, op, GroupedDecoding(self.decode), other, *self.parts, sizes)
+
     def conv(self, other: Any, params: dict[str, Any]) -> Any:
         """lax.conv_general_dilated, the kernel decoded where the activation is."""
-        op = Conv(self._here, tuple(sorted(params.items())))
-        return tied(other, self.parts, op, self.decode)
+        op = Conv(self._here, _without_layout(params))
+        like = lambda w, other: w.conv(other, params)
+        return self._product(like, op, self.decode, other, *self.parts)
 
     def gather(self, indices: Any, params: dict[str, Any]) -> Any:
         """Decode only the rows that are read."""
-        numbers = params["dimension_numbers"]
-        indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
-        full = self.shape
-        cut = {d for d in range(self.ndim) if params["slice_sizes"][d] != full[d]}
-        if self.flat or cut - indexed or indexed & {*self.layout.blocked}:
-            return None
-        codes, scales, table, *second = self.parts
-        if second:
-            scales = self._decoding.scales(scales, *second)
-        axes = self.layout.axes
-        codes, labels = gather_labelled(codes, axes, indices, params, full)
-        scales, _ = gather_labelled(
-            scales, tuple(a for a in axes if a != ELEMENTS), indices, params, full
-        )
-        at = labels.index(ELEMENTS)
-        decode = dataclasses.replace(
-            self._decoding, trailing=len(labels) - 1 - at, strides=(1,) * scales.ndim
-        )
-        blocks = decode(codes, scales, table)
-        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-        kept = iter(axis for axis in range(self.ndim) if axis not in gone)
-        rows = iter(("n", i) for i in range(indices.ndim - 1))
-        ndim = indices.ndim - 1 + self.ndim - len(gone)
-        out = [next(kept) if i in numbers.offset_dims else next(rows) for i in range(ndim)]
-        extent = dict(zip(labels, blocks.shape, strict=True))
-        extent |= {axis: full[axis] for axis in self.layout.blocked}
-        value = arrange(blocks, labels, self.layout.expand(out), extent)
-        return value.reshape([extent[label] for label in out])
+        return gather_blocks(self, indices, params)
+
+
+def _without_layout(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options of a product, hashable: how its result lies is said of the whole."""
+    return tuple(sorted((k, v) for k, v in options.items() if k != "out_sharding"))

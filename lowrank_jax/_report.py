@@ -260,7 +260,7 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
         if is_adapter(node)
     ]
     scales = [
-        (leaf.scales, leaf.nested, leaf.offset)
+        (leaf.scales, leaf.nested, leaf.offset, leaf.nested_map)
         for leaf in jax.tree.leaves(frozen, is_leaf=is_node)
         if isinstance(leaf, Quantized)
     ]
@@ -285,7 +285,7 @@ def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     shape, base = tuple(node.shape), node.base if isinstance(node, Adapted) else node
     quantized = isinstance(base, Quantized)
     format = base.format if quantized else None
-    bits = 8 * _sum(_bytes, base) / max(1, math.prod(shape))
+    bits = bits_of(base)
     if isinstance(node, Quantized):
         return LeafReport("frozen", shape, None, None, 0, format, bits, uses)
     delta = node.delta if isinstance(node, Adapted) else node
@@ -293,6 +293,11 @@ def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     if isinstance(delta, Full):
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
     return LeafReport("LoRA", shape, delta.rank, delta.scale, count, format, bits, uses)
+
+
+def bits_of(leaf: Any) -> float:
+    """Bits of each value of an array or a quantized leaf, scales included."""
+    return 8 * _sum(_bytes, leaf) / max(1, math.prod(leaf.shape))
 
 
 def _sum(size: Callable[[Any], int], tree: Any) -> int:

@@ -148,8 +148,12 @@ def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return _one(values[0].reshard(wanted.spec, move))
 
 
+def _stop_gradient(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return _one(values[0].frozen())
+
+
 def _everywhere(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    """stop_gradient and reduce_precision act on the base and on the factors."""
+    """reduce_precision acts on the base and on the factors."""
     return _one(values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0]))
 
 
@@ -266,7 +270,7 @@ RULES: dict[str, Rule] = {
     "reshard": _reshard,
     "pvary": _identity,
     "reduced_vary_cast": _identity,
-    "stop_gradient": _everywhere,
+    "stop_gradient": _stop_gradient,
     "reduce_precision": _everywhere,
     "optimization_barrier": _barrier,
     "mul": _scaled(swap=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ def specs(tree: Any, dense_specs: Any) -> Any:
 
     A factor's axis is split as the axis of the weight that it runs along, and the axis of the rank
     is not split: a weight [i, o] of P("data", "model") has a: P("data", None), b: P(None, "model").
+    The codes and scales of a quantized leaf are split as its axes are, whole blocks to a device;
+    scales of scales, and a leaf kept flat, along stack axes alone.
 
     Args:
       tree: a base, an adapter, or a combined tree; jax.ShapeDtypeStruct will do (jax.eval_shape of
@@ -36,8 +39,8 @@ def specs(tree: Any, dense_specs: Any) -> Any:
       what dense_specs has: jax.device_put and jax.jit take those as they are.
 
     Raises:
-      TreeError: a leaf has no spec, a spec has no leaf or more entries than its leaf has axes; all
-        are listed.
+      TreeError: a leaf has no spec, a spec has no leaf or more entries than its leaf has axes, or
+        would split a block; all are listed.
 
     Source: the layout of Megatron-LM, arXiv 1909.08053 section 3, carried over to the factors.
 
@@ -70,6 +73,9 @@ def specs(tree: Any, dense_specs: Any) -> Any:
         if len(_entries(spec)) > ndim:
             problems.append(f"{path}: {_entries(spec)} for a leaf of {ndim} axes")
             continue
+        if problem := _indivisible(getattr(leaf, "base", leaf), spec):
+            problems.append(f"{path}: {problem}")
+            continue
         found.append(_of(leaf, spec, ndim, many))
     if not any(isinstance(leaf, LowRank | Full) for _, leaf in leaves):  # an adapter has few paths
         unused = [path for path, spec in given.items() if spec is not None and path not in used]
@@ -91,6 +97,31 @@ def _nearest(given: Mapping[str, Any], path: str) -> str | None:
 
 def _entries(spec: Spec) -> PartitionSpec:
     return spec.spec if isinstance(spec, NamedSharding) else spec
+
+
+def _indivisible(leaf: Any, spec: Spec) -> str | None:
+    """Why a leaf in blocks cannot be split so, or None."""
+    if not isinstance(leaf, Quantized) or leaf.order is not None:
+        return None
+    first, entries = leaf.leading, tuple(_entries(spec))
+    last = first + len(leaf.blocked) - 1
+    inner = range(first + 1, min(last + 1, len(entries)))
+    if within := [axis for axis in inner if entries[axis] is not None]:
+        return (
+            f"axis {within[0]} is split, but blocks of {leaf.block_size} run through axes {first} "
+            f"to {last}; split axis {first}, or another one"
+        )
+    names = entries[first] if first < len(entries) else None
+    if names is None or not isinstance(spec, NamedSharding):
+        return None
+    names = (names,) if isinstance(names, str) else names
+    blocks, devices = leaf.codes.shape[first], math.prod(spec.mesh.shape[name] for name in names)
+    if blocks % devices == 0:
+        return None
+    return (
+        f"axis {first} is {blocks} blocks of {leaf.block_size}, which {devices} devices "
+        f"({', '.join(names)}) cannot share; split another axis, or quantize it in smaller blocks"
+    )
 
 
 def _stacked_adapters(leaves: Sequence[Any]) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 
 class Virtual:
     """A weight in flight through the interpreter; subclasses say what each verb means."""
@@ -34,6 +36,10 @@ class Virtual:
     def each(self, fn: Any, base_only: bool = False) -> Virtual | None:
         """Apply an identity of values (a copy, a barrier, a name) to the arrays inside."""
         return None
+
+    def frozen(self) -> Virtual | None:
+        """lax.stop_gradient of the arrays inside."""
+        return self.each(jax.lax.stop_gradient)
 
     def reshard(self, spec: Any, fn: Any) -> Virtual | None:
         """fn(array, its PartitionSpec) on each array, spec being that of the whole weight."""
@@ -87,6 +93,10 @@ class Virtual:
     def unstack(self) -> tuple[Any, Any] | None:
         """(arrays with the leading axis to be scanned, rebuild(one slice of them) -> weight)."""
         return None
+
+    def splittable(self, spec: Any) -> Virtual:
+        """The weight with arrays that mean the same in parts, where it is split by this spec."""
+        return self
 
     def specs(self, spec: Any) -> Any | None:
         """The same tree with a PartitionSpec at each array, from the weight's own."""

@@ -129,6 +129,12 @@ class LowRankWeight(Virtual):
         """This weight on another base, or None where the base could not take part."""
         return None if base is None else self.replaced(base=base, **changes)
 
+    def frozen(self) -> LowRankWeight | None:
+        """Stop the gradients of the factors and of the multiplier."""
+        names = [n for n in ("a", "b", "multiplier") if getattr(self, n) is not None]
+        parts = {n: lax.stop_gradient(getattr(self, n)) for n in names}
+        return self._on(self.base.frozen(), **parts)
+
     def reshard(self, spec: Any, fn: Any) -> LowRankWeight | None:
         """Lay out the base by the spec, the factors by the axes that they have."""
         whole = self.specs(spec)
@@ -230,6 +236,10 @@ class LowRankWeight(Virtual):
             return self.replaced(**labels)._renumbered(place, base, **slices)
 
         return arrays, rebuild
+
+    def splittable(self, spec: Any) -> LowRankWeight:
+        """The base may have to prepare."""
+        return self.replaced(base=self.base.splittable(spec))
 
     def specs(self, spec: Any) -> LowRankWeight | None:
         """PartitionSpecs of the arrays: each axis is split as the weight's axis of its label."""

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune  # noqa: E402
+import frozen  # noqa: E402
 import generate  # noqa: E402
 import llama  # noqa: E402
 import smollm2  # noqa: E402
@@ -35,7 +37,8 @@ import lowrank_jax as lowrank  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
-DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 32, 2, 4, 2, 8, 48
+# Quantized, HIDDEN is a whole block of the down projection; the other kernels are kept flat.
+DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 32, 2, 4, 2, 8, 64
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "a n", "Ġ a", "e r"]
 TOKENS = [
@@ -320,6 +323,7 @@ def test_the_job_learns_and_saves_what_it_learned(tiny, tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for expected in ("tokens/s", "before", "after", "trained", "optimizer state", "loaded back"):
         assert expected in printed
+    assert "nf4" not in printed
     assert "step 30/30" in printed  # without a terminal there are lines instead of the bar
 
     pretrained = smollm2.load(tiny)
@@ -333,6 +337,43 @@ def test_the_job_learns_and_saves_what_it_learned(tiny, tmp_path, capsys):
         finetune.next_token_loss(model.apply, v, tokens) for v in (pretrained.variables, adapted)
     )
     assert after < before - 0.3
+
+
+@pytest.mark.parametrize(
+    ("format", "share", "error"), [("nf4", 0.14, 0.1), ("fp4", 0.14, 0.13), ("int8", 0.27, 0.01)]
+)
+def test_a_quantized_base_is_small_and_near_the_dense_one_whose_kernels_are_gone(
+    tiny, format, share, error
+):
+    pretrained = smollm2.load(tiny)
+    params, apply = pretrained.variables, lowrank.lift(llama.Llama(pretrained.config).apply)
+    tokens = np.arange(64, dtype=np.int32).reshape(2, 32)
+    dense = jax.tree.map(np.array, params)
+    base = frozen.quantize(params, format, lowrank.plan(apply, params, tokens))
+
+    gone = {path[-2].key for path, leaf in jax.tree.leaves_with_path(params) if leaf.is_deleted()}
+    assert gone == {name for _, name in smollm2.PROJECTIONS}
+    kept, own = params["params"], base["params"]
+    assert own["embed_tokens"]["embedding"] is kept["embed_tokens"]["embedding"]
+    norm = lambda tree: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)) ** 0.5
+    layers = dense["params"]["layers"]
+    off = jax.tree.map(jnp.subtract, lowrank.dequantize(own["layers"]), layers)
+    assert 0 < norm(off) < error * norm(layers)
+
+    nodes = [leaf for leaf in jax.tree.leaves(own, is_leaf=is_quantized) if is_quantized(leaf)]
+    linear, whole = finetune.size(nodes)[1], finetune.size(own)[1]
+    values = sum(node.size for node in nodes)
+    assert linear < share * 4 * values
+    report = lowrank.report(apply, base, tokens)
+    rows = frozen.memory(report, 7, {format: 1000, "float32": 2000})
+    assert rows["base, its quantized linears"] == {format: linear, "float32": 4 * values}
+    assert rows["base"] == {format: whole, "float32": whole - linear + 4 * values}
+    assert rows["in all"][format] == whole + 7 + 1000
+
+
+def is_quantized(value: object) -> bool:
+    """Says whether this is a quantized leaf."""
+    return isinstance(value, lowrank.Quantized)
 
 
 def is_node(value: object) -> bool:
@@ -361,6 +402,7 @@ def test_a_bare_name_targets_the_kernels_of_that_module(tiny):
         ({"length": 1}, "--length: expected a whole number above 1, got '1'"),
         ({"seed": -1}, "--seed: expected a whole number above -1, got '-1'"),
         ({"save-every": 0}, "--save-every: expected a whole number above 0, got '0'"),
+        ({"quantize": "nf5"}, "argument --quantize: invalid choice: 'nf5'"),
         ({"colour": 1}, "unrecognized arguments: --colour=1"),
         ({"text": "absent.txt"}, "cannot read the text absent.txt"),
         ({"model": "absent.gguf"}, "no model file absent.gguf"),
@@ -448,7 +490,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_adapter(killed, tm
     found, told = measured(resumed)
     assert f"going on with the run in {tmp_path / 'killed'}: {done} of 200 steps are done" in told
     assert found["losses"] == {step: expected["losses"][step] for step in range(done + 1, 201)}
-    assert [found["before"], found["after"]] == [expected["before"], expected["after"]]
+    assert found["stages"] == expected["stages"]
     assert saved_bytes(tmp_path / "killed") == saved_bytes(tmp_path / "whole")
 
     again, told = measured(resumed)
@@ -461,6 +503,57 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_adapter(killed, tm
     assert lowrank.checkpoint.restore(tmp_path / "killed").step == 1
 
 
+def test_a_quantized_run_interrupted_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch, capsys):
+    write_text(tmp_path / "text.txt", 300)
+    text = {"text": tmp_path / "text.txt", "quantize": "nf4", "save_every": 5}
+    whole, found = job(tiny, tmp_path / "whole", **text), job(tiny, tmp_path / "found", **text)
+    steps = []
+
+    def compiled(*args):
+        if not steps:
+            steps.append(frozen.compiled(*args))
+        return steps[0]
+
+    monkeypatch.setattr(finetune, "compiled", compiled)  # one compilation serves all three runs
+    expected, told = measured(whole)
+    no_samples = lambda model, variables, tokenizer, prompts, **_: prompts
+    monkeypatch.setattr(finetune, "generate", no_samples)
+
+    def stopped(*args):
+        yield from islice(texts.batches(*args), 17)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "batches", stopped)
+        assert finetune.main(found) == 130
+    assert "the same flags and --resume go on from the last save" in capsys.readouterr().err
+    assert lowrank.checkpoint.restore(tmp_path / "found").step == 15
+    resumed, _ = measured([*found, "--resume"])
+    assert resumed["losses"] == {step: expected["losses"][step] for step in range(16, 31)}
+    assert resumed["stages"] == expected["stages"]
+    assert saved_bytes(tmp_path / "found") == saved_bytes(tmp_path / "whole")
+
+    # What was measured is of the base that is quantized, and merging comes to the same.
+    pretrained = smollm2.load(tiny)
+    model, params = llama.Llama(pretrained.config), pretrained.variables
+    plan = lowrank.plan(model.apply, params, jnp.zeros((2, 16), jnp.int32))
+    base = lowrank.quantize(params, lowrank.QuantConfig(packing="uint8"), plan=plan)
+    lora = lowrank.checkpoint.restore(tmp_path / "whole", base=base).lora
+    with pytest.raises(lowrank.CheckpointError, match="not the one the adapter was trained on"):
+        lowrank.checkpoint.restore(tmp_path / "whole", base=params)
+    held_out = texts.windows(pretrained.tokenizer, texts.read_text(tmp_path / "text.txt")[1], 16)
+    windows = held_out[: finetune.EVALUATED_WINDOWS]
+    loss = lambda variables: float(finetune.next_token_loss(model.apply, variables, windows))
+    variables = [params, lowrank.dequantize(base), lowrank.merge(base, lora)]
+    stages = ["before, dense", "before, nf4", "after, nf4"]
+    dense, before, after = (expected["stages"][stage]["held out"] for stage in stages)
+    np.testing.assert_allclose([dense, before, after], [*map(loss, variables)], rtol=1e-5)
+    assert after < before - 0.2
+    assert 1e-4 < abs(before - dense) < 0.05
+    row = next(line for line in told.splitlines() if "quantized linears" in line)
+    assert float(row.split("│")[4]) < 0.2
+
+
 OTHER = {
     "rank": (4, "--rank: 4, expected 3"),
     "alpha": (2, "--alpha: 2.0, expected not given"),
@@ -470,6 +563,7 @@ OTHER = {
     "batch": (1, "--batch: 1, expected 2"),
     "length": (8, "--length: 8, expected 16"),
     "seed": (1, "--seed: 1, expected 0"),
+    "quantize": ("nf4", "--quantize: nf4, expected none"),
     "text": ("other.txt", "--text: of SHA-256 "),
     "model": ("other.gguf", "--model: of SHA-256 "),
 }

@@ -22,6 +22,7 @@ from models import ROWS, Row, linen, mlp_all_linear_leaves_the_head, noisy, norm
 from models import Stacked as StackedLinen
 
 import lowrank_jax as lowrank
+from lowrank_jax import _codecs
 
 # for all or none: a program compiled for one test serves the next, and bits are compared
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -99,7 +100,8 @@ class Case:
             jax.random.key(0), self.params, self.config, plan=self.plan, initializer=ramp
         )
         self.lora = perturbed(self.fresh)
-        self.lifted = lowrank.lift(self.fn, fallback="silent" if row.materialized else "raise")
+        self.materialized = row.materialized
+        self.lifted = lowrank.lift(self.fn, fallback="silent" if self.materialized else "raise")
         self.dense = jax.jit(self.fn)
 
     def live(self, lora: Any) -> Any:
@@ -115,11 +117,74 @@ class Case:
     @functools.cached_property
     def reference(self) -> Callable:
         """adapter -> (results, gradient) of the merged model."""
-        return jax.jit(lambda lora: (self.merged(lora), self.differentiate(self.merged)(lora)))
+        return functools.partial(self.reference_on, self.base)
+
+    @functools.cached_property
+    def reference_on(self) -> Callable:
+        """The same on any dense base."""
+
+        def both(base: Any, lora: Any) -> tuple[Any, Any]:
+            merged = lambda lora: self.fn(lowrank.merge(base, lora), *self.args)
+            return merged(lora), self.differentiate(merged)(lora)
+
+        return jax.jit(both)
 
     def gradient_of_merged(self, lora: Any) -> Any:
         return self.reference(lora)[1]
 
+
+# With a quantized base these too are built densely: a kernel kept flat is flipped, and a weight is
+# read backwards along the axis of its blocks.
+BUILT_OF_CODES = {
+    "conv_transpose_kernel_transposed": ("params/kernel",),
+    "fused_qkv_stacked": ("w",),
+}
+
+
+class QuantizedCase(Case):
+    """The same model on a base of 4-bit codes, in blocks of two: these models are small.
+
+    The reference is the dense model on the values that the codes stand for. Leaves whose fan-in is
+    odd are kept flat.
+    """
+
+    def __init__(self, row: Row):
+        self.row, self.of = row, built(row.name)
+        self.fn, self.args, self.plan = self.of.fn, self.of.args, self.of.plan
+        self.fresh, self.lora = self.of.fresh, self.of.lora
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_codecs, "BLOCK_SIZES", (2,))
+            quant = lowrank.QuantConfig(targets=tuple(row.axes), block_size=2)
+            self.base, self.values = self.quantized(quant, self.of.params)
+        self.materialized = row.materialized + BUILT_OF_CODES.get(row.name, ())
+        self.lifted = lowrank.lift(self.fn, fallback="silent" if self.materialized else "raise")
+
+    def quantized(self, quant: Any, params: Any) -> tuple[Any, Any]:
+        def both(params: Any) -> tuple[Any, Any]:
+            frozen = lowrank.quantize(params, quant, plan=self.plan)
+            return frozen, lowrank.dequantize(frozen)
+
+        return jax.jit(both)(params)
+
+    @functools.cached_property
+    def reference(self) -> Callable:
+        return functools.partial(self.of.reference_on, self.values)
+
+
+# One row for each rule that a quantized weight has.
+ON_CODES = {
+    "linen_attention",
+    "einsum_stack_in_the_middle",
+    "conv_grouped",
+    "embed_tied_attend",
+    "linen_scan_remat",
+    "fori_over_a_stack",
+    "vmap_experts_each_its_input",
+    "moe_ragged_dot",
+    "weight_tied_transposed",
+    "fused_qkv_kernel_split",
+    "shard_map_one_device",
+}
 
 # The rows whose transformations the default suite tries: one for each rule and each kind of loop.
 # The rest are tried by `pytest -m slow`.
@@ -152,17 +217,47 @@ TRANSFORMED = {
 
 
 def rows_for_transformations(wanted: Callable[[Row], bool] = lambda row: True) -> list[Any]:
-    mark = lambda row: () if row.name in TRANSFORMED else (pytest.mark.slow,)
-    return [pytest.param(row.name, marks=mark(row)) for row in ROWS if wanted(row)]
+    rows = list(filter(wanted, ROWS))
+    slow = lambda row, few: () if row.name in few else (pytest.mark.slow,)
+    dense = [pytest.param(row.name, marks=slow(row, TRANSFORMED)) for row in rows]
+    codes = [pytest.param(row.name + ON, marks=slow(row, ON_CODES)) for row in rows]
+    return dense + codes
+
+
+ON = " on codes"
 
 
 @functools.cache
 def built(name: str) -> Case:
-    return Case(next(row for row in ROWS if row.name == name))
+    kind = QuantizedCase if name.endswith(ON) else Case
+    return kind(next(row for row in ROWS if row.name == name.removesuffix(ON)))
 
 
 @pytest.fixture(params=[row.name for row in ROWS])
 def case(request) -> Case:
+    return built(request.param)
+
+
+# Rows that on codes say what others say: they differ in dtype, or in who wrote the layer.
+SAID_BY_OTHERS = {
+    *(row.name for row in ROWS if row.name.startswith("nnx_")),
+    *("dense_bfloat16", "dense_float16_over_float32", "linen_attention_bfloat16_masked"),
+    *("conv_bfloat16", "embed_bfloat16", "mlp_all_linear_leaves_the_head"),
+    *("linen_partitioned_boxes", "conv_batch_norm_mutable", "list_tuple_dataclass_pytree"),
+    *("linen_rnn_lstm_that_concatenates_its_kernels", "weights_concatenated", "weight_norm"),
+    *("weight_elementwise", "custom_jvp"),
+}
+
+
+def rows_and_codes() -> list[Any]:
+    slow = lambda row: (pytest.mark.slow,) if row.name in SAID_BY_OTHERS else ()
+    codes = [pytest.param(row.name + ON, marks=slow(row)) for row in ROWS]
+    return [row.name for row in ROWS] + codes
+
+
+@pytest.fixture(params=rows_and_codes())
+def any_case(request) -> Case:
+    """Every row, and every row on a quantized base."""
     return built(request.param)
 
 
@@ -203,7 +298,8 @@ def test_exact_at_step_0(case, full_compile):
     chex.assert_trees_all_equal(got, want)
 
 
-def test_value_and_gradient(case):
+def test_value_and_gradient(any_case):
+    case = any_case
     both = jax.jit(lambda lora: (case.live(lora), case.differentiate(case.live)(lora)))
     (got, gradient), (want, reference) = both(case.lora), case.reference(case.lora)
     assert_close(got, want, case.row.dtype)
@@ -247,22 +343,23 @@ def test_jvp(name):
     assert abs(got - sum(term.sum() for term in terms)) <= tolerance(case.row.dtype) * size
 
 
-def test_fallback_names_what_it_builds(case):
+def test_fallback_names_what_it_builds(any_case):
+    case = any_case
     tree = lowrank.combine(case.base, case.lora)
-    if not case.row.materialized:
+    if not case.materialized:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             jax.eval_shape(lowrank.lift(case.fn), tree, *case.args)
         return
     with pytest.raises(lowrank.MaterializeError) as error:
         jax.eval_shape(lowrank.lift(case.fn, fallback="raise"), tree, *case.args)
-    assert any(repr(path) in str(error.value) for path in case.row.materialized)
+    assert any(repr(path) in str(error.value) for path in case.materialized)
     lifted = lowrank.lift(case.fn, fallback="warn")
     with pytest.warns(lowrank.MaterializeWarning) as caught:
         jax.eval_shape(lifted, tree, *case.args)
     said = [str(w.message) for w in caught]
     assert len(said) == len(set(said))
-    assert {s.split(":")[0] for s in said} == set(case.row.materialized)
+    assert {s.split(":")[0] for s in said} == set(case.materialized)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         jax.eval_shape(lifted, tree, *case.args)
@@ -349,6 +446,14 @@ def test_scale_multiplies_the_change_and_is_traced():
         0.5
     )
     assert_close(slope, want, jnp.float32)
+
+
+def test_stop_gradient_stops_the_scale_too():
+    case = built("stop_gradient_on_one_use")
+    at = lambda fn: jax.jacfwd(fn)(0.7)
+    got = at(lambda s: case.lifted(lowrank.combine(case.base, case.lora, scale=s), *case.args))
+    want = at(lambda s: case.fn(lowrank.merge(case.base, case.lora, scale=s), *case.args))
+    assert_close(got, want, jnp.float32)
 
 
 def test_leaves_trained_whole():

@@ -216,6 +216,85 @@ def test_convolutions(shape):
     assert not [leaf for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
+PARTS = {
+    "split": lambda p, x: [x @ w for w in jnp.split(p["w"], 3, axis=1)],
+    "strided": lambda p, x: x @ p["w"][:, 5::7],
+    "backwards": lambda p, x: x @ p["w"][:, ::-1],
+    "to heads": lambda p, x: jnp.einsum("bi,ihk->bhk", x, p["w"].reshape(128, 3, 128)),
+    "one head": lambda p, x: x @ p["w"].reshape(128, 3, 128)[:, 1],
+    "heads merged": lambda p, x: x @ p["heads"].reshape(128, 384),
+    "of a stack": lambda p, x: sum(x @ p["stack"][i, :, 7:] for i in range(2)),
+    "a stack merged": lambda p, x: p["stack"].reshape(4, 64, 128)[3].T @ x.T[:64],
+}
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_a_weight_has_its_own_scales(name, double_quant):
+    """Of leaves with more scales than share a scale of their own: each must know its place."""
+    params = {"w": normal(128, 384), "heads": normal(128, 3, 128), "stack": normal(2, 128, 384)}
+    if name == "a stack merged":
+        params["stack"] = normal(2, 2, 64, 128)
+    x, fn = normal(3, 128, seed=1), PARTS[name]
+    plan = lowrank.plan(fn, params, x)
+    used = [path for path, use in plan.items() if use.op == "dot"]
+    quant = lowrank.QuantConfig(targets=tuple(used), double_quant=double_quant)
+    frozen = lowrank.quantize(params, quant, plan=plan)
+    got = jax.jit(lowrank.lift(fn, fallback="raise"))(frozen, x)
+    chex.assert_trees_all_close(got, fn(lowrank.dequantize(frozen), x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [64, 10])
+def test_experts_in_ragged_products(inner):
+    """In blocks and kept flat: as dense, and codes alone are kept for backward."""
+    params = {"up": normal(3, 64, inner) / 8, "down": normal(3, inner, 32, seed=1) / 8}
+    x, sizes = normal(7, 64, seed=2), jnp.array([2, 0, 5])
+    fn = lambda p, x: lax.ragged_dot(jnp.tanh(lax.ragged_dot(x, p["up"], sizes)), p["down"], sizes)
+    plan = lowrank.plan(fn, params, x)
+    quant = lowrank.QuantConfig(targets="*")
+    frozen = lowrank.quantize(params, quant, plan=plan)
+    assert (frozen["down"].order is None) is (inner == 64)
+    config = lowrank.LoraConfig(rank=2, alpha=3, targets="*")
+    base, lora = lowrank.init(KEY, frozen, config, plan=plan)
+    lora = jax.tree.map(lambda f: f + 0.1, lora)
+    lifted = lowrank.lift(fn, fallback="raise")
+    mine = lambda l, x: lifted(lowrank.combine(base, l), x)
+    want = lambda l, x: fn(lowrank.merge(base, l), x)
+    loss = lambda f: jax.jit(jax.value_and_grad(lambda l, x: jnp.sin(f(l, x)).sum(), (0, 1)))
+    chex.assert_trees_all_close(loss(mine)(lora, x), loss(want)(lora, x), rtol=1e-4, atol=1e-5)
+    shapes = {leaf.shape for leaf in params.values()} | {f.codes.shape for f in frozen.values()}
+    dense = lambda fn: [s for s, dtype in residuals(fn, lora, x) if s in shapes and dtype == "f4"]
+    assert not dense(mine)
+    assert dense(want)
+    report = lowrank.report(fn, lowrank.combine(base, lora), x)
+    assert {leaf.how for leaf in report.values()} == {"factored, dequantized 1×"}
+    assert {leaf.how for leaf in lowrank.report(fn, frozen, x).values()} == {"dequantized 1×"}
+
+
+@pytest.mark.parametrize("fill", [None, 7.0])
+def test_rows_beyond_the_table_are_the_fill(fill):
+    params = {"table": normal(9, 64)}
+    fn = lambda p, ids: jnp.take(p["table"], ids, axis=0, fill_value=fill)
+    ids = jnp.array([0, 8, 9])
+    plan = lowrank.plan(fn, params, ids)
+    frozen = lowrank.quantize(params, lowrank.QuantConfig(targets="table"), plan=plan)
+    got = lowrank.lift(fn, fallback="raise")(frozen, ids)
+    chex.assert_trees_all_close(got, fn(lowrank.dequantize(frozen), ids), rtol=1e-6)
+    assert jnp.isnan(got[2]).all() if fill is None else (got[2] == fill).all()
+
+
+def test_a_weight_scaled_by_what_is_trained_is_built():
+    """Scales are constants to every derivative, so a number with one of its own is not in them."""
+    params = {"w": normal(64, 8)}
+    fn = lambda p, x, gain: x @ (p["w"] * gain)
+    frozen = lowrank.quantize(params, lowrank.QuantConfig(targets="w"))
+    lifted, x = lowrank.lift(fn, fallback="silent"), normal(3, 64)
+    loss = lambda fn, p: jax.grad(lambda gain: jnp.sin(fn(p, x, gain)).sum())(0.5)
+    want = loss(fn, lowrank.dequantize(frozen))
+    assert abs(want) > 0.1
+    np.testing.assert_allclose(loss(lifted, frozen), want, rtol=1e-4)
+
+
 # What quantize asks for, and refuses
 
 
@@ -226,6 +305,50 @@ def test_codes_are_the_same_eager_and_jitted():
     jitted = jax.jit(lambda p: lowrank.quantize(p, quant))(params)
     chex.assert_trees_all_equal(eager, jitted)
     assert isinstance(eager["w"], lowrank.Quantized)
+
+
+def two_stacks(width=64, inner=10):
+    """Two stacks, one in blocks and one kept flat, and the plan of a model over them."""
+    shapes = {"w": (6, 2, width, inner), "v": (6, 2, inner, width)}
+    params = {name: np.array(normal(*shape)) for name, shape in shapes.items()}
+
+    def fn(p, x):
+        inner = lambda x, w: (jnp.tanh(x @ w["w"] @ w["v"]), None)
+        return lax.scan(lambda x, w: (lax.scan(inner, x, w)[0], None), x, p)[0]
+
+    return params, lowrank.plan(fn, params, jnp.ones((2, width)))
+
+
+def test_a_stack_on_the_host_goes_to_the_device_layer_by_layer(monkeypatch):
+    from lowrank_jax import _quantize
+
+    params, plan = two_stacks()
+    quant = lowrank.QuantConfig()
+    want = lowrank.quantize(jax.tree.map(jnp.asarray, params), quant, plan=plan)
+    seen, encode = [], _quantize._encode
+    spy = lambda leaf, *rest: seen.append(leaf.shape) or encode(leaf, *rest)
+    monkeypatch.setattr(_quantize, "_encode", spy)
+    got = lowrank.quantize(params, quant, plan=plan)
+    chex.assert_trees_all_equal(got, want)
+    assert sum(len(shape) == 2 for shape in seen) == 24  # of the others the shape alone
+    params["w"][4, 1, 3, 4:6] = jnp.inf
+    with pytest.raises(lowrank.TreeError, match="w: 2 of 7680 values are not finite"):
+        lowrank.quantize(params, quant, plan=plan)
+
+
+def test_temporaries_of_a_stack_are_those_of_a_layer():
+    params, plan = two_stacks(width=512, inner=100)
+    fn = jax.jit(lambda p: lowrank.quantize(p, lowrank.QuantConfig(), plan=plan))
+    memory = fn.lower(params).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2.5 * params["w"][0].nbytes
+
+
+def test_nothing_is_deleted_before_every_leaf_is_known_to_be_good():
+    params = {"a": normal(64, 2) + 0, "z": normal(64, 2).at[3, 1].set(jnp.nan)}
+    quant = lowrank.QuantConfig(targets="*")
+    with pytest.raises(lowrank.TreeError, match="z: 1 of 128 values are not finite"):
+        lowrank.quantize(params, quant, donate=True)
+    assert not params["a"].is_deleted()
 
 
 def test_donated_leaves_go_one_by_one():

@@ -57,7 +57,7 @@ def test_the_linen_block_prints_its_plan(printed):
 def test_length():
     intro = TEXT.split("\n", 1)[1].split("```")[0]
     assert len(intro.split()) <= 120
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     assert all(len(block.strip().splitlines()) <= 20 for block in BLOCKS)
 
 

@@ -193,6 +193,30 @@ def test_a_quantized_leaf_is_split_as_the_dense_one():
     assert codes.addressable_shards[0].data.shape == (3, 1, 64, 2, 2)
 
 
+def test_whole_blocks_go_to_a_device():
+    """Both problems are named, of the frozen leaf and of the adapted one."""
+    params = {"w": jnp.ones((128, 8)), "heads": jnp.ones((2, 32, 8))}
+    fn = lambda p, x, y: (jnp.tanh(x @ p["w"]), jnp.einsum("bhk,hkd->bd", y, p["heads"]))
+    plan = lowrank.plan(fn, params, jnp.ones((1, 128)), jnp.ones((1, 2, 32)))
+    frozen = lowrank.quantize(params, lowrank.QuantConfig(targets="*"), plan=plan)
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    where = {
+        "w": NamedSharding(mesh, P(("data", "model"))),
+        "heads": NamedSharding(mesh, P(None, "data")),
+    }
+    config = lowrank.LoraConfig(rank=2, targets="*")
+    tree = lowrank.combine(*lowrank.init(KEY, frozen, config, plan=plan))
+    for leaves in (frozen, tree):
+        with pytest.raises(lowrank.TreeError) as error:
+            lowrank.specs(leaves, where)
+        text = str(error.value)
+        assert "w: axis 0 is 2 blocks of 64, which 8 devices (data, model) cannot share" in text
+        assert "heads: axis 1 is split, but blocks of 64 run through axes 0 to 1; split" in text
+    where = {"w": NamedSharding(mesh, P("data", "model")), "heads": NamedSharding(mesh, P())}
+    placed = jax.device_put(frozen, lowrank.specs(frozen, where))
+    assert placed["w"].codes.addressable_shards[0].data.shape == (1, 64, 2)
+
+
 MISTAKES = {
     "a leaf without a spec": (
         lambda base, lora: lowrank.specs(base, {"embed": P(), "count": P()}),

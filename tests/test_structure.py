@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 # A module imports only from layers below its own (or its own, without a circle).
 LAYERS = [
     {"_errors", "_paths", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"}
-    | {"_codecs", "_scales", "_packing"},
+    | {"_dynamic", "_codecs", "_scales", "_packing"},
     {"_quantized", "_nodes", "_virtual"},
     {
         "_tied",
@@ -32,8 +32,10 @@ LAYERS = [
     | {"initializers"},
     {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
     {"_quantize", "_targets", "_adapters", "_optim", "_functional", "_report", "_specs"}
-    | {"_fingerprint", "_archive", "_entries"},
-    {"checkpoint"},
+    | {"_states", "_offload"}
+    | {"_quantization_error", "_fingerprint", "_archive", "_entries"}
+    | {"_quant_state", "_safetensors"},
+    {"bitsandbytes", "checkpoint"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -82,7 +84,8 @@ def test_import_loads_no_optional_package():
     )
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert "jax" in loaded
-    assert not loaded & {"flax", "optax", "orbax", "chex", "rich", "gguf", "tokenizers"}
+    optional = {"flax", "optax", "orbax", "chex", "rich", "gguf", "tokenizers", "safetensors"}
+    assert not loaded & optional
 
 
 def test_every_file_is_of_one_concept():

@@ -1,0 +1,77 @@
+"""The frozen base, dense or in small integers, and the memory that a step on it takes."""
+
+import math
+from typing import Any
+
+import jax
+from rich.table import Table
+
+import lowrank_jax as lowrank
+
+Tree = Any
+
+FORMATS = ("none", "nf4", "fp4", "int8")  # a checkpoint knows them by their places: append only
+
+
+def quantize(params: Tree, format: str, plan: lowrank.Plan) -> Tree:
+    """The base with its linear layers in small integers; deletes each dense kernel on the way.
+
+    Embeddings stay dense, as QLoRA has them: a tied one is the model's last projection too.
+    """
+    # An accelerator packs two 4-bit integers into a byte by itself, a CPU gives each a whole one.
+    packing = "uint8" if jax.default_backend() == "cpu" else "uint4"
+    quant = lowrank.QuantConfig(format=format, double_quant=True, packing=packing)
+    return lowrank.quantize(params, quant, plan=plan, donate=True)
+
+
+def compiled(step: Any, format: str, base: Tree, *rest: Any) -> tuple[Any, dict[str, int]]:
+    """A jitted step(base, *rest) compiled, and the bytes of its temporaries by the base's format.
+
+    On a quantized base also those of the same step on a dense one, which is compiled on shapes.
+    """
+    bases = {"float32": base}
+    if format != "none":
+        bases = {format: base, "float32": jax.eval_shape(lowrank.dequantize, base)}
+    steps = [step.lower(base, *rest).compile() for base in bases.values()]
+    sizes = [step.memory_analysis().temp_size_in_bytes for step in steps]
+    return steps[0], dict(zip(bases, sizes, strict=True))
+
+
+def memory(
+    report: lowrank.Report, optimizer_bytes: int, temporaries: dict[str, int]
+) -> dict[str, dict[str, float]]:
+    """The bytes that one step of training holds: part -> format of the base -> bytes.
+
+    Args:
+      report: of the model with its adapter; the base's dense leaves are float32.
+      optimizer_bytes: of the optimizer's state.
+      temporaries: of the step, as `compiled` returns them: the compiler's own account.
+    """
+    own = next(iter(temporaries))
+    quantized = [leaf for leaf in report.values() if leaf.format]
+    linear = sum(leaf.bits * math.prod(leaf.shape) / 8 for leaf in quantized)
+    dense = sum(4 * math.prod(leaf.shape) for leaf in quantized)
+    base = report.memory.base + report.memory.scales
+    parts = {
+        "base": {own: base, "float32": base - linear + dense},
+        "adapter": dict.fromkeys(temporaries, report.memory.adapters),
+        "optimizer state": dict.fromkeys(temporaries, optimizer_bytes),
+        "temporaries of a step": temporaries,
+    }
+    whole = {name: sum(part[name] for part in parts.values()) for name in temporaries}
+    first = {"base, its quantized linears": {own: linear, "float32": dense}} if quantized else {}
+    return first | parts | {"in all": whole}
+
+
+def memory_table(rows: dict[str, dict[str, float]]) -> Table:
+    """The rows of `memory` in MiB, and where there are two columns their ratio."""
+    columns = list(rows["in all"])
+    compared = len(columns) > 1
+    table = Table("memory, MiB")
+    for column in [*columns, *(["ratio"] if compared else [])]:
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        held = [row[column] for column in columns]
+        ratio = [f"{held[0] / held[1]:.3f}"] if compared else []
+        table.add_row(name, *(f"{count / 2**20:,.1f}" for count in held), *ratio)
+    return table
