@@ -197,7 +197,9 @@ class Decoding:
                 "shard_map returned"
             )
         order = np.argsort([-stride for stride in self.strides], stable=True).tolist()
-        one = lambda *args: _scales.decode_scales(*args[:3], order, args[3], self.tree)
+        one = lambda scales, nested, offset, table: _scales.decode_scales(
+            scales, nested, offset, order, table, self.tree
+        )
         for _ in range(nested.ndim - 1):
             one = jax.vmap(one)
         return one(scales, nested, offset, table)

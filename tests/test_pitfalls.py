@@ -345,3 +345,14 @@ def test_dropout_draws_a_mask_for_each_layer_of_a_scan():
     lora = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 2), lora)
     one, two = lifted(lowrank.combine(base, lora, dropout=0.5, key=jax.random.key(0)), x)
     assert np.any(one != two)
+
+
+def test_forward_and_backward_multiply_by_the_same_weight():
+    """bitsandbytes: with a bfloat16 weight and float32 compute they use different ones."""
+    params = {"w": normal(64, 24).astype(jnp.bfloat16)}
+    frozen = lowrank.quantize(params, lowrank.QuantConfig(targets="w"))
+    lifted = lowrank.lift(lambda p, x: x @ p["w"].astype(jnp.float32), fallback="raise")
+    forward, back = jax.vjp(lambda x: lifted(frozen, x), jnp.eye(64))
+    (backward,) = jax.vmap(lambda ct: back(jnp.zeros((64, 24)).at[0].set(ct)))(jnp.eye(24))
+    np.testing.assert_array_equal(forward, backward[:, 0].T)
+    np.testing.assert_array_equal(forward, lowrank.dequantize(frozen)["w"].astype(jnp.float32))
