@@ -74,6 +74,11 @@ def is_run(axes: Sequence[int]) -> bool:
     return all(b == a + 1 for a, b in itertools.pairwise(axes))
 
 
+def without_layout(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options of a product, hashable; how its result lies is said of the whole."""
+    return tuple(sorted((k, v) for k, v in options.items() if k != "out_sharding"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Dot:
     """lax.dot_general of an activation and decoded blocks, linear in the activation."""

@@ -73,9 +73,7 @@ def encode(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
     blocks, within = _split(x.astype(jnp.float32), axis, size), tuple(range(axis, 0))
     absmax = jnp.max(jnp.abs(blocks), within, keepdims=True)
     unsigned = jnp.min(blocks, within, keepdims=True) >= 0
-    zero = absmax < _TINY  # False of a NaN, which must stay one
-    absmax = jnp.where(zero, 0, absmax)
-    ratios = blocks * jnp.where(zero, 0, 1 / jnp.where(zero, 1, absmax))
+    ratios = blocks * jnp.where(absmax < _TINY, 0, 1 / absmax)  # a NaN stays one
     codes = _joined(_nearest(ratios, blocks > 0, unsigned), axis, x.shape[axis])
     return codes, jnp.squeeze(jnp.where(unsigned, -absmax, absmax), axis)
 

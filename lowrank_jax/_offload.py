@@ -6,7 +6,6 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 from jax import NamedSharding
 from jax import P as PartitionSpec
 
@@ -24,7 +23,7 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
     """Keep the state of any optimizer in pinned host memory, where the device works on it not.
 
     update moves the state to the device, runs tx, and moves the new state back; under jit the
-    compiler places the copies. Shardings stay as they are. Scalars and PRNG keys do not move.
+    compiler places the copies. Shardings stay as they are. Scalars do not move.
 
     It goes outermost, or inside only_adapters: around optax.MultiSteps, and around quantize_state.
     init on parameters that are sharded is called eagerly, as any optimizer's, or jitted with
@@ -40,7 +39,7 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
     Source: paged optimizers, QLoRA, arXiv 2305.14314, section 3; here nothing is paged by need.
 
-    >>> import optax
+    >>> import jax.numpy as jnp, optax
     >>> params = {"w": jnp.ones((4, 3))}
     >>> tx = offload_state(optax.adam(1e-3))
     >>> state = tx.init(params)
@@ -57,10 +56,10 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
     def start(params: Any) -> Any:
         state = inner.init(params)
         if lacking := _without_host_memory((params, state)):
-            kinds = sorted(memory.kind for memory in lacking[0].addressable_memories())
+            first = lacking[0]
             warnings.warn(
-                f"the optimizer's state stays in device memory: {lacking[0]} has the memories "
-                f"{kinds} and no {_KIND!r} (and so {len(lacking)} of the devices in use); leave "
+                f"the optimizer's state stays in device memory: {first} (one of {len(lacking)} "
+                f"such devices) has no {_KIND!r} memory, only {sorted(_kinds(first))}; leave "
                 "offload_state away there, or filter lowrank.OffloadWarning",
                 OffloadWarning,
                 stacklevel=2,
@@ -78,13 +77,11 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def _moves(leaf: Any) -> bool:
-    """Whether a leaf is an array that may lie on the host; a key is none to XLA."""
-    if not isinstance(leaf, jax.Array) or leaf.ndim == 0:
-        return False
-    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    """Whether a leaf is worth moving: counters and rates are not."""
+    return isinstance(leaf, jax.Array) and leaf.ndim > 0
 
 
-def _moved(state: Any, space: jax.memory.Space) -> Any:
+def _moved(state: Any, space: Any) -> Any:
     """The state with its arrays in a memory."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if _moves(leaf) else leaf, state)
 
@@ -95,12 +92,16 @@ def _placed(tree: Any) -> list[jax.Array]:
     return [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not _jaxprs.is_tracer(leaf)]
 
 
-def _without_host_memory(tree: Any) -> list[jax.Device]:
+def _without_host_memory(tree: Any) -> list[Any]:
     """Devices of a tree that lack the memory; the default one stands for what is traced."""
     devices = {d for leaf in _placed(tree) for d in leaf.sharding.addressable_devices}
-    kinds = lambda device: [memory.kind for memory in device.addressable_memories()]
     devices = sorted(devices or jax.local_devices()[:1], key=lambda device: device.id)
-    return [device for device in devices if _KIND not in kinds(device)]
+    return [device for device in devices if _KIND not in _kinds(device)]
+
+
+def _kinds(device: Any) -> list[str]:
+    """The memories that a device can address."""
+    return [memory.kind for memory in device.addressable_memories()]
 
 
 def _on_one_mesh(state: Any, params: Any) -> Any:

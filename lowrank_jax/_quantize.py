@@ -30,6 +30,8 @@ def quantize(
 
     It works leaf by leaf: beside the result at most one dense leaf's worth of memory is used. Of
     a NumPy array that is a stack it is one layer's, so that a stack may be larger than the device.
+    Under jit a stack is looped over layer by layer, and so gathered where its layers are split over
+    devices: call quantize eagerly there.
 
     Args:
       params: any pytree of arrays, NumPy arrays too (memory-mapped ones are read once, in parts).

@@ -26,6 +26,7 @@ from lowrank_jax._blocks import (
     Layout,
     Ragged,
     is_run,
+    without_layout,
 )
 from lowrank_jax._contract import reshape_groups
 from lowrank_jax._dense import DenseWeight
@@ -305,18 +306,20 @@ class QuantizedWeight(Virtual):
             return None
         if not jnp.issubdtype(other.dtype, jnp.floating):
             return None
-        op = Dot(self._here, numbers, on_left, _without_layout(options))
+        op = Dot(self._here, numbers, on_left, without_layout(options))
         like = lambda w, other: w.dot(other, numbers, on_left, options)
         return self._product(like, op, self.decode, other, *self.parts)
 
     def _product(self, like: Any, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
         """A tied product, on a mesh with explicit axes laid out as like(dense weight, other)."""
         run = lambda other, *parts: tied(other, parts, op, decode)
-        if not _jaxprs.is_explicit(other):
+        if not any(map(_jaxprs.is_explicit, (other, *parts))):
             return run(other, *parts)
         dense = lambda own, other: like(DenseWeight(own.materialize()), other)
-        sharding = jax.eval_shape(dense, self, other).sharding
-        return _jaxprs.by_the_compiler(run, sharding, other, *parts)
+        result = jax.eval_shape(dense, self, other)
+        if not any(map(_jaxprs.is_split, (result, other, *parts))):
+            return run(other, *parts)
+        return _jaxprs.by_the_compiler(run, result.sharding, other, *parts)
 
     @property
     def _here(self) -> Layout:
@@ -330,21 +333,16 @@ class QuantizedWeight(Virtual):
         """lax.ragged_dot_general, the weights decoded where the rows are."""
         if not jnp.issubdtype(other.dtype, jnp.floating):
             return None
-        op = Ragged(self._here, numbers, _without_layout(options))
+        op = Ragged(self._here, numbers, without_layout(options))
         like = lambda w, other: w.ragged_dot(other, sizes, numbers, options)
         return self._product(like, op, GroupedDecoding(self.decode), other, *self.parts, sizes)
 
     def conv(self, other: Any, params: dict[str, Any]) -> Any:
         """lax.conv_general_dilated, the kernel decoded where the activation is."""
-        op = Conv(self._here, _without_layout(params))
+        op = Conv(self._here, without_layout(params))
         like = lambda w, other: w.conv(other, params)
         return self._product(like, op, self.decode, other, *self.parts)
 
     def gather(self, indices: Any, params: dict[str, Any]) -> Any:
         """Decode only the rows that are read."""
         return gather_blocks(self, indices, params)
-
-
-def _without_layout(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Options of a product, hashable: how its result lies is said of the whole."""
-    return tuple(sorted((k, v) for k, v in options.items() if k != "out_sharding"))

@@ -58,7 +58,7 @@ def test_codes_are_those_of_bitsandbytes(form):
     want, blocks = GOLDEN[f"{form}/codes"].astype(int), np.arange(x.size) // 256
     chex.assert_trees_all_equal(np.abs(absmax), GOLDEN[f"{form}/absmax"])
     assert (np.asarray(absmax)[[0, 2, 3, 4, 5]] < 0).all() == (form == "unsigned")
-    zeros = blocks == 1  # there a code of 0 in either form; here the unsigned one
+    zeros = blocks == 1  # here always of the unsigned form
     if form == "unsigned":
         assert ((want == 0) & (x > 0)).any()
         want = np.where(x > 0, np.maximum(want, 1), want)
@@ -67,7 +67,9 @@ def test_codes_are_those_of_bitsandbytes(form):
     kept = (want > 1) if form == "unsigned" else (want > 0)
     kept |= x == 0
     chex.assert_trees_all_close(decoded[kept], GOLDEN[f"{form}/decoded"][kept], rtol=4e-7)
-    chex.assert_trees_all_equal(decoded[zeros], np.zeros(256, np.float32))
+    assert not np.asarray(codes)[zeros].any()
+    assert not decoded[zeros].any()
+    assert not np.signbit(decoded[zeros]).any()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -152,8 +154,8 @@ def test_numbers_that_are_not_finite_stay_so():
 
 
 def test_the_same_under_jit_and_vmap():
-    x = jax.random.normal(jax.random.key(0), (6, 64, 16)).at[3:].multiply(1e-20)
-    with jax.disable_jit():
+    x = jax.random.normal(jax.random.key(0), (6, 64, 16)).at[3:].multiply(1e-20).at[5].set(0)
+    with jax.disable_jit(), jax.debug_nans(True):
         eager = _dynamic.encode(x, -2, 16)
     for run in (jax.jit, jax.vmap):
         chex.assert_trees_all_equal(run(lambda x: _dynamic.encode(x, -2, 16))(x), eager)

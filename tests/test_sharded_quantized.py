@@ -283,6 +283,23 @@ def test_shard_map_of_a_lifted_function():
             assert_close(step(lora, X), want)
 
 
+def test_a_partly_manual_mesh_of_explicit_axes():
+    base, lora, want = layers(True)
+    mesh = mesh_of((4, 2), AxisType.Explicit)
+    lifted = lowrank.lift(two_layers, fallback="raise")
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(
+            lambda l, b, x: lifted(lowrank.combine(b, l), x),
+            in_specs=(P(), P(), P("data")),
+            out_specs=P("data"),
+            axis_names={"data"},
+        )
+        put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+        loss = lambda l, b, x: jnp.sin(mapped(l, b, x)).sum()
+        args = put(lora, P()), put(base, P()), put(X, P("data"))
+        assert_close(jax.jit(jax.value_and_grad(loss, (0, 2)))(*args), want)
+
+
 # Explicit axes: the model says how its own results lie.
 
 WIDE = {

@@ -138,6 +138,9 @@ def test_leaves_that_stay():
     keep = optax.GradientTransformation(lambda _: state, lambda updates, s, _: (updates, s))
     tx = quantized(keep)
     assert tx.init({}) == state
+    after = tx.update(PARAMS, tx.init({}))[1]
+    assert isinstance(after["number"], float)
+    chex.assert_trees_all_equal(after["keys"], state["keys"])
     chex.assert_trees_all_equal(jax.jit(tx.update)(PARAMS, tx.init({}))[1]["keys"], state["keys"])
     assert len(nodes(quantized(keep, min_size=0).init({}))) == 1
 
@@ -204,7 +207,7 @@ def test_a_llama_learns_as_with_float32_states():
     tokens = (start * 3 ** jnp.arange(17) + 5 * jnp.arange(17)) % 32
     params = model.init(jax.random.key(1), tokens)
     plan = lowrank.plan(model.apply, params, tokens)
-    targets = ("**/q_proj/kernel", "**/down_proj/kernel")
+    targets = ("**/q_proj/kernel", "**/up_proj/kernel", "**/down_proj/kernel")
     config = lowrank.LoraConfig(rank=4, alpha=8, targets=targets)
     base, lora = lowrank.init(jax.random.key(2), params, config, plan=plan)
     apply = lowrank.lift(model.apply, fallback="raise")
@@ -220,16 +223,15 @@ def test_a_llama_learns_as_with_float32_states():
             updates, state = tx.update(grads, state, lora)
             return (optax.apply_updates(lora, updates), state), loss
 
-        run = jax.jit(lambda lora: jax.lax.scan(step, (lora, tx.init(lora)), None, length=300))
+        run = jax.jit(lambda lora: jax.lax.scan(step, (lora, tx.init(lora)), None, length=251))
         (_, state), losses = run(lora)
         return np.asarray(losses), state
 
-    want, _ = losses(optax.adamw(1e-2))
-    found, state = losses(quantized(optax.adamw(1e-2), min_size=256))
+    want, _ = losses(optax.adamw(3e-3))
+    found, state = losses(quantized(optax.adamw(3e-3), min_size=256))
     assert len(nodes(state)) == len(jax.tree.leaves(lora)) * 2
-    print(want[::50],want[-1],found[::50],found[-1])
-    assert want[-1] < 0.5 * want[0]
-    np.testing.assert_allclose(found[-1], want[-1], rtol=0.03)
+    assert want[-1] < 0.05 * want[0]
+    np.testing.assert_allclose(found[::50], want[::50], rtol=0.05)
 
 
 CONFIG = lowrank.LoraConfig(rank=8, alpha=3, targets="**/kernel")
@@ -303,6 +305,16 @@ def test_nnx_optimizer_loop():
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_a_leaf_keeps_the_dtype_that_it_had_at_first():
+    half = lambda params: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    forgets = optax.GradientTransformation(half, lambda updates, state, params: (updates, params))
+    tx, params = quantized(forgets), {"a": PARAMS["a"]}
+    state = jax.eval_shape(tx.init, params)
+    _, after = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert state["a"].dtype == "bfloat16"
+
+
 def test_float0_gradients_pass():
     tree = {"w": jnp.ones((64, 64)), "codes": jnp.arange(5)}
     tx = quantized(optax.masked(optax.sgd(1e-2, momentum=0.9), {"w": True, "codes": False}))
@@ -312,8 +324,7 @@ def test_float0_gradients_pass():
     assert len(nodes(state)) == 1
 
 
-@pytest.mark.parametrize("like", [True, False])
-def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, like):
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
     _, base, lora, loss_of = setup()
     tx = small(optax.adam(1e-2, mu_dtype=jnp.bfloat16))
 
@@ -325,18 +336,13 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, like):
 
     lora, state = step(*step(lora, tx.init(lora)))
     lowrank.checkpoint.save(tmp_path, lora=lora, config=CONFIG, opt_state=state)
-    wanted = jax.eval_shape(tx.init, lora)
-    found = lowrank.checkpoint.restore(
-        tmp_path, base=base, like={"opt_state": wanted} if like else None
-    )
-    again = found.opt_state
-    if like:
-        assert jax.tree.structure(again) == jax.tree.structure(state)
-        chex.assert_trees_all_equal(step(found.lora, again), step(lora, state))
-    else:
-        kernel = again["0"]["mu"]["one"]["kernel"]["a"]
-        assert sorted(kernel) == ["absmax", "codes"]
-        chex.assert_trees_all_equal(kernel["codes"], state[0].mu["one"]["kernel"].a.codes)
+    like = {"opt_state": jax.eval_shape(tx.init, lora)}
+    found = lowrank.checkpoint.restore(tmp_path, base=base, like=like)
+    assert jax.tree.structure(found.opt_state) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(step(found.lora, found.opt_state), step(lora, state))
+    plain = lowrank.checkpoint.restore(tmp_path).opt_state["0"]["mu"]["one"]["kernel"]["a"]
+    node = state[0].mu["one"]["kernel"].a
+    chex.assert_trees_all_equal(plain, {"codes": node.codes, "absmax": node.absmax})
 
 
 def test_adapters_are_stacked_by_vmap():
@@ -398,7 +404,7 @@ def test_states_lie_as_their_leaves(split, kind):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_blocks_may_straddle_shards(kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    params = {"b": jnp.ones((16, 520))}
+    params = {"b": jnp.ones((16, 512))}
     grads, tx = gradients(params), quantized(RMS)
     want, alone = jax.jit(tx.update)(grads, tx.init(params), params)
     params, grads = jax.device_put((params, grads), NamedSharding(mesh, P(None, "x")))
