@@ -14,9 +14,10 @@ table would be gathered from, by every number eight times: compiled for an H100,
 leaves of 4 MiB has 8 MiB of temporaries this way and 89 MiB that way. Each value is one product of
 a constant and an integer, so it is the same wherever it is computed.
 
-Source: arXiv 2110.02861, section 1.3 and figure 2; create_dynamic_map of bitsandbytes 0.50.2, whose
-values differ by up to 2 ulps, but for signed code 0: -0.993 there, -1 here, so that the largest
-number of a block is kept whatever its sign, and what is decoded and encoded again does not shrink.
+Source: arXiv 2110.02861, "Dynamic Tree Quantization"; create_dynamic_map of bitsandbytes 0.50.2,
+whose values differ by up to 2 ulps, but for signed code 0: -0.993 there, -1 here, so that the
+largest number of a block is kept whatever its sign, and what is decoded and encoded again does not
+shrink.
 """
 
 from __future__ import annotations

@@ -20,15 +20,15 @@ _KIND = "pinned_host"  # what JAX takes for Space.Host
 
 
 def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Keep the state of any optimizer in pinned host memory, where the device works on it not.
+    """Keep the state of any optimizer in the pinned memory of the host.
 
     update moves the state to the device, runs tx, and moves the new state back; under jit the
-    compiler places the copies. Shardings stay as they are. Scalars do not move.
+    compiler places the copies. Shardings stay as they are. Scalars stay on the device.
 
     It goes outermost, or inside only_adapters: around optax.MultiSteps, and around quantize_state.
-    init on parameters that are sharded is called eagerly, as any optimizer's, or jitted with
-    out_shardings. To compile without the devices, give the arrays of the state shardings
-    of memory_kind="pinned_host", in and out.
+    For parameters that are sharded, call init eagerly, or jit it with out_shardings. To compile
+    without the devices, give the arrays of the state shardings of memory_kind="pinned_host", in
+    and out.
 
     Args:
       tx: any Optax transformation.

@@ -15,7 +15,7 @@ FORMS = ("signed", "unsigned")
 
 
 def paper_map(form):
-    """arXiv 2110.02861, section 1.3, in float64: decades cut into 1, 2, .., 64 parts, or double."""
+    """arXiv 2110.02861 in float64: decades cut into 1, 2, .., 64 parts, or twice as many."""
     values = [0.0, 1.0]
     for decade in range(7):
         parts = 2**decade * (1 if form == "signed" else 2)
