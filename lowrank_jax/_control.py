@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,9 +144,8 @@ def _divides(mesh: Any, weight: Virtual, specs: Any) -> bool:
     """Whether devices can share the arrays of a weight: whole blocks of a quantized one."""
 
     def fits(array: Any, spec: Any) -> bool:
-        names = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
-        parts = [math.prod(mesh.shape[name] for name in axes) for axes in names]
-        return all(size % part == 0 for size, part in zip(array.shape, parts, strict=False))
+        pairs = zip(array.shape, spec, strict=False)
+        return all(size % _jaxprs.parts_of(mesh, entry) == 0 for size, entry in pairs)
 
     return jax.tree.all(jax.tree.map(fits, weight, specs))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -161,6 +162,12 @@ def is_split(array: Any, axis: int | None = None) -> bool:
     spec = tuple(getattr(jax.typeof(array).sharding, "spec", ()))
     entries = spec if axis is None else spec[axis : axis + 1]
     return any(entry is not None for entry in entries)
+
+
+def parts_of(mesh: Any, entry: Any) -> int:
+    """Into how many parts an entry of a PartitionSpec splits an axis."""
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def mesh_of(array: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from lowrank_jax._nodes import is_node, materialize
 from lowrank_jax._paths import flatten
 from lowrank_jax._probe import Log, Probe, Roles
 from lowrank_jax._rules import RULES
-from lowrank_jax._table import Table, collapsed, shape_text
+from lowrank_jax._table import Table, Tabled, collapsed, shape_text
 from lowrank_jax._virtual import Virtual
 
 PRODUCTS = ("dot", "conv")
@@ -58,29 +58,17 @@ class Use:
         return self.op in PRODUCTS and bool(self.fan_out) and not self.lookup and not self.final
 
 
-class Plan(Mapping):
+class Plan(Tabled):
     """A mapping of path -> Use; `str`, rich and notebooks show it as a table.
 
     Leaves that differ only in the number of their layer share a row, `layers_{0..29}/w`. Under
     "all-linear" is "yes" where that word in `LoraConfig.targets` adapts the leaf.
     """
 
-    def __init__(self, uses: Mapping[str, Use]):
-        self._uses = dict(uses)
-
-    def __getitem__(self, path: str) -> Use:
-        return self._uses[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._uses)
-
-    def __len__(self) -> int:
-        return len(self._uses)
-
     def _table(self) -> Table:
         """One row for each leaf, or for leaves that differ only in the number of a layer."""
         rows = []
-        for path, use in self._uses.items():
+        for path, use in self.items():
             notes = [n for n in ("tied", "final", "lookup") if getattr(use, n) and n != use.op]
             sizes = [
                 "·".join(str(use.shape[axis]) for axis in axes) or "-"
@@ -90,19 +78,6 @@ class Plan(Mapping):
             shape, notes = shape_text(use.shape), ", ".join(notes)
             rows.append((path, shape, use.op, *sizes, str(use.uses), linear, notes))
         return Table(_COLUMNS, tuple(row for row, _ in collapsed(rows)), frozenset({"uses"}))
-
-    def __str__(self) -> str:
-        return str(self._table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return self._table().html()
-
-    def __rich__(self) -> Any:
-        """What rich.print shows."""
-        return self._table().rich()
 
 
 @dataclasses.dataclass

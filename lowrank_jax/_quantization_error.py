@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from lowrank_jax._nodes import is_adapter, is_node
 from lowrank_jax._paths import flatten
 from lowrank_jax._quantized import Quantized, dequantized
 from lowrank_jax._report import bits_of
-from lowrank_jax._table import Table, collapsed, shape_text
+from lowrank_jax._table import Table, Tabled, collapsed, shape_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +41,12 @@ class Deviation:
     largest: float
 
 
-class Deviations(Mapping):
+class Deviations(Tabled):
     """A mapping of path -> Deviation, over the quantized leaves; `str` and HTML show all of it.
 
     Args:
       leaves: path -> Deviation.
     """
-
-    def __init__(self, leaves: Mapping[str, Deviation]):
-        self._leaves = dict(leaves)
-
-    def __getitem__(self, path: str) -> Deviation:
-        return self._leaves[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._leaves)
-
-    def __len__(self) -> int:
-        return len(self._leaves)
 
     def _table(self) -> Table:
         rows = [
@@ -75,19 +63,6 @@ class Deviations(Mapping):
         columns = ("leaf", "shape", "kept as", "relative error", "mean", "largest")
         alike = tuple(row for row, _ in collapsed(rows))
         return Table(columns, alike, frozenset(columns[3:]))
-
-    def __str__(self) -> str:
-        return str(self._table())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """HTML for a notebook."""
-        return self._table().html()
-
-    def __rich__(self) -> Any:
-        """What rich.print shows."""
-        return self._table().rich()
 
 
 def quantization_error(dense: Any, frozen: Any) -> Deviations:

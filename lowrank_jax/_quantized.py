@@ -111,7 +111,8 @@ class Quantized:
             return (self.codes, self.scales, table)
         nested_map = self.nested_map
         if nested_map is None:
-            nested_map = jnp.broadcast_to(_scales.DYNAMIC_MAP, (*self.offset.shape, 256))
+            standard = _scales.DYNAMIC_MAP
+            nested_map = jnp.broadcast_to(standard, (*self.offset.shape, standard.size))
         return (self.codes, self.scales, table, self.nested, self.offset, nested_map)
 
     @property
@@ -196,7 +197,7 @@ class Decoding:
                 "axes alone, quantize it with double_quant=False, or lift the function that "
                 "shard_map returned"
             )
-        order = np.argsort([-stride for stride in self.strides], stable=True).tolist()
+        order = flat_order(self.strides)
         one = lambda scales, nested, offset, table: _scales.decode_scales(
             scales, nested, offset, order, table, self.tree
         )
@@ -324,13 +325,15 @@ def _strides(shape: tuple[int, ...], blocks: int, fan_in_before: list[int]) -> t
     return tuple(strides[axis] for axis in range(len(shape)))
 
 
+def flat_order(strides: tuple[int, ...]) -> list[int]:
+    """The axes that have these steps in a flat order, outermost first."""
+    return np.argsort([-stride for stride in strides], stable=True).tolist()
+
+
 def _nested(scales: jax.Array, strides: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """Double quantization of one leaf's scales, in their flat order, back in their own shape."""
-    order = tuple(np.argsort([-s for s in strides], stable=True))
+    order = flat_order(strides)
     flat = jnp.transpose(scales, order)
     codes, nested, offset = _scales.encode_scales(flat.reshape(-1))
-    return (
-        jnp.transpose(codes.reshape(flat.shape), [int(i) for i in np.argsort(order)]),
-        nested,
-        offset,
-    )
+    back = np.argsort(order).tolist()
+    return jnp.transpose(codes.reshape(flat.shape), back), nested, offset

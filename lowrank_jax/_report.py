@@ -6,7 +6,7 @@ import dataclasses
 import html
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node
 from lowrank_jax._paths import flatten
 from lowrank_jax._quantized import Quantized
 from lowrank_jax._rules import RULES
-from lowrank_jax._table import Table, bytes_text, collapsed, shape_text
+from lowrank_jax._table import Table, Tabled, bytes_text, collapsed, shape_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LeafReport:
         return ", ".join(f"{how} {count}×" for how, count in counts.items()) or "unused"
 
 
-class Report(Mapping):
+class Report(Tabled):
     """A mapping of path -> LeafReport, over the adapted leaves; `str` and HTML show all of it.
 
     Args:
@@ -83,18 +83,9 @@ class Report(Mapping):
         memory: Memory,
         device_memory: Memory,
     ):
-        self._leaves = dict(leaves)
+        super().__init__(leaves)
         self.trainable, self.frozen = trainable, frozen
         self.memory, self.device_memory = memory, device_memory
-
-    def __getitem__(self, path: str) -> LeafReport:
-        return self._leaves[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._leaves)
-
-    def __len__(self) -> int:
-        return len(self._leaves)
 
     @property
     def total(self) -> int:
@@ -163,8 +154,6 @@ class Report(Mapping):
         if self.notes:
             parts.append("\n".join(f"- {note}" for note in self.notes))
         return "\n\n".join(parts)
-
-    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """HTML for a notebook: the tables, and every equation behind a fold."""

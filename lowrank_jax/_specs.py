@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 from jax import NamedSharding
 from jax import P as PartitionSpec
 
+from lowrank_jax import _jaxprs
 from lowrank_jax._contract import RANK
 from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node, labelled_spec
@@ -111,11 +111,11 @@ def _indivisible(leaf: Any, spec: Spec) -> str | None:
             f"axis {within[0]} is split, but blocks of {leaf.block_size} run through axes {first} "
             f"to {last}; split axis {first}, or another one"
         )
-    names = entries[first] if first < len(entries) else None
-    if names is None or not isinstance(spec, NamedSharding):
+    entry = entries[first] if first < len(entries) else None
+    if entry is None or not isinstance(spec, NamedSharding):
         return None
-    names = (names,) if isinstance(names, str) else names
-    blocks, devices = leaf.codes.shape[first], math.prod(spec.mesh.shape[name] for name in names)
+    names = (entry,) if isinstance(entry, str) else entry
+    blocks, devices = leaf.codes.shape[first], _jaxprs.parts_of(spec.mesh, entry)
     if blocks % devices == 0:
         return None
     return (

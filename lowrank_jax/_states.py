@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -160,8 +159,7 @@ def _decoded(node: Coded) -> jax.Array:
 
 def _where_whole(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding less the axes that it would not split evenly."""
-    names = [(name,) if isinstance(name, str) else name or () for name in sharding.spec]
-    parts = [math.prod(sharding.mesh.shape[name] for name in group) for group in names]
-    entries = zip(sharding.spec, shape, parts, strict=False)
-    kept = PartitionSpec(*(None if n % parts else entry for entry, n, parts in entries))
-    return NamedSharding(sharding.mesh, kept)
+    whole = lambda entry, size: size % _jaxprs.parts_of(sharding.mesh, entry) == 0
+    entries = zip(sharding.spec, shape, strict=False)
+    kept = (entry if whole(entry, size) else None for entry, size in entries)
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))

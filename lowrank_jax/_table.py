@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = tuple[str, ...]
@@ -65,6 +66,40 @@ class Table:
     def _said(self, column: int) -> bool:
         """Whether a column says anything."""
         return any(row[column] not in ("", "-") for row in self.rows)
+
+
+class Tabled(Mapping):
+    """A mapping of path -> what is known of the leaf there, shown as the table of a subclass."""
+
+    def __init__(self, leaves: Mapping[str, Any]):
+        self._leaves = dict(leaves)
+
+    def __getitem__(self, path: str) -> Any:
+        return self._leaves[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    @abc.abstractmethod
+    def _table(self) -> Table:
+        """The whole of it."""
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self._table().html()
+
+    def __rich__(self) -> Any:
+        """What rich.print shows."""
+        return self._table().rich()
 
 
 def collapsed(rows: Iterable[Row], at_least: int = 2) -> list[tuple[Row, int]]:

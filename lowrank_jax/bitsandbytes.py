@@ -24,7 +24,7 @@ from lowrank_jax import _codecs, _packing
 from lowrank_jax._configs import QuantConfig
 from lowrank_jax._errors import AxesError, CheckpointError, ConfigError, TreeError, listing
 from lowrank_jax._quant_state import SIDES, QuantState, check, read, write
-from lowrank_jax._quantized import Quantized, quantized
+from lowrank_jax._quantized import Quantized, flat_order, quantized
 from lowrank_jax._safetensors import open_folder
 from lowrank_jax._scales import DYNAMIC_MAP
 
@@ -126,7 +126,7 @@ def _arranged(
     order, at = _flat_order(node)
     sizes = [node.scales.shape[place] for place in order]
     codes = codes.reshape(*sizes, quant.block_size)
-    back = [int(place) for place in np.argsort(order)]
+    back = np.argsort(order).tolist()
     codes = jnp.transpose(codes, (*back[:at], len(order), *back[at:]))
     return dataclasses.replace(
         node,
@@ -138,8 +138,7 @@ def _arranged(
 
 def _flat_order(node: Quantized) -> tuple[list[int], int]:
     """The axes of one leaf's scales, outermost in the flat order first; where codes are cut."""
-    order = np.argsort([-stride for stride in node.strides], stable=True)
-    return [int(place) for place in order], node.codes.ndim - 1 - node.trailing
+    return flat_order(node.strides), node.codes.ndim - 1 - node.trailing
 
 
 def to_state_dict(

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from test_golden_peft import MODULES, NORMS, adapter
+from test_golden_peft import adapter, flax_params
 
 import lowrank_jax as lowrank
 from lowrank_jax import _codecs, _safetensors, _scales
@@ -335,36 +335,14 @@ def test_bits_that_are_no_ordinary_numbers_come_back(case, side):
 # A model that transformers saved, with peft's adapter on it
 
 
-def flax_params(tensors, scan):
-    """The tensors of `load` as parameters of examples/llama.py."""
-    get = lambda name: tensors["model." + name]
-
-    def layer(i):
-        tree = {name: {"scale": get(f"layers.{i}.{name}.weight")} for name in NORMS}
-        for module in MODULES:
-            group, name = module.split("/")
-            at = f"layers.{i}.{group}.{name}"
-            leaf = {"kernel": get(at + ".weight"), "bias": get(at + ".bias")}
-            tree.setdefault(group, {})[name] = leaf
-        return tree
-
-    trees = [layer(i) for i in range(2)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    blocks = {"layers": stacked} if scan else {f"layers_{i}": x for i, x in enumerate(trees)}
-    return {
-        "params": {
-            "embed_tokens": {"embedding": get("embed_tokens.weight")},
-            "norm": {"scale": get("norm.weight")},
-            "lm_head": {"kernel": tensors["lm_head.weight"].T},
-            **blocks,
-        }
-    }
+def llama_params(scan):
+    """What `load` reads, as parameters of examples/llama.py; its kernels are Flax's already."""
+    return flax_params(lowrank.bitsandbytes.load(FILES / "llama"), scan, kernel=lambda leaf: leaf)
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_logits_and_gradients_equal_peft_on_a_prequantized_llama(scan, fast_compile):
-    loaded = lowrank.bitsandbytes.load(FILES / "llama")
-    params = flax_params(loaded, scan)
+    params = llama_params(scan)
     golden = json.loads((FILES / "lora.json").read_text())
     with np.load(FILES / "lora.npz", allow_pickle=False) as file:
         tensors = dict(file)
@@ -402,7 +380,7 @@ def test_the_pages_say_where_leaves_go():
     block = re.search(r"```python\n(leaves = lowrank\.bitsandbytes\.load.*?)```", page, re.DOTALL)
     names = {"lowrank": lowrank, "jax": jax, "jnp": jnp, "folder": FILES / "llama"}
     exec(block.group(1), names)
-    params = flax_params(lowrank.bitsandbytes.load(FILES / "llama"), scan=True)["params"]
+    params = llama_params(scan=True)["params"]
     chex.assert_trees_all_equal(names["params"]["embed_tokens"], params["embed_tokens"])
     chex.assert_trees_all_equal(names["params"]["lm_head"], params["lm_head"])
     for name, leaf in names["params"]["layers"]["self_attn"].items():

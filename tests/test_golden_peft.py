@@ -28,8 +28,8 @@ def load(name):
         return dict(file)
 
 
-def flax_params(tensors, scan):
-    """The Hugging Face tensors as parameters of examples/llama.py."""
+def flax_params(tensors, scan, kernel=np.transpose):
+    """The Hugging Face tensors as parameters of examples/llama.py; kernel: of a projection's."""
     get = lambda name: tensors["model." + name]
 
     def layer(i):
@@ -37,12 +37,12 @@ def flax_params(tensors, scan):
         for module in MODULES:
             group, name = module.split("/")
             at = f"layers.{i}.{group}.{name}"
-            leaf = {"kernel": get(at + ".weight").T, "bias": get(at + ".bias")}
+            leaf = {"kernel": kernel(get(at + ".weight")), "bias": get(at + ".bias")}
             tree.setdefault(group, {})[name] = leaf
         return tree
 
     layers = [layer(i) for i in range(2)]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     blocks = {"layers": stacked} if scan else {f"layers_{i}": x for i, x in enumerate(layers)}
     return {
         "params": {
