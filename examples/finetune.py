@@ -1,8 +1,9 @@
-"""Fine-tunes SmolLM2-135M with LoRA on The Devil's Dictionary, and says what it learned and forgot.
+"""Fine-tunes SmolLM2-135M with LoRA or DoRA on The Devil's Dictionary, and says what it learned and forgot.
 
     python examples/finetune.py
     python examples/finetune.py --text my.txt --targets q_proj,v_proj --rank 8 --steps 200
     python examples/finetune.py --quantize nf4
+    python examples/finetune.py --dora --rank 4
     python examples/finetune.py --resume
 
 Killed at any time, it goes on by the same flags and --resume, and comes to the same losses and the
@@ -206,7 +207,9 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The whole job; returns what it measured."""
     began = time.perf_counter()
     targets = target_patterns(flags.targets)
-    config = lowrank.LoraConfig(rank=flags.rank, alpha=flags.alpha, targets=targets)
+    config = lowrank.LoraConfig(
+        rank=flags.rank, alpha=flags.alpha, targets=targets, dora=flags.dora
+    )
     text = read_text(flags.text)  # a wrong path should not cost a download first
     file = flags.model or smollm2.fetch(console.print)
     with console.status(f"reading {file.name}"):
@@ -221,9 +224,6 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     apply = lowrank.lift(model.apply)
     shape = jax.ShapeDtypeStruct((flags.batch, flags.length), jnp.int32)
     plan = lowrank.plan(model.apply, params, shape)
-    base, lora = lowrank.init(jax.random.key(flags.seed), params, config, plan=plan)
-    optimizer = make_optimizer(flags.learning_rate, flags.steps)
-    opt_state = optimizer.init(lora)
     make_folder(flags.out)
 
     loss = jax.jit(partial(next_token_loss, apply))
@@ -256,9 +256,12 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     whole, base_name = lowrank.merge, ""
     if flags.quantize != "none":
         whole, base_name = lowrank.combine, f", {flags.quantize}"
-        evaluate("before, dense", base)
+        evaluate("before, dense", params)
         with console.status("quantizing"):
-            base = quantize(base, flags.quantize, plan)  # and params' kernels are deleted
+            params = quantize(params, flags.quantize, plan)  # and the dense kernels are deleted
+    base, lora = lowrank.init(jax.random.key(flags.seed), params, config, plan=plan)
+    optimizer = make_optimizer(flags.learning_rate, flags.steps)
+    opt_state = optimizer.init(lora)
     report = lowrank.report(model.apply, lowrank.combine(base, lora), shape)
     console.print(report)
     with console.status("compiling"):

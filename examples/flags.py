@@ -45,6 +45,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rank", type=number(int), default=16, help="rank of every adapter (%(default)s)")
     add("--alpha", type=number(float), help="scale is alpha / rank (twice the rank)")
     add(
+        "--dora",
+        action="store_true",
+        help="train the magnitude of each output feature beside its direction",
+    )
+    add(
         "--targets",
         default="all-linear",
         help="all-linear, or patterns with commas: q_proj,v_proj or **/mlp/*/kernel (%(default)s)",

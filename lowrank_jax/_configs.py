@@ -13,6 +13,8 @@ from lowrank_jax._errors import ConfigError
 from lowrank_jax._packing import PACKINGS
 from lowrank_jax._paths import ALL_LINEAR, Pattern, compile_pattern
 
+METHODS = ("lora", "loha", "vera", "ia3")
+
 
 class FrozenMapping(Mapping):
     """An ordered, hashable mapping: order counts, for the first pattern that matches wins."""
@@ -64,6 +66,17 @@ def _pattern_map(name: str, value: Any) -> FrozenMapping:
     return FrozenMapping(value)
 
 
+def _integers(name: str, values: Mapping, what: str) -> FrozenMapping:
+    """Normalize a mapping of patterns to integers."""
+    found = {}
+    for pattern, value in values.items():
+        items = (value,) if isinstance(value, int) else value
+        if not isinstance(items, tuple | list) or not all(isinstance(i, int) for i in items):
+            raise ConfigError(f"{name}[{pattern!r}] takes {what} (integers), not {value!r}")
+        found[pattern] = tuple(items)
+    return FrozenMapping(found)
+
+
 def _check_rank(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}")
@@ -87,6 +100,13 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_to_json(item) for item in value]
     return value
+
+
+def _frozen(value: Any) -> Any:
+    """JSON values in a form that can be hashed."""
+    if isinstance(value, Mapping):
+        return FrozenMapping({key: _frozen(value[key]) for key in sorted(value, key=str)})
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _from_json(value: Any) -> Any:
@@ -114,8 +134,17 @@ class LoraConfig:
         plan takes for them (experts made by vmap look like heads).
       rslora: divide alpha by the root of the rank (arXiv 2312.03732).
       dora: decompose into magnitude and direction (arXiv 2402.09353).
+      method: "lora"; "loha", a Hadamard product of two low-rank products (arXiv 2108.06098);
+        "vera", two vectors between fixed random matrices (arXiv 2310.11454), whose scale is 1
+        unless alpha is given; "ia3", a vector on the output features (arXiv 2205.05638), which has
+        no rank.
+      projection_seed: of VeRA's random matrices; needed with "vera".
       train: patterns of leaves trained whole beside the adapters (norms, biases, new heads).
+      train_rows: pattern -> numbers of the rows of a table (its first axis) that are trained: new
+        tokens, say. It changes those rows and is no adapter of the rest.
       factor_dtype: name of the dtype of a and b.
+      extras: what an adapter_config.json of PEFT says besides (task_type,
+        base_model_name_or_path, ...), as JSON values: `peft.load` keeps it, `peft.save` writes it.
 
     Raises:
       ConfigError: a value is of the wrong type or out of range.
@@ -136,8 +165,12 @@ class LoraConfig:
     stack: Mapping = dataclasses.field(default_factory=FrozenMapping)
     rslora: bool = False
     dora: bool = False
+    method: str = "lora"
+    projection_seed: int | None = None
     train: Any = ()
+    train_rows: Mapping = dataclasses.field(default_factory=FrozenMapping)
     factor_dtype: str = "float32"
+    extras: Mapping = dataclasses.field(default_factory=FrozenMapping)
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
@@ -148,26 +181,38 @@ class LoraConfig:
             put(name, _patterns(name, getattr(self, name)))
         if ALL_LINEAR in self.exclude + self.train:
             raise ConfigError('"all-linear" is a value of targets, not of exclude or train')
-        for name in ("rank_pattern", "alpha_pattern", "stack"):
+        for name in ("rank_pattern", "alpha_pattern", "stack", "train_rows"):
             put(name, _pattern_map(name, getattr(self, name)))
         for pattern, value in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{pattern!r}]", value)
         for pattern, value in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{pattern!r}]", value)
-        axes = {key: (v,) if isinstance(v, int) else v for key, v in self.stack.items()}
-        for pattern, value in axes.items():
-            if not isinstance(value, tuple | list) or not all(isinstance(i, int) for i in value):
-                raise ConfigError(f"stack[{pattern!r}] takes axes (integers), not {value!r}")
-        axes = {key: tuple(value) for key, value in axes.items()}
-        put("stack", FrozenMapping(axes))
+        put("stack", _integers("stack", self.stack, "axes"))
+        put("train_rows", _integers("train_rows", self.train_rows, "rows"))
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._check_method()
         if self.factor_dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise ConfigError(
                 "factor_dtype must be one of 'float32', 'bfloat16', 'float16', 'float64', not "
                 f"{self.factor_dtype!r}"
             )
+        if not isinstance(self.extras, Mapping):
+            raise ConfigError(f"extras takes a mapping of JSON values, not {self.extras!r}")
+        put("extras", _frozen(self.extras))
+
+    def _check_method(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method must be one of {METHODS}, not {self.method!r}")
+        seed = self.projection_seed
+        if (self.method == "vera") != (isinstance(seed, int) and not isinstance(seed, bool)):
+            raise ConfigError(
+                "VeRA's random matrices are drawn from projection_seed: an integer with "
+                f'method="vera", and None without; it is {seed!r} with {self.method!r}'
+            )
+        if self.method == "ia3" and (self.dora or self.rslora):
+            raise ConfigError("(IA)^3 has no factors and no norm: dora and rslora are not for it")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; a regex becomes {"re": "..."}."""
@@ -183,15 +228,19 @@ class LoraConfig:
             raise ConfigError(f"unknown LoraConfig keys {unknown}; known are {sorted(known)}")
         parsed = {}
         for name, value in values.items():
-            if name in ("rank_pattern", "alpha_pattern", "stack"):
+            if name in ("rank_pattern", "alpha_pattern", "stack", "train_rows"):
                 pairs = value.items() if isinstance(value, Mapping) else value
                 parsed[name] = {_from_json(key): _from_json(item) for key, item in pairs}
+            elif name == "extras":
+                parsed[name] = value
             else:
                 parsed[name] = _from_json(value)
         return cls(**parsed)
 
     def scale_of(self, rank: int, alpha: float | None) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rslora; alpha None is twice the rank."""
+        if self.method == "vera" and alpha is None:
+            return 1.0
         alpha = 2.0 * rank if alpha is None else float(alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 

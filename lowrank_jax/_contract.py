@@ -7,6 +7,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._bilinear import Labels, bilinear
@@ -96,3 +97,14 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
                 b, j = b * new[new_axes[j]], j + 1
         groups.append((left, right))
     return groups
+
+
+def labelled_spec(spec: Any, labels: Sequence[Any]) -> Any:
+    """The PartitionSpec of an array whose axes run along those of a weight of this spec."""
+    entry = lambda label: spec[label] if isinstance(label, int) and label < len(spec) else None
+    return type(spec)(*map(entry, labels))
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype sums are kept in: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)

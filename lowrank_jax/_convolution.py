@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._contract import RANK, arrange
-from lowrank_jax._jaxprs import laid_out_like
-from lowrank_jax._products import dropped
+from lowrank_jax._gain import apply, times
 
 
 def conv(w: Any, other: Any, params: dict[str, Any]) -> jax.Array | None:
@@ -27,6 +26,8 @@ def conv(w: Any, other: Any, params: dict[str, Any]) -> jax.Array | None:
     narrow = {axis for axis in range(w.ndim) if w.shape[axis] == 1}
     if {*a_axes} & {out_axis} or {*b_axes} & {in_axis, *window} - narrow:
         return None
+    if {*w.gain_axes} - narrow - {out_axis}:
+        return None
     squeezed = w.replaced(a=a, a_axes=a_axes, b=b, b_axes=b_axes)._dropped(narrow - {out_axis})
     return _conv(squeezed, other, params, groups)
 
@@ -38,19 +39,24 @@ def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Arra
     rank = w.a.shape[w.a_axes.index(RANK)]
     fan_in = math.prod(w.shape[axis] for axis in taps)
     outputs = w.shape[out_axis]
-    if groups > 1 and fan_in * outputs <= rank * (fan_in * groups + outputs):
+    cheap = fan_in * outputs <= rank * (fan_in * groups + outputs)
+    if groups > 1 and cheap and w.key is None:
         # a grouped kernel this small is cheaper to add to than to convolve beside
         return lax.conv_general_dilated(x, w.materialize(), **_conv_options(params))
     options = _conv_options(params)
-    base = w.base.conv(x, options)
-    if base is None:
-        return None
-    options.pop("out_sharding", None)
+    thin = {name: value for name, value in options.items() if name != "out_sharding"}
+
+    def base(x: jax.Array) -> Any:
+        return w.base.conv(x, options)
 
     def branch(w: Any, x: jax.Array) -> jax.Array:
-        return _branch(w, x, numbers, groups, options).astype(base.dtype)
+        return _branch(w, x, numbers, groups, thin)
 
-    return base + laid_out_like(base, branch, w, x)
+    def after(y: jax.Array, gains: jax.Array) -> jax.Array:
+        labels = tuple(out_axis if axis == numbers.out_spec[1] else None for axis in range(y.ndim))
+        return times(y, labels, gains, w.gain_axes)
+
+    return apply(w, x, base, branch, after=after)
 
 
 def _branch(w: Any, x: jax.Array, numbers: Any, groups: int, options: dict[str, Any]) -> jax.Array:
@@ -62,7 +68,7 @@ def _branch(w: Any, x: jax.Array, numbers: Any, groups: int, options: dict[str, 
     kernel = jnp.tile(kernel, (groups,) + (1,) * len(taps))
     spec = type(numbers)(numbers.lhs_spec, tuple(range(w.ndim)), numbers.out_spec)
     thin = {**options, "dimension_numbers": spec, "preferred_element_type": None}
-    inner = lax.conv_general_dilated(dropped(w, x), kernel, **thin)
+    inner = lax.conv_general_dilated(x, kernel, **thin)
     feature = numbers.out_spec[1]
     inner = jnp.moveaxis(w.scaled(inner).astype(x.dtype), feature, 0)
     b = arrange(w.b.astype(dtype), w.b_axes, (RANK, out_axis), sizes)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import TreeError
-from lowrank_jax._nodes import is_adapter
+from lowrank_jax._nodes import Normed, is_adapter, unnormed
 from lowrank_jax._paths import flatten
 
 
@@ -80,7 +80,8 @@ def fingerprint(tree: Any) -> Fingerprint:
     once and hand it to `checkpoint.save` in place of the tree.
 
     Args:
-      tree: any pytree of arrays, of any dtype; typed PRNG keys count as their data.
+      tree: any pytree of arrays, of any dtype; typed PRNG keys count as their data, and the norms
+        that DoRA has a base carry do not count.
 
     Returns:
       A small frozen object: compare with ==, store with to_dict / from_dict.
@@ -97,14 +98,15 @@ def fingerprint(tree: Any) -> Fingerprint:
     >>> fingerprint(params) == fingerprint({**params, "step": jnp.array(4)})
     False
     """
-    leaves = flatten(tree, is_leaf=is_adapter)[0]
+    plain = jax.tree.map(unnormed, tree, is_leaf=lambda leaf: isinstance(leaf, Normed))
+    leaves = flatten(plain, is_leaf=is_adapter)[0]
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(
             f"a fingerprint is of the frozen base, and {adapted[0]!r} is an adapter: pass the base "
             "(lowrank.partition takes a combined tree apart)"
         )
     # nodes of other kinds (quantized leaves) count by their parts
-    leaves = flatten(tree)[0]
+    leaves = flatten(plain)[0]
     # hashlib releases the GIL: threads read and hash several leaves at once
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return Fingerprint(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._dense import DenseWeight
+from lowrank_jax._contract import RANK
 from lowrank_jax._errors import (
     ConfigError,
     LowrankError,
@@ -23,10 +23,10 @@ from lowrank_jax._errors import (
     listing,
 )
 from lowrank_jax._interpret import Context, Record, forwarded, interpret
-from lowrank_jax._nodes import Full, LowRank, is_node, materialize
+from lowrank_jax._magnitude import weight_of
+from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, materialize, unnormed
 from lowrank_jax._paths import path_of
 from lowrank_jax._quantized import Quantized
-from lowrank_jax._quantized_weight import QuantizedWeight
 from lowrank_jax._rules import RULES
 from lowrank_jax._virtual import Virtual
 from lowrank_jax._weight import LowRankWeight
@@ -183,7 +183,7 @@ def check(node: Any, path: str) -> None:
             f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
             "the lifted function"
         )
-    if isinstance(node, Full | Quantized):
+    if not isinstance(node, Adapted):
         return
     delta = node.delta
     if not isinstance(delta, LowRank | Full):
@@ -194,24 +194,41 @@ def check(node: Any, path: str) -> None:
             f"{tuple(node.base.shape)}; it belongs to another model"
         )
     if isinstance(delta, LowRank):
-        inner = delta.b.shape[delta.b.ndim - 1 - len(delta.fan_out)]
-        if inner != delta.rank:
+        labels, outer = delta.labels[1], delta.a.shape[-1]
+        inner = delta.b.shape[labels.index(RANK) - len(labels)] if RANK in labels else outer
+        if inner != outer:
             raise TreeError(
-                f"{path!r}: a of shape {delta.a.shape} has rank {delta.rank}, but b of shape "
+                f"{path!r}: a of shape {delta.a.shape} has rank {outer}, but b of shape "
                 f"{delta.b.shape} has rank {inner}; they belong to different adapters"
             )
+        if delta.magnitude is not None:
+            _check_magnitude(node, delta, path)
+
+
+def _check_magnitude(node: Adapted, delta: LowRank, path: str) -> None:
+    """The magnitude is one number for each output feature, and the norm is of whole features."""
+    fan_in, fan_out, stack = delta.axes(node.base.ndim)
+    sizes = lambda axes: tuple(node.base.shape[axis] for axis in axes)
+    if tuple(delta.magnitude.shape) != sizes((*stack, *fan_out)):
+        raise TreeError(
+            f"{path!r}: DoRA's magnitude has shape {tuple(delta.magnitude.shape)}, but the output "
+            f"features of the base have {sizes((*stack, *fan_out))}; it belongs to another model"
+        )
+    if isinstance(node.base, Normed) and math.prod(sizes(fan_in)) != node.base.terms:
+        raise TreeError(
+            f"{path!r}: here are {math.prod(sizes(fan_in))} of the {node.base.terms} weights of "
+            "each output feature, and DoRA's norm is of all of them; inside shard_map split other "
+            "axes, or lift the function that shard_map returned"
+        )
 
 
 def _enter(node: Any, path: str) -> Any:
     """The value that stands for a node inside: a weight, or an array for a leaf trained whole."""
-    if isinstance(node, Quantized):
-        return QuantizedWeight.of(node, path)
-    if isinstance(node, Full) or isinstance(node.delta, Full):
-        return materialize(node)
-    if isinstance(node.base, Quantized):
-        return LowRankWeight.of(node, QuantizedWeight.of(node.base, path), path)
-    # frozen here, outside every loop: inside one, a stack of copies would be saved for backward
-    return LowRankWeight.of(node, DenseWeight(lax.stop_gradient(node.base)), path)
+    if isinstance(node, Adapted):
+        return materialize(node) if isinstance(node.delta, Full) else LowRankWeight.of(node, path)
+    if isinstance(unnormed(node), Quantized):
+        return weight_of(node, path)
+    return materialize(node)
 
 
 def lift(fn: Callable, *, fallback: str = "warn") -> Callable:

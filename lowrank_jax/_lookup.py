@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._blocks import ELEMENTS
-from lowrank_jax._contract import Labels, arrange, contract
+from lowrank_jax._contract import Labels, accumulator, arrange, contract
 from lowrank_jax._dense import DenseWeight
+from lowrank_jax._gain import times
 from lowrank_jax._virtual import Virtual
 
 
@@ -39,15 +40,37 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     b, b_labels = gather_labelled(w.b, w.b_axes, indices, params, w.shape)
     if indexed <= {*w.a_axes} & {*w.b_axes}:
         place = {label: i for i, label in enumerate(out)}
-        key, key_axes = (None, ())
-        if w.key is not None:
-            key, key_axes = gather_labelled(w.key, w.key_axes, indices, params, w.shape)
-        moved = w.replaced(a=a, b=b, key=key, a_axes=a_labels, b_axes=b_labels, key_axes=key_axes)
+        parts = {"a": a, "b": b, "a_axes": a_labels, "b_axes": b_labels}
+        for name in ("key", "gain"):
+            array, labels = getattr(w, name), getattr(w, name + "_axes")
+            if array is not None:
+                array, labels = gather_labelled(array, labels, indices, params, w.shape)
+            parts |= {name: array, name + "_axes": labels}
+        moved = w.replaced(**parts)
         return moved._renumbered(place, base if isinstance(base, Virtual) else DenseWeight(base))
     sizes = {**w.sizes(), **dict(zip(out, base.shape, strict=True))}
     dtype = w.dtype
-    branch, labels = contract(w.scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
-    return base + arrange(branch, labels, out, sizes).astype(base.dtype)
+    scaled = w.scaled if w.gain is None else w.replaced(multiplier=None).scaled
+    branch, labels = contract(scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
+    changed = base + arrange(branch, labels, out, sizes).astype(base.dtype)
+    if w.gain is None:
+        return changed
+    changed = times(changed, out, *gather_labelled(w.gain, w.gain_axes, indices, params, w.shape))
+    if params["fill_value"] is not None:  # what is read beyond the table is no row of it
+        inside, labels = _inside(w, indices, params, indexed)
+        changed = jnp.where(arrange(inside, labels, out, sizes), changed, base)
+    if w.multiplier is None:
+        return changed
+    exact = accumulator(base.dtype)
+    plain = base.astype(exact)
+    return w.multiplied(plain, changed.astype(exact), plain).astype(base.dtype)
+
+
+def _inside(w: Any, indices: jax.Array, params: dict[str, Any], indexed: set[int]) -> Any:
+    """Whether each index is of a row that there is."""
+    rows = tuple(sorted(indexed))
+    there = jnp.ones([w.shape[axis] for axis in rows], bool)
+    return gather_labelled(there, rows, indices, params, w.shape)
 
 
 def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax._contract import RANK, Labels, accumulator, arrange
 from lowrank_jax._errors import AxesError, LowrankError
+from lowrank_jax._norms import dense_product, gain, norm, squared_norm
 from lowrank_jax._quantized import Quantized, dequantized
 
 
@@ -22,12 +25,15 @@ class LowRank:
     Args:
       a: [*stack, *fan_in, r].
       b: [*stack, r, *fan_out].
-      magnitude: DoRA's magnitude, [*stack, *fan_out], or None.
+      magnitude: DoRA's magnitude m, [*stack, *fan_out], or None. With it
+        $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b\rVert$, the norm of each output
+        feature, constant to every derivative.
       fan_in, fan_out, stack: the kernel's axes, by number, in the kernel's own order.
       scale: s, a static number: it is never trained.
       kind: "dot", "conv" or "lookup", the use that decided the axes.
+      folded: whether magnitude is already divided by the norm, as fold_norms leaves it.
 
-    Source: LoRA, arXiv 2106.09685, equation 3.
+    Source: LoRA, arXiv 2106.09685, equation 3; DoRA, arXiv 2402.09353, equation 5.
     """
 
     a: Any
@@ -38,11 +44,21 @@ class LowRank:
     stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     kind: str = dataclasses.field(default="dot", metadata={"static": True})
+    folded: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def rank(self) -> int:
         """r, the inner dimension."""
         return self.a.shape[-1]
+
+    @property
+    def labels(self) -> tuple[Labels, Labels]:
+        """For each axis of a and of b the axis of the weight that it runs along, or RANK."""
+        return (*self.stack, *self.fan_in, RANK), (*self.stack, RANK, *self.fan_out)
+
+    def factors(self) -> tuple[Any, Any]:
+        """Arrays [*stack, *fan_in, r] and [*stack, r, *fan_out], whose product times s is added."""
+        return self.a, self.b
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,6 +98,62 @@ class LowRank:
 
     def __jax_array__(self):
         raise forgotten("a LowRank adapter")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Normed:
+    r"""A frozen leaf and the squared norm of each output feature, which DoRA needs at every step.
+
+    Args:
+      value: the leaf, an array or Quantized.
+      squares: $\sum_i W_{io}^2$, float32 [*stack, *fan_out].
+      axes: the leaf's axes that squares runs along.
+      terms: number of weights in each sum.
+
+    Source: DoRA, arXiv 2402.09353, section 4.3; factored in arXiv 2603.22276.
+    """
+
+    value: Any
+    squares: Any
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    terms: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the leaf."""
+        return self.value.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the leaf."""
+        return self.value.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the leaf."""
+        return self.value.size
+
+    def __jax_array__(self):
+        raise forgotten("a leaf with DoRA's norms")
+
+
+def normed(leaf: Any, node: LowRank) -> Normed:
+    """The leaf with its squared norms, along the axes of an adapter."""
+    fan_in, fan_out, stack = node.axes(leaf.ndim)
+    terms = math.prod(leaf.shape[axis] for axis in fan_in)
+    squares = lax.stop_gradient(squared_norm(unnormed(leaf), stack, fan_out))
+    return Normed(unnormed(leaf), squares, (*stack, *fan_out), terms)
+
+
+def unnormed(leaf: Any) -> Any:
+    """The leaf itself."""
+    return leaf.value if isinstance(leaf, Normed) else leaf
 
 
 @jax.tree_util.register_dataclass
@@ -159,7 +231,7 @@ def forgotten(what: str) -> LowrankError:
 
 def is_node(value: Any) -> bool:
     """Whether a value is one of the library's nodes: the `is_leaf` for trees that hold them."""
-    return isinstance(value, LowRank | Full | Adapted | Quantized)
+    return isinstance(value, LowRank | Full | Adapted | Normed | Quantized)
 
 
 def is_adapter(value: Any) -> bool:
@@ -172,30 +244,16 @@ def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
 
 
-def labelled_spec(spec: Any, labels: Sequence[Any]) -> Any:
-    """The PartitionSpec of an array whose axes run along those of a weight of this spec."""
-    entry = lambda label: spec[label] if isinstance(label, int) and label < len(spec) else None
-    return type(spec)(*map(entry, labels))
-
-
-def accumulator(dtype: Any) -> Any:
-    """The dtype sums are kept in: float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
-
-
 def delta(node: LowRank, ndim: int, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
     """s·a·b in the kernel's layout, in float32 (float64 for float64 factors)."""
-    if node.magnitude is not None:
-        raise LowrankError(
-            "an adapter with a DoRA magnitude has no delta of its own: merge needs it"
-        )
     fan_in, fan_out, stack = node.axes(ndim)
     count = len(stack)
     dtype = accumulator(node.dtype)
+    a, b = (factor.astype(dtype) for factor in node.factors())
     product = lax.dot_general(
-        node.a.astype(dtype),
-        node.b.astype(dtype),
-        (((node.a.ndim - 1,), (count,)), (tuple(range(count)), tuple(range(count)))),
+        a,
+        b,
+        (((a.ndim - 1,), (count,)), (tuple(range(count)), tuple(range(count)))),
         precision=precision,
     )
     return jnp.transpose(product * node.scale, inverse(stack + fan_in + fan_out))
@@ -205,6 +263,8 @@ def materialize(node: Any) -> Any:
     """The dense weight a node stands for: summed in float32, cast once to the base's dtype."""
     if isinstance(node, Quantized):
         return dequantized(node)
+    if isinstance(node, Normed):
+        return materialize(node.value)
     if not is_node(node):
         return node
     if isinstance(node, Full):
@@ -212,13 +272,28 @@ def materialize(node: Any) -> Any:
     if isinstance(node, LowRank):
         raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
     base = materialize(node.base)
-    dtype = accumulator(base.dtype)
+    whole = base.astype(accumulator(base.dtype))
     if isinstance(node.delta, Full):
-        if node.multiplier is None:
-            return node.delta.value.astype(base.dtype)
-        change = node.delta.value.astype(dtype) - base.astype(dtype)
+        changed = node.delta.value.astype(whole.dtype)
     else:
-        change = delta(node.delta, base.ndim)
+        changed = whole + delta(node.delta, base.ndim)
+        if node.delta.magnitude is not None:
+            changed = _renormed(node, base, changed)
     if node.multiplier is not None:
-        change = change * jnp.asarray(node.multiplier, dtype)
-    return (base.astype(dtype) + change).astype(base.dtype)
+        changed = whole + (changed - whole) * jnp.asarray(node.multiplier, whole.dtype)
+    return changed.astype(base.dtype)
+
+
+def _renormed(node: Adapted, base: jax.Array, changed: jax.Array) -> jax.Array:
+    """DoRA's weight: each output feature of W + s a b brought to its magnitude."""
+    lora = node.delta
+    assert isinstance(lora, LowRank)
+    fan_in, fan_out, stack = lora.axes(base.ndim)
+    gains = lora.magnitude
+    if not lora.folded:
+        own = node.base if isinstance(node.base, Normed) else normed(node.base, lora)
+        product = dense_product(base, fan_in, stack, own.squares.dtype)
+        a, b = (factor.astype(base.dtype) for factor in lora.factors())
+        gains = gain(lora.magnitude, norm(own.squares, product, a, b, lora.scale, len(stack)))
+    sizes = dict(enumerate(base.shape))
+    return changed * arrange(gains, (*stack, *fan_out), tuple(range(base.ndim)), sizes)

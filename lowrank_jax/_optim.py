@@ -76,8 +76,8 @@ def factor_labels(lora: Any) -> Any:
 
     def label(node: Any) -> Any:
         if isinstance(node, LowRank):
-            names = ("a", "b", None if node.magnitude is None else "magnitude")
-            return LowRank(*names, node.fan_in, node.fan_out, node.stack, node.scale, node.kind)
+            magnitude = None if node.magnitude is None else "magnitude"
+            return dataclasses.replace(node, a="a", b="b", magnitude=magnitude)
         if isinstance(node, Full):
             return Full("full")
         raise TreeError(

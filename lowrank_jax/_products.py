@@ -10,15 +10,12 @@ from jax import lax
 
 from lowrank_jax._bilinear import product_dtype
 from lowrank_jax._contract import Labels, arrange, contract, cost
-from lowrank_jax._jaxprs import laid_out_like
+from lowrank_jax._gain import apply, times
 
 
 def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
     """The base's product as the user wrote it, plus the factors' products."""
     (lc, rc), (lb, rb) = numbers
-    base = w.base.dot(other, numbers, on_left, options)
-    if base is None:
-        return None
     mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
     x_labels = _operand_labels(other.ndim, mine, theirs)
     bound = {*mine[0], *mine[1]}
@@ -27,12 +24,22 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
     out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
     sizes = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
     last = {"preferred_element_type": options.get("preferred_element_type")}
+    before = after = None
+    if {*w.gain_axes} <= {*out}:
+        after = lambda y, gains: times(y, out, gains, w.gain_axes)
+    elif {*w.gain_axes} <= {*x_labels}:
+        before = lambda x, gains: times(x, x_labels, gains, w.gain_axes)
+    else:  # a gain that varies along summed and kept axes at once
+        return None
 
-    def branch(w: Any, other: jax.Array) -> jax.Array:
-        value, labels = _branch(w, other, x_labels, out, sizes, on_left, options, last)
-        return arrange(value, labels, out, sizes).astype(base.dtype)
+    def base(x: jax.Array) -> Any:
+        return w.base.dot(x, numbers, on_left, options)
 
-    return base + laid_out_like(base, branch, w, other)
+    def branch(w: Any, x: jax.Array) -> jax.Array:
+        value, labels = _branch(w, x, x_labels, out, sizes, on_left, options, last)
+        return arrange(value, labels, out, sizes)
+
+    return apply(w, other, base, branch, before=before, after=after)
 
 
 def _branch(
@@ -46,7 +53,7 @@ def _branch(
     last: dict[str, Any],
 ) -> tuple[jax.Array, Labels]:
     """x·a·b, or x·b·a where that takes fewer multiplications."""
-    x = dropped(w, x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(w.dtype))
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(w.dtype)
     dtype = product_dtype(x.dtype, w.dtype)
     factors = [
         (w.a.astype(w.dtype), w.a_axes),
@@ -77,9 +84,6 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     ragged = tuple(numbers.lhs_ragged_dimensions)
     if lb or rb or len(groups) != 1 or len(ragged) != 1 or ragged[0] in lc:
         return None
-    base = w.base.ragged_dot(other, sizes, numbers, options)
-    if base is None:
-        return None
     x_labels = _operand_labels(other.ndim, (rc, rb), (lc, lb))
     rows = ("x", ragged[0])
     x_free = [label for label in x_labels if isinstance(label, tuple)]
@@ -89,18 +93,32 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     precision = {"precision": options.get("precision")}
     last = {**precision, "preferred_element_type": options.get("preferred_element_type")}
 
-    def branch(w: Any, other: jax.Array, sizes: jax.Array) -> jax.Array:
+    def base(x: jax.Array) -> Any:
+        return w.base.ragged_dot(x, sizes, numbers, options)
+
+    def branch(w: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
         step = lambda x, xl, y, yl, keep, options: _ragged(
             x, xl, y, yl, keep, groups[0], rows, sizes, options
         )
-        value, labels = step(
-            dropped(w, other), x_labels, w.a.astype(w.dtype), w.a_axes, {*w.b_axes, *out}, precision
-        )
-        value = w.scaled(value).astype(product_dtype(other.dtype, w.dtype))
+        keep = {*w.b_axes, *out}
+        value, labels = step(x, x_labels, w.a.astype(w.dtype), w.a_axes, keep, precision)
+        value = w.scaled(value).astype(product_dtype(x.dtype, w.dtype))
         value, labels = step(value, labels, w.b.astype(w.dtype), w.b_axes, {*out}, last)
-        return arrange(value, labels, out, extents).astype(base.dtype)
+        return arrange(value, labels, out, extents)
 
-    return base + laid_out_like(base, branch, w, other, sizes)
+    if not {*w.gain_axes} <= {*out, groups[0]}:
+        return None
+
+    def after(y: jax.Array, gains: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Each row times the gains of its group: a product with a column of ones."""
+        ones = jnp.ones((other.shape[ragged[0]], 1), gains.dtype)
+        labels = (*w.gain_axes, "one")
+        each = _ragged(
+            ones, (rows, "one"), gains[..., None], labels, {*out}, groups[0], rows, sizes, {}
+        )
+        return times(y, out, *each)
+
+    return apply(w, other, base, branch, sizes, after=after)
 
 
 def _ragged(
@@ -136,12 +154,3 @@ def _operand_labels(ndim: int, mine: Any, theirs: Any) -> Labels:
         for weight_axis, axis in zip(weight_axes, operand_axes, strict=True):
             labels[axis] = weight_axis
     return tuple(labels)
-
-
-def dropped(w: Any, x: jax.Array) -> jax.Array:
-    """Inverted dropout on the branch's input."""
-    if w.key is None or w.rate == 0:
-        return x
-    key = w.key if w.key.ndim == 0 else w.key.reshape(-1)[0]
-    kept = jax.random.bernoulli(key, 1 - w.rate, x.shape)
-    return jnp.where(kept, x / (1 - w.rate), 0).astype(x.dtype)

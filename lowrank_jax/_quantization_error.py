@@ -13,7 +13,7 @@ import numpy as np
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._errors import TreeError, listing
-from lowrank_jax._nodes import is_adapter, is_node
+from lowrank_jax._nodes import is_adapter, is_node, unnormed
 from lowrank_jax._paths import flatten
 from lowrank_jax._quantized import Quantized, dequantized
 from lowrank_jax._report import bits_of
@@ -99,7 +99,10 @@ def quantization_error(dense: Any, frozen: Any) -> Deviations:
     ---------------------------------------------------------------
     w     64×4   nf4, 4.38 bits           7.90%  4.00e-02  8.00e-02
     """
-    wanted, leaves = (dict(flatten(tree, is_leaf=is_node)[0]) for tree in (dense, frozen))
+    wanted, leaves = (
+        {path: unnormed(leaf) for path, leaf in flatten(tree, is_leaf=is_node)[0]}
+        for tree in (dense, frozen)
+    )
     _check(wanted, leaves)
     chosen = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
     return Deviations({path: _deviation(wanted[path], leaf) for path, leaf in chosen.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from lowrank_jax import _jaxprs
 from lowrank_jax._configs import QuantConfig
 from lowrank_jax._errors import ConfigError, PatternError, TreeError, listing
-from lowrank_jax._nodes import is_adapter, is_node, materialize
+from lowrank_jax._nodes import Normed, is_adapter, is_node, materialize
 from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
 from lowrank_jax._quantized import Axes, Quantized, quantized
@@ -58,35 +59,42 @@ def quantize(
         raise ConfigError(f"quantize takes (params, quant): quant is a {type(quant).__name__}")
     leaves, treedef = flatten(params, is_leaf=is_node)
     if wrong := [path for path, leaf in leaves if is_node(leaf)]:
-        kind = "adapters" if is_adapter(dict(leaves)[wrong[0]]) else "quantized leaves"
+        kinds = {Quantized: "quantized leaves", Normed: "leaves with DoRA's norms"}
+        kind = kinds.get(type(dict(leaves)[wrong[0]]), "adapters")
         raise TreeError(f"params already holds {kind} ({wrong[0]!r}): pass dense parameters")
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
-    chosen, linear = choose(arrays, quant.targets, quant.exclude, plan)
-    if not chosen:
-        raise PatternError(f"no leaf is left to quantize: {why_none(plan, linear)}")
+    chosen = targets_of(arrays, quant, plan)
     if shapes := [p for p in chosen if isinstance(arrays[p], jax.ShapeDtypeStruct)]:
         raise TreeError(
             f"{shapes[0]!r} is a shape without values: for the shapes of the result call "
             "jax.eval_shape(lambda params: lowrank.quantize(params, quant, plan=plan), params)"
         )
-    axes = {path: _axes(path, arrays[path], plan) for path in chosen}
+    axes = {path: axes_of_blocks(path, arrays[path], plan) for path in chosen}
     known = [path for path in chosen if not _jaxprs.is_tracer(arrays[path])]
     if donate:  # nothing is deleted before all is known to be good
-        _refuse({path: _count_bad(arrays[path], axes[path][1]) for path in known}, arrays)
+        refuse_bad({path: _count_bad(arrays[path], axes[path][1]) for path in known}, arrays)
     out, bad = [], {}
     for path, leaf in leaves:
         if path in axes:
-            leaf, bad[path] = _one(path, leaf, *axes[path], quant)
+            leaf, bad[path] = quantize_leaf(path, leaf, *axes[path], quant)
             if path in known:
                 jax.block_until_ready(leaf)  # one by one, however fast they are asked for
             if donate and isinstance(arrays[path], jax.Array):
                 arrays[path].delete()
         out.append(leaf)
-    _refuse({path: bad[path] for path in known}, arrays)
+    refuse_bad({path: bad[path] for path in known}, arrays)
     return jax.tree.unflatten(treedef, out)
 
 
-def _axes(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]:
+def targets_of(arrays: dict[str, Any], quant: QuantConfig, plan: Plan | None) -> list[str]:
+    """The paths to quantize; at least one."""
+    chosen, linear = choose(arrays, quant.targets, quant.exclude, plan)
+    if not chosen:
+        raise PatternError(f"no leaf is left to quantize: {why_none(plan, linear)}")
+    return chosen
+
+
+def axes_of_blocks(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]:
     """The axes that blocks run along, and the stack axes."""
     use = plan[path] if plan is not None else None
     fan_in, fan_out, stack, kind = axes_of(path, tuple(leaf.shape), use)
@@ -97,7 +105,9 @@ def _axes(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]:
     return (fan_out if kind == "lookup" else fan_in), stack
 
 
-def _one(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> tuple[Any, Any]:
+def quantize_leaf(
+    path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig
+) -> tuple[Any, Any]:
     """One leaf, and how many of its values are not finite; of a stack on the host, by layers."""
     together = 0 in stack and _split_first(leaf)
     encode = lambda leaf: _encode(leaf, fan_in, stack, quant, together)
@@ -105,15 +115,28 @@ def _one(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) ->
         return encode(leaf)
     shapes, _ = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     if _in_layers(leaf, stack):
-        out, bad = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes), 0
-        for number, layer in enumerate(leaf):
-            part, wrong = _one(path, layer, _inner(fan_in), _inner(stack), quant)
-            out, bad = _put(out, part, number), bad + int(wrong)
-        return out, bad
+        return quantize_layers(path, leaf, shapes, fan_in, stack, quant)
     sharding = jax.typeof(leaf).sharding
     out = specs({path: shapes}, {path: sharding})[path], jax.NamedSharding(sharding.mesh, jax.P())
     with _jaxprs.mesh_of(leaf):
         return _jaxprs.by_the_compiler(encode, out, leaf)
+
+
+def quantize_layers(
+    path: str, layers: Iterable, shapes: Any, fan_in: Axes, stack: Axes, quant: QuantConfig
+) -> tuple[Any, Any]:
+    """A stack of which one layer at a time is asked for; shapes: of the result."""
+    out, bad = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes), 0
+    for number, layer in enumerate(layers):
+        part, wrong = quantize_leaf(path, layer, _inner(fan_in), _inner(stack), quant)
+        out, bad = _put(out, part, number), bad + int(wrong)
+    return out, bad
+
+
+def quantized_shapes(leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
+    """The node of a leaf of that shape and dtype, without values."""
+    leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.eval_shape(lambda leaf: _encode(leaf, fan_in, stack, quant)[0], leaf)
 
 
 def _in_layers(leaf: Any, stack: Axes) -> bool:
@@ -171,7 +194,7 @@ def _bad(leaf: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(leaf), -1, jnp.int32).sum(dtype=jnp.float32)
 
 
-def _refuse(bad: dict[str, Any], leaves: dict[str, Any]) -> None:
+def refuse_bad(bad: dict[str, Any], leaves: dict[str, Any]) -> None:
     """Raise where values are not finite."""
     problems = [
         f"{path}: {int(count)} of {leaves[path].size} values are not finite"
@@ -209,5 +232,5 @@ def dequantize(frozen: Any) -> Any:
             f"{adapted[0]!r} is adapted: lowrank.merge(base, lora) gives dense weights, adapters "
             "folded in"
         )
-    dense = [materialize(leaf) if isinstance(leaf, Quantized) else leaf for _, leaf in leaves]
+    dense = [materialize(leaf) for _, leaf in leaves]
     return jax.tree.unflatten(treedef, dense)

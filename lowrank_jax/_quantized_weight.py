@@ -28,10 +28,9 @@ from lowrank_jax._blocks import (
     is_run,
     without_layout,
 )
-from lowrank_jax._contract import reshape_groups
+from lowrank_jax._contract import labelled_spec, reshape_groups
 from lowrank_jax._dense import DenseWeight
 from lowrank_jax._lookup import gather_blocks
-from lowrank_jax._nodes import labelled_spec
 from lowrank_jax._quantized import Decoding, Quantized
 from lowrank_jax._tied import tied
 from lowrank_jax._virtual import Virtual

@@ -13,7 +13,7 @@ import jax
 
 from lowrank_jax._interpret import Context, Record
 from lowrank_jax._lift import evaluate, split
-from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node
+from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node, unnormed
 from lowrank_jax._paths import flatten
 from lowrank_jax._quantized import Quantized
 from lowrank_jax._rules import RULES
@@ -39,7 +39,8 @@ class LeafReport:
     """One adapted or quantized leaf.
 
     Args:
-      kind: "LoRA", "whole" for a leaf trained whole, "frozen" for a quantized one alone.
+      kind: "LoRA", "DoRA", "LoHa", "VeRA", "(IA)^3", "rows" of a table; "whole" for a leaf
+        trained whole, "frozen" for a quantized one alone.
       shape: of the leaf.
       rank, scale: of its adapter, if it has one.
       trainable: number of values trained.
@@ -235,7 +236,8 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     call, dynamic, paths = split((tree, *args), kwargs)
     ctx = Context(RULES, inline_jit=True)
     jax.eval_shape(lambda dynamic: evaluate(fn, call, dynamic, paths, ctx), dynamic)
-    nodes = {path: leaf for path, leaf in flatten(tree, is_leaf=is_node)[0] if is_node(leaf)}
+    leaves = [(path, unnormed(leaf)) for path, leaf in flatten(tree, is_leaf=is_node)[0]]
+    nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
     uses: dict[str, list[Record]] = {}
     for record in ctx.records:
         uses.setdefault(record.path, []).append(record)
@@ -250,7 +252,7 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     ]
     scales = [
         (leaf.scales, leaf.nested, leaf.offset, leaf.nested_map)
-        for leaf in jax.tree.leaves(frozen, is_leaf=is_node)
+        for leaf in map(unnormed, jax.tree.leaves(frozen, is_leaf=is_node))
         if isinstance(leaf, Quantized)
     ]
 
@@ -271,7 +273,7 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
 
 def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     """What there is to say of one node."""
-    shape, base = tuple(node.shape), node.base if isinstance(node, Adapted) else node
+    shape, base = tuple(node.shape), unnormed(node.base if isinstance(node, Adapted) else node)
     quantized = isinstance(base, Quantized)
     format = base.format if quantized else None
     bits = bits_of(base)
@@ -281,7 +283,16 @@ def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     count = _sum(_size, delta)
     if isinstance(delta, Full):
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
-    return LeafReport("LoRA", shape, delta.rank, delta.scale, count, format, bits, uses)
+    kind = _kind(delta)
+    return LeafReport(kind, shape, delta.rank, delta.scale, count, format, bits, uses)
+
+
+def _kind(delta: Any) -> str:
+    """What people call the adapter."""
+    if delta.folded and not delta.rank:
+        return "(IA)^3"
+    name = type(delta).__name__.replace("LowRank", "LoRA").replace("Rows", "rows")
+    return name if delta.magnitude is None else f"DoRA of {name}".replace("DoRA of LoRA", "DoRA")
 
 
 def bits_of(leaf: Any) -> float:

@@ -11,9 +11,9 @@ from jax import NamedSharding
 from jax import P as PartitionSpec
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._contract import RANK
+from lowrank_jax._contract import RANK, labelled_spec
 from lowrank_jax._errors import TreeError, listing
-from lowrank_jax._nodes import Adapted, Full, LowRank, is_node, labelled_spec
+from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, unnormed
 from lowrank_jax._paths import flatten
 from lowrank_jax._quantized import Quantized
 
@@ -73,7 +73,7 @@ def specs(tree: Any, dense_specs: Any) -> Any:
         if len(_entries(spec)) > ndim:
             problems.append(f"{path}: {_entries(spec)} for a leaf of {ndim} axes")
             continue
-        if problem := _indivisible(getattr(leaf, "base", leaf), spec):
+        if problem := _indivisible(unnormed(getattr(leaf, "base", leaf)), spec):
             problems.append(f"{path}: {problem}")
             continue
         found.append(_of(leaf, spec, ndim, many))
@@ -126,11 +126,7 @@ def _indivisible(leaf: Any, spec: Spec) -> str | None:
 
 def _stacked_adapters(leaves: Sequence[Any]) -> int:
     """How many axes of stacked adapters lead the arrays of an adapter."""
-    extra = [
-        leaf.a.ndim - 1 - len(leaf.fan_in) - len(leaf.stack)
-        for leaf in leaves
-        if isinstance(leaf, LowRank)
-    ]
+    extra = [leaf.a.ndim - len(leaf.labels[0]) for leaf in leaves if isinstance(leaf, LowRank)]
     return max(extra, default=0)
 
 
@@ -161,6 +157,9 @@ def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
             multiplier=None if leaf.multiplier is None else wrap(PartitionSpec()),
             key=None if leaf.key is None else wrap(labelled_spec(entries, keys)),
         )
+    if isinstance(leaf, Normed):
+        squares = wrap(labelled_spec(entries, leaf.axes))
+        return dataclasses.replace(leaf, value=_of(leaf.value, spec, ndim), squares=squares)
     if isinstance(leaf, Quantized):
         return leaf.mapped(lambda labels: wrap(labelled_spec(entries, labels)))
     if not isinstance(leaf, LowRank):
@@ -170,7 +169,7 @@ def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
         magnitude = wrap(labelled_spec(entries, (*ahead, *leaf.stack, *leaf.fan_out)))
     return dataclasses.replace(
         leaf,
-        a=wrap(labelled_spec(entries, (*ahead, *leaf.stack, *leaf.fan_in, RANK))),
-        b=wrap(labelled_spec(entries, (*ahead, *leaf.stack, RANK, *leaf.fan_out))),
+        a=wrap(labelled_spec(entries, (*ahead, *leaf.labels[0]))),
+        b=wrap(labelled_spec(entries, (*ahead, *leaf.labels[1]))),
         magnitude=magnitude,
     )

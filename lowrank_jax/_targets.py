@@ -37,9 +37,11 @@ class Target:
 def resolve(leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
     """Map the path of each leaf to adapt to its Target; every bad leaf is listed in one error."""
     chosen, linear = choose(leaves, config.targets, config.exclude, plan)
-    if clash := sorted({*chosen} & train_whole(leaves, config)):
+    ways = [{*chosen}, train_whole(leaves, config), {*train_rows(leaves, config)}]
+    if clash := sorted(path for path in set().union(*ways) if sum(path in way for way in ways) > 1):
         raise ConfigError(
-            f"{clash[0]!r} is both adapted (targets) and trained whole (train): exclude it from one"
+            f"{clash[0]!r} is to be trained in two ways, of targets, train and train_rows: exclude "
+            "it from all but one"
         )
     for name in ("rank_pattern", "alpha_pattern", "stack"):
         for pattern in getattr(config, name):
@@ -119,6 +121,16 @@ def train_whole(leaves: Mapping[str, Any], config: LoraConfig) -> set[str]:
     return set(_select(config.train, floating, leaves, "train"))
 
 
+def train_rows(leaves: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The rows to train of each table, by path."""
+    floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return {
+        path: tuple(sorted({*rows}))
+        for pattern, rows in reversed([*config.train_rows.items()])
+        for path in _select([pattern], floating, leaves, "train_rows")
+    }
+
+
 def why_none(plan: Plan | None, linear: bool) -> str:
     """Why no target was found."""
     if not linear:
@@ -159,7 +171,7 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None) -> Targ
         )
     rank = _first(config.rank_pattern, path, config.rank)
     sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (fan_in, fan_out)]
-    if rank > min(sizes):
+    if rank > min(sizes) and config.method in ("lora", "loha"):
         raise ConfigError(
             f"rank {rank} is larger than {path!r} can have: its fan-in is {sizes[0]} and its "
             f"fan-out {sizes[1]}; set rank_pattern={{{path!r}: {min(sizes)}}} or less, exclude it, "

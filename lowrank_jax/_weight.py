@@ -19,12 +19,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax import _convolution, _lookup, _products
-from lowrank_jax._contract import RANK, Labels, arrange, contract, reshape_groups
+from lowrank_jax._contract import (
+    RANK,
+    Labels,
+    accumulator,
+    arrange,
+    contract,
+    labelled_spec,
+    reshape_groups,
+)
 from lowrank_jax._dense import DenseWeight
-from lowrank_jax._nodes import Adapted, LowRank, accumulator, labelled_spec
+from lowrank_jax._magnitude import gain_of, weight_of
+from lowrank_jax._nodes import Adapted, LowRank
 from lowrank_jax._virtual import Virtual
 
 _STATIC = {"static": True}
+_LABELLED = ("a", "b", "key", "gain")  # arrays whose axes are labelled
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +42,7 @@ _STATIC = {"static": True}
 class LowRankWeight(Virtual):
     """Base, factors, multiplier and dropout key of one weight, with the labels of their axes.
 
+    With DoRA's `gain` the delta is that of gain (W + s a b), one number for each output feature.
     The base is itself a weight in flight, dense or quantized, and does what is asked of it in its
     own way; a verb that it does not have, this weight does not have either.
     """
@@ -41,9 +52,11 @@ class LowRankWeight(Virtual):
     b: Any
     multiplier: Any
     key: Any
+    gain: Any
     a_axes: Labels = dataclasses.field(metadata=_STATIC)
     b_axes: Labels = dataclasses.field(metadata=_STATIC)
     key_axes: Labels = dataclasses.field(metadata=_STATIC)
+    gain_axes: Labels = dataclasses.field(metadata=_STATIC)
     scale: float = dataclasses.field(metadata=_STATIC)
     rate: float = dataclasses.field(metadata=_STATIC)
     path: Any = dataclasses.field(metadata=_STATIC)
@@ -55,20 +68,23 @@ class LowRankWeight(Virtual):
         return "factored" if isinstance(self.base, DenseWeight) else f"factored, {under}"
 
     @classmethod
-    def of(cls, node: Adapted, base: Virtual, path: str) -> LowRankWeight:
-        """The weight of a node with LowRank factors, on a frozen base."""
-        delta = node.delta
+    def of(cls, node: Adapted, path: str) -> LowRankWeight:
+        """The weight of a node with LowRank factors."""
+        delta, base = node.delta, weight_of(node.base, path)
         assert isinstance(delta, LowRank)
         fan_in, fan_out, stack = delta.axes(base.ndim)
+        (a, b), gain = delta.factors(), gain_of(node.base, delta)
         return cls(
             base=base,
-            a=delta.a,
-            b=delta.b,
+            a=a,
+            b=b,
             multiplier=node.multiplier,
             key=node.key,
+            gain=gain,
             a_axes=(*stack, *fan_in, RANK),
             b_axes=(*stack, RANK, *fan_out),
             key_axes=stack,
+            gain_axes=() if gain is None else (*stack, *fan_out),
             scale=delta.scale,
             rate=node.rate,
             path=path,
@@ -109,8 +125,19 @@ class LowRankWeight(Virtual):
             axes,
             precision=lax.Precision.HIGHEST,
         )
-        change = arrange(self.scaled(change), labels, axes, self.sizes())
-        return (self.base.materialize().astype(dtype) + change).astype(self.dtype)
+        own = self.base.materialize().astype(dtype)
+        if self.gain is None:
+            change = arrange(self.scaled(change), labels, axes, self.sizes())
+            return (own + change).astype(self.dtype)
+        changed = own + arrange(change * self.scale, labels, axes, self.sizes())
+        changed = changed * arrange(self.gain, self.gain_axes, axes, self.sizes())
+        return self.multiplied(own, changed, own).astype(self.dtype)
+
+    def multiplied(self, plain: jax.Array, changed: jax.Array, same: jax.Array) -> jax.Array:
+        """Plain and the change from `same` to `changed`, times the multiplier."""
+        if self.multiplier is None:
+            return changed if plain is same else plain + (changed - same)
+        return plain + (changed - same) * jnp.asarray(self.multiplier, plain.dtype)
 
     def for_use(self, number: int) -> LowRankWeight:
         """The same weight with a dropout key of its own for this use."""
@@ -123,22 +150,27 @@ class LowRankWeight(Virtual):
         base = self.base.each(fn, base_only)
         if base is None or base_only:
             return self._on(base)
-        return self.replaced(base=base, a=fn(self.a), b=fn(self.b))
+        parts = {name: fn(getattr(self, name)) for name in self._held("a", "b", "gain")}
+        return self.replaced(base=base, **parts)
+
+    def _held(self, *names: str) -> list[str]:
+        """Those of these fields that are there."""
+        return [name for name in names if getattr(self, name) is not None]
 
     def _on(self, base: Virtual | None, **changes: Any) -> LowRankWeight | None:
         """This weight on another base, or None where the base could not take part."""
         return None if base is None else self.replaced(base=base, **changes)
 
     def frozen(self) -> LowRankWeight | None:
-        """Stop the gradients of the factors and of the multiplier."""
-        names = [n for n in ("a", "b", "multiplier") if getattr(self, n) is not None]
+        """Stop the gradients of the factors, of the gain and of the multiplier."""
+        names = self._held("a", "b", "gain", "multiplier")
         parts = {n: lax.stop_gradient(getattr(self, n)) for n in names}
         return self._on(self.base.frozen(), **parts)
 
     def reshard(self, spec: Any, fn: Any) -> LowRankWeight | None:
         """Lay out the base by the spec, the factors by the axes that they have."""
         whole = self.specs(spec)
-        names = [n for n in ("a", "b", "multiplier", "key") if getattr(self, n) is not None]
+        names = self._held("a", "b", "multiplier", "key", "gain")
         parts = {n: fn(getattr(self, n), getattr(whole, n)) for n in names}
         return self._on(self.base.reshard(spec, fn), **parts)
 
@@ -162,6 +194,7 @@ class LowRankWeight(Virtual):
             a_axes=rename(self.a_axes),
             b_axes=rename(self.b_axes),
             key_axes=rename(self.key_axes),
+            gain_axes=rename(self.gain_axes),
             **changes,
         )
 
@@ -172,10 +205,8 @@ class LowRankWeight(Virtual):
         groups = reshape_groups(self.shape, shape)
         sizes = dict(enumerate(shape))
         parts = {}
-        for name in ("a", "b", "key"):
+        for name in self._held(*_LABELLED):
             array, labels = getattr(self, name), getattr(self, name + "_axes")
-            if array is None:
-                continue
             found = _regroup(array, labels, groups, sizes)
             if found is None:
                 return None
@@ -191,10 +222,10 @@ class LowRankWeight(Virtual):
     def _dropped(self, gone: set[int]) -> LowRankWeight:
         """Forget labels of axes of size 1."""
         parts = {}
-        for name in ("a", "b", "key"):
+        for name in self._held(*_LABELLED):
             array, labels = getattr(self, name), getattr(self, name + "_axes")
             at = [i for i, label in enumerate(labels) if label in gone]
-            if array is None or not at:
+            if not at:
                 continue
             parts[name] = jnp.squeeze(array, tuple(at))
             parts[name + "_axes"] = tuple(label for label in labels if label not in gone)
@@ -203,10 +234,10 @@ class LowRankWeight(Virtual):
     def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> LowRankWeight | None:
         """Take the part fn takes from each array along the axes that it has."""
         parts = {}
-        for name in ("a", "b", "key"):
+        for name in self._held(*_LABELLED):
             array, labels = getattr(self, name), getattr(self, name + "_axes")
             where = {axis: labels.index(axis) for axis in axes if axis in labels}
-            if array is not None and where:
+            if where:
                 parts[name] = fn(array, where)
         return self._on(self.base.index(fn, sizes, axes), **parts)
 
@@ -220,16 +251,15 @@ class LowRankWeight(Virtual):
         stacked = self.base.unstack()
         if stacked is None:
             return None
-        names = [n for n in ("a", "b", "key") if 0 in getattr(self, n + "_axes")]
-        names = [n for n in names if getattr(self, n) is not None]
+        names = [n for n in self._held(*_LABELLED) if 0 in getattr(self, n + "_axes")]
         arrays = {n: _front(getattr(self, n), getattr(self, n + "_axes").index(0)) for n in names}
         arrays["base"], rebuild_base = stacked
         place = {axis: axis - 1 for axis in range(1, self.ndim)}
         labels = {}
         for name in names:
             labels[name + "_axes"] = tuple(x for x in getattr(self, name + "_axes") if x != 0)
-        if self.key is None:
-            labels["key_axes"] = tuple(x for x in self.key_axes if x != 0)
+        for name in {*_LABELLED} - {*self._held(*_LABELLED)}:
+            labels[name + "_axes"] = ()
 
         def rebuild(slices: dict[str, Any]) -> LowRankWeight | None:
             base = rebuild_base(slices.pop("base"))
@@ -249,6 +279,7 @@ class LowRankWeight(Virtual):
             b=labelled_spec(spec, self.b_axes),
             multiplier=None if self.multiplier is None else type(spec)(),
             key=None if self.key is None else labelled_spec(spec, self.key_axes),
+            gain=None if self.gain is None else labelled_spec(spec, self.gain_axes),
         )
 
     # Verbs that consume the weight.

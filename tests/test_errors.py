@@ -3,6 +3,7 @@
 `python tests/test_errors.py` writes them, with their whole messages, to docs/mistakes.md.
 """
 
+import dataclasses
 import re
 import textwrap
 from pathlib import Path
@@ -44,6 +45,14 @@ BASE, LORA = init()
 
 def other_model():
     return jax.tree.map(lambda leaf: jnp.ones((*leaf.shape[:-1], leaf.shape[-1] + 1)), VARIABLES)
+
+
+def another_magnitude():
+    base, lora = lowrank.init(
+        KEY, {"w": jnp.ones((4, 3))}, lowrank.LoraConfig(rank=2, targets="w", dora=True)
+    )
+    wrong = {"w": dataclasses.replace(lora["w"], magnitude=jnp.ones(7))}
+    return lowrank.lift(lambda p, x: x @ p["w"])(lowrank.combine(base, wrong), jnp.ones((1, 4)))
 
 
 def dropping_out():
@@ -123,7 +132,7 @@ MISTAKES = {
     "adapted and trained whole": (
         lambda: init(targets="**/body/kernel", train="**/body/*"),
         lowrank.ConfigError,
-        r"'params/body/kernel' is both adapted \(targets\) and trained whole",
+        r"'params/body/kernel' is to be trained in two ways",
     ),
     "everything excluded": (
         lambda: init(exclude="**"),
@@ -282,10 +291,15 @@ MISTAKES = {
         lowrank.CheckpointError,
         r"there is no checkpoint at .*nowhere: it does not exist; pass the directory given to save",
     ),
-    "dora, which is not there yet": (
-        lambda: init(dora=True),
-        lowrank.ConfigError,
-        r"dora=True is not available in this version",
+    "folding the norms of an adapter without DoRA": (
+        lambda: lowrank.fold_norms(*init()),
+        lowrank.TreeError,
+        r"the adapter has no magnitude: there is nothing to fold",
+    ),
+    "a magnitude of another model": (
+        another_magnitude,
+        lowrank.TreeError,
+        r"'w': DoRA's magnitude has shape \(7,\), but the output features of the base have \(3,\)",
     ),
 }
 

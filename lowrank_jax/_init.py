@@ -1,0 +1,231 @@
+"""init: the adapter of a parameter tree, and the base that is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import _jaxprs, initializers
+from lowrank_jax._configs import LoraConfig
+from lowrank_jax._contract import RANK, labelled_spec
+from lowrank_jax._errors import ConfigError, LowrankError, TreeError
+from lowrank_jax._family import METHODS, start_rows
+from lowrank_jax._magnitude import norms_of
+from lowrank_jax._nodes import (
+    Full,
+    LowRank,
+    inverse,
+    is_adapter,
+    is_node,
+    materialize,
+    normed,
+    unnormed,
+)
+from lowrank_jax._norms import sharding_of
+from lowrank_jax._paths import flatten, path_hash
+from lowrank_jax._plan import Plan
+from lowrank_jax._quantize import quantize_leaf
+from lowrank_jax._quantized import Quantized
+from lowrank_jax._targets import Target, resolve, train_rows, train_whole
+
+Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
+
+
+def init(
+    key: jax.Array,
+    params: Any,
+    config: LoraConfig,
+    *,
+    plan: Plan | None = None,
+    initializer: Initializer | Mapping[str, Initializer] | None = None,
+) -> tuple[Any, Any]:
+    r"""Make the adapter of a parameter tree.
+
+    For each target $W$ of shape [*stack, *i, *o] (in any order of axes): a is [*stack, *i, r], b is
+    [*stack, r, *o], and $W_\text{eff} = W + s\,a\,b$; with `config.dora`
+    $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b \rVert$ for each output feature, m
+    being that norm at first.
+
+    Args:
+      key: PRNG key; a leaf's own key is fold_in(key, hash of its path), so that adding a target
+        changes no other adapter.
+      params: any pytree of arrays.
+      config: which leaves, of which rank and scale.
+      plan: of the function that uses params; needed for "all-linear" and for leaves of more than
+        two axes. Without it a matrix is taken as [i, o].
+      initializer: (key, weight [i, o] float32, rank, scale) -> (a, b, residual or None), or a
+        mapping of path -> initializer; None is kaiming, and `lookup` for tables read by rows. One
+        that brings data is a callable pytree, whose arrays have the leaf's stack axes first.
+
+    Returns:
+      (base, lora). base is params itself, save where an initializer moved weight into the factors,
+      and where config.dora has leaves carry their squared norm (Normed nodes). lora mirrors params:
+      LowRank at the targets, Full at leaves of config.train, None elsewhere.
+
+    Raises:
+      PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; DoRA, arXiv 2402.09353, section 4.
+
+    >>> config = LoraConfig(rank=2, targets="dense/kernel")
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> base, lora = init(jax.random.key(0), params, config)
+    >>> lora["dense"]["kernel"].a.shape, lora["dense"]["kernel"].scale, lora["dense"]["bias"]
+    ((4, 2), 2.0, None)
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"init takes (key, params, config): config is a {type(config).__name__}")
+    leaves, treedef = flatten(params, is_leaf=is_node)
+    if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
+        raise TreeError(
+            f"params already holds adapters ({adapted[0]!r} and {len(adapted) - 1} more): pass the "
+            "base, or lowrank.merge(base, lora) to start from the merged weights"
+        )
+    arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
+    targets = resolve(arrays, config, plan)
+    whole, rows = train_whole(arrays, config), train_rows(arrays, config)
+    if config.method != "lora" and initializer is not None:
+        raise ConfigError(f"an initializer is of LoRA's a and b; {config.method!r} has its own")
+    if isinstance(initializer, Mapping) and (unknown := sorted(set(initializer) - set(targets))):
+        raise ConfigError(f"initializer names {unknown[0]!r}, which is not among the targets")
+    base, lora = [], []
+    for path, leaf in leaves:
+        node, leaf = None, unnormed(leaf)
+        if path in targets:
+            own = initializer.get(path) if isinstance(initializer, Mapping) else initializer
+            leaf_key = jax.random.fold_in(typed_key(key), path_hash(path))
+            leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], own, config)
+        elif path in whole:
+            node = Full(leaf)
+        elif path in rows:
+            node = start_rows(path, leaf, rows[path], config.factor_dtype)
+        base.append(leaf)
+        lora.append(node)
+    return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
+
+
+def typed_key(key: jax.Array) -> jax.Array:
+    """A typed key of an old-style uint32 one."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
+
+
+def _init_leaf(
+    key: jax.Array, path: str, leaf: Any, target: Target, initializer: Any, config: LoraConfig
+) -> tuple[Any, LowRank]:
+    """The base that is left of one leaf, and its adapter."""
+    if config.method != "lora":
+        return _normed(leaf, METHODS[config.method](key, leaf, target, config), config)
+    if initializer is None:
+        initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
+    quant = getattr(initializer, "quant", None)
+    try:
+        made = _laid_out_factors(key, path, leaf, target, initializer, config.factor_dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{path!r}: {error}") from error
+    a, b, residual = made
+    if residual is not None:
+        if isinstance(leaf, Quantized):
+            raise ConfigError(
+                f"{path!r} is quantized, and its initializer moves weight out of the base: pass "
+                "dense parameters and quantize after, or take another initializer"
+            )
+        if quant is None:
+            leaf = residual.astype(leaf.dtype)
+        else:
+            leaf = _quantized(path, residual, leaf, target, quant)
+    node = LowRank(
+        a, b, None, target.fan_in, target.fan_out, target.stack, target.scale, target.kind
+    )
+    return _normed(leaf, node, config)
+
+
+def _normed(leaf: Any, node: LowRank, config: LoraConfig) -> tuple[Any, LowRank]:
+    """With DoRA the leaf carries its squared norms, and the adapter a magnitude."""
+    if not config.dora:
+        return leaf, node
+    leaf = normed(leaf, node)
+    return leaf, dataclasses.replace(node, magnitude=_norms(leaf, node))
+
+
+_norms = jax.jit(norms_of)
+
+
+def _quantized(path: str, residual: Any, leaf: Any, target: Target, quant: Any) -> Quantized:
+    """The base of an initializer that quantizes it, of the leaf's own dtype."""
+    if target.kind == "lookup":
+        raise ConfigError(
+            f"{path!r} is read by rows: an initializer that quantizes the base is for products; "
+            "exclude the leaf, or give it another initializer"
+        )
+    node, _ = quantize_leaf(path, residual, target.fan_in, target.stack, quant)
+    return dataclasses.replace(node, weight_dtype=jnp.dtype(leaf.dtype).name)
+
+
+def _laid_out_factors(
+    key: jax.Array, path: str, leaf: Any, target: Target, initializer: Any, dtype: str
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """_factors, split as the leaf is where its type says how (on a mesh with explicit axes)."""
+    data, form = jax.tree.flatten(initializer)
+    if data == [initializer]:  # a plain function; else a callable tree of arrays
+        data, form = [], initializer
+    stack = tuple(leaf.shape[axis] for axis in target.stack)
+    if wrong := [x.shape for x in data if x.shape[: len(stack)] != stack]:
+        raise ConfigError(
+            f"its initializer holds an array of shape {wrong[0]}, but the leaf's stack "
+            f"axes, which are to lead it, have sizes {stack}"
+        )
+    make = lambda key, leaf, data: _factors(key, leaf, data, target, form, dtype)
+    sharding = sharding_of(leaf)
+    if sharding is None:
+        return make(key, leaf, data)
+    like = lambda labels: jax.NamedSharding(sharding.mesh, labelled_spec(sharding.spec, labels))
+    plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    moves = jax.eval_shape(make, key, plain, data)[2] is not None
+    out = (
+        like((*target.stack, *target.fan_in, RANK)),
+        like((*target.stack, RANK, *target.fan_out)),
+        sharding if moves else None,
+    )
+    with _jaxprs.mesh_of(jax.tree.leaves(leaf)[0]):
+        return _jaxprs.by_the_compiler(make, out, key, leaf, data)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _factors(
+    key: jax.Array, leaf: jax.Array, data: Any, target: Target, form: Any, dtype: str
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """a, b and the residual in the leaf's own layout: groups flattened, stacks vmapped."""
+    order = target.stack + target.fan_in + target.fan_out
+    sizes = lambda axes: tuple(leaf.shape[axis] for axis in axes)
+    stack, fan_in, fan_out = sizes(target.stack), sizes(target.fan_in), sizes(target.fan_out)
+    rows, columns = math.prod(fan_in), math.prod(fan_out)
+    weight = jnp.transpose(materialize(leaf), order).astype(jnp.float32).reshape(-1, rows, columns)
+    keys = jax.random.split(key, weight.shape[0]) if stack else key[None]
+    data = [array.reshape(-1, *array.shape[len(stack) :]) for array in data]
+
+    def make(key: Any, weight: Any, data: Any) -> Any:
+        own = form if callable(form) else jax.tree.unflatten(form, data)
+        return own(key, weight, target.rank, target.scale)
+
+    a, b, residual = jax.vmap(make)(keys, weight, data)
+    expected = ((weight.shape[0], rows, target.rank), (weight.shape[0], target.rank, columns))
+    if (a.shape, b.shape) != expected:
+        name = getattr(form, "__name__", str(form))
+        raise LowrankError(
+            f"the initializer {name!r} returned a {a.shape[1:]} and b {b.shape[1:]}; expected "
+            f"{expected[0][1:]} and {expected[1][1:]}"
+        )
+    a = a.reshape(*stack, *fan_in, target.rank).astype(dtype)
+    b = b.reshape(*stack, target.rank, *fan_out).astype(dtype)
+    if residual is not None:
+        residual = residual.reshape(stack + fan_in + fan_out)
+        residual = jnp.transpose(residual, inverse(order))
+    return a, b, residual

@@ -1,0 +1,127 @@
+"""Initializers that draw the factors and leave the base as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._errors import ConfigError
+
+Factors = tuple[jax.Array, jax.Array, jax.Array | None]
+Initializer = Callable[[jax.Array, jax.Array, int, float], Factors]
+
+
+def kaiming(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
+    r"""The default: $a \sim U(-1/\sqrt{i},\, 1/\sqrt{i})$, $b = 0$.
+
+    Args:
+      key: PRNG key.
+      weight: [i, o], float32; only its shape is used.
+      rank: r.
+      scale: unused.
+
+    Returns:
+      a [i, r], b [r, o] in float32, and None: the base is untouched.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1, with the uniform variance of its reference code.
+
+    >>> a, b, residual = kaiming(jax.random.key(0), jnp.zeros((4, 3)), 2, 2.0)
+    >>> a.shape, b.shape, residual
+    ((4, 2), (2, 3), None)
+    """
+    del scale
+    fan_in, fan_out = weight.shape
+    bound = 1 / math.sqrt(fan_in)
+    a = jax.random.uniform(key, (fan_in, rank), jnp.float32, -bound, bound)
+    return a, jnp.zeros((rank, fan_out), jnp.float32), None
+
+
+def gaussian(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
+    r"""$a \sim N(0, 1/r^2)$, $b = 0$.
+
+    Args:
+      key: PRNG key.
+      weight: [i, o], float32; only its shape is used.
+      rank: r.
+      scale: unused.
+
+    Returns:
+      a [i, r], b [r, o] in float32, and None: the base is untouched.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1 ("a random Gaussian initialization").
+
+    >>> a, b, _ = gaussian(jax.random.key(0), jnp.zeros((4, 3)), 2, 2.0)
+    >>> bool((b == 0).all()), a.dtype.name
+    (True, 'float32')
+    """
+    del scale
+    fan_in, fan_out = weight.shape
+    a = jax.random.normal(key, (fan_in, rank), jnp.float32) / rank
+    return a, jnp.zeros((rank, fan_out), jnp.float32), None
+
+
+def lookup(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
+    r"""For tables read by rows: $a = 0$, $b \sim N(0, 1)$.
+
+    Args:
+      key: PRNG key.
+      weight: [rows, features], float32; only its shape is used.
+      rank: r.
+      scale: unused.
+
+    Returns:
+      a [rows, r], b [r, features] in float32, and None: the base is untouched.
+
+    Source: the reference code of arXiv 2106.09685 (its Embedding layer).
+
+    >>> a, b, _ = lookup(jax.random.key(0), jnp.zeros((4, 3)), 2, 2.0)
+    >>> bool((a == 0).all()), b.shape
+    (True, (2, 3))
+    """
+    del scale
+    rows, features = weight.shape
+    b = jax.random.normal(key, (rank, features), jnp.float32)
+    return jnp.zeros((rows, rank), jnp.float32), b, None
+
+
+def orthogonal(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
+    r"""Neither factor is zero, yet $a\,b = 0$: they live in orthogonal halves of the rank.
+
+    $a = X\,Q_\text{even} / 10$, $b = Q_\text{odd}^\top\,Y / 10$, with Q a random orthogonal [r, r]
+    matrix, its rows taken in turn, and X [i, r/2], Y [r/2, o] standard normal.
+
+    Args:
+      key: PRNG key.
+      weight: [i, o], float32; only its shape is used.
+      rank: r, even.
+      scale: unused.
+
+    Returns:
+      a [i, r], b [r, o] in float32, and None: the base is untouched.
+
+    Raises:
+      ConfigError: the rank is odd.
+
+    Source: https://datta0.github.io/posts/rethink-lora-init/, "Orthogonal initialisation".
+
+    >>> a, b, _ = orthogonal(jax.random.key(0), jnp.zeros((4, 3)), 2, 2.0)
+    >>> bool(jnp.abs(a @ b).max() < 1e-7), bool((b != 0).all())
+    (True, True)
+    """
+    del scale
+    if rank % 2:
+        raise ConfigError(
+            f"orthogonal halves the rank between a and b, and rank {rank} is odd: take an even "
+            "rank, or another initializer for this leaf"
+        )
+    fan_in, fan_out = weight.shape
+    of_rank, of_a, of_b = jax.random.split(key, 3)
+    q = jax.random.orthogonal(of_rank, rank)
+    x = jax.random.normal(of_a, (fan_in, rank // 2), jnp.float32)
+    y = jax.random.normal(of_b, (rank // 2, fan_out), jnp.float32)
+    a = jnp.matmul(x, q[0::2], precision="highest") / 10
+    b = jnp.matmul(q[1::2].T, y, precision="highest") / 10
+    return a, b, None
