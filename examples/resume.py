@@ -1,8 +1,7 @@
 """A run that can be killed at any time: its checkpoint says what it was and how far it came.
 
-The flags that decide its losses are saved in the checkpoint, beside the optimizer's state (which
-may be any pytree), and in no second file: one checkpoint is replaced by one rename, so that flags
-and adapter always belong together.
+The flags that decide its losses are saved in the checkpoint, as its `extra`, and in no second file:
+one checkpoint is replaced by one rename, so that flags and adapter always belong together.
 """
 
 import argparse
@@ -60,7 +59,7 @@ def goes_on(run: Run, resume: bool, announce: Callable[[str], None]) -> bool:
             announce(f"no checkpoint in {run.folder} yet: starting from the beginning")
         return False
     found = lowrank.checkpoint.restore(run.folder)
-    saved = found.opt_state.get("run") if isinstance(found.opt_state, dict) else None
+    saved = found.extra
     if not isinstance(saved, dict) or saved.keys() != run.settings.keys():
         raise ExampleError(
             f"--out {run.folder} holds a checkpoint that is not of a run of this job "
@@ -124,9 +123,14 @@ def saver(run: Run, base: lowrank.Fingerprint, every: int) -> Callable[[Tree, Tr
     def save(lora: Tree, optimizer_state: Tree, step: int) -> bool:
         due = step % every == 0 or step == run.steps
         if due:
-            state = {"optimizer": optimizer_state, "run": run.settings}
             lowrank.checkpoint.save(
-                run.folder, lora=lora, config=run.config, base=base, opt_state=state, step=step
+                run.folder,
+                lora=lora,
+                config=run.config,
+                base=base,
+                opt_state=optimizer_state,
+                step=step,
+                extra=run.settings,
             )
         return due
 
@@ -137,6 +141,6 @@ def restore(
     run: Run, base: lowrank.Fingerprint, lora: Tree, optimizer_state: Tree
 ) -> tuple[Tree, Tree, int]:
     """Returns what was saved last: adapter and optimizer state like these, and the step."""
-    like = {"lora": lora, "opt_state": {"optimizer": optimizer_state, "run": run.settings}}
+    like = {"lora": lora, "opt_state": optimizer_state}
     found = lowrank.checkpoint.restore(run.folder, base=base, like=like)
-    return found.lora, found.opt_state["optimizer"], found.step
+    return found.lora, found.opt_state, found.step

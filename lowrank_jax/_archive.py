@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._fingerprint import sha256
+from lowrank_jax._fingerprint import differences, sha256
 
 # An archive is a directory: a manifest, and the one folder of arrays (Orbax's) that it names.
 # checkpoint.save says why its replacement is atomic.
@@ -52,23 +52,46 @@ def _commit(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]
         kept = {name: _bytes(array) for name, array in arrays.items() if array.size}
         checkpointer.save(folder, ocp.args.PyTreeSave(kept))
     files = {}
-    for parent, _, names in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _file_hash(path)]
-            _flush(path)
+    for name, path in _files(folder).items():
+        files[name] = [path.stat().st_size, _file_hash(path)]
+        _flush(path)
+    for parent, _, _ in os.walk(folder):
         _flush(Path(parent))
     described = {
         name: [list(array.shape), array.dtype.name, sha256(array)] for name, array in arrays.items()
     }
     head = {"format": _FORMAT, "version": _VERSION}
     body = {**head, **body, "arrays": described, "folder": folder.name, "files": files}
-    text = json.dumps({**body, "sha256": _body_hash(body)}, indent=1, allow_nan=False)
-    new = directory / f"{_MANIFEST}.new"
-    new.write_text(text)
+    _flush(directory)
+    _replace(directory / _MANIFEST, _sealed(body))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file for good; where the new name cannot be made to last, the old one is back."""
+    try:
+        old = path.read_bytes()
+    except FileNotFoundError:
+        old = None
+    _put(path, content)
+    try:
+        _flush(path.parent)
+    except OSError as error:
+        try:
+            path.unlink() if old is None else _put(path, old)
+        except OSError:
+            raise CheckpointError(
+                f"{path.parent} holds the new checkpoint, whole, but the file system cannot "
+                f"confirm that it will last ({error}): save again, or elsewhere"
+            ) from error
+        raise
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file beside another and flush it; one rename puts it in the other's place."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(content)
     _flush(new)
-    _flush(directory)
-    os.replace(new, directory / _MANIFEST)
-    _flush(directory)
+    os.replace(new, path)
 
 
 def has_manifest(directory: Path) -> bool:
@@ -86,7 +109,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             "(the first save there may have been cut off)"
         )
     try:
-        body = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        body = json.loads(text)
         if not isinstance(body, dict) or body.get("format") != _FORMAT:
             raise CheckpointError(f"{path} is not a manifest of lowrank_jax.checkpoint")
         if body.get("version") != _VERSION:
@@ -94,10 +118,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 f"{path} is of format version {body.get('version')!r}; this lowrank_jax reads "
                 f"version {_VERSION}: use the release that wrote it, or a newer one"
             )
-        if body.pop("sha256", None) == _body_hash(body):
+        body.pop("sha256", None)
+        if text == _sealed(body) and _FOLDER.fullmatch(body["folder"]):
             return body
-        why = "its content is not what its sha256 says"
-    except (OSError, ValueError, RecursionError) as error:
+        why = "its text is not what its sha256 says"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         why = f"{type(error).__name__}: {error}"
@@ -108,26 +133,7 @@ def read_archive(directory: Path, body: dict[str, Any]) -> dict[str, np.ndarray]
     """The arrays by name: files are verified before Orbax parses them, and arrays after."""
     import orbax.checkpoint as ocp
 
-    folder = directory / str(body["folder"])
-    if not _FOLDER.fullmatch(folder.name) or folder.parent != directory:
-        raise CheckpointError(f"the manifest in {directory} names no folder of its own: {folder}")
-    problems, sizes = [], 0
-    for name, (size, expected) in body["files"].items():
-        path = folder / name
-        if ".." in path.parts or not path.resolve().is_relative_to(directory.resolve()):
-            problems.append(f"{name}: outside the checkpoint's directory")
-        elif not path.is_file():
-            problems.append(f"{name}: missing")
-        elif (came := path.stat().st_size) != size:
-            problems.append(f"{name}: {came} bytes, expected {size}")
-        elif _file_hash(path) != expected:
-            problems.append(f"{name}: its SHA-256 is not the one in the manifest")
-        sizes += size
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint at {directory} is damaged: restore another copy. In {folder.name}:\n"
-            + listing(problems)
-        )
+    folder, sizes = verify_files(directory, body)
     described = {
         name: (tuple(shape), jnp.dtype(dtype), expected)
         for name, (shape, dtype, expected) in body["arrays"].items()
@@ -138,12 +144,12 @@ def read_archive(directory: Path, body: dict[str, Any]) -> dict[str, np.ndarray]
     with _checkpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         stored = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in stored.items()}
+        problems = differences(_shown(claimed), _shown(stored))
         # nothing is allocated for what the files cannot hold
-        if stored != claimed or claims > sizes + _SLACK * len(claimed):
-            raise CheckpointError(
-                f"the checkpoint at {directory} is damaged: the manifest and the arrays disagree; "
-                "restore another copy"
-            )
+        if claims > sizes + _SLACK * len(claimed):
+            problems.append(f"files of {sizes} bytes cannot hold arrays of {claims} bytes")
+        if problems:
+            raise _damaged(directory, problems)
         options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in claimed}
         arrays = checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=options))
     for name, (shape, dtype, expected) in described.items():
@@ -151,15 +157,69 @@ def read_archive(directory: Path, body: dict[str, Any]) -> dict[str, np.ndarray]
         if sha256(arrays[name]) != expected:
             problems.append(f"{name}: its SHA-256 is not the one in the manifest")
     if problems:
-        raise CheckpointError(f"the checkpoint at {directory} is damaged:\n{listing(problems)}")
+        raise _damaged(directory, problems)
     return arrays
+
+
+def verify_files(directory: Path, body: dict[str, Any]) -> tuple[Path, int]:
+    """The folder of arrays and its size, once its files are those of the manifest, byte for byte.
+
+    Only names found in the folder are opened, never a name that the manifest gives.
+    """
+    folder, wanted = directory / body["folder"], body["files"]
+    found = {} if folder.is_symlink() else _files(folder)
+    problems = [f"{name}: unexpected: remove it" for name in sorted(found.keys() - wanted.keys())]
+    for name, (size, expected) in wanted.items():
+        path = found.get(name)
+        if path is None:
+            problems.append(f"{name}: missing")
+        elif path.is_symlink() or not path.is_file():
+            problems.append(f"{name}: a link or a device: put the file itself there")
+        elif (came := path.stat().st_size) != size:
+            problems.append(f"{name}: {came} bytes, expected {size}")
+        elif _file_hash(path) != expected:
+            problems.append(f"{name}: its SHA-256 is not the one in the manifest")
+    if problems:
+        raise _damaged(directory, problems, folder.name)
+    return folder, sum(path.stat().st_size for path in found.values())
+
+
+def _damaged(directory: Path, problems: list[str], folder: str = "the arrays") -> CheckpointError:
+    """The error of a checkpoint that is not as it was written."""
+    return CheckpointError(
+        f"the checkpoint at {directory} is damaged: restore another copy. In {folder}:\n"
+        + listing(problems)
+    )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Everything beneath a folder that is no folder, links included, by its path within."""
+    walk = ((Path(parent), folders + names) for parent, folders, names in os.walk(folder))
+    paths = [parent / name for parent, names in walk for name in names]
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in paths
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def _shown(arrays: dict[str, Any]) -> dict[str, str]:
+    """Shapes and dtypes of arrays, as text."""
+    return {name: f"{dtype}{list(shape)}" for name, (shape, dtype) in arrays.items()}
 
 
 def _checkpointer() -> Any:
     """Orbax's checkpointer; uncompressed, so that sizes on disk bound those in memory."""
+    import jax
     import orbax.checkpoint as ocp
 
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    # this process works alone, whatever the others do
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
@@ -168,18 +228,19 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 
 def _clean(directory: Path) -> None:
-    """Remove what killed or failed saves left: whatever a readable manifest does not name."""
-    keep = None
-    if has_manifest(directory):
-        try:
-            keep = read_manifest(directory).get("folder")
-        except CheckpointError:
-            return
-    (directory / f"{_MANIFEST}.new").unlink(missing_ok=True)
-    for path in directory.glob("arrays-*"):
-        # Orbax writes under a name with a suffix of its own
-        if path.name != keep and _FOLDER.match(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what killed or failed saves left: whatever a readable manifest does not name.
+
+    Nothing goes where the manifest cannot be read, or may not be the one on disk.
+    """
+    with contextlib.suppress(OSError, CheckpointError):
+        _flush(directory)
+        names = os.listdir(directory)
+        keep = read_manifest(directory)["folder"] if _MANIFEST in names else None
+        (directory / f"{_MANIFEST}.new").unlink(missing_ok=True)
+        for path in directory.glob("arrays-*"):
+            # Orbax writes under a name with a suffix of its own
+            if path.name != keep and _FOLDER.match(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -202,6 +263,9 @@ def _locked(directory: Path) -> Iterator[None]:
             pass  # a network file system without locks
         yield
     finally:
+        # closing alone would leave the lock to a process forked in the meantime
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
@@ -222,6 +286,7 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _body_hash(body: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's body, in hex."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _sealed(body: dict[str, Any]) -> bytes:
+    """The manifest of a body, with its SHA-256: the one text that is read back as this body."""
+    sha = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": sha}, indent=1, allow_nan=False).encode()

@@ -1,10 +1,11 @@
-"""What a checkpoint's manifest says of each leaf, and whether it fits the trees it meets."""
+"""What a checkpoint's manifest says: of the whole, and of each leaf."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -12,19 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._fingerprint import (
-    Fingerprint,
-    differences,
-    fingerprint,
-    to_host,
-)
-from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+from lowrank_jax._family import LoHa, Rows, VeRA
+from lowrank_jax._fingerprint import Fingerprint, to_host
+from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._paths import flatten
+from lowrank_jax._processes import gathered, placed
 
-_NODES = {"LowRank": LowRank, "Full": Full}
+_NODES = {"LowRank": LowRank, "LoHa": LoHa, "VeRA": VeRA, "Rows": Rows, "Full": Full}
 _SCALARS = {"bool": bool, "int": int, "float": float}
-_KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+_KINDS = {"bool": "b", "int": "iu", "float": "f"}
+_PRNGS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+# the manifest's own, and what the archive adds
+_KEYS = {"step", "config", "base", "lora", "opt_state", "extra"}
+_ARCHIVE = {"format", "version", "arrays", "folder", "files"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +45,6 @@ class _Array:
         return len(self.shape)
 
 
-# What a tree holds, by path
-
-
-def nodes_of(lora: Any) -> dict[str, Any]:
-    """The nodes of an adapter by path."""
-    nodes = dict(flatten(lora, is_leaf=is_node)[0])
-    for path, node in nodes.items():
-        if not isinstance(node, LowRank | Full):
-            hint = "lowrank.partition(tree)[1]" if isinstance(node, Adapted) else "init's second"
-            raise CheckpointError(
-                f"lora holds {type(node).__name__} at {path!r}, where LowRank, Full or None is "
-                f"expected: pass the adapter ({hint})"
-            )
-    if not nodes:
-        raise CheckpointError("lora holds no adapter: pass the second result of init")
-    return nodes
-
-
 def parts_of(nodes: dict[str, Any]) -> dict[str, Any]:
     """The arrays of nodes, by path and field."""
     return {
@@ -70,50 +55,25 @@ def parts_of(nodes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def in_structure(tree: Any, leaves: dict[str, Any], is_leaf: Any = None) -> Any:
-    """A tree's structure with these at its leaves, None where there is none."""
-    own, treedef = flatten(tree, is_leaf=is_leaf)
-    return jax.tree.unflatten(treedef, [leaves.get(path) for path, _ in own])
-
-
-def nested(leaves: dict[str, Any]) -> Any:
-    """Nested dicts by path; the leaf itself where the tree was one leaf."""
-    if set(leaves) == {""}:
-        return leaves[""]
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        inner = tree
-        for key in parents:
-            inner = inner.setdefault(key, {}) if isinstance(inner, dict) else None
-        if not isinstance(inner, dict) or last in inner:
-            raise CheckpointError(f"{path!r} is a leaf and a branch (a '/' in a key): rename it")
-        inner[last] = leaf
-    return tree
-
-
-def dense_shapes(nodes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the leaves that nodes are for, without the axis of a stack of adapters."""
-    extra = [
-        node.a.ndim - 1 - len(node.stack) - len(node.fan_in)
-        for node in nodes.values()
-        if isinstance(node, LowRank)
-    ]
-    cut = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[max(extra, default=0) :], jnp.float32)
-    return {path: jax.tree.map(cut, node).shape for path, node in nodes.items()}
-
-
-# Entries of the manifest
-
-
 def write_entry(name: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, str]:
     """Put a leaf's values among the arrays; return its entry."""
     name = quote(name, errors="surrogatepass")
-    arrays[name] = to_host(name, leaf)
-    return {"name": name, "form": _form(leaf)}
+    form = form_of(leaf)
+    arrays[name] = to_host(name, gathered(leaf))
+    return {"name": name, "form": form}
 
 
-def _form(leaf: Any) -> str:
+def write_entries(what: str, tree: Any, arrays: dict[str, np.ndarray]) -> list[dict] | None:
+    """The entries of a tree's leaves, each with its path; None where there is no tree."""
+    if tree is None:
+        return None
+    return [
+        {"path": path.split("/"), **write_entry(f"{what}/{path}", leaf, arrays)}
+        for path, leaf in flatten(tree)[0]
+    ]
+
+
+def form_of(leaf: Any) -> str:
     """What an array is to become again: a JAX array (weakly typed or not), a PRNG key, a number."""
     dtype = getattr(leaf, "dtype", None)
     if type(leaf).__name__ in _SCALARS:
@@ -123,16 +83,55 @@ def _form(leaf: Any) -> str:
     return "weak" if getattr(leaf, "weak_type", False) and not leaf.shape else "array"
 
 
+def read_body(body: Mapping) -> tuple[LoraConfig, Fingerprint | None, int | None, dict, dict]:
+    """Config, fingerprint, step, nodes by path, and the leaves by path of the other trees."""
+    if unknown := sorted(body.keys() - _KEYS - _ARCHIVE):
+        raise CheckpointError(
+            f"the manifest has {unknown}, unknown to this lowrank_jax: use the release that wrote "
+            "it, or a newer one"
+        )
+    config, base, step = LoraConfig.from_dict(body["config"]), body["base"], body["step"]
+    if step is not None and type(step) is not int:
+        raise CheckpointError(f"the manifest has the step {step!r}, expected an integer or null")
+    nodes = _read_entries(body["lora"], body, read_node)
+    # a file of before there was an extra has none
+    trees = {
+        what: None if body.get(what) is None else _read_entries(body[what], body, read_entry)
+        for what in ("opt_state", "extra")
+    }
+    used = collections.Counter(leaf.name for leaf in jax.tree.leaves([nodes, trees]))
+    refuse(
+        "the manifest's entries and arrays are not one to one: restore another copy",
+        [f"{name}: used {used[name]} times" for name in body["arrays"] if used[name] != 1],
+    )
+    return config, None if base is None else Fingerprint.from_dict(base), step, nodes, trees
+
+
 def read_entry(entry: Mapping, body: Mapping) -> _Array:
     """The array of an entry."""
-    if entry["form"] not in {"array", "weak", *_SCALARS, *_KEYS}:
+    if entry["form"] not in {"array", "weak", *_SCALARS, *_PRNGS}:
         raise CheckpointError(
             f"{entry['name']!r} is a {entry['form']!r}, unknown to this lowrank_jax"
         )
     shape, dtype, _ = body["arrays"][entry["name"]]
-    if entry["form"] in _KEYS:  # what it will be, not the words it is stored as
+    if entry["form"] in _SCALARS and (shape or jnp.dtype(dtype).kind not in _KINDS[entry["form"]]):
+        raise CheckpointError(f"{entry['name']!r} is {dtype}{shape}, expected {entry['form']}")
+    if entry["form"] in _PRNGS:  # what it will be, not the words it is stored as
         shape, dtype = shape[:-1], entry["form"]
     return _Array(entry["name"], entry["form"], tuple(shape), dtype)
+
+
+def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict[str, Any]:
+    """What `read` makes of each entry, by path; no path stands twice."""
+    found = {}
+    for entry in entries:
+        keys = entry["path"]
+        if type(keys) is not list or not keys:
+            raise CheckpointError(f"the manifest has the path {keys!r}, expected a list of keys")
+        if (path := "/".join(keys)) in found:
+            raise CheckpointError(f"the manifest has {path!r} twice: restore another copy")
+        found[path] = read(entry, body)
+    return found
 
 
 def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str,
     return {
         "path": path.split("/"),
         "type": type(node).__name__,
-        "static": _static(type(node), vars(node)),
+        "static": static_fields(type(node), vars(node)),
         "arrays": {
             name[1:]: write_entry(f"lora/{path}{name}", leaf, arrays) for name, leaf in parts
         },
@@ -150,12 +149,33 @@ def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str,
 
 def read_node(entry: Mapping, body: Mapping) -> Any:
     """The node of an entry, holding arrays not yet read."""
-    kind = _NODES[entry["type"]]
+    path, kind = "/".join(entry["path"]), _NODES[entry["type"]]
+    known = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("static")}
+    # a field that a file of before does not have takes its default
+    static = {n: tuple(v) if type(v) is list else v for n, v in entry["static"].items()}
+    if unknown := sorted(static.keys() - known.keys()):
+        raise CheckpointError(
+            f"{path!r} is a {entry['type']} with {unknown}, unknown to this lowrank_jax: use the "
+            "release that wrote it, or a newer one"
+        )
+    refuse(
+        f"static fields of {path!r} are of the wrong type: restore another copy",
+        [
+            f"{name}: {value!r}, expected a {type(known[name]).__name__}"
+            for name, value in static.items()
+            if type(value) is not type(known[name]) or not _are_axes(value)
+        ],
+    )
     arrays = {name: read_entry(part, body) for name, part in entry["arrays"].items()}
-    return kind(**arrays, **_static(kind, entry["static"]))
+    return kind(**arrays, **static)
 
 
-def _static(kind: type, values: Mapping) -> dict[str, Any]:
+def _are_axes(value: Any) -> bool:
+    """Whether a value, if a tuple, is one of axes."""
+    return not isinstance(value, tuple) or all(type(axis) is int for axis in value)
+
+
+def static_fields(kind: type, values: Mapping) -> dict[str, Any]:
     """The static fields of a node, as plain values of the fields' own types."""
     plain = {}
     for field in dataclasses.fields(kind):
@@ -172,77 +192,17 @@ def loaded(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
     """The leaf of an array: placed by a sharding if there is one."""
     if entry.form in _SCALARS:
         return _SCALARS[entry.form](array)
-    if entry.form in _KEYS:
-        leaf = jax.random.wrap_key_data(jnp.array(array), impl=_KEYS[entry.form])
+    if entry.form in _PRNGS:
+        leaf = jax.random.wrap_key_data(jnp.array(array), impl=_PRNGS[entry.form])
     elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array  # 64-bit numbers, of NumPy, in a program of 32-bit ones
     else:
         leaf = jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(array)
         leaf = leaf if leaf.dtype == array.dtype else jnp.array(array)
-    return leaf if sharding is None else jax.device_put(leaf, sharding)
+    return leaf if sharding is None else placed(leaf, sharding)
 
 
-# Checks: all that is wrong, in one error
-
-
-def _refuse(why: str, problems: list[str]) -> None:
+def refuse(why: str, problems: list[str]) -> None:
     """Raise one error with all problems, if there are any."""
     if problems:
         raise CheckpointError(f"{why}:\n{listing(problems)}")
-
-
-def refuse_misshapen(nodes: dict[str, Any], base: Any) -> None:
-    """The adapter's leaves are the base's, and of their shapes."""
-    leaves = dict(flatten(base, is_leaf=is_node)[0])
-    if adapted := [p for p, leaf in leaves.items() if isinstance(leaf, LowRank | Full | Adapted)]:
-        raise CheckpointError(
-            f"base holds an adapter at {adapted[0]!r}: pass the frozen tree (lowrank.partition "
-            "takes a combined one apart)"
-        )
-    _refuse(
-        "the adapter does not fit the base: pass the base it was trained on, at the same level",
-        differences(
-            {path: str(np.shape(leaves[path])) for path in nodes if path in leaves},
-            {path: str(shape) for path, shape in dense_shapes(nodes).items()},
-        ),
-    )
-
-
-def refuse_other_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: bool) -> None:
-    """The base is the one trained on, as far as that is known."""
-    if check and trained_on is not None:
-        own = base if isinstance(base, Fingerprint) else fingerprint(base)
-        _refuse(
-            "this base is not the one the adapter was trained on: pass that one, or "
-            "check_base=False to take this one all the same",
-            trained_on.differences(own),
-        )
-    if not isinstance(base, Fingerprint):
-        refuse_misshapen(nodes, base)
-
-
-def static_differences(wanted: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """Differences in axes, kind and scale of the nodes that both have."""
-    both = {path for path in wanted if type(saved.get(path)) is type(wanted[path])}
-    show = lambda nodes: {
-        f"{path}.{name}": repr(value)
-        for path in both
-        for name, value in _static(type(nodes[path]), vars(nodes[path])).items()
-    }
-    return differences(show(wanted), show(saved))
-
-
-def fitted(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
-    """Refuse saved leaves that are not those wanted; return the shardings wanted, by name."""
-    wanted = {p: np.asarray(v) if _form(v) in _SCALARS else v for p, v in wanted.items()}
-    show = lambda leaves: {p: f"{leaf.dtype}{list(leaf.shape)}" for p, leaf in leaves.items()}
-    _refuse(
-        f"the saved {what} is not that of like.{what}: restore without it and convert, or make it "
-        "by the config and optimizer of the checkpoint",
-        differences(show(wanted), show(saved)) + list(more),
-    )
-    # an uncommitted array is where it is by default only
-    placed = {
-        p: getattr(v, "sharding", None) for p, v in wanted.items() if getattr(v, "committed", True)
-    }
-    return {saved[path].name: sharding for path, sharding in placed.items()}

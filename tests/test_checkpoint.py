@@ -85,13 +85,12 @@ def entries(path):
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
-def edit(path, change, seal=True):
-    """Change a manifest's body; `seal` makes its own hash right again."""
+def edit(path, change):
+    """Change a manifest's body, and make its own hash right again."""
     body = json.loads((path / "manifest.json").read_text())
-    recorded = body.pop("sha256")
+    del body["sha256"]
     change(body)
-    sha = _archive._body_hash(body) if seal else recorded
-    (path / "manifest.json").write_text(json.dumps({**body, "sha256": sha}))
+    (path / "manifest.json").write_bytes(_archive._sealed(body))
 
 
 # Round trips

@@ -381,6 +381,23 @@ def is_node(value: object) -> bool:
     return isinstance(value, lowrank.LowRank)
 
 
+@pytest.mark.parametrize("format", ["none", "nf4"])
+def test_dora_learns_magnitudes(tiny, tmp_path, capsys, format):
+    write_text(tmp_path / "text.txt", 300)
+    out = tmp_path / "adapter"
+    flags = job(tiny, out, text=tmp_path / "text.txt", steps=4, quantize=format)
+    assert finetune.main([*flags, "--dora"]) == 0
+    assert "DoRA r=3" in capsys.readouterr().out
+    found = lowrank.checkpoint.restore(out)
+    assert found.config.dora
+    kernel = found.lora["params"]["layers"]["mlp"]["up_proj"]["kernel"]
+    norms = np.linalg.norm(
+        np.asarray(smollm2.load(tiny).variables["params"]["layers"]["mlp"]["up_proj"]["kernel"]),
+        axis=-2,
+    )
+    assert 1e-3 < np.abs(kernel.magnitude / norms - 1).max() < 1
+
+
 def test_a_bare_name_targets_the_kernels_of_that_module(tiny):
     targets = finetune.target_patterns("q_proj, v_proj,**/mlp/up_proj/*")
     pretrained = smollm2.load(tiny)

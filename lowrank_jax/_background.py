@@ -1,0 +1,86 @@
+"""Work that goes on in a thread, and whose error is not lost."""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures.thread  # noqa: F401  so that its hook is there before _finish
+import os
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from lowrank_jax._errors import CheckpointError
+
+
+class Saving:
+    """A save that goes on in a thread: what `checkpoint.save_async` returns.
+
+    Its error is raised by `wait`, or by the next save to the same path, whichever comes first. A
+    program that ends waits for it, and prints an error that nobody has seen.
+
+    Args:
+      directory: where it writes.
+      write: what it does.
+    """
+
+    def __init__(self, directory: os.PathLike, write: Callable[[], None]):
+        self._directory = Path(directory).resolve()
+        self._write: Callable[[], None] | None = write
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"save to {directory}")
+        self._thread.start()
+        _under_way[self._directory] = self
+
+    def _run(self) -> None:
+        try:
+            assert self._write is not None
+            self._write()
+        except BaseException as error:
+            self._error = error
+        self._write = None  # it holds the arrays
+
+    def done(self) -> bool:
+        """Whether it has come to its end, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return once the checkpoint is whole on disk.
+
+        Raises:
+          CheckpointError: it could not be written; an older checkpoint is as it was.
+        """
+        self._thread.join()
+        if _under_way.get(self._directory) is self:
+            del _under_way[self._directory]
+        if self._error is not None:
+            raise self._error
+
+
+_under_way: dict[Path, Saving] = {}
+
+
+def settle(directory: Path) -> None:
+    """Wait for a save that was begun earlier at this path, and raise its error."""
+    saving = _under_way.get(directory.resolve())
+    if saving is not None:
+        try:
+            saving.wait()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"an earlier save_async failed, and this save was not begun: {error}"
+            ) from error
+
+
+def _finish() -> None:
+    """Wait for all, at the end of the program."""
+    for saving in list(_under_way.values()):
+        try:
+            saving.wait()
+        except BaseException as error:
+            traceback.print_exception(error)
+
+
+# Orbax works in executors, which take no work once concurrent.futures has seen the program's end:
+# Python calls these hooks last registered first, and all of those of atexit too late.
+getattr(threading, "_register_atexit", atexit.register)(_finish)
