@@ -3,6 +3,8 @@
 from lowrank_jax import bitsandbytes as bitsandbytes
 from lowrank_jax import checkpoint as checkpoint
 from lowrank_jax import initializers as initializers
+from lowrank_jax import names as names
+from lowrank_jax import peft as peft
 from lowrank_jax._adapters import combine as combine
 from lowrank_jax._adapters import fold_norms as fold_norms
 from lowrank_jax._adapters import merge as merge

@@ -1,0 +1,156 @@
+"""One safetensors file: its header checked before a byte of a tensor is read, and written back.
+
+Eight bytes hold the header's length, then comes the header, JSON, then the tensors without a gap.
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._errors import CheckpointError
+
+HEADER_LIMIT, CHUNK = 1 << 24, 1 << 22
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": jnp.dtype(jnp.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(bool),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in the file's data, and what it is."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    start: int
+    stop: int
+
+
+class TensorFile:
+    """An open file; `entries` tell of every tensor, and `read` brings one of them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file: BinaryIO = path.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"{path} could not be read ({error})") from error
+        try:
+            self.entries, self._data = self._header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _header(self) -> tuple[dict[str, Entry], int]:
+        """The entries, and where the data begin."""
+        size = os.fstat(self._file.fileno()).st_size
+        head = self._file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > min(size - 8, HEADER_LIMIT):
+            raise self._damaged(f"it has {size} bytes, too few or too many for its header")
+        try:
+            header = json.loads(self._file.read(length), object_pairs_hook=unique)
+            if not isinstance(header, dict):
+                raise ValueError(f"a {type(header).__name__}")
+            header.pop("__metadata__", None)
+            entries = {name: self._entry(name, value) for name, value in header.items()}
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"its header is not JSON as the format has it: {error}") from error
+        at = 0
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+            if entry.start != at:
+                raise self._damaged(f"there is a gap or an overlap before {name!r}")
+            at = entry.stop
+        if at != size - 8 - length:
+            raise self._damaged(f"it holds {size - 8 - length} bytes of data, its header says {at}")
+        return entries, 8 + length
+
+    def _entry(self, name: str, value: Any) -> Entry:
+        """One tensor's entry, checked."""
+        whole = lambda x: type(x) is int and 0 <= x < 1 << 62
+        if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self._damaged(f"its header says {str(value)[:80]!r} of {name[:200]!r}")
+        dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise self._damaged(
+                f"{name[:200]!r} is of dtype {str(dtype)[:20]!r}, which is not read"
+            )
+        lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
+        if not lists or len(shape) > 32 or not all(map(whole, [*shape, *place])):
+            raise self._damaged(f"shape or place of {name[:200]!r} are no natural numbers")
+        if math.prod(shape) * DTYPES[dtype].itemsize != place[1] - place[0]:
+            raise self._damaged(f"{name[:200]!r} has another size than its shape {shape} says")
+        return Entry(tuple(shape), DTYPES[dtype], *place)
+
+    def _damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is no safetensors file, or damaged: {why}")
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor of that name, a copy."""
+        entry = self.entries[name]
+        data = np.empty(entry.stop - entry.start, np.uint8)
+        self._file.seek(self._data + entry.start)
+        if self._file.readinto(data.data) != data.size:
+            raise self._damaged("it became shorter while it was read")
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The tensor's bytes, a few at a time."""
+        entry = self.entries[name]
+        for start in range(entry.start, entry.stop, CHUNK):
+            self._file.seek(self._data + start)
+            yield self._file.read(min(CHUNK, entry.stop - start))
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a file as safetensors does for torch: wide dtypes first, then by name."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        place = [at, at + tensor.nbytes]
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": place}
+        at = place[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in order:
+        file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
