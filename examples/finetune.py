@@ -1,4 +1,4 @@
-"""Fine-tunes SmolLM2-135M with LoRA or DoRA on The Devil's Dictionary, and says what it learned and forgot.
+"""Fine-tunes SmolLM2-135M on The Devil's Dictionary, and says what it learned and forgot.
 
     python examples/finetune.py
     python examples/finetune.py --text my.txt --targets q_proj,v_proj --rank 8 --steps 200
@@ -10,8 +10,9 @@ Killed at any time, it goes on by the same flags and --resume, and comes to the 
 same adapter, bit for bit (on the same machine, with the same JAX). Its log tells the loss of every
 step, to the last bit: nine digits tell every float32 from its neighbors.
 
-With --quantize the adapter learns on a base of 4 or 8 bits (QLoRA): the losses tell what quantizing
-cost and what the training gained, the table of memory what a step takes, beside a dense base's.
+With --quantize the adapter learns on a base of 4 or 8 bits (QLoRA), and starts at what quantizing
+lost (LoftQ): the losses tell what quantizing cost and what the training gained, the table of memory
+what a step takes, beside a dense base's.
 
 Losses are in nats per token, over windows the model has not trained on: of the target text, and of
 Python's own documentation (pydoc_data), which stands for all that the model knew before. (That text
@@ -36,7 +37,7 @@ import optax
 import resume
 import smollm2
 from flags import parse, target_patterns
-from frozen import compiled, memory, memory_table, quantize
+from frozen import begin, compiled, memory, memory_table, quantization
 from generate import generate
 from llama import Llama
 from rich.console import Console
@@ -48,6 +49,7 @@ from texts import batches, read_text, sample_prompts, windows
 import lowrank_jax as lowrank
 
 EVALUATED_WINDOWS = 48  # of each text: a paired difference in loss is known to about 0.02
+MEASURED_BATCHES = 8  # of the training text, for LoftQ: what the layers see
 SAMPLE_TOKENS = 48
 LOG_WIDTH = 140  # a log is as wide as it has to be: tables need not fold
 SAMPLE_TEMPERATURE = 0.7  # a small model that always takes the likeliest token repeats itself
@@ -257,9 +259,16 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     if flags.quantize != "none":
         whole, base_name = lowrank.combine, f", {flags.quantize}"
         evaluate("before, dense", params)
-        with console.status("quantizing"):
-            params = quantize(params, flags.quantize, plan)  # and the dense kernels are deleted
-    base, lora = lowrank.init(jax.random.key(flags.seed), params, config, plan=plan)
+        quant = quantization(flags.quantize)
+        measured = list(islice(batches(data["train"], flags.batch, flags.seed), MEASURED_BATCHES))
+    key = jax.random.key(flags.seed)
+    with console.status("starting"):
+        if flags.quantize != "none" and flags.start == "loftq":
+            base, lora = begin(key, model.apply, params, config, plan, quant, measured)
+        else:
+            if flags.quantize != "none":
+                params = lowrank.quantize(params, quant, plan=plan, donate=True)
+            base, lora = lowrank.init(key, params, config, plan=plan)
     optimizer = make_optimizer(flags.learning_rate, flags.steps)
     opt_state = optimizer.init(lora)
     report = lowrank.report(model.apply, lowrank.combine(base, lora), shape)

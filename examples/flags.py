@@ -10,6 +10,8 @@ from frozen import FORMATS
 from smollm2 import ExampleError
 from texts import DICTIONARY
 
+STARTS = ("loftq", "zero")  # a checkpoint knows them by their places: append only
+
 DESCRIPTION = """Fine-tunes SmolLM2-135M with LoRA on The Devil's Dictionary, and says what it
 learned and forgot: five to ten minutes on two CPU cores."""
 
@@ -60,6 +62,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="none",
         help="keep the base's linear layers in 4 bits (nf4, fp4) or 8 (int8), whatever --targets "
         "says; the adapter is float32 all the same (%(default)s)",
+    )
+    add(
+        "--start",
+        choices=STARTS,
+        default="loftq",
+        help="on a quantized base: loftq, an adapter that starts at what quantizing lost (a minute "
+        "or two), or zero, one that changes nothing at first (%(default)s)",
     )
     add("--steps", type=number(int), default=40, help="optimizer steps (%(default)s)")
     add("--learning-rate", type=number(float), default=1e-3, help="peak rate (%(default)s)")

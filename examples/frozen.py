@@ -1,27 +1,61 @@
 """The frozen base, dense or in small integers, and the memory that a step on it takes."""
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.table import Table
 
 import lowrank_jax as lowrank
 
 Tree = Any
+Apply = Callable[..., jax.Array]
 
 FORMATS = ("none", "nf4", "fp4", "int8")  # a checkpoint knows them by their places: append only
 
 
-def quantize(params: Tree, format: str, plan: lowrank.Plan) -> Tree:
-    """The base with its linear layers in small integers; deletes each dense kernel on the way.
+def quantization(format: str) -> lowrank.QuantConfig:
+    """How linear layers are kept.
 
     Embeddings stay dense, as QLoRA has them: a tied one is the model's last projection too.
     """
     # An accelerator packs two 4-bit integers into a byte by itself, a CPU gives each a whole one.
     packing = "uint8" if jax.default_backend() == "cpu" else "uint4"
-    quant = lowrank.QuantConfig(format=format, double_quant=True, packing=packing)
-    return lowrank.quantize(params, quant, plan=plan, donate=True)
+    return lowrank.QuantConfig(format=format, double_quant=True, packing=packing)
+
+
+def begin(
+    key: jax.Array,
+    apply: Apply,
+    params: Tree,
+    config: lowrank.LoraConfig,
+    plan: lowrank.Plan,
+    quant: lowrank.QuantConfig,
+    windows: Sequence[np.ndarray],
+) -> tuple[Tree, Tree]:
+    """Quantized base and adapter by LoftQ: the adapter starts at what quantizing loses.
+
+    What matters of it is what the inputs of each layer see, which is measured on these windows.
+    Linear layers that have no adapter are quantized as they are. Deletes the dense kernels.
+    """
+    measure = lowrank.covariances(apply, config, plan=plan)
+    seen = measure(params, windows[0])
+    for tokens in windows[1:]:
+        seen = jax.tree.map(jnp.add, seen, measure(params, tokens))
+    if rest := [path for path, use in plan.items() if use.linear and path not in seen]:
+        others = dataclasses.replace(quant, targets=rest)
+        params = lowrank.quantize(params, others, plan=plan, donate=True)
+    loftq = lowrank.initializers.loftq(quant, 1, seen)
+    base, lora = lowrank.init(key, params, config, plan=plan, initializer=loftq)
+    kept = {id(leaf) for leaf in jax.tree.leaves(base)}
+    for leaf in jax.tree.leaves(params):
+        if id(leaf) not in kept:
+            leaf.delete()
+    return base, lora
 
 
 def compiled(step: Any, format: str, base: Tree, *rest: Any) -> tuple[Any, dict[str, int]]:

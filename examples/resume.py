@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flags import STARTS
 from frozen import FORMATS
 from smollm2 import ExampleError, sha256
 
@@ -38,6 +39,7 @@ def describe(
     """The run that these flags ask for; a text and a model are what they hold, not their paths."""
     settings = {name: getattr(flags, name) for name in NUMBERS}
     settings["quantize"] = FORMATS.index(flags.quantize)
+    settings["start"] = STARTS.index(flags.start)
     settings["text"] = digest(hashlib.sha256("\0".join(text).encode()).hexdigest())
     settings["model"] = digest(sha256(model))
     return Run(flags.out, flags.steps, config, settings)
@@ -101,7 +103,7 @@ def shown(config: lowrank.LoraConfig, settings: dict[str, Any]) -> dict[str, str
             return f"of SHA-256 {np.asarray(value).tobytes().hex()[:12]}"
         return str(value)
 
-    named = {"quantize": FORMATS[settings["quantize"]]}
+    named = {"quantize": FORMATS[settings["quantize"]], "start": STARTS[settings["start"]]}
     return {name: text(value) for name, value in (config.to_dict() | settings | named).items()}
 
 

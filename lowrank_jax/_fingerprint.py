@@ -16,6 +16,7 @@ import numpy as np
 from lowrank_jax._errors import TreeError
 from lowrank_jax._nodes import Normed, is_adapter, unnormed
 from lowrank_jax._paths import flatten
+from lowrank_jax._processes import gathered
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -107,6 +108,8 @@ def fingerprint(tree: Any) -> Fingerprint:
         )
     # nodes of other kinds (quantized leaves) count by their parts
     leaves = flatten(plain)[0]
+    if jax.process_count() > 1:  # leaves are gathered by all processes, in one order
+        return Fingerprint(tuple(sorted(_leaf(path, gathered(leaf)) for path, leaf in leaves)))
     # hashlib releases the GIL: threads read and hash several leaves at once
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return Fingerprint(

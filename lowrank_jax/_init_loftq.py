@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from lowrank_jax._configs import QuantConfig
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._init_data import checked, same_fan_in, unit
 from lowrank_jax._init_random import Factors, Initializer
-from lowrank_jax._init_spectral import balanced, product, remainder, svd
+from lowrank_jax._init_spectral import balanced, nearest, product, remainder
 from lowrank_jax._quantized import dequantized, quantized
 
 # As GPTQ (arXiv 2210.17323, section 3.3, step 3) damps the same matrix.
@@ -37,8 +38,8 @@ class LoftQ:
             a, b, _ = state
             kept = remainder(weight, a, b, scale)
             lost = weight - self._rounded(kept)
-            u, sigma, vt = svd(root(lost))
-            a, b = balanced(inverse(u[:, :rank]), sigma[:rank], vt[:rank], scale)
+            u, sigma, vt = nearest(root(lost), rank)
+            a, b = balanced(inverse(u), sigma, vt, scale)
             return a, b, kept
 
         fan_in, fan_out = weight.shape
@@ -55,14 +56,14 @@ class LoftQ:
         return dequantized(node)
 
     def _roots(self, weight: jax.Array) -> tuple[Any, Any]:
-        """Multiplication by the root of the covariance, and by its inverse."""
+        """Multiplication by a root of the covariance, and by its inverse; any root will do."""
         if self.covariance is None:
             return (lambda matrix: matrix), (lambda matrix: matrix)
         same_fan_in(self.covariance, weight)
-        values, vectors = jnp.linalg.eigh(unit(self.covariance))
-        values = jnp.sqrt(jnp.maximum(values, 0) + DAMPING)
-        root, inverse = (product(vectors * v, vectors.T) for v in (values, 1 / values))
-        return (lambda matrix: product(root, matrix)), (lambda matrix: product(inverse, matrix))
+        damped = unit(self.covariance) + DAMPING * jnp.eye(len(weight))
+        root = jnp.linalg.cholesky(damped).T
+        solve = functools.partial(jax.scipy.linalg.solve_triangular, root, lower=False)
+        return functools.partial(product, root), solve
 
 
 def loftq(
@@ -73,7 +74,8 @@ def loftq(
     $\min_{q, a, b} \lVert C^{1/2}(W - q - s\,a\,b) \rVert_F$, by turns: $q$ is $W - s\,a\,b$
     quantized, and $C^{1/2}(W - q) = U S V^\top$ gives $a = C^{-1/2} U_r \sqrt{S_r / s}$,
     $b = \sqrt{S_r / s}\,V_r^\top$. C is the identity, or the covariance of the leaf's inputs,
-    scaled to a mean of 1 on its diagonal, plus 0.01 I. `init` puts the quantized q into the base.
+    scaled to a mean of 1 on its diagonal, plus 0.01 I; its Cholesky factor is the root. `init` puts
+    q into the base.
 
     Args:
       quant: how the base is quantized; its targets are not looked at, for every leaf that this

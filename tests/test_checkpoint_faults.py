@@ -519,8 +519,11 @@ values = np.arange(32, dtype=np.float32).reshape(16, 2)
 lora = {"w": lowrank.LowRank(put(values, P("x")), put(values.T.copy(), P()))}
 extra = {"keys": put(jax.random.split(jax.random.key(0), 2), P("x")), "position": 3}
 config = lowrank.LoraConfig(rank=2, targets="w")
-checkpoint.save(sys.argv[3], lora=lora, config=config, extra=extra)
-found = checkpoint.restore(sys.argv[3], like={"lora": lora, "extra": extra})
+square = np.arange(256, dtype=np.float32).reshape(16, 16)
+base, raw = {"w": put(square, P("x"))}, {"w": square}
+assert lowrank.fingerprint(base) == lowrank.fingerprint(raw)
+checkpoint.save(sys.argv[3], lora=lora, config=config, base=base, extra=extra)
+found = checkpoint.restore(sys.argv[3], base=base, like={"lora": lora, "extra": extra})
 for one, other in zip(jax.tree.leaves(found.lora), jax.tree.leaves(lora), strict=True):
     assert one.sharding == other.sharding
     for shard, was in zip(one.addressable_shards, other.addressable_shards, strict=True):

@@ -349,7 +349,8 @@ def test_a_quantized_base_is_small_and_near_the_dense_one_whose_kernels_are_gone
     params, apply = pretrained.variables, lowrank.lift(llama.Llama(pretrained.config).apply)
     tokens = np.arange(64, dtype=np.int32).reshape(2, 32)
     dense = jax.tree.map(np.array, params)
-    base = frozen.quantize(params, format, lowrank.plan(apply, params, tokens))
+    plan = lowrank.plan(apply, params, tokens)
+    base = lowrank.quantize(params, frozen.quantization(format), plan=plan, donate=True)
 
     gone = {path[-2].key for path, leaf in jax.tree.leaves_with_path(params) if leaf.is_deleted()}
     assert gone == {name for _, name in smollm2.PROJECTIONS}
@@ -369,6 +370,28 @@ def test_a_quantized_base_is_small_and_near_the_dense_one_whose_kernels_are_gone
     assert rows["base, its quantized linears"] == {format: linear, "float32": 4 * values}
     assert rows["base"] == {format: whole, "float32": whole - linear + 4 * values}
     assert rows["in all"][format] == whole + 7 + 1000
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "**/mlp/*/kernel"])
+def test_loftq_starts_nearer_to_the_dense_model_than_quantizing_alone(tiny, targets):
+    pretrained = smollm2.load(tiny)
+    model, params = llama.Llama(pretrained.config), pretrained.variables
+    windows = [np.arange(64, dtype=np.int32).reshape(2, 32) % 50 + i for i in range(3)]
+    plan = lowrank.plan(model.apply, params, windows[0])
+    config = lowrank.LoraConfig(rank=4, alpha=6, targets=targets)
+    quant, apply = frozen.quantization("nf4"), lowrank.lift(model.apply)
+    wanted, alone = (
+        apply(tree, windows[0]) for tree in (params, lowrank.quantize(params, quant, plan=plan))
+    )
+    key = jax.random.key(0)
+    base, lora = frozen.begin(key, model.apply, params, config, plan, quant, windows)
+    nodes = [leaf for leaf in jax.tree.leaves(base, is_leaf=is_quantized) if is_quantized(leaf)]
+    assert len(nodes) == len(smollm2.PROJECTIONS)
+    gone = {path[-2].key for path, leaf in jax.tree.leaves_with_path(params) if leaf.is_deleted()}
+    assert gone == {name for _, name in smollm2.PROJECTIONS}
+    far = lambda logits: float(jnp.linalg.norm(logits - wanted))
+    started = far(apply(lowrank.combine(base, lora), windows[0]))
+    assert 0 < started < (0.8 if targets == "all-linear" else 1) * far(alone)
 
 
 def is_quantized(value: object) -> bool:
@@ -522,7 +545,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_adapter(killed, tm
 
 def test_a_quantized_run_interrupted_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch, capsys):
     write_text(tmp_path / "text.txt", 300)
-    text = {"text": tmp_path / "text.txt", "quantize": "nf4", "save_every": 5}
+    text = {"text": tmp_path / "text.txt", "quantize": "nf4", "start": "zero", "save_every": 5}
     whole, found = job(tiny, tmp_path / "whole", **text), job(tiny, tmp_path / "found", **text)
     steps = []
 
@@ -581,6 +604,7 @@ OTHER = {
     "length": (8, "--length: 8, expected 16"),
     "seed": (1, "--seed: 1, expected 0"),
     "quantize": ("nf4", "--quantize: nf4, expected none"),
+    "start": ("zero", "--start: zero, expected loftq"),
     "text": ("other.txt", "--text: of SHA-256 "),
     "model": ("other.gguf", "--model: of SHA-256 "),
 }

@@ -3,20 +3,20 @@
 Run: python tests/benchmarks/methods.py [--methods lora-4,lora-8,lora-16,dora-4] [--seeds 3]
 
 A method is LoraConfig's and an initializer's: lora, rslora, dora, pissa, olora, orthogonal; after
-the dash its rank; `nf4+` before it for a base of 4 bits, and nf4+loftq for LoftQ's. The job is that
-of examples/finetune.py (the same windows, AdamW, 40 steps of 4 x 128 tokens, alpha twice the rank);
-the seed is of the factors and of the order of windows, the same for all methods. Three minutes a
-run on two cores. Printed: nats per token on 48 held-out windows, and on as many of Python's own
+the dash its rank; `nf4+` before it for a base of 4 bits, and nf4+loftq for LoftQ's, weighted by
+what the layers see. The job is that of examples/finetune.py (the same windows, AdamW, 40 steps of
+4 x 128 tokens, alpha twice the rank); the seed is of the factors and of the order of windows, the
+same for all methods. Two to three minutes a run on two cores. Printed: nats per token on 48 held-out windows, and on as many of Python's own
 documentation, before and after; then means over seeds, and their spread.
 """
 
 import argparse
 import collections
+import functools
 import pydoc_data.topics
 import statistics
 import sys
 import time
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -34,14 +34,14 @@ import lowrank_jax as lowrank
 NF4 = lowrank.QuantConfig(packing="uint8")
 
 
-def adapter(name: str, rank: int, seed: int, params, plan):
+def adapter(name: str, rank: int, seed: int, params, plan, covariances):
     """base and lora of a method."""
     quantized, name = name.startswith("nf4+"), name.removeprefix("nf4+")
     start = {
         "pissa": lambda: lowrank.initializers.pissa,
         "olora": lambda: lowrank.initializers.olora,
         "orthogonal": lambda: lowrank.initializers.orthogonal,
-        "loftq": lambda: lowrank.initializers.loftq(NF4, 5),
+        "loftq": lambda: lowrank.initializers.loftq(NF4, 1, covariances()),
     }.get(name, lambda: None)()
     if start is None and name not in ("lora", "rslora", "dora"):
         raise SystemExit(f"{name!r} is no method here")
@@ -63,11 +63,21 @@ def main() -> None:
     model, params = Llama(pretrained.config), pretrained.variables
     plan = lowrank.plan(model.apply, params, jax.ShapeDtypeStruct((4, 128), jnp.int32))
     train, held_out = texts.read_text(texts.DICTIONARY)
-    cut = partial(texts.windows, pretrained.tokenizer, length=128)
+    cut = functools.partial(texts.windows, pretrained.tokenizer, length=128)
     other = "".join(pydoc_data.topics.topics.values())
     data = {"held out": cut(held_out)[:48], "pydoc": cut(other)[:48]}
     apply = lowrank.lift(model.apply)
-    loss = jax.jit(partial(finetune.next_token_loss, apply))
+    loss = jax.jit(functools.partial(finetune.next_token_loss, apply))
+
+    @functools.cache
+    def covariances():
+        """What the layers see of some of the training text, as the main job measures it."""
+        measure = lowrank.covariances(model.apply, lowrank.LoraConfig(), plan=plan)
+        seen = islice(texts.batches(cut(train), 4, 0), finetune.MEASURED_BATCHES)
+        return functools.reduce(
+            functools.partial(jax.tree.map, jnp.add), [measure(params, tokens) for tokens in seen]
+        )
+
     optimizer = finetune.make_optimizer(flags.learning_rate, flags.steps)
     step = finetune.make_step(apply, optimizer)
     found, before = collections.defaultdict(list), []
@@ -75,7 +85,7 @@ def main() -> None:
         name, rank = method.rsplit("-", 1)
         for seed in range(flags.seeds):
             began = time.perf_counter()
-            base, lora = adapter(name, int(rank), seed, params, plan)
+            base, lora = adapter(name, int(rank), seed, params, plan, covariances)
             look = lambda base, lora: [
                 finetune.mean_loss(loss, lowrank.combine(base, lora), windows, 4)
                 for windows in data.values()
