@@ -2,6 +2,7 @@
 
 from lowrank_jax import bitsandbytes as bitsandbytes
 from lowrank_jax import checkpoint as checkpoint
+from lowrank_jax import huggingface as huggingface
 from lowrank_jax import initializers as initializers
 from lowrank_jax import names as names
 from lowrank_jax import peft as peft

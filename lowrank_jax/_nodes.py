@@ -295,5 +295,5 @@ def _renormed(node: Adapted, base: jax.Array, changed: jax.Array) -> jax.Array:
         product = dense_product(base, fan_in, stack, own.squares.dtype)
         a, b = (factor.astype(base.dtype) for factor in lora.factors())
         gains = gain(lora.magnitude, norm(own.squares, product, a, b, lora.scale, len(stack)))
-    sizes = dict(enumerate(base.shape))
+    sizes: dict[Any, int] = dict(enumerate(base.shape))
     return changed * arrange(gains, (*stack, *fan_out), tuple(range(base.ndim)), sizes)

@@ -9,11 +9,11 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._tensor_file import Entry, TensorFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -21,11 +21,11 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 class Tensors(Mapping):
     """name -> NumPy array, a copy of what the file holds, made at each look-up."""
 
-    def __init__(self, files: dict[str, Any]):
+    def __init__(self, files: Mapping[str, TensorFile]):
         self._files = files
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+        return self._files[name].read(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -36,6 +36,21 @@ class Tensors(Mapping):
     def __len__(self) -> int:
         return len(self._files)
 
+    def entry(self, name: str) -> Entry:
+        """Shape and dtype of a tensor, of which nothing is read."""
+        return self._files[name].entries[name]
+
+    def file(self, name: str) -> str:
+        """The name of the file that a tensor is in."""
+        return self._files[name].path.name
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same to the last bit."""
+        one, two = self.entry(name), self.entry(other)
+        chunks = (self._files[key].chunks(key) for key in (name, other))
+        same = (one.shape, one.dtype) == (two.shape, two.dtype)
+        return same and all(a == b for a, b in zip(*chunks, strict=True))
+
 
 @contextlib.contextmanager
 def open_folder(folder: Path) -> Iterator[Tensors]:
@@ -45,23 +60,14 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
       CheckpointError: there is no such file, a shard or one of its tensors is missing, or a file is
         damaged.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise CheckpointError(
-            "reading safetensors files needs a package: pip install 'lowrank_jax[files]'"
-        ) from error
     paths, promised = _files(folder)
     with contextlib.ExitStack() as stack:
-        files: dict[str, Any] = {}
+        files: dict[str, TensorFile] = {}
         for path in paths:
-            try:
-                file = stack.enter_context(safe_open(path, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} could not be read ({error})") from error
-            if twice := [name for name in file.keys() if name in files]:  # noqa: SIM118
+            file = stack.enter_context(TensorFile(path))
+            if twice := [name for name in file.entries if name in files]:
                 raise CheckpointError(f"two shards hold {twice[0]!r}; the second is {path}")
-            files |= dict.fromkeys(file.keys(), file)
+            files |= dict.fromkeys(file.entries, file)
         if lost := sorted(promised - files.keys()):
             raise CheckpointError(
                 f"{folder / INDEX} names tensors that its shards do not hold: the files are of "

@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,7 +53,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file: BinaryIO = path.open("rb")
+            self._file: BufferedReader = path.open("rb")
         except OSError as error:
             raise CheckpointError(f"{path} could not be read ({error})") from error
         try:

@@ -114,7 +114,7 @@ def _first(rules: list[tuple[re.Pattern, str]], path: str) -> str | None:
     return None
 
 
-Names = Mapping[str, "str | Parameter"] | Callable[[str], "str | Parameter | None"] | None
+Names = Mapping[str, str | Parameter] | Callable[[str], str | Parameter | None] | None
 
 
 def parameter(path: str, names: Names = None) -> Parameter | None:

@@ -480,7 +480,7 @@ FOLDERS = {
     ),
     "a damaged shard": (
         lambda p: truncated(copy(p)),
-        rf"{FIRST} could not be read \(",
+        rf"{FIRST} is no safetensors file, or damaged: it holds \d+ bytes of data",
     ),
     "an index of other shards": (
         lambda p: spoiled(copy(p), INDEX, lambda text: text.replace('"lm_head', '"other_head')),
@@ -535,10 +535,9 @@ def test_folders_that_are_refused(mistake, tmp_path):
         lowrank.bitsandbytes.load(folder)
 
 
-def test_the_package_that_reads_files_is_named(monkeypatch):
+def test_files_are_read_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(lowrank.CheckpointError, match=r"pip install 'lowrank_jax\[files\]'"):
-        lowrank.bitsandbytes.load(FILES / "llama")
+    assert len(lowrank.bitsandbytes.load(FILES / "llama")) == 35
 
 
 # What is refused

@@ -113,10 +113,11 @@ VARIANTS = {
 QUANT = lowrank.QuantConfig(targets=("all-linear", "**/embedding"))
 
 
-def quantized_llama(name):
+def quantized_llama(name, dora=False):
     model, variables, tokens, plan = llama(**VARIANTS[name])
     frozen = jax.jit(lambda v: lowrank.quantize(v, QUANT, plan=plan))(variables)
-    base, lora = lowrank.init(KEY, frozen, lowrank.LoraConfig(rank=3, alpha=5), plan=plan)
+    config = lowrank.LoraConfig(rank=3, alpha=5, dora=dora)
+    base, lora = lowrank.init(KEY, frozen, config, plan=plan)
     lora = jax.tree.map(lambda f: f + 0.05, lora)
     return model, base, lora, tokens
 
@@ -153,18 +154,22 @@ def residuals(fn, *args):
 
 
 def dense_shapes(base):
+    """Shapes of whole weights and of layers of stacks of two, decoded or laid out as codes are."""
     shapes = set()
+    whole = lambda shape, size: np.prod(shape) in (size, size // 2)
     for leaf in jax.tree.leaves(base, is_leaf=lambda n: isinstance(n, lowrank.Quantized)):
         if isinstance(leaf, lowrank.Quantized):
-            shapes |= {leaf.shape, leaf.shape[1:], leaf.codes.shape, leaf.codes.shape[1:]}
-            shapes |= {leaf.shape[:-2] + leaf.shape[:-3:-1]}  # transposed
-    return {shape for shape in shapes if len(shape) > 1}
+            found = {leaf.shape, leaf.shape[1:], leaf.codes.shape, leaf.codes.shape[1:]}
+            found |= {leaf.shape[:-2] + leaf.shape[:-3:-1]}  # transposed
+            shapes |= {shape for shape in found if whole(shape, leaf.size)}
+    return shapes
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("name", ["unrolled", "unrolled, remat", "scan", "scan, remat"])
-def test_codes_and_scales_are_all_that_is_kept_for_backward(name, batched):
-    model, base, lora, tokens = quantized_llama(name)
+def test_codes_and_scales_are_all_that_is_kept_for_backward(name, batched, dora):
+    model, base, lora, tokens = quantized_llama(name, dora)
     lifted = lowrank.lift(model.apply, fallback="raise")
     fn = lambda l: lifted(lowrank.combine(base, l), tokens).sum()
     one = fn

@@ -16,27 +16,38 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 
 # A module imports only from layers below its own (or its own, without a circle).
 LAYERS = [
-    {"_errors", "_paths", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"}
+    {"_errors", "_paths", "names", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"}
     | {"_dynamic", "_codecs", "_scales", "_packing"},
-    {"_quantized", "_nodes", "_virtual"},
+    {"_quantized", "_norms", "_nodes", "_family", "_virtual"},
     {
         "_tied",
         "_blocks",
         "_quantized_weight",
         "_dense",
+        "_gain",
+        "_magnitude",
         "_products",
         "_convolution",
         "_lookup",
         "_weight",
+        "_observed",
     }
-    | {"initializers"},
+    | {"initializers", "_init_random", "_init_spectral", "_init_data", "_init_corda"}
+    | {"_init_lora_ga", "_init_loftq", "_init_eva"},
     {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
-    {"_quantize", "_targets", "_adapters", "_optim", "_functional", "_report", "_specs"}
+    {"_quantize", "_targets", "_covariances", "_init", "_adapters", "_optim", "_functional"}
+    | {"_report", "_specs"}
     | {"_states", "_offload"}
-    | {"_quantization_error", "_fingerprint", "_archive", "_entries"}
-    | {"_quant_state", "_safetensors"},
-    {"bitsandbytes", "checkpoint"},
-    {"__init__"},
+    | {"_quantization_error", "_fingerprint", "_archive", "_entries", "_fitting", "_background"}
+    | {"_processes"}
+    | {"_quant_state", "_safetensors", "_tensor_file"}
+    | {"_model_leaves", "_model_matching", "_model_reading", "_model_writing", "_model_folder"}
+    | {"_model_merging"}
+    | {"_peft_config", "_peft_difference", "_peft_folder", "_peft_tensors"}
+    | {"_peft_parsing", "_peft_matching", "_peft_factors", "_peft_whole", "_peft_writing"},
+    {"bitsandbytes", "checkpoint", "peft", "huggingface", "_inspecting", "_converting"},
+    {"_command_line"},
+    {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

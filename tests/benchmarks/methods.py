@@ -6,8 +6,9 @@ A method is LoraConfig's and an initializer's: lora, rslora, dora, pissa, olora,
 the dash its rank; `nf4+` before it for a base of 4 bits, and nf4+loftq for LoftQ's, weighted by
 what the layers see. The job is that of examples/finetune.py (the same windows, AdamW, 40 steps of
 4 x 128 tokens, alpha twice the rank); the seed is of the factors and of the order of windows, the
-same for all methods. Two to three minutes a run on two cores. Printed: nats per token on 48 held-out windows, and on as many of Python's own
-documentation, before and after; then means over seeds, and their spread.
+same for all methods. Two to three minutes a run on two cores. Printed: nats per token on 48
+held-out windows, and on as many of Python's own documentation, before and after; then means over
+seeds, and their spread.
 """
 
 import argparse
