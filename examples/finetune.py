@@ -226,6 +226,8 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     apply = lowrank.lift(model.apply)
     shape = jax.ShapeDtypeStruct((flags.batch, flags.length), jnp.int32)
     plan = lowrank.plan(model.apply, params, shape)
+    key = jax.random.key(flags.seed)
+    jax.eval_shape(lambda tree: lowrank.init(key, tree, config, plan=plan), params)  # mistakes show
     make_folder(flags.out)
 
     loss = jax.jit(partial(next_token_loss, apply))
@@ -261,7 +263,6 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
         evaluate("before, dense", params)
         quant = quantization(flags.quantize)
         measured = list(islice(batches(data["train"], flags.batch, flags.seed), MEASURED_BATCHES))
-    key = jax.random.key(flags.seed)
     with console.status("starting"):
         if flags.quantize != "none" and flags.start == "loftq":
             base, lora = begin(key, model.apply, params, config, plan, quant, measured)

@@ -21,11 +21,12 @@ FORMATS = ("none", "nf4", "fp4", "int8")  # a checkpoint knows them by their pla
 def quantization(format: str) -> lowrank.QuantConfig:
     """How linear layers are kept.
 
-    Embeddings stay dense, as QLoRA has them: a tied one is the model's last projection too.
+    Embeddings stay dense, as QLoRA has them: a tied one is the model's last projection too. Blocks
+    of 32 take 4.25 bits a weight where QLoRA's 64 take 4.13: so small a model feels the difference.
     """
     # An accelerator packs two 4-bit integers into a byte by itself, a CPU gives each a whole one.
     packing = "uint8" if jax.default_backend() == "cpu" else "uint4"
-    return lowrank.QuantConfig(format=format, double_quant=True, packing=packing)
+    return lowrank.QuantConfig(format=format, block_size=32, double_quant=True, packing=packing)
 
 
 def begin(

@@ -14,6 +14,7 @@ import jax
 from jax import lax
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._contract import accumulator
 from lowrank_jax._dense import DenseWeight
 from lowrank_jax._nodes import LowRank, Normed, normed, unnormed
 from lowrank_jax._norms import gain, norm, product_numbers
@@ -65,7 +66,8 @@ def _norms(
             one = lambda layer: _norms(rebuild(layer[0]), layer[1], scale, *inner)
             return lax.map(one, (arrays, parts))
     squares, a, b = parts
-    options = {"precision": lax.Precision.HIGHEST, "preferred_element_type": squares.dtype}
+    exact = accumulator(base.dtype)
+    options = {"precision": lax.Precision.HIGHEST, "preferred_element_type": exact}
 
     def product(a: jax.Array) -> jax.Array:
         arguments = a, product_numbers(fan_in, stack), False, options

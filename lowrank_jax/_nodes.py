@@ -292,7 +292,7 @@ def _renormed(node: Adapted, base: jax.Array, changed: jax.Array) -> jax.Array:
     gains = lora.magnitude
     if not lora.folded:
         own = node.base if isinstance(node.base, Normed) else normed(node.base, lora)
-        product = dense_product(base, fan_in, stack, own.squares.dtype)
+        product = dense_product(base, fan_in, stack, changed.dtype)
         a, b = (factor.astype(base.dtype) for factor in lora.factors())
         gains = gain(lora.magnitude, norm(own.squares, product, a, b, lora.scale, len(stack)))
     sizes: dict[Any, int] = dict(enumerate(base.shape))

@@ -70,13 +70,13 @@ def norm(
 
     Args:
       squares: the norm of W, squared, [*stack, *fan_out].
-      product: a -> a^T W, [*stack, r, *fan_out], accumulated in the dtype of squares.
+      product: a -> a^T W, [*stack, r, *fan_out], accumulated in float32.
       a: [*stack, *fan_in, r], in the dtype that products use.
       b: [*stack, r, *fan_out], likewise.
       scale: s.
       stacked: number of stack axes.
     """
-    a, b, squares = map(lax.stop_gradient, (a, b, squares))
+    a, b, squares = map(lax.stop_gradient, (a, b, squares.astype(accumulator(squares.dtype))))
     lead, inner = tuple(range(stacked)), tuple(range(stacked, a.ndim - 1))
     options: dict[str, Any] = {"precision": _EXACT, "preferred_element_type": squares.dtype}
     gram = lax.dot_general(a, a, ((inner, inner), (lead, lead)), **options)

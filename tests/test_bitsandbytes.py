@@ -26,7 +26,7 @@ import lowrank_jax as lowrank
 from lowrank_jax import _codecs, _safetensors, _scales
 from lowrank_jax._quantized import quantized
 
-safetensors = pytest.importorskip("safetensors", reason="pip install -e '.[files]'")
+safetensors = pytest.importorskip("safetensors", reason="pip install -e '.[dev]'")
 from safetensors.numpy import save_file  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,6 +16,8 @@ from models import noisy, normal
 import lowrank_jax as lowrank
 from lowrank_jax._magnitude import norms_of
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 RANK, ALPHA = 3, 4.5
 CONFIG = lowrank.LoraConfig(rank=RANK, alpha=ALPHA, targets="w", dora=True)
 

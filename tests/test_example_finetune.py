@@ -577,7 +577,7 @@ def test_a_quantized_run_interrupted_goes_on_to_the_same_bits(tiny, tmp_path, mo
     pretrained = smollm2.load(tiny)
     model, params = llama.Llama(pretrained.config), pretrained.variables
     plan = lowrank.plan(model.apply, params, jnp.zeros((2, 16), jnp.int32))
-    base = lowrank.quantize(params, lowrank.QuantConfig(packing="uint8"), plan=plan)
+    base = lowrank.quantize(params, frozen.quantization("nf4"), plan=plan)
     lora = lowrank.checkpoint.restore(tmp_path / "whole", base=base).lora
     with pytest.raises(lowrank.CheckpointError, match="not the one the adapter was trained on"):
         lowrank.checkpoint.restore(tmp_path / "whole", base=params)

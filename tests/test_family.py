@@ -12,6 +12,8 @@ from models import noisy, normal
 
 import lowrank_jax as lowrank
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 CONFIGS = {
     "loha": lowrank.LoraConfig(rank=2, alpha=3.0, method="loha"),
     "vera": lowrank.LoraConfig(rank=7, method="vera", projection_seed=5),

@@ -14,6 +14,8 @@ import pytest
 
 import lowrank_jax as lowrank
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 GOLDEN = Path(__file__).parent / "golden" / "peft_llama"
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import llama  # noqa: E402

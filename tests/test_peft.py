@@ -252,7 +252,7 @@ def test_what_peft_saved_is_saved_as_peft_saves_it(case, scan, tmp_path):
 
 
 def test_the_file_is_laid_out_as_safetensors_lays_it_out(tmp_path):
-    numpy = pytest.importorskip("safetensors.numpy", reason="pip install -e '.[files]'")
+    numpy = pytest.importorskip("safetensors.numpy", reason="pip install -e '.[dev]'")
     tensors = tensors_of(FILES / "saved")
     numpy.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     with (tmp_path / "ours").open("wb") as file:

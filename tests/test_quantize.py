@@ -165,8 +165,15 @@ def dense_shapes(base):
     return shapes
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(
+    ("batched", "dora"),
+    [
+        (False, False),
+        (True, False),
+        (False, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", ["unrolled", "unrolled, remat", "scan", "scan, remat"])
 def test_codes_and_scales_are_all_that_is_kept_for_backward(name, batched, dora):
     model, base, lora, tokens = quantized_llama(name, dora)

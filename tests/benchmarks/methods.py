@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import finetune
+import frozen
 import jax
 import jax.numpy as jnp
 import smollm2
@@ -32,7 +33,7 @@ from llama import Llama
 
 import lowrank_jax as lowrank
 
-NF4 = lowrank.QuantConfig(packing="uint8")
+NF4 = frozen.quantization("nf4")
 
 
 def adapter(name: str, rank: int, seed: int, params, plan, covariances):
