@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lowrank_jax import checkpoint, peft
 from lowrank_jax._configs import QuantConfig
 from lowrank_jax._errors import CheckpointError, ConfigError, TreeError
 from lowrank_jax._fitting import in_structure
+from lowrank_jax._gguf import SUFFIX, GgufTensors
 from lowrank_jax._model_folder import beside, read_config, refuse_quantized, ties, write_model
 from lowrank_jax._model_leaves import Lying
 from lowrank_jax._model_matching import is_floating, matched
@@ -30,7 +31,7 @@ from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
 from lowrank_jax._quantize import axes_of_blocks, refuse_bad, targets_of
 from lowrank_jax._quantized import Axes
-from lowrank_jax._safetensors import open_folder
+from lowrank_jax._safetensors import Tensors, open_folder
 from lowrank_jax.names import Names
 
 
@@ -53,7 +54,8 @@ def load(
     the quantized model and what encoding one layer of a leaf takes.
 
     Args:
-      folder: with model.safetensors, or shards and their index.
+      folder: with model.safetensors, or shards and their index; or a GGUF file of a Llama or Qwen2,
+        whose tensors are decoded to float32 and named as Hugging Face names them (names.LLAMA).
       like: the tree, of arrays or of jax.ShapeDtypeStruct, as jax.eval_shape of a model's init
         gives it: structure, shapes, dtypes, and shardings where it has them.
       names: leaf -> module, as of lowrank.names.parameter: LLAMA or another table, say.
@@ -87,10 +89,8 @@ def load(
     leaves = _leaves(like, dtype)
     if quant is not None and not isinstance(quant, QuantConfig):
         raise ConfigError(f"quant is a {type(quant).__name__}: pass a lowrank.QuantConfig")
-    config = read_config(folder)
-    refuse_quantized(folder, config)
-    with open_folder(folder) as tensors:
-        found = matched(tensors, leaves, names, plan, ignore, ties(config))
+    with _opened(folder) as (tensors, tied):
+        found = matched(tensors, leaves, names, plan, ignore, tied)
         found.refuse(folder, names)
         blocks = {} if quant is None else _blocks(leaves, found.leaves, quant, plan)
         given, bad = dict(flatten(like)[0]), {}
@@ -104,6 +104,19 @@ def load(
                 out[path] = read_leaf(tensors, lying, leaves[path].dtype, sharding)
     refuse_bad(bad, leaves)
     return in_structure(like, out)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
+    """The tensors of a folder or a GGUF file, and whether a projection may be its look-up table."""
+    if folder.suffix == SUFFIX and not folder.is_dir():
+        tensors = GgufTensors(folder)
+        yield tensors, tensors.ties
+        return
+    config = read_config(folder)
+    refuse_quantized(folder, config)
+    with open_folder(folder) as tensors:
+        yield tensors, ties(config)
 
 
 def save(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from test_example_finetune import write_gguf
 from test_golden_peft import flax_params
 from test_golden_peft import load as llama_golden
 
@@ -27,6 +28,7 @@ GOLDEN = Path(__file__).parent / "golden"
 FOLDERS, PEFT = GOLDEN / "huggingface", GOLDEN / "peft_files"
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import llama  # noqa: E402
+import smollm2  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 LLAMA, GPT2, VIT = lowrank.names.LLAMA, lowrank.names.GPT2, lowrank.names.VIT
@@ -625,3 +627,32 @@ def test_a_shared_weight_is_merged_once_and_stays_shared(tmp_path):
     with np.load(PEFT / "tied.npz", allow_pickle=False) as file:
         expected = file["logits"]
     np.testing.assert_allclose(model(True, True).apply(params, TOKENS), expected, atol=2e-5)
+
+
+# GGUF
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, True)])
+def test_a_gguf_file(tmp_path, tied, bias, scan):
+    """The same tree as the example's own reader makes, whose rope is checked by llama.cpp's."""
+    gguf_model = tmp_path / "model.gguf"
+    write_gguf(gguf_model, tied=tied, bias=bias)
+    wanted = smollm2.load(gguf_model, scan_layers=scan).variables
+    like = jax.eval_shape(lambda: wanted)
+    found = lowrank.huggingface.load(gguf_model, like, names=lowrank.names.LLAMA)
+    chex.assert_trees_all_equal(found, wanted)
+
+
+def test_gguf_files_that_are_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    like = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+    path.write_bytes(b"GGUF" + bytes(range(60)))
+    with pytest.raises(lowrank.CheckpointError, match="is no GGUF file, or damaged"):
+        lowrank.huggingface.load(path, like)
+    write_gguf(path, architecture="gemma")
+    with pytest.raises(lowrank.CheckpointError, match="is a model of 'gemma'.*'llama', 'qwen2'"):
+        lowrank.huggingface.load(path, like)
+    write_gguf(path)
+    with pytest.raises(lowrank.CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        lowrank.huggingface.load(path, like, names=lowrank.names.LLAMA)

@@ -41,7 +41,8 @@ LAYERS = [
     | {"_quantization_error", "_fingerprint", "_archive", "_entries", "_fitting", "_background"}
     | {"_processes"}
     | {"_quant_state", "_safetensors", "_tensor_file"}
-    | {"_model_leaves", "_model_matching", "_model_reading", "_model_writing", "_model_folder"}
+    | {"_gguf", "_model_leaves", "_model_matching", "_model_reading", "_model_writing"}
+    | {"_model_folder"}
     | {"_model_merging"}
     | {"_peft_config", "_peft_difference", "_peft_folder", "_peft_tensors"}
     | {"_peft_parsing", "_peft_matching", "_peft_factors", "_peft_whole", "_peft_writing"},
