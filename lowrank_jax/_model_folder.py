@@ -11,16 +11,16 @@ import contextlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._safetensors import INDEX, SINGLE
 from lowrank_jax._tensor_file import write_tensors
+from lowrank_jax._whole_files import flushed, sync
 
 CONFIG = "config.json"
 _BESIDE = {".json", ".jinja", ".model", ".txt"}
@@ -125,27 +125,27 @@ def write_model(
             stale.unlink()
         with contextlib.ExitStack() as stack:
             new = {
-                name: _flushed(folder, lambda file, t=tensors: write_tensors(file, t), stack)
+                name: flushed(folder, _NEW, lambda file, t=tensors: write_tensors(file, t), stack)
                 for name, tensors in files.items()
             }
             new |= {
-                name: _flushed(folder, lambda file, t=text: file.write(t), stack)
+                name: flushed(folder, _NEW, lambda file, t=text: file.write(t), stack)
                 for name, text in texts.items()
             }
             if config is not None:
-                new[CONFIG] = _flushed(folder, lambda file: file.write(config), stack)
+                new[CONFIG] = flushed(folder, _NEW, lambda file: file.write(config), stack)
             old = [p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name)]
             for name in (CONFIG, SINGLE, INDEX):
                 if name != CONFIG or config is not None:
                     (folder / name).unlink(missing_ok=True)
-            _sync(folder)
+            sync(folder)
             for name in sorted(new, key=lambda name: ({INDEX: 1, CONFIG: 2}.get(name, 0), name)):
                 os.replace(new[name], folder / name)
                 if name == INDEX:
-                    _sync(folder)
+                    sync(folder)
             for name in set(old) - set(files):
                 (folder / name).unlink()
-            _sync(folder)
+            sync(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} could not be written ({error})") from error
 
@@ -156,29 +156,3 @@ def _index(files: Mapping[str, Mapping[str, Any]]) -> bytes:
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def _flushed(
-    folder: Path, write: Callable[[BinaryIO], object], stack: contextlib.ExitStack
-) -> Path:
-    """A file of another name, whole on disk; removed by the stack unless it was renamed."""
-    number, name = tempfile.mkstemp(prefix=_NEW, dir=folder)
-    stack.callback(Path(name).unlink, missing_ok=True)
-    with open(number, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(name, 0o666 & ~mask)
-    return Path(name)
-
-
-def _sync(folder: Path) -> None:
-    """Flush the folder's names to disk, where the system can."""
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)

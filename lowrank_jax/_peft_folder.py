@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._tensor_file import write_tensors
+from lowrank_jax._whole_files import flushed, sync
 
 CONFIG, TENSORS, PICKLE = (
     "adapter_config.json",
@@ -73,41 +72,15 @@ def write_folder(folder: Path, config: str, tensors: Mapping[str, np.ndarray]) -
             stale.unlink()
         text = config.encode()
         with contextlib.ExitStack() as stack:
-            model = _flushed(folder, lambda file: write_tensors(file, tensors), stack)
-            about = _flushed(folder, lambda file: file.write(text), stack)
+            model = flushed(folder, _OURS, lambda file: write_tensors(file, tensors), stack)
+            about = flushed(folder, _OURS, lambda file: file.write(text), stack)
             same = (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() == text
             if not same:
                 (folder / CONFIG).unlink(missing_ok=True)
-                _sync(folder)
+                sync(folder)
             os.replace(model, folder / TENSORS)
-            _sync(folder)
+            sync(folder)
             os.replace(about, folder / CONFIG)
-            _sync(folder)
+            sync(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} could not be written ({error})") from error
-
-
-def _flushed(
-    folder: Path, write: Callable[[BinaryIO], object], stack: contextlib.ExitStack
-) -> Path:
-    """A file of another name, whole on disk; removed by the stack unless it was renamed."""
-    number, name = tempfile.mkstemp(prefix=_OURS, dir=folder)
-    stack.callback(Path(name).unlink, missing_ok=True)
-    with open(number, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(name, 0o666 & ~mask)
-    return Path(name)
-
-
-def _sync(folder: Path) -> None:
-    """Flush the folder's names to disk, where the system can."""
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)

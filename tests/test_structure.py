@@ -40,7 +40,7 @@ LAYERS = [
     | {"_states", "_offload"}
     | {"_quantization_error", "_fingerprint", "_archive", "_entries", "_fitting", "_background"}
     | {"_processes"}
-    | {"_quant_state", "_safetensors", "_tensor_file"}
+    | {"_quant_state", "_safetensors", "_tensor_file", "_whole_files"}
     | {"_gguf", "_model_leaves", "_model_matching", "_model_reading", "_model_writing"}
     | {"_model_folder"}
     | {"_model_merging"}
