@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from lowrank_jax._errors import ConfigError, TreeError, listing
 from lowrank_jax._init import typed_key
-from lowrank_jax._magnitude import gain_of
 from lowrank_jax._nodes import (
     Adapted,
     Full,
@@ -21,6 +20,7 @@ from lowrank_jax._nodes import (
     normed,
 )
 from lowrank_jax._paths import flatten, path_hash
+from lowrank_jax._weights.magnitude import gain_of
 
 
 def combine(

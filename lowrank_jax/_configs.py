@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lowrank_jax._codecs import check_block_size, format_of
+from lowrank_jax._codecs.packing import PACKINGS
 from lowrank_jax._errors import ConfigError
-from lowrank_jax._packing import PACKINGS
 from lowrank_jax._paths import ALL_LINEAR, Pattern, compile_pattern
 
 METHODS = ("lora", "loha", "vera", "ia3")

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 
 from lowrank_jax import _lift
 from lowrank_jax._configs import LoraConfig
-from lowrank_jax._dense import DenseWeight
 from lowrank_jax._errors import AxesError, ConfigError, LowrankError, TreeError, listing
-from lowrank_jax._interpret import Context, Record, interpret
+from lowrank_jax._interpreter.interpret import Context, Record, interpret
+from lowrank_jax._interpreter.rules import RULES
 from lowrank_jax._nodes import is_adapter, is_node
-from lowrank_jax._observed import Log, Observed, Sight
 from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
-from lowrank_jax._rules import RULES
 from lowrank_jax._targets import Target, resolve
-from lowrank_jax._virtual import Virtual
+from lowrank_jax._weights.dense import DenseWeight
+from lowrank_jax._weights.observed import Log, Observed, Sight
+from lowrank_jax._weights.virtual import Virtual
 
 
 def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -> Callable:

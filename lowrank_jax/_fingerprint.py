@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import TreeError
+from lowrank_jax._files.processes import gathered
 from lowrank_jax._nodes import Normed, is_adapter, unnormed
 from lowrank_jax._paths import flatten
-from lowrank_jax._processes import gathered
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._errors import StateError, TreeError, listing
-from lowrank_jax._interpret import forwarded
+from lowrank_jax._interpreter.interpret import forwarded
 from lowrank_jax._jaxprs import is_tracer
 from lowrank_jax._lift import is_array, split, trace
 from lowrank_jax._nodes import forgotten, is_node

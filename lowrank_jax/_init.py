@@ -13,10 +13,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs, initializers
 from lowrank_jax._configs import LoraConfig
-from lowrank_jax._contract import RANK, labelled_spec
 from lowrank_jax._errors import ConfigError, LowrankError, TreeError
-from lowrank_jax._family import METHODS, start_rows
-from lowrank_jax._magnitude import norms_of
 from lowrank_jax._nodes import (
     Full,
     LowRank,
@@ -27,12 +24,15 @@ from lowrank_jax._nodes import (
     normed,
     unnormed,
 )
-from lowrank_jax._norms import sharding_of
+from lowrank_jax._nodes.family import METHODS, start_rows
+from lowrank_jax._nodes.norms import sharding_of
+from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._plan import Plan
+from lowrank_jax._primitives.contract import RANK, labelled_spec
 from lowrank_jax._quantize import quantize_leaf
-from lowrank_jax._quantized import Quantized
 from lowrank_jax._targets import Target, resolve, train_rows, train_whole
+from lowrank_jax._weights.magnitude import norms_of
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._contract import RANK
 from lowrank_jax._errors import (
     ConfigError,
     LowrankError,
@@ -22,14 +21,15 @@ from lowrank_jax._errors import (
     TreeError,
     listing,
 )
-from lowrank_jax._interpret import Context, Record, forwarded, interpret
-from lowrank_jax._magnitude import weight_of
+from lowrank_jax._interpreter.interpret import Context, Record, forwarded, interpret
+from lowrank_jax._interpreter.rules import RULES
 from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, materialize, unnormed
+from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import path_of
-from lowrank_jax._quantized import Quantized
-from lowrank_jax._rules import RULES
-from lowrank_jax._virtual import Virtual
-from lowrank_jax._weight import LowRankWeight
+from lowrank_jax._primitives.contract import RANK
+from lowrank_jax._weights.low_rank import LowRankWeight
+from lowrank_jax._weights.magnitude import weight_of
+from lowrank_jax._weights.virtual import Virtual
 
 FALLBACKS = ("warn", "raise", "silent")
 

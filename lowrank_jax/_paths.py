@@ -1,4 +1,4 @@
-"""Paths of leaves, and the patterns that choose among them."""
+"""Paths of leaves, the patterns that choose among them, and trees made of leaves by path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._errors import PatternError, TreeError, listing
+from lowrank_jax._errors import CheckpointError, PatternError, TreeError, listing
 
 ALL_LINEAR = "all-linear"
 
@@ -142,3 +142,25 @@ def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict
         text = listing([str(error) for error in missed])
         raise PatternError(f"{len(missed)} patterns match nothing:\n{text}")
     return chosen
+
+
+def in_structure(tree: Any, leaves: dict[str, Any], is_leaf: Any = None) -> Any:
+    """A tree's structure with these at its leaves, None where there is none."""
+    own, treedef = flatten(tree, is_leaf=is_leaf)
+    return jax.tree.unflatten(treedef, [leaves.get(path) for path, _ in own])
+
+
+def nested(leaves: dict[str, Any]) -> Any:
+    """Nested dicts by path; the leaf itself where the tree was one leaf."""
+    if set(leaves) == {""}:
+        return leaves[""]
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        inner = tree
+        for key in parents:
+            inner = inner.setdefault(key, {}) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or last in inner:
+            raise CheckpointError(f"{path!r} is a leaf and a branch (a '/' in a key): rename it")
+        inner[last] = leaf
+    return tree

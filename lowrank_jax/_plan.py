@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._interpret import Context, Record, interpret
+from lowrank_jax._interpreter.interpret import Context, Record, interpret
+from lowrank_jax._interpreter.probe import Log, Probe, Roles
+from lowrank_jax._interpreter.rules import RULES
 from lowrank_jax._lift import is_array, split, trace
 from lowrank_jax._nodes import is_node, materialize
 from lowrank_jax._paths import flatten
-from lowrank_jax._probe import Log, Probe, Roles
-from lowrank_jax._rules import RULES
 from lowrank_jax._table import Table, Tabled, collapsed, shape_text
-from lowrank_jax._virtual import Virtual
+from lowrank_jax._weights.virtual import Virtual
 
 PRODUCTS = ("dot", "conv")
 _COLUMNS = ("path", "shape", "op", "fan_in", "fan_out", "stack", "uses", "all-linear", "notes")

@@ -14,8 +14,8 @@ import numpy as np
 from lowrank_jax import _jaxprs
 from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._nodes import is_adapter, is_node, unnormed
+from lowrank_jax._nodes.quantized import Quantized, dequantized
 from lowrank_jax._paths import flatten
-from lowrank_jax._quantized import Quantized, dequantized
 from lowrank_jax._report import bits_of
 from lowrank_jax._table import Table, Tabled, collapsed, shape_text
 

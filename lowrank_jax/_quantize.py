@@ -14,9 +14,9 @@ from lowrank_jax import _jaxprs
 from lowrank_jax._configs import QuantConfig
 from lowrank_jax._errors import ConfigError, PatternError, TreeError, listing
 from lowrank_jax._nodes import Normed, is_adapter, is_node, materialize
+from lowrank_jax._nodes.quantized import Axes, Quantized, quantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
-from lowrank_jax._quantized import Axes, Quantized, quantized
 from lowrank_jax._specs import specs
 from lowrank_jax._targets import axes_of, choose, why_none
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._interpret import Context, Record
+from lowrank_jax._interpreter.interpret import Context, Record
+from lowrank_jax._interpreter.rules import RULES
 from lowrank_jax._lift import evaluate, split
 from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node, unnormed
+from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten
-from lowrank_jax._quantized import Quantized
-from lowrank_jax._rules import RULES
 from lowrank_jax._table import Table, Tabled, bytes_text, collapsed, shape_text
 
 

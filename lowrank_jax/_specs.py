@@ -11,11 +11,11 @@ from jax import NamedSharding
 from jax import P as PartitionSpec
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._contract import RANK, labelled_spec
 from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, unnormed
+from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten
-from lowrank_jax._quantized import Quantized
+from lowrank_jax._primitives.contract import RANK, labelled_spec
 
 Spec = PartitionSpec | NamedSharding
 

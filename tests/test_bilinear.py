@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import _bilinear as b
+from lowrank_jax._primitives import bilinear as b
 
 CASES = [
     "bti,ir->btr",

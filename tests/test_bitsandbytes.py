@@ -23,8 +23,10 @@ from jax.sharding import PartitionSpec as P
 from test_golden_peft import adapter, flax_params
 
 import lowrank_jax as lowrank
-from lowrank_jax import _codecs, _safetensors, _scales
-from lowrank_jax._quantized import quantized
+from lowrank_jax import _codecs
+from lowrank_jax._codecs.scales import DYNAMIC_MAP as MAP
+from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._nodes.quantized import quantized
 
 safetensors = pytest.importorskip("safetensors", reason="pip install -e '.[dev]'")
 from safetensors.numpy import save_file  # noqa: E402
@@ -38,7 +40,6 @@ import llama  # noqa: E402
 from_state_dict = lowrank.bitsandbytes.from_state_dict
 to_state_dict = lowrank.bitsandbytes.to_state_dict
 HEADER = "weight.quant_state.bitsandbytes__"
-MAP = _scales.DYNAMIC_MAP
 
 
 def read(*paths):
@@ -421,7 +422,7 @@ def test_a_folder_is_read_whole(tmp_path):
 
 
 def test_a_folder_is_read_tensor_by_tensor(monkeypatch):
-    read_one, read_all, alive = _safetensors.Tensors.__getitem__, [], []
+    read_one, read_all, alive = Tensors.__getitem__, [], []
 
     def watched(self, name):
         array = read_one(self, name)
@@ -430,7 +431,7 @@ def test_a_folder_is_read_tensor_by_tensor(monkeypatch):
             alive.append(sum(ref() is not None for ref in read_all))
         return array
 
-    monkeypatch.setattr(_safetensors.Tensors, "__getitem__", watched)
+    monkeypatch.setattr(Tensors, "__getitem__", watched)
     lowrank.bitsandbytes.load(FILES / "llama")
     assert len(alive) == 14
     assert max(alive) <= 2

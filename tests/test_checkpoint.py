@@ -23,8 +23,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lowrank
-from lowrank_jax import CheckpointError, TreeError, _archive, checkpoint
+from lowrank_jax import CheckpointError, TreeError, checkpoint
 from lowrank_jax._fingerprint import Fingerprint, fingerprint
+from lowrank_jax.checkpoint import _archive
 
 CONFIG = lowrank.LoraConfig(rank=2, alpha=3, targets=("**/kernel",), train=("**/bias",))
 

@@ -21,7 +21,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lowrank
-from lowrank_jax import CheckpointError, _archive, checkpoint
+from lowrank_jax import CheckpointError, checkpoint
+from lowrank_jax.checkpoint import _archive
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from lowrank_jax import _codecs as codecs
-from lowrank_jax import _packing as packing
-from lowrank_jax import _scales as scales
+from lowrank_jax._codecs import packing, scales
 from lowrank_jax._errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden" / "bitsandbytes"

@@ -13,10 +13,10 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax._command_line import TABLES, main
+from lowrank_jax._files.safetensors import open_folder
+from lowrank_jax._files.tensor_file import TensorFile, write_tensors
 from lowrank_jax._nodes import is_node
 from lowrank_jax._paths import flatten
-from lowrank_jax._safetensors import open_folder
-from lowrank_jax._tensor_file import TensorFile, write_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 PEFT, MODELS = GOLDEN / "peft_files", GOLDEN / "huggingface"

@@ -125,7 +125,7 @@ def test_doctests_are_run():
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert "--doctest-modules" in options["addopts"].split()
     assert "lowrank_jax" in options["testpaths"]
-    for path in (ROOT / "lowrank_jax").glob("*.py"):
+    for path in (ROOT / "lowrank_jax").rglob("*.py"):
         assert "doctest: +SKIP" not in path.read_text(), path
 
 

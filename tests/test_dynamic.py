@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import _dynamic
+from lowrank_jax._codecs import dynamic
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "bitsandbytes_states.npz")
 FORMS = ("signed", "unsigned")
@@ -32,14 +32,14 @@ def paper_map(form):
 def own_map(form):
     """What each code decodes to, where absmax is 1."""
     absmax = jnp.full((1,), 1.0 if form == "signed" else -1.0)
-    return np.asarray(_dynamic.decode(jnp.arange(256, dtype=jnp.uint8), absmax, -1, 256))
+    return np.asarray(dynamic.decode(jnp.arange(256, dtype=jnp.uint8), absmax, -1, 256))
 
 
 def nearest(ratios, form):
     """The codes of ratios that are no block, zero among them."""
     ratios = jnp.asarray(ratios)
     unsigned = np.full(ratios.shape, form == "unsigned")
-    return np.asarray(jax.jit(_dynamic._nearest)(ratios, jnp.zeros(ratios.shape, bool), unsigned))
+    return np.asarray(jax.jit(dynamic._nearest)(ratios, jnp.zeros(ratios.shape, bool), unsigned))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -54,7 +54,7 @@ def test_map(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_codes_are_those_of_bitsandbytes(form):
     x = GOLDEN[f"{form}/input"]
-    codes, absmax = _dynamic.encode(jnp.asarray(x), -1, 256)
+    codes, absmax = dynamic.encode(jnp.asarray(x), -1, 256)
     want, blocks = GOLDEN[f"{form}/codes"].astype(int), np.arange(x.size) // 256
     chex.assert_trees_all_equal(np.abs(absmax), GOLDEN[f"{form}/absmax"])
     assert (np.asarray(absmax)[[0, 2, 3, 4, 5]] < 0).all() == (form == "unsigned")
@@ -63,7 +63,7 @@ def test_codes_are_those_of_bitsandbytes(form):
         assert ((want == 0) & (x > 0)).any()
         want = np.where(x > 0, np.maximum(want, 1), want)
     chex.assert_trees_all_equal(np.asarray(codes)[~zeros], want.astype(np.uint8)[~zeros])
-    decoded = np.asarray(_dynamic.decode(codes, absmax, -1, 256))
+    decoded = np.asarray(dynamic.decode(codes, absmax, -1, 256))
     kept = (want > 1) if form == "unsigned" else (want > 0)
     kept |= x == 0
     chex.assert_trees_all_close(decoded[kept], GOLDEN[f"{form}/decoded"][kept], rtol=4e-7)
@@ -100,11 +100,11 @@ def test_ties_go_to_the_lower_value(form):
 def test_what_is_decoded_is_encoded_the_same_again(dtype, sign):
     x = jax.random.normal(jax.random.key(0), (8, 512))
     x = jnp.concatenate([x, x**2]).at[:, 3].set(64.0 * sign).astype(dtype)
-    once = _dynamic.encode(x, -1, 256)
-    decoded = _dynamic.decode(*once, -1, 256, dtype)
+    once = dynamic.encode(x, -1, 256)
+    decoded = dynamic.decode(*once, -1, 256, dtype)
     assert decoded.dtype == dtype
     assert (decoded[:, 3] == 64 * sign).all()
-    chex.assert_trees_all_equal(_dynamic.encode(decoded, -1, 256), once)
+    chex.assert_trees_all_equal(dynamic.encode(decoded, -1, 256), once)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_what_is_decoded_is_encoded_the_same_again(dtype, sign):
 )
 def test_blocks_are_runs_of_elements(shape):
     x = jax.random.normal(jax.random.key(0), shape)
-    axis, size = _dynamic.tiling(shape, 256)
-    codes, absmax = _dynamic.encode(x, axis, size)
+    axis, size = dynamic.tiling(shape, 256)
+    codes, absmax = dynamic.encode(x, axis, size)
     assert codes.shape == shape
     assert codes.dtype == jnp.uint8
     assert absmax.ndim == x.ndim
@@ -133,7 +133,7 @@ def test_blocks_are_runs_of_elements(shape):
     want = np.stack([rows[..., i : i + run].max(-1) for i in starts], -1)
     chex.assert_trees_all_equal(np.abs(np.asarray(absmax)).reshape(want.shape), want)
     # in the unit of its own block no element is off by more than half a step of the map
-    off = np.abs(np.asarray(_dynamic.decode(codes, absmax, axis, size)) - np.asarray(x))
+    off = np.abs(np.asarray(dynamic.decode(codes, absmax, axis, size)) - np.asarray(x))
     assert (
         off.reshape(rows.shape) <= 0.0106 * np.repeat(want, run, -1)[..., : rows.shape[-1]]
     ).all()
@@ -141,14 +141,14 @@ def test_blocks_are_runs_of_elements(shape):
 
 def test_a_positive_number_never_becomes_zero():
     x = jnp.array([[1.0, 1e-9, 1e-30, 0.0], [1e-20, 1e-37, 3e-31, 0.0], [5e-8, 0.0, 1e-40, 0.0]])
-    decoded = _dynamic.decode(*_dynamic.encode(x, -1, 4), -1, 4)
+    decoded = dynamic.decode(*dynamic.encode(x, -1, 4), -1, 4)
     visible = np.asarray(x) > np.finfo(np.float32).tiny  # XLA reads what is less as 0
     assert ((np.asarray(decoded) > 0) == visible).all()
 
 
 def test_numbers_that_are_not_finite_stay_so():
     x = jnp.ones((4, 256)).at[0, 5].set(jnp.nan).at[1, 5].set(jnp.inf).at[2, 5].set(-jnp.inf)
-    decoded = _dynamic.decode(*_dynamic.encode(x, -1, 256), -1, 256)
+    decoded = dynamic.decode(*dynamic.encode(x, -1, 256), -1, 256)
     assert not jnp.isfinite(decoded[:3]).any()
     assert (decoded[3] == 1).all()
 
@@ -156,6 +156,6 @@ def test_numbers_that_are_not_finite_stay_so():
 def test_the_same_under_jit_and_vmap():
     x = jax.random.normal(jax.random.key(0), (6, 64, 16)).at[3:].multiply(1e-20).at[5].set(0)
     with jax.disable_jit(), jax.debug_nans(True):
-        eager = _dynamic.encode(x, -2, 16)
+        eager = dynamic.encode(x, -2, 16)
     for run in (jax.jit, jax.vmap):
-        chex.assert_trees_all_equal(run(lambda x: _dynamic.encode(x, -2, 16))(x), eager)
+        chex.assert_trees_all_equal(run(lambda x: dynamic.encode(x, -2, 16))(x), eager)

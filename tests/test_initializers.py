@@ -14,8 +14,8 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax import _init, initializers
-from lowrank_jax._init_data import damped
-from lowrank_jax._quantized import dequantized, quantized
+from lowrank_jax._nodes.quantized import dequantized, quantized
+from lowrank_jax.initializers._data import damped
 
 GOLDEN = Path(__file__).parent / "golden" / "peft_initializers"
 EPS = float(np.finfo(np.float32).eps)

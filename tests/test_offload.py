@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lowrank
-from lowrank_jax import _offload
+from lowrank_jax._optimizers import offload
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -107,7 +107,7 @@ def test_what_lies_nowhere_joins_the_mesh():
 
 @pytest.mark.parametrize("init", ["eager", "jit"])
 def test_without_host_memory_it_says_so_once_and_goes_on(init, monkeypatch):
-    monkeypatch.setattr(_offload, "_KIND", "attic")
+    monkeypatch.setattr(offload, "_KIND", "attic")
     tx = offloaded(ADAM)
     with pytest.warns(lowrank.OffloadWarning) as caught:
         state = (jax.jit(tx.init) if init == "jit" else tx.init)(PARAMS)

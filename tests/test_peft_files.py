@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lowrank
-from lowrank_jax import _peft_folder
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._peft_config import DEFAULTS
-from lowrank_jax._peft_parsing import is_tame
-from lowrank_jax._tensor_file import HEADER_LIMIT, TensorFile, write_tensors
+from lowrank_jax._files.tensor_file import HEADER_LIMIT, TensorFile, write_tensors
+from lowrank_jax.peft import _folder
+from lowrank_jax.peft._config import DEFAULTS
+from lowrank_jax.peft._parsing import is_tame
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PARAMS = {"q": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(3)}}
@@ -71,7 +71,7 @@ def test_a_killed_save_leaves_one_adapter_or_none(rank, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             for name in CALLS:
-                patch.setattr(_peft_folder.os, name, dying(getattr(os, name)))
+                patch.setattr(_folder.os, name, dying(getattr(os, name)))
             patch.setattr(Path, "unlink", dying(Path.unlink))
             try:
                 save(directory, 2.0, rank)
@@ -103,7 +103,7 @@ def test_a_save_that_comes_between_is_noticed(tmp_path, monkeypatch):
 
     def late(folder):
         save(tmp_path, 2.0, rank=3)
-        return _peft_folder.tensors_path(folder)
+        return _folder.tensors_path(folder)
 
     monkeypatch.setattr(lowrank.peft, "tensors_path", late)
     refused(tmp_path, "was saved anew while it was read: load it again")
@@ -117,7 +117,7 @@ def test_a_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_peft_folder, "write_tensors", full)
+    monkeypatch.setattr(_folder, "write_tensors", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save(tmp_path, 2.0)
     chex.assert_trees_all_equal(load(tmp_path), adapter(1.0))

@@ -11,7 +11,8 @@ import pytest
 from jax import lax
 
 import lowrank_jax as lowrank
-from lowrank_jax import _codecs, _scales
+from lowrank_jax import _codecs
+from lowrank_jax._codecs.scales import decode_scales, encode_scales
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from llama import Llama, LlamaConfig
@@ -49,7 +50,7 @@ def reference(weight, fan_in, stack, format, double):
     torch = jnp.transpose(weight, order)
     codes, scales = _codecs.encode_flat(torch.reshape(-1), format, 64)
     if double:
-        scales = _scales.decode_scales(*_scales.encode_scales(scales))
+        scales = decode_scales(*encode_scales(scales))
     blocks = _codecs.decode(codes.reshape(-1, 64), scales, format, 1)
     flat = blocks.reshape(-1)[: weight.size].reshape(torch.shape)
     return jnp.transpose(flat, np.argsort(order))
@@ -66,7 +67,7 @@ def reference(weight, fan_in, stack, format, double):
 )
 @pytest.mark.parametrize("name", SHAPES)
 def test_any_layout_holds_the_numbers_of_the_flat_order(name, format, double, packing):
-    from lowrank_jax._quantized import dequantized, quantized
+    from lowrank_jax._nodes.quantized import dequantized, quantized
 
     shape, fan_in, stack = SHAPES[name]
     weight = normal(*shape)

@@ -16,8 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lowrank
-from lowrank_jax import _dynamic, _states
-from lowrank_jax._states import Coded
+from lowrank_jax._codecs import dynamic
+from lowrank_jax._optimizers import states
+from lowrank_jax._optimizers.states import Coded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from llama import Llama, LlamaConfig
@@ -154,7 +155,7 @@ def test_moments_are_those_of_a_state_that_is_rounded():
         updates, state = update(grads, state, PARAMS)
         again, want = ADAM.update(grads, want, PARAMS)
         chex.assert_trees_all_close(updates, again, atol=3e-5)  # of 1e-3: an ulp may move a code
-        rounded = lambda x: _dynamic.decode(*_dynamic.encode(x, *_tiling(x)), *_tiling(x))
+        rounded = lambda x: dynamic.decode(*dynamic.encode(x, *_tiling(x)), *_tiling(x))
         is_large = lambda x: x.size >= 4096
         want = jax.tree.map(lambda x: rounded(x) if is_large(x) else x, want)
     assert (state[0].nu["a"].absmax < 0).all()
@@ -162,17 +163,17 @@ def test_moments_are_those_of_a_state_that_is_rounded():
 
 
 def _tiling(x):
-    return _dynamic.tiling(x.shape, 256)
+    return dynamic.tiling(x.shape, 256)
 
 
 @pytest.mark.parametrize("rule", ["ours", "nearest"])
 def test_second_moments_must_not_become_zero(rule, monkeypatch):
     """Curvatures of 1 to 1e-5 in a block, each step sees half: m / eps where v became 0."""
     if rule == "nearest":
-        original = _dynamic._nearest
+        original = dynamic._nearest
         nearest = lambda ratios, positive, unsigned: original(ratios, positive & False, unsigned)
-        monkeypatch.setattr(_dynamic, "_nearest", nearest)
-        monkeypatch.setattr(_states, "encode", _dynamic.encode.__wrapped__)
+        monkeypatch.setattr(dynamic, "_nearest", nearest)
+        monkeypatch.setattr(states, "encode", dynamic.encode.__wrapped__)
     scale = 10 ** jax.random.uniform(jax.random.key(0), (4096,), minval=-5, maxval=0)
     loss = lambda x, seen: 0.5 * jnp.sum(scale * seen * (x - 1) ** 2)
     tx = quantized(optax.adam(1e-2))

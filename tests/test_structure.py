@@ -1,6 +1,7 @@
 """The house rules: layers, public JAX only, cheap import, one concept a file."""
 
 import ast
+import graphlib
 import os
 import re
 import subprocess
@@ -12,80 +13,99 @@ import pytest
 import lowrank_jax
 
 PACKAGE = Path(lowrank_jax.__file__).parent
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# A module imports only from layers below its own (or its own, without a circle).
-LAYERS = [
-    {"_errors", "_paths", "names", "_configs", "_table", "_jaxprs", "_bilinear", "_contract"}
-    | {"_dynamic", "_codecs", "_scales", "_packing"},
-    {"_quantized", "_norms", "_nodes", "_family", "_virtual"},
-    {
-        "_tied",
-        "_blocks",
-        "_quantized_weight",
-        "_dense",
-        "_gain",
-        "_magnitude",
-        "_products",
-        "_convolution",
-        "_lookup",
-        "_weight",
-        "_observed",
-    }
-    | {"initializers", "_init_random", "_init_spectral", "_init_data", "_init_corda"}
-    | {"_init_lora_ga", "_init_loftq", "_init_eva"},
-    {"_interpret", "_control", "_rules", "_probe", "_lift", "_plan"},
-    {"_quantize", "_targets", "_covariances", "_init", "_adapters", "_optim", "_functional"}
-    | {"_report", "_specs"}
-    | {"_states", "_offload"}
-    | {"_quantization_error", "_fingerprint", "_archive", "_entries", "_fitting", "_background"}
-    | {"_processes"}
-    | {"_quant_state", "_safetensors", "_tensor_file", "_whole_files"}
-    | {"_gguf", "_model_leaves", "_model_matching", "_model_reading", "_model_writing"}
-    | {"_model_folder"}
-    | {"_model_merging"}
-    | {"_peft_config", "_peft_difference", "_peft_folder", "_peft_tensors"}
-    | {"_peft_parsing", "_peft_matching", "_peft_factors", "_peft_whole", "_peft_writing"},
-    {"bitsandbytes", "checkpoint", "peft", "huggingface", "_inspecting", "_converting"},
-    {"_command_line"},
-    {"__init__", "__main__"},
+# Folders, and files beside them: each imports from floors below its own, and from within itself.
+FLOORS = [
+    {"_errors", "_jaxprs", "_table"},
+    {"_paths", "_codecs", "_primitives", "names"},
+    {"_configs", "_nodes"},
+    {"_weights", "_files", "_optimizers", "_specs", "initializers"},
+    {"_interpreter", "_fingerprint", "bitsandbytes"},
+    {"_lift", "checkpoint"},
+    {"_plan", "_functional", "_report"},
+    {"_targets", "_quantization_error", "peft"},
+    {"_quantize", "_covariances"},
+    {"_init"},
+    {"_adapters"},
+    {"huggingface"},
+    {"_command_line", "__init__"},
+    {"__main__"},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def dotted(path):
+    """A module's name within the package; a folder's own is that of the folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "__init__"
+
+
+NAMES = {dotted(path): path for path in MODULES}
 
 
 def imports(path):
-    """Names of all modules a file imports, ours as "lowrank_jax._x"."""
+    """Names of all modules a file imports, ours as "lowrank_jax.x.y"."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "lowrank_jax":
-            yield from (f"lowrank_jax.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                ours = inner.removeprefix("lowrank_jax.") in NAMES
+                yield inner if ours else node.module
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_imports_point_down(path):
-    own = LEVEL[path.stem]
-    for name in imports(path):
-        if name.startswith("lowrank_jax."):
-            assert LEVEL[name.split(".")[1]] <= own, f"{path.stem} imports {name} from above"
+def own_imports(path):
+    """Those of this package, as they are named within it."""
+    names = {name.removeprefix("lowrank_jax.") for name in imports(path) if "lowrank_jax" in name}
+    assert names <= NAMES.keys(), names - NAMES.keys()
+    return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_every_room_has_its_floor():
+    assert {name.split(".")[0] for name in NAMES} == FLOOR.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_point_down(name):
+    room = name.split(".")[0]
+    for other in own_imports(NAMES[name]):
+        below = other.split(".")[0]
+        assert below == room or FLOOR[below] < FLOOR[room], f"{name} imports {other} from above"
+
+
+def test_no_imports_in_a_circle():
+    graph = {name: own_imports(path) - {name} for name, path in NAMES.items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    assert {*order} == {*NAMES}
+
+
+def test_private_modules_of_public_packages_are_used_by_few():
+    users = {
+        (name.split(".")[0], other.split(".")[0])
+        for name, path in NAMES.items()
+        for other in own_imports(path)
+        if "._" in other and name.split(".")[0] != other.split(".")[0]
+    }
+    served = {("huggingface", "peft"), ("_command_line", "peft"), ("_command_line", "huggingface")}
+    assert users <= served, users - served
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_only_public_jax(path):
     allowed = re.compile(r"jax(\.(numpy|lax|extend|interpreters|experimental|core)(\..*)?)?$")
     for name in imports(path):
         if name == "jax" or name.startswith("jax."):
-            assert allowed.fullmatch(name), f"{path.stem} imports {name}"
+            assert allowed.fullmatch(name), f"{dotted(path)} imports {name}"
     assert "_src" not in path.read_text()
 
 
 def test_jaxpr_internals_stay_in_the_seam():
     for path in MODULES:
-        if path.stem != "_jaxprs":
+        if dotted(path) != "_jaxprs":
             assert "jax.extend" not in set(imports(path)), path
-            assert "jax.core" not in set(imports(path)) or path.stem == "_bilinear", path
+            assert "jax.core" not in set(imports(path)) or path.stem == "bilinear", path
 
 
 def test_import_loads_no_optional_package():

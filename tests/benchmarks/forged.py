@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax import _archive
+from lowrank_jax.checkpoint import _archive
 
 DEEP: Any = json.loads("[" * 900 + "]" * 900)
 VALUES = [

@@ -1,0 +1,1 @@
+"""Files of tensors, and how torch's parameters lie in them."""

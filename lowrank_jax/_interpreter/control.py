@@ -1,0 +1,273 @@
+"""Rules of control flow: re-enter by JAX's public functions, weights crossing as pytrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lowrank_jax import _jaxprs
+from lowrank_jax._interpreter.interpret import Context, Rule, forwarded, interpret
+from lowrank_jax._weights.virtual import Virtual
+
+Out = Sequence[Any] | None
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Virtual)
+
+
+def _body(eqn: Any) -> Any:
+    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+
+
+def _reenter(ctx: Context, eqn: Any, values: list[Any], call: Callable) -> list[Any]:
+    """Evaluate the body through call(run, values); a weight returned unchanged stays outside."""
+    body = _body(eqn)
+    through = forwarded(body)
+    kept = {i: values[j] for i, j in enumerate(through) if j is not None and _is_weight(values[j])}
+
+    def run(operands: list[Any]) -> list[Any]:
+        outs = interpret(ctx, body, operands)
+        return [None if i in kept else out for i, out in enumerate(outs)]
+
+    with ctx.inside(eqn):
+        outs = call(run, values)
+    return [kept.get(i, out) for i, out in enumerate(outs)]
+
+
+def _inline(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return _reenter(ctx, eqn, values, lambda run, operands: run(operands))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Stands for a weight's path inside a memoized jit, so that equal blocks share one trace."""
+
+    number: int
+
+
+@dataclasses.dataclass
+class _Jitted:
+    """A re-entered jit and the context its trace recorded into, by slot."""
+
+    ctx: Context
+    call: Callable | None = None
+
+
+def _jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """One jax.jit for each (body, structure of weights): equal blocks trace and compile once."""
+    if ctx.inline_jit:
+        return _inline(ctx, eqn, values)
+    paths: dict[Any, Any] = {}  # slot -> path outside
+    operands = []
+    for value in values:
+        if _is_weight(value):
+            known = [slot for slot, path in paths.items() if path == value.path]
+            slot = known[0] if known else _Slot(len(paths))
+            paths[slot] = value.path
+            value = dataclasses.replace(value.for_use(ctx.uses.get(value.path, 0)), path=slot)
+        operands.append(value)
+    for path in paths.values():
+        ctx.uses[path] = ctx.uses.get(path, 0) + 1
+    structure = tuple(jax.tree.structure(v) if _is_weight(v) else None for v in operands)
+    name = (id(eqn.params["jaxpr"]), structure)
+    if name not in ctx.memo:
+        ctx.memo[name] = _Jitted(Context(ctx.rules, ctx.refuse, memo=ctx.memo))
+    entry = ctx.memo[name]
+    entry.ctx.names = {slot: ctx.name_of(path) for slot, path in paths.items()}
+    entry.ctx.frame = ctx.frame
+
+    def call(run: Callable, operands: list[Any]) -> list[Any]:
+        if entry.call is None:
+            entry.call = _named_jit(run, eqn)
+        return entry.call(operands)
+
+    outs = _reenter(entry.ctx, eqn, operands, call)
+    ctx.records += [dataclasses.replace(r, path=paths[r.path]) for r in entry.ctx.records]
+    return [dataclasses.replace(o, path=paths[o.path]) if _is_weight(o) else o for o in outs]
+
+
+def _named_jit(run: Callable, eqn: Any) -> Callable:
+    """jax.jit under the user's own name and output shardings."""
+
+    def named(operands: list[Any]) -> list[Any]:
+        return run(operands)
+
+    named.__name__ = named.__qualname__ = eqn.params["name"]
+    shardings = [_jaxprs.specified(s) for s in eqn.params["out_shardings"]]
+    if any(sharding is not None for sharding in shardings):
+        return jax.jit(named, out_shardings=shardings)
+    return jax.jit(named)
+
+
+def _checkpoint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    return _reenter(ctx, eqn, values, lambda run, v: jax.checkpoint(run, **options)(v))
+
+
+def _shard_map(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    params = eqn.params
+    specs, parts = [], []
+    for value, spec in zip(values, params["in_specs"], strict=True):
+        if _is_weight(value):
+            whole = value.splittable(spec)
+            found = whole.specs(spec)
+            if found is None or not _divides(params["mesh"], whole, found):
+                value = ctx.dense(value, eqn, "it cannot be split so")
+            else:
+                value, spec = whole, found
+        specs.append(spec)
+        parts.append(value)
+
+    def call(run: Callable, operands: list[Any]) -> list[Any]:
+        mapped = jax.shard_map(
+            lambda *operands: [
+                None if out is None else ctx.dense(out, eqn, "a weight leaves a shard_map changed")
+                for out in run(list(operands))
+            ],
+            mesh=params["mesh"],
+            in_specs=tuple(specs),
+            out_specs=list(params["out_specs"]),
+            check_vma=params["check_vma"],
+            axis_names=params["newly_manual_axes"],
+        )
+        return mapped(*operands)
+
+    return _reenter(ctx, eqn, parts, call)
+
+
+def _divides(mesh: Any, weight: Virtual, specs: Any) -> bool:
+    """Whether devices can share the arrays of a weight: whole blocks of a quantized one."""
+
+    def fits(array: Any, spec: Any) -> bool:
+        pairs = zip(array.shape, spec, strict=False)
+        return all(size % _jaxprs.parts_of(mesh, entry) == 0 for size, entry in pairs)
+
+    return jax.tree.all(jax.tree.map(fits, weight, specs))
+
+
+def _scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """Weights scanned over give slices; carried unchanged they are constants; else built."""
+    params, body = eqn.params, eqn.params["jaxpr"]
+    n_consts, n_carry = _jaxprs.scan_split(eqn)
+    through = forwarded(body)
+    first = n_consts + n_carry
+    fixed: dict[int, Virtual] = {}  # inputs of the body that are weights closed over
+    carry: list[Any] = []
+    for i, value in enumerate(values[:first]):
+        if i < n_consts or (_is_weight(value) and through[i - n_consts] == i):
+            fixed[i] = value
+        else:
+            carry.append(ctx.dense(value, eqn, "the loop changes it"))
+    moving = [i for i in range(n_consts, first) if i not in fixed]
+    slices, rebuild = [], {}
+    for i, value in enumerate(values[first:], first):
+        parts = value.unstack() if _is_weight(value) else None
+        if parts is None:
+            slices.append(ctx.dense(value, eqn, "it cannot be sliced along its leading axis"))
+        else:
+            slices.append(parts[0])
+            rebuild[i] = parts[1]
+    kept = {
+        i: values[j]
+        for i, j in enumerate(through)
+        if i >= n_carry and j is not None and j >= first and _is_weight(values[j])
+    }
+
+    def step(carried: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        full = {**fixed, **dict(zip(moving, carried, strict=True))}
+        for i, x in enumerate(xs, first):
+            full[i] = rebuild[i](x) if i in rebuild else x
+        outs = interpret(ctx, body, [full[i] for i in range(len(values))])
+        outs = [
+            None
+            if i in kept or (i < n_carry and i + n_consts in fixed)
+            else ctx.dense(out, eqn, "it leaves the loop changed")
+            for i, out in enumerate(outs)
+        ]
+        return [outs[i - n_consts] for i in moving], outs[n_carry:]
+
+    with ctx.inside(eqn):
+        carried, ys = lax.scan(
+            step,
+            carry,
+            slices,
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+    final = {**fixed, **dict(zip(moving, carried, strict=True))}
+    return [final[i] for i in range(n_consts, first)] + [
+        kept.get(i, y) for i, y in enumerate(ys, n_carry)
+    ]
+
+
+def _while(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    params = eqn.params
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
+    carry = values[n_cond + n_body :]
+    through = forwarded(params["body_jaxpr"])
+    fixed = {i: v for i, v in enumerate(carry) if _is_weight(v) and through[i] == n_body + i}
+    moving = [i for i in range(len(carry)) if i not in fixed]
+
+    def full(carried: list[Any]) -> list[Any]:
+        values = {**fixed, **dict(zip(moving, carried, strict=True))}
+        return [values[i] for i in range(len(carry))]
+
+    def condition(carried: list[Any]) -> Any:
+        return interpret(ctx, params["cond_jaxpr"], [*cond_consts, *full(carried)])[0]
+
+    def step(carried: list[Any]) -> list[Any]:
+        outs = interpret(ctx, params["body_jaxpr"], [*body_consts, *full(carried)])
+        return [ctx.dense(outs[i], eqn, "the loop changes it") for i in moving]
+
+    with ctx.inside(eqn):
+        start = [ctx.dense(carry[i], eqn, "the loop changes it") for i in moving]
+        return full(lax.while_loop(condition, step, start))
+
+
+def _cond(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    index, *operands = values
+    branches = eqn.params["branches"]
+    through = [forwarded(branch) for branch in branches]
+    kept = {
+        i: operands[js[0]]
+        for i, js in enumerate(zip(*through, strict=True))
+        if js[0] is not None and len(set(js)) == 1 and _is_weight(operands[js[0]])
+    }
+
+    def branch(body: Any) -> Callable:
+        def run(*arrays: Any) -> list[Any]:
+            supply = iter(arrays)
+            full = [value if _is_weight(value) else next(supply) for value in operands]
+            outs = interpret(ctx, body, full)
+            return [
+                None if i in kept else ctx.dense(out, eqn, "it leaves a branch")
+                for i, out in enumerate(outs)
+            ]
+
+        return run
+
+    arrays = [value for value in operands if not _is_weight(value)]
+    index = ctx.dense(index, eqn, "it chooses a branch")
+    with ctx.inside(eqn):
+        outs = lax.switch(index, [branch(body) for body in branches], *arrays)
+    return [kept.get(i, out) for i, out in enumerate(outs)]
+
+
+CONTROL: dict[str, Rule] = {
+    "jit": _jit,
+    "closed_call": _inline,
+    "core_call": _inline,
+    "remat2": _checkpoint,
+    "checkpoint": _checkpoint,
+    "shard_map": _shard_map,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}

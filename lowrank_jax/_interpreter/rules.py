@@ -1,0 +1,284 @@
+"""One rule for each primitive that can take a weight without building it.
+
+A rule gets the context, the equation and its operands (at least one a Virtual) and returns the
+results, or None to have the weights built. To teach the library a primitive, add one function and
+one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax import lax
+
+from lowrank_jax import _jaxprs
+from lowrank_jax._interpreter.control import CONTROL
+from lowrank_jax._interpreter.interpret import Context, Rule
+from lowrank_jax._weights.virtual import Virtual
+
+Out = Sequence[Any] | None
+
+
+def _one(result: Any) -> Out:
+    return None if result is None else [result]
+
+
+def _first_only(values: list[Any]) -> bool:
+    """Whether the first operand is the only weight."""
+    return isinstance(values[0], Virtual) and not any(isinstance(v, Virtual) for v in values[1:])
+
+
+# Verbs that pass a weight on.
+
+
+def _convert(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return _one(values[0].astype(eqn.params["new_dtype"]))
+
+
+def _transpose(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return _one(values[0].transpose(eqn.params["permutation"]))
+
+
+def _reshape(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    if eqn.params.get("dimensions") is not None:
+        return None
+    return _one(values[0].reshape(eqn.params["new_sizes"]))
+
+
+def _squeeze(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    gone = {axis % values[0].ndim for axis in eqn.params["dimensions"]}
+    shape = [size for axis, size in enumerate(values[0].shape) if axis not in gone]
+    return _one(values[0].reshape(shape))
+
+
+def _broadcast_in_dim(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    if not _first_only(values) or len(values) > 1:
+        return None
+    bound = lambda array: _jaxprs.bind(eqn, [array])[0]
+    axes = eqn.params["broadcast_dimensions"]
+    return _one(values[0].broadcast(eqn.params["shape"], axes, bound))
+
+
+def _slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    weight, params = values[0], eqn.params
+    strides = params["strides"] or (1,) * weight.ndim
+    cuts = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    parts = {axis: cut for axis, cut in enumerate(cuts) if cut != (0, weight.shape[axis], 1)}
+
+    def take(array: Any, where: dict[int, int]) -> Any:
+        window = {where[axis]: cut for axis, cut in parts.items() if axis in where}
+        full = [window.get(i, (0, size, 1)) for i, size in enumerate(array.shape)]
+        return lax.slice(array, *zip(*full, strict=True))
+
+    sizes = {axis: -(-(stop - start) // step) for axis, (start, stop, step) in parts.items()}
+    return _one(weight.index(take, sizes, list(parts)))
+
+
+def _dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    if not _first_only(values):
+        return None
+    weight, starts = values[0], values[1 : 1 + values[0].ndim]
+    sizes = eqn.params["slice_sizes"]
+    parts = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
+
+    def take(array: Any, where: dict[int, int]) -> Any:
+        for axis in parts:
+            if axis in where:
+                array = lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], where[axis])
+        return array
+
+    return _one(weight.index(take, {axis: sizes[axis] for axis in parts}, parts))
+
+
+def _split(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    weight, axis, outs, start = values[0], eqn.params["axis"], [], 0
+    for size in eqn.params["sizes"]:
+        stop = start + size
+
+        def take(array: Any, where: dict[int, int], start: int = start, stop: int = stop) -> Any:
+            return (
+                lax.slice_in_dim(array, start, stop, axis=where[axis]) if axis in where else array
+            )
+
+        out = weight.index(take, {axis: size}, [axis])
+        if out is None:
+            return None
+        outs.append(out)
+        start = stop
+    return outs
+
+
+def _unstack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    weight, axis, outs = values[0], eqn.params["axis"], []
+    for place in range(weight.shape[axis]):
+
+        def take(array: Any, where: dict[int, int], place: int = place) -> Any:
+            return lax.slice_in_dim(array, place, place + 1, axis=where[axis])
+
+        one = weight.index(take, {axis: 1}, [axis])
+        outs.append(one.reshape([s for i, s in enumerate(weight.shape) if i != axis]))
+    return outs
+
+
+def _rev(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    axes = list(eqn.params["dimensions"])
+    take = lambda array, where: lax.rev(array, [where[axis] for axis in axes if axis in where])
+    return _one(values[0].index(take, {axis: values[0].shape[axis] for axis in axes}, axes))
+
+
+def _identity(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """Copies, names and sharding constraints say something of the base alone."""
+    return _one(values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0], base_only=True))
+
+
+def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """A move of one weight is a move of its base."""
+    return _identity(ctx, eqn, values) if len(values) == 1 else None
+
+
+def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """Each array is laid out as the axes of the weight that it runs along."""
+    wanted = eqn.params["dst_sharding"]
+
+    def move(array: Any, spec: Any) -> Any:
+        sharding = type(wanted)(wanted.mesh, spec, memory_kind=wanted.memory_kind)
+        return _jaxprs.bind(eqn, [array], dst_sharding=sharding)[0]
+
+    return _one(values[0].reshard(wanted.spec, move))
+
+
+def _stop_gradient(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return _one(values[0].frozen())
+
+
+def _everywhere(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """reduce_precision acts on the base and on the factors."""
+    return _one(values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0]))
+
+
+def _barrier(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return list(lax.optimization_barrier(tuple(values)))
+
+
+def _scaled(swap: bool) -> Rule:
+    """Multiplication or division of a weight by one number."""
+
+    def rule(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+        weight, other = values if isinstance(values[0], Virtual) else values[::-1]
+        if isinstance(other, Virtual) or any(size != 1 for size in other.shape):
+            return None
+        if not swap and not isinstance(values[0], Virtual):
+            return None
+        operation = lax.mul if swap else lax.div
+        apply = lambda array, scalar: operation(array, lax.broadcast(scalar, array.shape))
+        return _one(weight.multiply(other.reshape(()), apply))
+
+    return rule
+
+
+def _neg(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return _one(values[0].multiply(-1.0, lambda array, scalar: array * scalar))
+
+
+# Verbs that consume a weight.
+
+
+def _larger(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
+    """Of two weights that meet, build the smaller; there is no other way, so it is no fallback."""
+    left, right = values[:2]
+    if isinstance(left, Virtual) and isinstance(right, Virtual):
+        size = lambda w: _size(w.shape)
+        if size(left) <= size(right):
+            left = ctx.built(left, eqn)
+        else:
+            right = ctx.built(right, eqn)
+    return [left, right, *values[2:]]
+
+
+def _size(shape: Sequence[int]) -> int:
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total
+
+
+def _consumed(ctx: Context, eqn: Any, weight: Virtual, out: Any) -> Out:
+    if out is None:
+        return None
+    if not isinstance(out, Virtual):
+        ctx.record(weight, eqn, weight.how)
+    return [out]
+
+
+def _dot_general(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    left, right = _larger(ctx, eqn, values)
+    on_left = isinstance(left, Virtual)
+    weight, other = (left, right) if on_left else (right, left)
+    options = {
+        k: eqn.params.get(k) for k in ("precision", "preferred_element_type", "out_sharding")
+    }
+    options = {k: v for k, v in options.items() if v is not None}
+    out = ctx.use(weight).dot(other, eqn.params["dimension_numbers"], on_left, options)
+    return _consumed(ctx, eqn, weight, out)
+
+
+def _ragged_dot_general(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    left, right, sizes = _larger(ctx, eqn, values)
+    params = eqn.params
+    if (
+        not isinstance(right, Virtual)
+        or isinstance(sizes, Virtual)
+        or params["group_offset"] is not None
+    ):
+        return None
+    names = ("precision", "preferred_element_type", "out_sharding")
+    options = {k: params[k] for k in names if params.get(k) is not None}
+    out = ctx.use(right).ragged_dot(left, sizes, params["ragged_dot_dimension_numbers"], options)
+    return _consumed(ctx, eqn, right, out)
+
+
+def _conv_general_dilated(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    left, right = _larger(ctx, eqn, values)
+    if not isinstance(right, Virtual):
+        return None
+    return _consumed(ctx, eqn, right, ctx.use(right).conv(left, eqn.params))
+
+
+def _gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    if not _first_only(values):
+        return None
+    return _consumed(ctx, eqn, values[0], values[0].gather(values[1], eqn.params))
+
+
+RULES: dict[str, Rule] = {
+    "convert_element_type": _convert,
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "rev": _rev,
+    "unstack": _unstack,
+    "copy": _identity,
+    "name": _identity,
+    "device_put": _device_put,
+    "sharding_constraint": _identity,
+    "layout_constraint": _identity,
+    "reshard": _reshard,
+    "pvary": _identity,
+    "reduced_vary_cast": _identity,
+    "stop_gradient": _stop_gradient,
+    "reduce_precision": _everywhere,
+    "optimization_barrier": _barrier,
+    "mul": _scaled(swap=True),
+    "div": _scaled(swap=False),
+    "neg": _neg,
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot_general,
+    "conv_general_dilated": _conv_general_dilated,
+    "gather": _gather,
+    **CONTROL,
+}

@@ -1,0 +1,315 @@
+"""The nodes that stand where an array stood: what they hold, and the dense weight they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._errors import AxesError, CheckpointError, LowrankError
+from lowrank_jax._nodes.norms import dense_product, gain, norm, squared_norm
+from lowrank_jax._nodes.quantized import Quantized, dequantized
+from lowrank_jax._paths import flatten
+from lowrank_jax._primitives.contract import RANK, Labels, accumulator, arrange
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    r"""Factors of one leaf: $\Delta W = s\,a\,b$, transposed back to the kernel's layout.
+
+    Args:
+      a: [*stack, *fan_in, r].
+      b: [*stack, r, *fan_out].
+      magnitude: DoRA's magnitude m, [*stack, *fan_out], or None. With it
+        $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b\rVert$, the norm of each output
+        feature, constant to every derivative.
+      fan_in, fan_out, stack: the kernel's axes, by number, in the kernel's own order.
+      scale: s, a static number: it is never trained.
+      kind: "dot", "conv" or "lookup", the use that decided the axes.
+      folded: whether magnitude is already divided by the norm, as fold_norms leaves it.
+
+    Source: LoRA, arXiv 2106.09685, equation 3; DoRA, arXiv 2402.09353, equation 5.
+    """
+
+    a: Any
+    b: Any
+    magnitude: Any = None
+    fan_in: tuple[int, ...] = dataclasses.field(default=(0,), metadata={"static": True})
+    fan_out: tuple[int, ...] = dataclasses.field(default=(1,), metadata={"static": True})
+    stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    kind: str = dataclasses.field(default="dot", metadata={"static": True})
+    folded: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """r, the inner dimension."""
+        return self.a.shape[-1]
+
+    @property
+    def labels(self) -> tuple[Labels, Labels]:
+        """For each axis of a and of b the axis of the weight that it runs along, or RANK."""
+        return (*self.stack, *self.fan_in, RANK), (*self.stack, RANK, *self.fan_out)
+
+    def factors(self) -> tuple[Any, Any]:
+        """Arrays [*stack, *fan_in, r] and [*stack, r, *fan_out], whose product times s is added."""
+        return self.a, self.b
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense delta; stack axes that a loop or vmap took away are left out."""
+        fan_in, fan_out, stack = self.axes(self.a.ndim - 1 + len(self.fan_out))
+        shape = [0] * (len(fan_in) + len(fan_out) + len(stack))
+        for axis, size in zip(stack + fan_in, self.a.shape[:-1], strict=True):
+            shape[axis] = size
+        for axis, size in zip(fan_out, self.b.shape[len(stack) + 1 :], strict=True):
+            shape[axis] = size
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense delta."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the factors."""
+        return self.a.dtype
+
+    def axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """fan_in, fan_out and stack axes of a leaf of ndim axes, leading stack ones mapped away."""
+        gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - ndim
+        if not 0 <= gone <= len(self.stack):
+            raise AxesError(
+                f"an adapter with fan_in={self.fan_in}, fan_out={self.fan_out}, "
+                f"stack={self.stack} stands at a weight of {ndim} axes; a vmapped or stacked "
+                "adapter is to be used under jax.vmap"
+            )
+        lost = sorted(self.stack)[:gone]
+        shift = lambda axes: tuple(
+            axis - sum(axis > other for other in lost) for axis in axes if axis not in lost
+        )
+        return shift(self.fan_in), shift(self.fan_out), shift(self.stack)
+
+    def __jax_array__(self):
+        raise forgotten("a LowRank adapter")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Normed:
+    r"""A frozen leaf and the squared norm of each output feature, which DoRA needs at every step.
+
+    Args:
+      value: the leaf, an array or Quantized.
+      squares: $\sum_i W_{io}^2$, float32 [*stack, *fan_out].
+      axes: the leaf's axes that squares runs along.
+      terms: number of weights in each sum.
+
+    Source: DoRA, arXiv 2402.09353, section 4.3; factored in arXiv 2603.22276.
+    """
+
+    value: Any
+    squares: Any
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    terms: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the leaf."""
+        return self.value.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the leaf."""
+        return self.value.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the leaf."""
+        return self.value.size
+
+    def __jax_array__(self):
+        raise forgotten("a leaf with DoRA's norms")
+
+
+def normed(leaf: Any, node: LowRank) -> Normed:
+    """The leaf with its squared norms, along the axes of an adapter."""
+    fan_in, fan_out, stack = node.axes(leaf.ndim)
+    terms = math.prod(leaf.shape[axis] for axis in fan_in)
+    squares = lax.stop_gradient(squared_norm(unnormed(leaf), stack, fan_out))
+    return Normed(unnormed(leaf), squares, (*stack, *fan_out), terms)
+
+
+def unnormed(leaf: Any) -> Any:
+    """The leaf itself."""
+    return leaf.value if isinstance(leaf, Normed) else leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Full:
+    """A leaf trained whole beside the adapters; value has the leaf's shape and dtype."""
+
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the leaf."""
+        return self.value.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the leaf."""
+        return self.value.dtype
+
+    def __jax_array__(self):
+        raise forgotten("a Full leaf")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapted:
+    r"""A frozen leaf and its adapter: $W_\text{eff} = W + m\,(W' - W)$.
+
+    Args:
+      base: the frozen leaf.
+      delta: LowRank (W' = W + s a b) or Full (W' = its value).
+      multiplier: m, a scalar array, or None for 1.
+      key: dropout key (data of shape [*stack]), or None.
+      rate: dropout rate on the adapter branch's input, static.
+    """
+
+    base: Any
+    delta: LowRank | Full
+    multiplier: Any = None
+    key: Any = None
+    rate: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense weight."""
+        return self.base.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the dense weight."""
+        return self.base.dtype
+
+    def __jax_array__(self):
+        raise forgotten("an adapted weight")
+
+
+def forgotten(what: str) -> LowrankError:
+    """The error of a node that met a function which knows none."""
+    return LowrankError(
+        f"{what} was used as if it were an array: the function that uses the parameters must be "
+        "lifted; call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), or pass "
+        "lowrank.merge(base, lora)"
+    )
+
+
+def is_node(value: Any) -> bool:
+    """Whether a value is one of the library's nodes: the `is_leaf` for trees that hold them."""
+    return isinstance(value, LowRank | Full | Adapted | Normed | Quantized)
+
+
+def is_adapter(value: Any) -> bool:
+    """Whether a value is a node that has to do with an adapter."""
+    return isinstance(value, LowRank | Full | Adapted)
+
+
+def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes another."""
+    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+
+
+def delta(node: LowRank, ndim: int, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
+    """s·a·b in the kernel's layout, in float32 (float64 for float64 factors)."""
+    fan_in, fan_out, stack = node.axes(ndim)
+    count = len(stack)
+    dtype = accumulator(node.dtype)
+    a, b = (factor.astype(dtype) for factor in node.factors())
+    product = lax.dot_general(
+        a,
+        b,
+        (((a.ndim - 1,), (count,)), (tuple(range(count)), tuple(range(count)))),
+        precision=precision,
+    )
+    return jnp.transpose(product * node.scale, inverse(stack + fan_in + fan_out))
+
+
+def materialize(node: Any) -> Any:
+    """The dense weight a node stands for: summed in float32, cast once to the base's dtype."""
+    if isinstance(node, Quantized):
+        return dequantized(node)
+    if isinstance(node, Normed):
+        return materialize(node.value)
+    if not is_node(node):
+        return node
+    if isinstance(node, Full):
+        return node.value
+    if isinstance(node, LowRank):
+        raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
+    base = materialize(node.base)
+    whole = base.astype(accumulator(base.dtype))
+    if isinstance(node.delta, Full):
+        changed = node.delta.value.astype(whole.dtype)
+    else:
+        changed = whole + delta(node.delta, base.ndim)
+        if node.delta.magnitude is not None:
+            changed = _renormed(node, base, changed)
+    if node.multiplier is not None:
+        changed = whole + (changed - whole) * jnp.asarray(node.multiplier, whole.dtype)
+    return changed.astype(base.dtype)
+
+
+def _renormed(node: Adapted, base: jax.Array, changed: jax.Array) -> jax.Array:
+    """DoRA's weight: each output feature of W + s a b brought to its magnitude."""
+    lora = node.delta
+    assert isinstance(lora, LowRank)
+    fan_in, fan_out, stack = lora.axes(base.ndim)
+    gains = lora.magnitude
+    if not lora.folded:
+        own = node.base if isinstance(node.base, Normed) else normed(node.base, lora)
+        product = dense_product(base, fan_in, stack, changed.dtype)
+        a, b = (factor.astype(base.dtype) for factor in lora.factors())
+        gains = gain(lora.magnitude, norm(own.squares, product, a, b, lora.scale, len(stack)))
+    sizes: dict[Any, int] = dict(enumerate(base.shape))
+    return changed * arrange(gains, (*stack, *fan_out), tuple(range(base.ndim)), sizes)
+
+
+def nodes_of(lora: Any) -> dict[str, Any]:
+    """The nodes of an adapter by path."""
+    nodes = dict(flatten(lora, is_leaf=is_node)[0])
+    for path, node in nodes.items():
+        if not isinstance(node, LowRank | Full):
+            hint = "lowrank.partition(tree)[1]" if isinstance(node, Adapted) else "init's second"
+            raise CheckpointError(
+                f"lora holds {type(node).__name__} at {path!r}, where LowRank, Full or None is "
+                f"expected: pass the adapter ({hint})"
+            )
+    if not nodes:
+        raise CheckpointError("lora holds no adapter: pass the second result of init")
+    return nodes

@@ -1,0 +1,199 @@
+"""Adapters that are low-rank products by another way: LoHa, VeRA, and (IA)^3.
+
+Each is a LowRank node that says what its factors are; all else (merging, dropout, DoRA, sharding,
+checkpoints, quantized bases) is LowRank's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._errors import ConfigError
+from lowrank_jax._nodes import LowRank
+from lowrank_jax._primitives.contract import RANK, Labels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoHa(LowRank):
+    r"""A Hadamard product: $\Delta W = s\,(a_1 b_1) \odot (a_2 b_2)$, of rank $r^2$.
+
+    Args:
+      a: [*stack, *fan_in, 2 r], a_1 and a_2 side by side.
+      b: [*stack, 2 r, *fan_out], likewise.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded: as of LowRank.
+
+    Source: FedPara, arXiv 2108.06098, proposition 1; LyCORIS, arXiv 2309.14859, section 3.
+    """
+
+    @property
+    def rank(self) -> int:
+        """r, of each of the two products."""
+        return self.a.shape[-1] // 2
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """The products of columns, and of rows, by pairs: row-wise Kronecker products."""
+        at = self.b.ndim - 1 - len(self.fan_out)
+        (a, c), (b, d) = jnp.split(self.a, 2, -1), jnp.split(self.b, 2, at)
+        a = (a[..., :, None] * c[..., None, :]).reshape(*a.shape[:-1], -1)
+        pairs = jnp.expand_dims(b, at + 1) * jnp.expand_dims(d, at)
+        return a, pairs.reshape(*b.shape[:at], -1, *b.shape[at + 1 :])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class VeRA(LowRank):
+    r"""Two vectors between fixed random matrices: $\Delta W = s\,A\,\Lambda_d\,B\,\Lambda_e$.
+
+    r + o numbers are trained. A [*fan_in, r] and B [r, *fan_out] are drawn anew from the seed
+    whenever they are needed, and kept by nobody; leaves of one shape, and all layers of a stack,
+    share them.
+
+    Args:
+      a: d, [*stack, r].
+      b: e, [*stack, *fan_out].
+      magnitude, fan_in, fan_out, stack, scale, kind, folded: as of LowRank.
+      inputs: sizes of the fan-in axes.
+      seed: of A and B.
+
+    Source: VeRA, arXiv 2310.11454, equation 2.
+    """
+
+    inputs: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    seed: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def labels(self) -> tuple[Labels, Labels]:
+        """d runs along the rank, e along the output features."""
+        return (*self.stack, RANK), (*self.stack, *self.fan_out)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense delta."""
+        stack = self.a.shape[:-1]
+        ndim = len(stack) + len(self.inputs) + len(self.fan_out)
+        axes = self.axes(ndim)
+        sizes = (*self.inputs, *self.b.shape[len(stack) :], *stack)
+        placed = dict(zip((*axes[0], *axes[1], *axes[2]), sizes, strict=True))
+        return tuple(placed[axis] for axis in range(ndim))
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """The random matrices, each column of A times d, each output feature of B times e."""
+        stacked = self.a.ndim - 1
+        outputs = self.b.shape[stacked:]
+        one, two = jax.random.split(jax.random.key(self.seed))
+        fixed_a = _uniform(one, (*self.inputs, self.rank), math.prod(self.inputs))
+        fixed_b = _uniform(two, (self.rank, *outputs), self.rank)
+        d = self.a.reshape(*self.a.shape[:-1], *(1,) * len(self.inputs), self.rank)
+        e = jnp.expand_dims(self.b, stacked)
+        return fixed_a.astype(d.dtype) * d, fixed_b.astype(e.dtype) * e
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows(LowRank):
+    r"""Some rows of a table: $\Delta W_{row_k} = b_k$, and nothing elsewhere.
+
+    Args:
+      a: empty.
+      b: [rows, *features].
+      magnitude, fan_in, fan_out, stack, scale, kind, folded: as of LowRank.
+      rows: their numbers along the table's first axis.
+      size: how many rows the table has.
+
+    Source: a product with the unit vectors of the rows.
+    """
+
+    rows: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    size: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    @property
+    def labels(self) -> tuple[Labels, Labels]:
+        """The rows themselves run along no axis."""
+        return (None,), (None, *self.fan_out)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the table."""
+        return (self.size, *self.b.shape[-len(self.fan_out) :])
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """Unit vectors, and the changes of their rows."""
+        rows = jnp.asarray(self.rows)
+        return (jnp.arange(self.size)[:, None] == rows).astype(self.b.dtype), self.b
+
+
+def start_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
+    """No change at first."""
+    if wrong := [row for row in rows if not 0 <= row < leaf.shape[0]]:
+        raise ConfigError(f"train_rows names row {wrong[0]} of {path!r}, which has {leaf.shape[0]}")
+    if leaf.ndim < 2:
+        raise ConfigError(f"train_rows names {path!r} of shape {leaf.shape}, which is no table")
+    changes = jnp.zeros((len(rows), *leaf.shape[1:]), dtype)
+    fan_out = tuple(range(1, leaf.ndim))
+    return Rows(
+        jnp.zeros(0, dtype), changes, None, (0,), fan_out, (), 1.0, "lookup", False, rows,
+        leaf.shape[0],
+    )  # fmt: skip
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """Kaiming's uniform distribution: of variance 2 / fan_in."""
+    bound = math.sqrt(6 / fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+Start = Callable[..., LowRank]
+
+
+def start_loha(key: Any, leaf: Any, target: Any, config: Any) -> LoHa:
+    """a_2 = 0, so that nothing changes at first; the rest as in LyCORIS."""
+    stack, fan_in, fan_out = sizes(leaf, target)
+    one, two, three = jax.random.split(key, 3)
+    rank = target.rank
+    a = 0.1 * jax.random.normal(one, (*stack, *fan_in, rank))
+    b, d = (jax.random.normal(k, (*stack, rank, *fan_out)) for k in (two, three))
+    a = jnp.concatenate([a, jnp.zeros_like(a)], -1)
+    b = jnp.concatenate([b, d], len(stack))
+    return LoHa(a.astype(config.factor_dtype), b.astype(config.factor_dtype), **axes(target))
+
+
+def start_vera(key: Any, leaf: Any, target: Any, config: Any) -> VeRA:
+    """d = 0.1 and e = 0, as in the paper."""
+    stack, fan_in, fan_out = sizes(leaf, target)
+    d = jnp.full((*stack, target.rank), 0.1, config.factor_dtype)
+    e = jnp.zeros((*stack, *fan_out), config.factor_dtype)
+    return VeRA(d, e, **axes(target), inputs=fan_in, seed=config.projection_seed)
+
+
+def start_ia3(key: Any, leaf: Any, target: Any, config: Any) -> LowRank:
+    r"""(IA)^3: $W_\text{eff} = W\,\Lambda_l$, l = 1: a folded magnitude, and factors of rank 0."""
+    stack, fan_in, fan_out = sizes(leaf, target)
+    a = jnp.zeros((*stack, *fan_in, 0), config.factor_dtype)
+    b = jnp.zeros((*stack, 0, *fan_out), config.factor_dtype)
+    return LowRank(a, b, jnp.ones((*stack, *fan_out)), **axes(target), folded=True)
+
+
+METHODS: dict[str, Start] = {"loha": start_loha, "vera": start_vera, "ia3": start_ia3}
+
+
+def sizes(leaf: Any, target: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Sizes of a leaf's stack, fan-in and fan-out axes."""
+    of = lambda axes: tuple(leaf.shape[axis] for axis in axes)
+    return of(target.stack), of(target.fan_in), of(target.fan_out)
+
+
+def axes(target: Any) -> dict[str, Any]:
+    """The static fields of a target's node."""
+    return {name: getattr(target, name) for name in ("fan_in", "fan_out", "stack", "scale", "kind")}

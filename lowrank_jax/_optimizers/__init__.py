@@ -1,0 +1,1 @@
+"""Optax over adapters: what is trained, and states that take little memory."""

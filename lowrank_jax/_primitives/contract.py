@@ -1,0 +1,110 @@
+"""Products of bare arrays whose axes carry labels: the einsum of the adapter branch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._primitives.bilinear import Labels, bilinear
+
+RANK = "r"  # the label of the inner axis of the factors
+
+
+def contract(
+    x: jax.Array,
+    x_labels: Labels,
+    y: jax.Array,
+    y_labels: Labels,
+    keep: Collection[Hashable],
+    **options: Any,
+) -> tuple[jax.Array, Labels]:
+    """Multiply x and y and sum every label not in keep.
+
+    Args:
+      x: array.
+      x_labels: a label for each axis of x.
+      y: array.
+      y_labels: a label for each axis of y.
+      keep: labels that later factors or the result still need.
+      options: precision and preferred_element_type of lax.dot_general.
+
+    Returns:
+      The product and its labels: shared kept ones first, then those of x, then those of y.
+    """
+    x, x_labels = _sum_out(x, x_labels, {*y_labels, *keep})
+    y, y_labels = _sum_out(y, y_labels, {*x_labels, *keep})
+    shared = [label for label in x_labels if label in y_labels]
+    batch = [label for label in shared if label in keep]
+    rest = [label for label in (*x_labels, *y_labels) if label not in shared]
+    out = (*batch, *rest)
+    return bilinear(x, y, x_labels, y_labels, out, **options), out
+
+
+def _sum_out(
+    x: jax.Array, labels: Labels, wanted: Collection[Hashable]
+) -> tuple[jax.Array, Labels]:
+    """Sum the axes nothing else has."""
+    axes = tuple(i for i, label in enumerate(labels) if label not in wanted)
+    if not axes:
+        return x, labels
+    return x.sum(axes, dtype=x.dtype), tuple(label for label in labels if label in wanted)
+
+
+def arrange(x: jax.Array, labels: Labels, out: Labels, sizes: Mapping[Hashable, int]) -> jax.Array:
+    """Transpose to the labels of out, broadcasting along those that x lacks."""
+    present = [label for label in out if label in labels]
+    order = tuple(labels.index(label) for label in present)
+    if order != tuple(range(len(order))):
+        x = lax.transpose(x, order)
+    if len(present) < len(out):
+        shape = tuple(sizes[label] for label in out)
+        x = lax.broadcast_in_dim(x, shape, tuple(out.index(label) for label in present))
+    return x
+
+
+def cost(
+    sizes: Mapping[Hashable, int], x: Labels, y: Labels, keep: Collection[Hashable]
+) -> tuple[int, Labels]:
+    """Multiplications of contract(x, y), and the labels it would leave."""
+    left = tuple(dict.fromkeys(label for label in (*x, *y) if label in keep))
+    return math.prod(sizes[label] for label in {*x, *y}), left
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes (size 1 left out) that a reshape maps on each other.
+
+    >>> reshape_groups((2, 3, 4), (6, 2, 2))
+    [([0, 1], [0]), ([2], [1, 2])]
+    """
+    old_axes = [i for i, size in enumerate(old) if size != 1]
+    new_axes = [i for i, size in enumerate(new) if size != 1]
+    groups, i, j = [], 0, 0
+    while i < len(old_axes):
+        left, right = [old_axes[i]], [new_axes[j]]
+        i, j = i + 1, j + 1
+        a, b = old[left[0]], new[right[0]]
+        while a != b:
+            if a < b:
+                left.append(old_axes[i])
+                a, i = a * old[old_axes[i]], i + 1
+            else:
+                right.append(new_axes[j])
+                b, j = b * new[new_axes[j]], j + 1
+        groups.append((left, right))
+    return groups
+
+
+def labelled_spec(spec: Any, labels: Sequence[Any]) -> Any:
+    """The PartitionSpec of an array whose axes run along those of a weight of this spec."""
+    entry = lambda label: spec[label] if isinstance(label, int) and label < len(spec) else None
+    return type(spec)(*map(entry, labels))
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype sums are kept in: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)

@@ -1,0 +1,197 @@
+"""Products with the decoded blocks of a quantized weight: what a tied product computes.
+
+Each axis of the decoded blocks carries a label, the axis of the weight that it is now; the axes
+that hold the blocks are one run of the weight's axes, cut in two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lowrank_jax._nodes.quantized import Decoding, unflattened
+from lowrank_jax._primitives.bilinear import Labels, dot_of_labels, flat_dot_of_labels
+from lowrank_jax._primitives.contract import arrange
+
+BLOCKS, ELEMENTS = "blocks", "elements"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How decoded blocks lie in the weight.
+
+    Args:
+      axes: for each axis of the decoded array, the weight's axis, or BLOCKS or ELEMENTS.
+      blocked: the weight's axes that those two stand for, in order.
+      sizes: their sizes.
+    """
+
+    axes: Labels
+    blocked: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        """Number of the weight's axes."""
+        return len(self.axes) + (len(self.blocked) - 2 if self.blocked else 0)
+
+    def spec(self, codes: Any) -> Any:
+        """The weight's PartitionSpec, from that of its codes."""
+        entries = dict(zip(self.axes, codes, strict=False))
+        entries |= {axis: entries.get(BLOCKS) for axis in self.blocked[:1]}
+        return type(codes)(*(entries.get(axis) for axis in range(self.ndim)))
+
+    def expand(self, labels: Sequence[Any]) -> Labels:
+        """Labels with the two axes of blocks in place of the run of axes they stand for."""
+        out: list[Any] = []
+        for label in labels:
+            if label not in self.blocked:
+                out.append(label)
+            elif label == self.blocked[0]:
+                out += [BLOCKS, ELEMENTS]
+        return tuple(out)
+
+    def dense(self, blocks: jax.Array) -> jax.Array:
+        """The dense weight, in the order of its axes."""
+        if not self.blocked:
+            order = tuple(range(blocks.ndim))
+            return arrange(blocks, self.axes, order, {})
+        ndim = len(self.axes) - 2 + len(self.blocked)
+        order = self.expand(range(ndim))
+        extent = dict(zip(self.axes, blocks.shape, strict=True))
+        extent |= dict(zip(self.blocked, self.sizes, strict=True))
+        shape = [extent[axis] for axis in range(ndim)]
+        return arrange(blocks, self.axes, order, extent).reshape(shape)
+
+
+def is_run(axes: Sequence[int]) -> bool:
+    """Whether axes are consecutive."""
+    return all(b == a + 1 for a, b in itertools.pairwise(axes))
+
+
+def without_layout(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options of a product, hashable; how its result lies is said of the whole."""
+    return tuple(sorted((k, v) for k, v in options.items() if k != "out_sharding"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """lax.dot_general of an activation and decoded blocks, linear in the activation."""
+
+    layout: Layout
+    numbers: Any
+    on_left: bool
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """The product, in the order of axes that the user's equation has."""
+        return self._run(dot_of_labels, x, w)
+
+    def on_cpu(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """As a product of two matrices."""
+        return self._run(flat_dot_of_labels, x, w)
+
+    def _run(self, product: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+        layout = self.layout
+        (lc, rc), (lb, rb) = self.numbers
+        mine, theirs = ((lc, lb), (rc, rb)) if self.on_left else ((rc, rb), (lc, lb))
+        own_labels: list[Any] = [("x", i) for i in range(x.ndim)]
+        for own, others in zip(mine, theirs, strict=True):
+            for axis, other in zip(own, others, strict=True):
+                own_labels[other] = axis
+        bound = {*mine[0], *mine[1]}
+        ndim = len(layout.axes) - (2 if layout.blocked else 0) + len(layout.blocked)
+        free = layout.expand([axis for axis in range(ndim) if axis not in bound])
+        x_free = [label for label in own_labels if isinstance(label, tuple)]
+        x, labels = self._cut(x, own_labels, w)
+        out = (*mine[1], *free, *x_free) if self.on_left else (*mine[1], *x_free, *free)
+        pair = (w, x, layout.axes, labels) if self.on_left else (x, w, labels, layout.axes)
+        y = product(*pair, out, **dict(self.options))
+        if BLOCKS in out:
+            at = out.index(BLOCKS)
+            y = y.reshape(*y.shape[:at], *layout.sizes, *y.shape[at + 2 :])
+        return y
+
+    def _cut(self, x: jax.Array, labels: list[Any], w: jax.Array) -> tuple[jax.Array, Labels]:
+        """The activation with the contracted axes of blocks cut in two, as the weight's are."""
+        blocked = self.layout.blocked
+        if not blocked or blocked[0] not in labels:
+            return x, tuple(labels)
+        at = [labels.index(axis) for axis in blocked]
+        if not is_run(at):
+            order = [i for i in range(x.ndim) if i not in at] + at
+            x, labels = lax.transpose(x, order), [labels[i] for i in order]
+            at = list(range(x.ndim - len(at), x.ndim))
+        cut = [w.shape[self.layout.axes.index(name)] for name in (BLOCKS, ELEMENTS)]
+        x = x.reshape(*x.shape[: at[0]], *cut, *x.shape[at[-1] + 1 :])
+        # Else XLA on TPU merges the two axes in backward's product, on the weight's side too, and
+        # what decodes it is no longer part of the product.
+        x = lax.optimization_barrier(x)
+        return x, (*labels[: at[0]], BLOCKS, ELEMENTS, *labels[at[-1] + 1 :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """lax.conv_general_dilated with a decoded kernel."""
+
+    layout: Layout
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """The convolution of x with the blocks' dense kernel."""
+        return lax.conv_general_dilated(x, self.layout.dense(w), **dict(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """lax.ragged_dot_general with a decoded weight for each group of rows."""
+
+    layout: Layout
+    numbers: Any
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: jax.Array, groups: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """The product of each group of rows with its weight; groups: the blocks, and the sizes."""
+        w, sizes = groups
+        dense = self.layout.dense(w)
+        return lax.ragged_dot_general(x, dense, sizes, self.numbers, **dict(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedDecoding:
+    """Decodes all parts but the last, the sizes of the groups, which go along."""
+
+    decode: Any
+
+    def __call__(self, *parts: Any) -> tuple[jax.Array, jax.Array]:
+        """The decoded blocks, and the sizes as they came."""
+        *own, sizes = parts
+        return self.decode(*own), sizes
+
+    @property
+    def on_tpu(self) -> GroupedDecoding:
+        """The same, decoded as TPUs want it."""
+        return GroupedDecoding(self.decode.on_tpu)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatDecoding:
+    """Decodes a leaf kept flat into its dense shape: blocks that straddle its rows."""
+
+    decoding: Decoding
+    blocked: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def __call__(self, *parts: Any) -> jax.Array:
+        """The dense leaf."""
+        return unflattened(self.decoding(*parts), self.blocked, self.order)
+
+    @property
+    def on_tpu(self) -> FlatDecoding:
+        """The same, decoded as TPUs want it."""
+        return dataclasses.replace(self, decoding=self.decoding.on_tpu)

@@ -1,0 +1,174 @@
+"""Look-ups in a low-rank table: rows of the base, and of the factors that have the indexed axes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._primitives.contract import Labels, accumulator, arrange, contract
+from lowrank_jax._weights.blocks import ELEMENTS
+from lowrank_jax._weights.dense import DenseWeight
+from lowrank_jax._weights.gain import times
+from lowrank_jax._weights.virtual import Virtual
+
+
+def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
+    """Read rows: gather from the factors too; along stack axes alone it stays a weight."""
+    numbers = params["dimension_numbers"]
+    indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    sliced = {d for d in range(w.ndim) if params["slice_sizes"][d] != w.shape[d]}
+    if sliced - indexed:
+        return None
+    base = w.base.gather(indices, params)
+    if base is None:
+        return None
+    offset, batch = numbers.offset_dims, range(indices.ndim - 1)
+    kept = [
+        d
+        for d in range(w.ndim)
+        if d not in numbers.collapsed_slice_dims and d not in numbers.operand_batching_dims
+    ]
+    rows = iter(("n", i) for i in batch)
+    at = dict(zip(offset, kept, strict=True))
+    out = tuple(at[i] if i in at else next(rows) for i in range(base.ndim))
+    a, a_labels = gather_labelled(w.a, w.a_axes, indices, params, w.shape)
+    b, b_labels = gather_labelled(w.b, w.b_axes, indices, params, w.shape)
+    if indexed <= {*w.a_axes} & {*w.b_axes}:
+        place = {label: i for i, label in enumerate(out)}
+        parts = {"a": a, "b": b, "a_axes": a_labels, "b_axes": b_labels}
+        for name in ("key", "gain"):
+            array, labels = getattr(w, name), getattr(w, name + "_axes")
+            if array is not None:
+                array, labels = gather_labelled(array, labels, indices, params, w.shape)
+            parts |= {name: array, name + "_axes": labels}
+        moved = w.replaced(**parts)
+        return moved._renumbered(place, base if isinstance(base, Virtual) else DenseWeight(base))
+    sizes = {**w.sizes(), **dict(zip(out, base.shape, strict=True))}
+    dtype = w.dtype
+    scaled = w.scaled if w.gain is None else w.replaced(multiplier=None).scaled
+    branch, labels = contract(scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
+    changed = base + arrange(branch, labels, out, sizes).astype(base.dtype)
+    if w.gain is None:
+        return changed
+    changed = times(changed, out, *gather_labelled(w.gain, w.gain_axes, indices, params, w.shape))
+    if params["fill_value"] is not None:  # what is read beyond the table is no row of it
+        inside, labels = _inside(w, indices, params, indexed)
+        changed = jnp.where(arrange(inside, labels, out, sizes), changed, base)
+    if w.multiplier is None:
+        return changed
+    exact = accumulator(base.dtype)
+    plain = base.astype(exact)
+    return w.multiplied(plain, changed.astype(exact), plain).astype(base.dtype)
+
+
+def _inside(w: Any, indices: jax.Array, params: dict[str, Any], indexed: set[int]) -> Any:
+    """Whether each index is of a row that there is."""
+    rows = tuple(sorted(indexed))
+    there = jnp.ones([w.shape[axis] for axis in rows], bool)
+    return gather_labelled(there, rows, indices, params, w.shape)
+
+
+def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
+    """The rows of a quantized weight, alone decoded."""
+    numbers = params["dimension_numbers"]
+    indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    full = w.shape
+    cut = {d for d in range(w.ndim) if params["slice_sizes"][d] != full[d]}
+    if w.flat or cut - indexed or indexed & {*w.layout.blocked}:
+        return None
+    codes, scales, table = w.with_plain_scales().parts
+    axes = w.layout.axes
+    codes, labels = gather_labelled(codes, axes, indices, params, full)
+    under = tuple(axis for axis in axes if axis != ELEMENTS)
+    scales, _ = gather_labelled(scales, under, indices, params, full, jnp.nan)
+    at = labels.index(ELEMENTS)
+    decode = dataclasses.replace(
+        w.decoding, trailing=len(labels) - 1 - at, strides=(1,) * scales.ndim
+    )
+    blocks = decode(codes, scales, table)
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = iter(axis for axis in range(w.ndim) if axis not in gone)
+    rows = iter(("n", i) for i in range(indices.ndim - 1))
+    ndim = indices.ndim - 1 + w.ndim - len(gone)
+    out = [next(kept) if i in numbers.offset_dims else next(rows) for i in range(ndim)]
+    extent = dict(zip(labels, blocks.shape, strict=True))
+    extent |= {axis: full[axis] for axis in w.layout.blocked}
+    value = arrange(blocks, labels, w.layout.expand(out), extent)
+    if params["fill_value"] is not None:  # else NaN, as the scales beyond the table are
+        value = jnp.where(jnp.isnan(value), params["fill_value"], value)
+    return value.reshape([extent[label] for label in out])
+
+
+def gather_labelled(
+    array: jax.Array,
+    labels: Labels,
+    indices: jax.Array,
+    params: dict[str, Any],
+    shape: Sequence[int],
+    fill: float = 0,
+) -> tuple[jax.Array, Labels]:
+    """Gather from an array along the axes it has of a weight of this shape; rows come first.
+
+    Other labels than the weight's axes (the rank, the elements of a block) are read whole.
+    Beyond the table `fill` is read: the delta of no row is zero, and the base alone what it is.
+    """
+    numbers = params["dimension_numbers"]
+    array, labels = _in_order(array, labels)
+    at = labels.index
+    mapped = [i for i, axis in enumerate(numbers.start_index_map) if axis in labels]
+    pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    batching = [(axis, place) for axis, place in pairs if axis in labels]
+    if not mapped and not batching:
+        return array, labels
+    collapsed = [axis for axis in numbers.collapsed_slice_dims if axis in labels]
+    gone = {*collapsed, *(axis for axis, _ in batching)}
+    kept = [label for label in labels if label not in gone]
+    rows = indices.ndim - 1
+    mine = type(numbers)(
+        offset_dims=tuple(range(rows, rows + len(kept))),
+        collapsed_slice_dims=tuple(sorted(at(axis) for axis in collapsed)),
+        start_index_map=tuple(at(numbers.start_index_map[i]) for i in mapped),
+        operand_batching_dims=tuple(at(axis) for axis, _ in batching),
+        start_indices_batching_dims=tuple(place for _, place in batching),
+    )
+    full = dict(zip(labels, array.shape, strict=True))
+    whole = lambda x: isinstance(x, str) or params["slice_sizes"][x] == shape[x]
+    sizes = tuple(full[x] if whole(x) else params["slice_sizes"][x] for x in labels)
+    mode = {**params, "fill_value": fill}
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        mode = {**mode, "mode": "clip", "fill_value": None}
+    if len(mapped) < indices.shape[-1]:  # a part of an index may repeat
+        indices = indices[..., jnp.array(mapped, int)]
+        mode = {**mode, "unique_indices": False, "indices_are_sorted": False}
+    out = _lax_gather(array, indices, mine, sizes, mode)
+    return out, (*(("n", i) for i in range(rows)), *kept)
+
+
+def _in_order(array: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+    """The axes of a factor in the order of the weight's, which lax.gather asks of batching axes."""
+    mine: list[Any] = [label for label in labels if not isinstance(label, str)]
+    if mine == sorted(mine):
+        return array, labels
+    order = (*sorted(mine), *(label for label in labels if isinstance(label, str)))
+    return lax.transpose(array, tuple(labels.index(label) for label in order)), order
+
+
+def _lax_gather(
+    array: jax.Array, indices: jax.Array, numbers: Any, sizes: Any, params: dict[str, Any]
+) -> jax.Array:
+    """lax.gather with the equation's own mode and promises."""
+    return lax.gather(
+        array,
+        indices,
+        dimension_numbers=numbers,
+        slice_sizes=sizes,
+        unique_indices=params["unique_indices"],
+        indices_are_sorted=params["indices_are_sorted"],
+        mode=params["mode"],
+        fill_value=params["fill_value"],
+    )

@@ -1,0 +1,204 @@
+"""bitsandbytes' state of a 4-bit weight: the tensors it is kept in, and what each must be.
+
+Beside NAME, the packed codes, stand NAME.absmax, NAME.quant_map, for double quantization
+NAME.nested_absmax and NAME.nested_quant_map, and NAME.quant_state.bitsandbytes__FORMAT: JSON.
+
+Source: bitsandbytes 0.50.2, functional.QuantState.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._codecs import BLOCK_SIZES, FORMATS
+from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
+from lowrank_jax._errors import CheckpointError, ConfigError, listing
+
+DTYPES = ("bfloat16", "float16", "float32")
+STORAGES = ("uint8", *DTYPES)
+_TABLES = {format: np.array(FORMATS[format].table) for format in ("nf4", "fp4")}
+_SINGLE = ("absmax", "quant_map")
+_DOUBLE = ("nested_absmax", "nested_quant_map")
+SIDES = (*_SINGLE, *_DOUBLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantState:
+    """A 4-bit weight as its file has it.
+
+    Args:
+      packed: uint8 [(n + 1) // 2], two codes a byte, of n elements in torch's order.
+      absmax: float32 [blocks], or uint8 codes of it.
+      format: "nf4" or "fp4".
+      block_size: elements that share a scale.
+      dtype: name of the weight's dtype.
+      shape: of the weight.
+      second: the second level, or None: nested_absmax float32 [ceil(blocks / 256)], the offset,
+        a float32 scalar, and nested_quant_map float32 [256].
+    """
+
+    packed: np.ndarray
+    absmax: np.ndarray
+    format: str
+    block_size: int
+    dtype: str
+    shape: tuple[int, ...]
+    second: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+
+def check(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The JSON of a weight, once all its tensors are known to be there, and no other.
+
+    Raises:
+      CheckpointError: saying what is missing, left over or unknown.
+    """
+    if name not in tensors:
+        near = difflib.get_close_matches(name, list(tensors), 3, 0.0)
+        raise CheckpointError(
+            f"there is no tensor {name!r}: pass the weight's full key; the nearest are {near}"
+        )
+    keys = {format: f"{name}.quant_state.bitsandbytes__{format}" for format in _TABLES}
+    found = [format for format, key in keys.items() if key in tensors]
+    if len(found) != 1:
+        others = [key for key in tensors if key.startswith(f"{name}.quant_state.")]
+        raise CheckpointError(
+            f"{name!r} needs one of {list(keys.values())}; there is {others or 'none'}"
+            + ("" if others else ": it is no weight that bitsandbytes keeps in 4 bits")
+        )
+    header = _header(tensors, keys[found[0]], found[0])
+    wanted = {*_SINGLE, *(_DOUBLE if "nested_offset" in header else ())}
+    there = {side for side in SIDES if f"{name}.{side}" in tensors}
+    problems = [f"{name}.{side} is missing" for side in SIDES if side in wanted - there]
+    problems += [
+        f"{name}.{side} is left over: the weight is not quantized doubly"
+        for side in SIDES
+        if side in there - wanted
+    ]
+    _raise(name, problems)
+    return header
+
+
+def _header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]:
+    """The JSON, each of its values of a kind that is known."""
+    try:
+        header = json.loads(_array(tensors, key).tobytes().decode())
+        shape = tuple(map(int, header["shape"]))
+        known = {
+            "quant_type": (header["quant_type"], (format,)),
+            "blocksize": (header["blocksize"], BLOCK_SIZES),
+            "dtype": (header["dtype"], DTYPES),
+        }
+        if "nested_offset" in header:
+            float(header["nested_offset"])
+            known["nested_blocksize"] = header["nested_blocksize"], (SCALE_BLOCK,)
+            known["nested_dtype"] = header["nested_dtype"], ("float32",)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{key} holds no quant state of bitsandbytes ({error!r})") from error
+    problems = [
+        f"{field} is {value!r}; expected {' or '.join(map(repr, allowed))}"
+        for field, (value, allowed) in known.items()
+        if value not in allowed
+    ]
+    if min(shape, default=0) < 1:
+        problems.append(f"shape is {list(shape)}; expected sizes of 1 or more")
+    _raise(key, problems)
+    return {**header, "shape": shape}
+
+
+def _array(tensors: Mapping[str, Any], key: str) -> np.ndarray:
+    """The tensor as a NumPy array."""
+    try:
+        return np.asarray(tensors[key])
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{key}, a {type(tensors[key]).__name__}, is no NumPy array ({error}): pass NumPy or "
+            "JAX arrays; torch's bfloat16 may be passed as .view(torch.uint8)"
+        ) from error
+
+
+def read(tensors: Mapping[str, Any], name: str) -> QuantState:
+    """The state of one weight.
+
+    Raises:
+      CheckpointError: listing all that is not as bitsandbytes writes it.
+    """
+    header, problems = check(tensors, name), []
+
+    def get(side: str, dtype: Any, size: int) -> np.ndarray:
+        array = _array(tensors, f"{name}.{side}")
+        if array.dtype != dtype or array.size != size:
+            problems.append(
+                f"{name}.{side} is {array.dtype} {list(array.shape)}; expected "
+                f"{np.dtype(dtype)} [{size}]"
+            )
+        return array.reshape(-1)
+
+    n, double = math.prod(header["shape"]), "nested_offset" in header
+    blocks = -(-n // header["blocksize"])
+    packed = np.ascontiguousarray(_array(tensors, name)).reshape(-1).view(np.uint8)
+    if packed.size != (n + 1) // 2:
+        problems.append(
+            f"{name} is of {packed.size} bytes; {list(header['shape'])} needs {(n + 1) // 2}"
+        )
+    absmax = get("absmax", np.uint8 if double else np.float32, blocks)
+    if not np.array_equal(get("quant_map", np.float32, 16), _TABLES[header["quant_type"]]):
+        problems.append(f"{name}.quant_map is not the table of {header['quant_type']}")
+    second = None
+    if double:
+        nested = get("nested_absmax", np.float32, -(-blocks // SCALE_BLOCK))
+        nested_map = get("nested_quant_map", np.float32, DYNAMIC_MAP.size)
+        second = nested, np.asarray(header["nested_offset"], np.float32), nested_map
+        if not np.all(np.abs(nested_map) <= 1):
+            problems.append(f"{name}.nested_quant_map has entries that are not in [-1, 1]")
+    _raise(name, problems)
+    return QuantState(
+        packed, absmax, header["quant_type"], header["blocksize"], header["dtype"],
+        header["shape"], second,
+    )  # fmt: skip
+
+
+def _raise(name: str, problems: list[str]) -> None:
+    """Raise if there are problems."""
+    if problems:
+        raise CheckpointError(f"{name} is not as bitsandbytes writes it:\n{listing(problems)}")
+
+
+def write(state: QuantState, name: str, quant_storage: str) -> dict[str, np.ndarray]:
+    """The tensors of one weight, byte for byte as bitsandbytes writes them.
+
+    Raises:
+      ConfigError: bitsandbytes has no such dtype, or it does not divide the bytes.
+    """
+    for dtype, allowed in ((quant_storage, STORAGES), (state.dtype, DTYPES)):
+        if dtype not in allowed:
+            raise ConfigError(f"{name}: bitsandbytes writes {' or '.join(allowed)}, not {dtype}")
+    storage = jnp.dtype(quant_storage)
+    if state.packed.size % storage.itemsize:
+        raise ConfigError(f"{name}: {state.packed.size} bytes are no whole number of {storage}")
+    header: dict[str, Any] = {
+        "quant_type": state.format,
+        "blocksize": state.block_size,
+        "dtype": state.dtype,
+        "shape": list(state.shape),
+    }
+    sides = {"absmax": state.absmax, "quant_map": _TABLES[state.format].copy()}
+    if state.second is not None:
+        nested, offset, nested_map = state.second
+        sides |= {"nested_absmax": nested, "nested_quant_map": nested_map}
+        header |= {
+            "nested_blocksize": SCALE_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": float(offset),
+        }
+    text = json.dumps(header).encode()
+    sides[f"quant_state.bitsandbytes__{state.format}"] = np.frombuffer(text, np.uint8).copy()
+    packed = state.packed.view(storage).reshape(-1, 1)
+    return {name: packed, **{f"{name}.{side}": array for side, array in sides.items()}}

@@ -1,0 +1,208 @@
+"""What a checkpoint's manifest says: of the whole, and of each leaf."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._configs import LoraConfig
+from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.processes import gathered, placed
+from lowrank_jax._fingerprint import Fingerprint, to_host
+from lowrank_jax._nodes import Full, LowRank
+from lowrank_jax._nodes.family import LoHa, Rows, VeRA
+from lowrank_jax._paths import flatten
+
+_NODES = {"LowRank": LowRank, "LoHa": LoHa, "VeRA": VeRA, "Rows": Rows, "Full": Full}
+_SCALARS = {"bool": bool, "int": int, "float": float}
+_KINDS = {"bool": "b", "int": "iu", "float": "f"}
+_PRNGS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+# the manifest's own, and what the archive adds
+_KEYS = {"step", "config", "base", "lora", "opt_state", "extra"}
+_ARCHIVE = {"format", "version", "arrays", "folder", "files"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """A saved array, not yet read: its name in the archive, and what it is to become."""
+
+    name: str
+    form: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes: a node that holds entries knows its dense shape."""
+        return len(self.shape)
+
+
+def parts_of(nodes: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of nodes, by path and field."""
+    return {
+        f"{path}/{field.name}": getattr(node, field.name)
+        for path, node in nodes.items()
+        for field in dataclasses.fields(node)
+        if not field.metadata.get("static") and getattr(node, field.name) is not None
+    }
+
+
+def write_entry(name: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, str]:
+    """Put a leaf's values among the arrays; return its entry."""
+    name = quote(name, errors="surrogatepass")
+    form = form_of(leaf)
+    arrays[name] = to_host(name, gathered(leaf))
+    return {"name": name, "form": form}
+
+
+def write_entries(what: str, tree: Any, arrays: dict[str, np.ndarray]) -> list[dict] | None:
+    """The entries of a tree's leaves, each with its path; None where there is no tree."""
+    if tree is None:
+        return None
+    return [
+        {"path": path.split("/"), **write_entry(f"{what}/{path}", leaf, arrays)}
+        for path, leaf in flatten(tree)[0]
+    ]
+
+
+def form_of(leaf: Any) -> str:
+    """What an array is to become again: a JAX array (weakly typed or not), a PRNG key, a number."""
+    dtype = getattr(leaf, "dtype", None)
+    if type(leaf).__name__ in _SCALARS:
+        return type(leaf).__name__
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return str(dtype)
+    return "weak" if getattr(leaf, "weak_type", False) and not leaf.shape else "array"
+
+
+def read_body(body: Mapping) -> tuple[LoraConfig, Fingerprint | None, int | None, dict, dict]:
+    """Config, fingerprint, step, nodes by path, and the leaves by path of the other trees."""
+    if unknown := sorted(body.keys() - _KEYS - _ARCHIVE):
+        raise CheckpointError(
+            f"the manifest has {unknown}, unknown to this lowrank_jax: use the release that wrote "
+            "it, or a newer one"
+        )
+    config, base, step = LoraConfig.from_dict(body["config"]), body["base"], body["step"]
+    if step is not None and type(step) is not int:
+        raise CheckpointError(f"the manifest has the step {step!r}, expected an integer or null")
+    nodes = _read_entries(body["lora"], body, read_node)
+    # a file of before there was an extra has none
+    trees = {
+        what: None if body.get(what) is None else _read_entries(body[what], body, read_entry)
+        for what in ("opt_state", "extra")
+    }
+    used = collections.Counter(leaf.name for leaf in jax.tree.leaves([nodes, trees]))
+    refuse(
+        "the manifest's entries and arrays are not one to one: restore another copy",
+        [f"{name}: used {used[name]} times" for name in body["arrays"] if used[name] != 1],
+    )
+    return config, None if base is None else Fingerprint.from_dict(base), step, nodes, trees
+
+
+def read_entry(entry: Mapping, body: Mapping) -> _Array:
+    """The array of an entry."""
+    if entry["form"] not in {"array", "weak", *_SCALARS, *_PRNGS}:
+        raise CheckpointError(
+            f"{entry['name']!r} is a {entry['form']!r}, unknown to this lowrank_jax"
+        )
+    shape, dtype, _ = body["arrays"][entry["name"]]
+    if entry["form"] in _SCALARS and (shape or jnp.dtype(dtype).kind not in _KINDS[entry["form"]]):
+        raise CheckpointError(f"{entry['name']!r} is {dtype}{shape}, expected {entry['form']}")
+    if entry["form"] in _PRNGS:  # what it will be, not the words it is stored as
+        shape, dtype = shape[:-1], entry["form"]
+    return _Array(entry["name"], entry["form"], tuple(shape), dtype)
+
+
+def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict[str, Any]:
+    """What `read` makes of each entry, by path; no path stands twice."""
+    found = {}
+    for entry in entries:
+        keys = entry["path"]
+        if type(keys) is not list or not keys:
+            raise CheckpointError(f"the manifest has the path {keys!r}, expected a list of keys")
+        if (path := "/".join(keys)) in found:
+            raise CheckpointError(f"the manifest has {path!r} twice: restore another copy")
+        found[path] = read(entry, body)
+    return found
+
+
+def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The entry of a node: its path, type, static fields and arrays."""
+    parts = parts_of({"": node}).items()
+    return {
+        "path": path.split("/"),
+        "type": type(node).__name__,
+        "static": static_fields(type(node), vars(node)),
+        "arrays": {
+            name[1:]: write_entry(f"lora/{path}{name}", leaf, arrays) for name, leaf in parts
+        },
+    }
+
+
+def read_node(entry: Mapping, body: Mapping) -> Any:
+    """The node of an entry, holding arrays not yet read."""
+    path, kind = "/".join(entry["path"]), _NODES[entry["type"]]
+    known = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("static")}
+    # a field that a file of before does not have takes its default
+    static = {n: tuple(v) if type(v) is list else v for n, v in entry["static"].items()}
+    if unknown := sorted(static.keys() - known.keys()):
+        raise CheckpointError(
+            f"{path!r} is a {entry['type']} with {unknown}, unknown to this lowrank_jax: use the "
+            "release that wrote it, or a newer one"
+        )
+    refuse(
+        f"static fields of {path!r} are of the wrong type: restore another copy",
+        [
+            f"{name}: {value!r}, expected a {type(known[name]).__name__}"
+            for name, value in static.items()
+            if type(value) is not type(known[name]) or not _are_axes(value)
+        ],
+    )
+    arrays = {name: read_entry(part, body) for name, part in entry["arrays"].items()}
+    return kind(**arrays, **static)
+
+
+def _are_axes(value: Any) -> bool:
+    """Whether a value, if a tuple, is one of axes."""
+    return not isinstance(value, tuple) or all(type(axis) is int for axis in value)
+
+
+def static_fields(kind: type, values: Mapping) -> dict[str, Any]:
+    """The static fields of a node, as plain values of the fields' own types."""
+    plain = {}
+    for field in dataclasses.fields(kind):
+        if field.metadata.get("static"):
+            value, default = values[field.name], field.default
+            axes = isinstance(default, tuple)
+            plain[field.name] = (
+                tuple(operator.index(axis) for axis in value) if axes else type(default)(value)
+            )
+    return plain
+
+
+def loaded(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
+    """The leaf of an array: placed by a sharding if there is one."""
+    if entry.form in _SCALARS:
+        return _SCALARS[entry.form](array)
+    if entry.form in _PRNGS:
+        leaf = jax.random.wrap_key_data(jnp.array(array), impl=_PRNGS[entry.form])
+    elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return array  # 64-bit numbers, of NumPy, in a program of 32-bit ones
+    else:
+        leaf = jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(array)
+        leaf = leaf if leaf.dtype == array.dtype else jnp.array(array)
+    return leaf if sharding is None else placed(leaf, sharding)
+
+
+def refuse(why: str, problems: list[str]) -> None:
+    """Raise one error with all problems, if there are any."""
+    if problems:
+        raise CheckpointError(f"{why}:\n{listing(problems)}")

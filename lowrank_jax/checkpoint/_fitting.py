@@ -1,0 +1,139 @@
+"""Whether what a checkpoint holds fits the trees it meets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._errors import CheckpointError
+from lowrank_jax._fingerprint import Fingerprint, differences, fingerprint
+from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+from lowrank_jax._paths import flatten
+from lowrank_jax.checkpoint._entries import parts_of, refuse, static_fields
+
+
+def dense_shapes(nodes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves that nodes are for, without the axis of a stack of adapters."""
+    extra = [
+        node.a.ndim - len(node.labels[0]) for node in nodes.values() if isinstance(node, LowRank)
+    ]
+    cut = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[max(extra, default=0) :], jnp.float32)
+    return {path: jax.tree.map(cut, node).shape for path, node in nodes.items()}
+
+
+# Checks: all that is wrong, in one error
+
+
+def refuse_malformed(nodes: dict[str, Any]) -> None:
+    """The arrays of each adapter have the axes that it says, and one size along each."""
+    shown = lambda node: ", ".join(
+        f"{name[1:]} {tuple(part.shape)}" for name, part in parts_of({"": node}).items()
+    )
+    refuse(
+        "lora holds arrays that do not fit each other or their axes: make it by init",
+        [
+            f"{path}: {shown(node)} of {node.kind!r} with stack {node.stack}, fan_in {node.fan_in} "
+            f"and fan_out {node.fan_out}"
+            for path, node in nodes.items()
+            if isinstance(node, LowRank) and not _well_formed(node)
+        ],
+    )
+
+
+def _well_formed(node: LowRank) -> bool:
+    """Whether the arrays of a node are those of one weight."""
+    axes = node.stack + node.fan_in + node.fan_out
+    parts = list(zip((node.a, node.b), node.labels, strict=True))
+    if node.magnitude is not None:
+        parts.append((node.magnitude, (*node.stack, *node.fan_out)))
+    # axes before those of the stack are of a stack of adapters
+    many = node.a.ndim - len(node.labels[0])
+    fits = all(part.ndim - len(labels) == many >= 0 for part, labels in parts)
+    pairs = {
+        pair
+        for part, labels in parts
+        for pair in zip([*(("many", n) for n in range(many)), *labels], part.shape, strict=False)
+    }
+    return (
+        sorted(axes) == list(range(len(axes)))
+        and fits
+        and len(pairs) == len({label for label, _ in pairs})
+        and node.kind in ("dot", "conv", "lookup")
+    )
+
+
+def refuse_misshapen(nodes: dict[str, Any], base: Any) -> None:
+    """The adapter's leaves are the base's, and of their shapes."""
+    leaves = dict(flatten(base, is_leaf=is_node)[0])
+    if adapted := [p for p, leaf in leaves.items() if isinstance(leaf, LowRank | Full | Adapted)]:
+        raise CheckpointError(
+            f"base holds an adapter at {adapted[0]!r}: pass the frozen tree (lowrank.partition "
+            "takes a combined one apart)"
+        )
+    refuse(
+        "the adapter does not fit the base: pass the base it was trained on, at the same level",
+        differences(
+            {path: str(np.shape(leaves[path])) for path in nodes if path in leaves},
+            {path: str(shape) for path, shape in dense_shapes(nodes).items()},
+        ),
+    )
+
+
+def refuse_other_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: bool) -> None:
+    """The base is the one trained on, as far as that is known."""
+    if check and trained_on is not None:
+        own = base if isinstance(base, Fingerprint) else fingerprint(base)
+        refuse(
+            "this base is not the one the adapter was trained on: pass that one, or "
+            "check_base=False to take this one all the same",
+            trained_on.differences(own),
+        )
+    if not isinstance(base, Fingerprint):
+        refuse_misshapen(nodes, base)
+
+
+def static_differences(wanted: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """Differences in axes, kind and scale of the nodes that both have."""
+    both = {path for path in wanted if type(saved.get(path)) is type(wanted[path])}
+    show = lambda nodes: {
+        f"{path}.{name}": repr(value)
+        for path in both
+        for name, value in static_fields(type(nodes[path]), vars(nodes[path])).items()
+    }
+    return differences(show(wanted), show(saved))
+
+
+def fitted(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
+    """Refuse saved leaves that are not those wanted; return the shardings wanted, by name."""
+    wanted = {p: v if hasattr(v, "dtype") else np.asarray(v) for p, v in wanted.items()}
+    show = lambda leaves: {p: f"{leaf.dtype}{list(leaf.shape)}" for p, leaf in leaves.items()}
+    refuse(
+        f"the saved {what} is not that of like.{what}: restore without it and convert, or make it "
+        "by the config and optimizer of the checkpoint",
+        differences(show(wanted), show(saved)) + list(more),
+    )
+    # an uncommitted array is where it is by default only
+    placed = {
+        p: getattr(v, "sharding", None) for p, v in wanted.items() if getattr(v, "committed", True)
+    }
+    refuse(
+        f"like.{what} asks for shardings that do not fit: give ones that divide the saved shapes",
+        [
+            f"{path}: {saved[path].dtype}{list(saved[path].shape)} by {sharding}"
+            for path, sharding in placed.items()
+            if sharding is not None and not _divides(sharding, saved[path].shape)
+        ],
+    )
+    return {saved[path].name: sharding for path, sharding in placed.items()}
+
+
+def _divides(sharding: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a sharding can split an array of this shape."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,163 @@
+"""The tensors of a model's folder matched with leaves of a tree: all that is wrong is listed."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._files.torch_layout import known_names, use_of
+from lowrank_jax._plan import Plan
+from lowrank_jax.huggingface._leaves import Lying, keys_of, lying
+from lowrank_jax.names import Names, Parameter, parameter
+
+# what modules register beside their parameters: masks, positions, frequencies, counters
+_BUFFER = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias|num_batches_tracked)"
+)
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is one that a model computes anew, and no parameter."""
+    mask = name.endswith("attn.bias") and len(shape) != 4
+    return bool(_BUFFER.fullmatch(name)) and not mask
+
+
+@dataclasses.dataclass
+class Found:
+    """What a folder has for each leaf, and what is wrong.
+
+    Args:
+      leaves: path -> how the leaf lies in the folder's tensors.
+      missing, unexpected, misfits: the problems, by kind.
+    """
+
+    leaves: dict[str, Lying] = dataclasses.field(default_factory=dict)
+    missing: list[str] = dataclasses.field(default_factory=list)
+    unexpected: list[str] = dataclasses.field(default_factory=list)
+    misfits: list[str] = dataclasses.field(default_factory=list)
+
+    def refuse(self, folder: Any, names: Names) -> None:
+        """Raise where something is wrong."""
+        kinds = {
+            "the folder has no tensor for": self.missing,
+            "no leaf takes": self.unexpected,
+            "these do not fit": self.misfits,
+        }
+        wrong = [f"{kind}\n{listing(lines)}" for kind, lines in kinds.items() if lines]
+        if not wrong:
+            return
+        if names is None and self.missing and self.unexpected:
+            wrong.append(
+                "names tells what torch calls the leaves: pass names=lowrank.names.LLAMA, or "
+                "another table, mapping or function"
+            )
+        raise CheckpointError(f"{folder} does not fit the tree:\n" + "\n".join(wrong))
+
+
+def matched(
+    tensors: Tensors,
+    leaves: Mapping[str, Any],
+    names: Names,
+    plan: Plan | None,
+    ignore: Sequence[str],
+    ties: bool,
+) -> Found:
+    """What a folder has for each leaf; no tensor is read, save to compare two that are tied.
+
+    Args:
+      tensors: the folder's.
+      leaves: path -> anything with shape and dtype.
+      names: as of load.
+      plan: as of load.
+      ignore: as of load.
+      ties: whether the model's configuration lets look-up table and projection share a weight.
+    """
+    found, taken = Found(), set()
+    named = _as_in_file(known_names(leaves, names), tensors)
+    shared = _shared(leaves, names, named) if ties else {}
+    for path, leaf in leaves.items():
+        shape = tuple(leaf.shape)
+        if path not in named:
+            if not _is_kept(leaf):
+                found.missing.append(f"{path!r}: names has no module for it")
+            continue
+        name, use = named[path], use_of(plan, path)
+        if name.key not in tensors and path in shared:
+            name = dataclasses.replace(name, module=shared[path])
+        try:
+            keys = keys_of(path, shape, name, use)
+            if lost := [key for key in keys.values() if key not in tensors]:
+                if not _is_kept(leaf):
+                    found.missing += [f"{key} ({path!r})" for key in lost]
+                continue
+        except CheckpointError as error:
+            found.misfits.append(str(error))
+            continue
+        taken |= {*keys.values()}
+        for key in keys.values():
+            entry = tensors.entry(key)
+            if jnp.issubdtype(entry.dtype, jnp.floating) != is_floating(leaf):
+                wanted = f"expected {jnp.dtype(leaf.dtype).name} for {path!r}"
+                found.misfits.append(f"{key}: dtype {entry.dtype.name}, {wanted}")
+            try:
+                found.leaves[path] = lying(path, shape, name, use, entry.shape)
+            except CheckpointError as error:
+                found.misfits.append(f"{key}: {error}")
+        if name.tied is not None and (copy := f"{name.tied}.weight") in tensors:
+            taken.add(copy)
+            if not tensors.equal(copy, name.key):
+                found.misfits.append(
+                    f"{copy}: not {name.key}, and {path!r} is one leaf: the model ties nothing"
+                )
+    found.unexpected += [
+        f"{key} {list(tensors.entry(key).shape)}"
+        for key in tensors
+        if key not in taken
+        and not is_buffer(key, tensors.entry(key).shape)
+        and not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore)
+    ]
+    return found
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf, or a tensor to be, is of floating-point numbers."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _is_kept(leaf: Any) -> bool:
+    """Whether a leaf that the folder has nothing for stays: a counter or key, with its value."""
+    return not is_floating(leaf) and hasattr(leaf, "__array__")
+
+
+def _shared(
+    leaves: Mapping[str, Any], names: Names, named: Mapping[str, Parameter]
+) -> dict[str, str]:
+    """Projection -> module of the look-up table that has its weight, where each is a leaf."""
+    tables = {}
+    for path in named:
+        if (name := parameter(path, names)) is not None and name.tied is not None:
+            tables[name.tied] = named[path].module
+    return {path: tables[name.module] for path, name in named.items() if name.module in tables}
+
+
+def _as_in_file(named: dict[str, Parameter], tensors: Tensors) -> dict[str, Parameter]:
+    """Names without the first part that a base model's own file leaves out ("transformer.")."""
+    heads = {key.partition(".")[0] for key in tensors}
+    bare = lambda name: dataclasses.replace(name, module=name.module.partition(".")[2])
+    drop = {
+        head
+        for name in named.values()
+        if (head := name.key.partition(".")[0]) not in heads
+        and bare(name).module.replace("{}", "0") + f".{name.kind}" in tensors
+    }
+    return {
+        path: bare(name) if name.key.partition(".")[0] in drop else name
+        for path, name in named.items()
+    }

@@ -1,0 +1,97 @@
+"""The leaves of a model read from its folder: one tensor at a time, quantized as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._configs import QuantConfig
+from lowrank_jax._files.processes import placed
+from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._nodes.quantized import Axes
+from lowrank_jax._quantize import quantize_layers, quantize_leaf, quantized_shapes
+from lowrank_jax._specs import specs
+from lowrank_jax.huggingface._leaves import Lying
+
+
+def read_leaf(tensors: Tensors, lying: Lying, dtype: Any, sharding: Any) -> jax.Array:
+    """A dense leaf."""
+    return _placed(jnp.asarray(_host(tensors, lying, dtype)), lying.path, sharding)
+
+
+def read_quantized(
+    tensors: Tensors,
+    lying: Lying,
+    dtype: Any,
+    axes: tuple[Axes, Axes],
+    quant: QuantConfig,
+    sharding: Any,
+) -> tuple[Any, Any]:
+    """A quantized leaf, and how many of its values were not finite; a stack by its layers."""
+    fan_in, stack = axes
+    if lying.layout.stack[:1] == stack[:1] == (0,):
+        shape = jax.ShapeDtypeStruct(lying.layout.shape, dtype)
+        shapes = quantized_shapes(shape, fan_in, stack, quant)
+        layers = _layers(tensors, lying, dtype)
+        node, bad = quantize_layers(lying.path, layers, shapes, fan_in, stack, quant)
+    else:
+        node, bad = quantize_leaf(lying.path, _host(tensors, lying, dtype), fan_in, stack, quant)
+    node = jax.block_until_ready(node)  # one by one, however fast they are asked for
+    _trim()
+    return _placed(node, lying.path, sharding), int(bad)
+
+
+def _trim() -> None:
+    """Give back to the system what glibc keeps of freed buffers, which else grows by the leaf."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _host(tensors: Tensors, lying: Lying, dtype: Any) -> np.ndarray:
+    """The values of a leaf, in a buffer of their own."""
+    if not lying.layout.stack:
+        return _cast(lying.from_tensor(tensors[lying.keys[()]]), dtype)
+    leaf = np.empty(lying.layout.shape, dtype)
+    _fill(lying.by_layers(leaf), (), tensors, lying)
+    return leaf
+
+
+def _layers(tensors: Tensors, lying: Lying, dtype: Any) -> Iterator[np.ndarray]:
+    """The parts of a leaf along its first axis, a stack axis."""
+    shape, inner = lying.layout.shape[1:], tuple(axis - 1 for axis in lying.layout.stack[1:])
+    rest = tuple(axis for axis in range(len(shape)) if axis not in inner)
+    for number in range(lying.layout.shape[0]):
+        if not inner:
+            yield _cast(lying.from_tensor(tensors[lying.keys[number,]]), dtype)
+            continue
+        part = np.empty(shape, dtype)
+        _fill(part.transpose(inner + rest), (number,), tensors, lying)
+        yield part
+
+
+def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
+    return array.astype(dtype, copy=False)
+
+
+def _fill(view: np.ndarray, first: tuple[int, ...], tensors: Tensors, lying: Lying) -> None:
+    """Write the layers whose index begins so into their places, each cast on its way."""
+    for index, key in lying.keys.items():
+        if index[: len(first)] == first:
+            view[index[len(first) :]] = lying.from_tensor(tensors[key])
+
+
+def _placed(leaf: Any, path: str, sharding: Any) -> Any:
+    """A leaf where `like` has its own."""
+    if sharding is None:
+        return leaf
+    if isinstance(sharding, jax.NamedSharding):
+        sharding = specs({path: leaf}, {path: sharding})[path]
+    else:
+        sharding = jax.tree.map(lambda _: sharding, leaf)
+    return jax.tree.map(placed, leaf, sharding)

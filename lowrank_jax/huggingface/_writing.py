@@ -1,0 +1,137 @@
+"""What a model's folder holds of a tree: each tensor's name, shape and dtype; values come later."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.safetensors import SINGLE, Tensors
+from lowrank_jax._files.tensor_file import DTYPES
+from lowrank_jax._files.torch_layout import known_names, use_of
+from lowrank_jax._fingerprint import to_host
+from lowrank_jax._nodes import is_adapter, materialize
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._plan import Plan
+from lowrank_jax.huggingface._folder import Lazy
+from lowrank_jax.huggingface._leaves import Lying, keys_of, lying
+from lowrank_jax.huggingface._matching import is_buffer
+from lowrank_jax.names import Names
+
+
+def outgoing(
+    leaves: Mapping[str, Any],
+    names: Names,
+    plan: Plan | None,
+    original: Tensors | None,
+    dequantize: bool,
+) -> dict[str, Lazy]:
+    """Name -> tensor, of all leaves; all that is wrong is in one error.
+
+    Args:
+      leaves: path -> array or Quantized.
+      names: as of save.
+      plan: as of save.
+      original: the tensors of the model that they came from.
+      dequantize: as of save.
+    """
+    if adapted := [path for path, leaf in leaves.items() if is_adapter(leaf)]:
+        raise CheckpointError(
+            f"{adapted[0]!r} is an adapter: merge first, lowrank.merge(base, lora)"
+        )
+    named = known_names(leaves, names)
+    problems = [f"{path!r}: names has no module for it" for path in leaves if path not in named]
+    tensors: dict[str, Lazy] = {}
+    for path, name in named.items():
+        leaf, use = leaves[path], use_of(plan, path)
+        try:
+            _check(path, leaf, dequantize)
+            shape = tuple(leaf.shape)
+            keys = keys_of(path, shape, name, use)
+            first = keys[min(keys)]
+            known = original.entry(first).shape if original and first in original else None
+            place = lying(path, shape, name, use, known)
+        except CheckpointError as error:
+            problems.append(f"{name.key}: {error}")
+            continue
+        for index, key in place.keys.items():
+            tensors[key] = Lazy(
+                place.shape, leaf.dtype, functools.partial(_read, leaf, place, index)
+            )
+        if original and name.tied is not None and (copy := f"{name.tied}.weight") in original:
+            tensors[copy] = tensors[first]
+    if original is not None:
+        problems += _differences(tensors, original)
+    if problems:
+        raise CheckpointError(f"nothing was written:\n{listing(problems)}")
+    return tensors
+
+
+def _check(path: str, leaf: Any, dequantize: bool) -> None:
+    """Refuse a leaf that has no place in a file."""
+    if not hasattr(leaf, "dtype") or isinstance(leaf, jax.ShapeDtypeStruct):
+        raise CheckpointError(f"{path!r} is a {type(leaf).__name__}, no array with values")
+    if isinstance(leaf, Quantized) and not dequantize:
+        raise CheckpointError(
+            f"{path!r} is quantized: pass dequantize=True to write the dense weight it stands for, "
+            "or lowrank.bitsandbytes.to_state_dict to keep its codes"
+        )
+    if leaf.dtype not in DTYPES.values():
+        raise CheckpointError(f"{path!r} is {leaf.dtype}, which the files have no dtype for")
+
+
+def _differences(tensors: Mapping[str, Lazy], original: Tensors) -> list[str]:
+    """What the original has, and the tree not, and the other way round."""
+    shape = lambda key: original.entry(key).shape
+    lost = [key for key in original if key not in tensors and not is_buffer(key, shape(key))]
+    return [f"{key}: not in like_folder" for key in tensors if key not in original] + [
+        f"{key}: in like_folder, and no leaf is called so" for key in lost
+    ]
+
+
+def _read(leaf: Any, place: Lying, index: tuple[int, ...]) -> np.ndarray:
+    """One tensor: one layer goes to the host."""
+    if isinstance(leaf, Quantized) and place.layout.stack != tuple(range(leaf.stacked)):
+        leaf = materialize(leaf)
+    if isinstance(leaf, Quantized):
+        layer = materialize(_layer(leaf, index, ()))
+    elif isinstance(leaf, jax.Array):
+        layer = _layer(leaf, index, place.layout.stack) if index else leaf
+    else:
+        layer = place.by_layers(np.asarray(leaf))[index]
+    return place.to_tensor(to_host(place.path, layer))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _layer(leaf: Any, index: tuple[int, ...], stack: tuple[int, ...]) -> Any:
+    """A layer of an array along stack axes, or of a node whose arrays these lead."""
+    first = lambda x: x.transpose(stack + tuple(a for a in range(x.ndim) if a not in stack))
+    return jax.tree.map(lambda x: first(x)[index], leaf)
+
+
+def in_shards(tensors: Mapping[str, Lazy], limit: int) -> dict[str, dict[str, Lazy]]:
+    """File -> tensors, layers in their order, each file as full as the limit lets it be."""
+    shards: list[dict[str, Lazy]] = [{}]
+    size = 0
+    for name in sorted(tensors, key=_numerically):
+        if shards[-1] and size + tensors[name].nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensors[name]
+        size += tensors[name].nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def _numerically(name: str) -> list[tuple[bool, int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

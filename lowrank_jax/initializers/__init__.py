@@ -1,0 +1,29 @@
+"""Initializers of the factors: functions (key, weight, rank, scale) -> (a, b, residual).
+
+`weight` is float32 [i, o], axes grouped, stacks vmapped; a is [i, r], b is [r, o]; `residual` is
+the weight that the base keeps where a method moves part of it into the factors, else None. One of
+your own needs no registration: any pure function will do, and one that brings arrays is a callable
+pytree (`jax.tree_util.Partial`) whose arrays have the leaf's stack axes leading.
+"""
+
+from lowrank_jax.initializers._corda import corda
+from lowrank_jax.initializers._eva import eva
+from lowrank_jax.initializers._loftq import loftq
+from lowrank_jax.initializers._lora_ga import lora_ga
+from lowrank_jax.initializers._random import Factors as Factors
+from lowrank_jax.initializers._random import gaussian, kaiming, lookup, orthogonal
+from lowrank_jax.initializers._spectral import olora, pissa, randomized_pissa
+
+__all__ = [
+    "corda",
+    "eva",
+    "gaussian",
+    "kaiming",
+    "loftq",
+    "lookup",
+    "lora_ga",
+    "olora",
+    "orthogonal",
+    "pissa",
+    "randomized_pissa",
+]

@@ -1,0 +1,70 @@
+"""What initializers that look at data share: their checks, and a covariance that has an inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import _jaxprs
+from lowrank_jax._errors import ConfigError, listing
+from lowrank_jax.initializers._spectral import product
+
+# As much as the trace of a covariance of 4096 inputs: doubling ends, whatever came.
+MOST_DAMPING = 4096.0
+
+
+def checked(name: str, data: Any, square: bool) -> dict[str, jax.Array]:
+    """Data by path: arrays [*stack, rows, columns], finite where their values are known."""
+    if not isinstance(data, Mapping) or not data:
+        raise ConfigError(
+            f"{name} is a mapping of a leaf's path to its array, with one entry at least, not "
+            f"{data if isinstance(data, Mapping) else type(data).__name__}"
+        )
+    shape = "[*stack, i, i]" if square else "[*stack, i, o]"
+    problems = []
+    for path, array in data.items():
+        found = getattr(array, "shape", None)
+        if found is None or len(found) < 2 or (square and found[-1] != found[-2]):
+            what = type(array).__name__ if found is None else f"of shape {tuple(found)}"
+            problems.append(f"{path}: {what}, expected an array {shape}")
+        elif not _jaxprs.is_tracer(array) and not bool(jnp.all(jnp.isfinite(array))):
+            problems.append(f"{path}: values that are not finite")
+    if problems:
+        raise ConfigError(f"{name} cannot be used:\n{listing(problems)}")
+    return {path: jnp.asarray(array, jnp.float32) for path, array in data.items()}
+
+
+def same_fan_in(covariance: jax.Array, weight: jax.Array) -> None:
+    """A covariance is of the weight's own inputs."""
+    if covariance.shape != (len(weight),) * 2:
+        raise ConfigError(
+            f"a covariance of shape {covariance.shape} came for a weight of shape {weight.shape} "
+            f"(fan-in, fan-out): expected {(len(weight),) * 2}, axes of the fan-in flattened, "
+            "stack axes leading"
+        )
+
+
+def unit(covariance: jax.Array) -> jax.Array:
+    """The covariance with a mean of 1 on its diagonal; one of no data stays 0."""
+    mean = jnp.trace(covariance) / len(covariance)
+    return covariance / jnp.where(mean > 0, mean, 1)
+
+
+def damped(covariance: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+    """The unit covariance + damping * I and its inverse; damping doubles till that is good."""
+    covariance, identity = unit(covariance), jnp.eye(len(covariance))
+
+    def with_inverse(damping: Any) -> tuple[Any, jax.Array, jax.Array]:
+        safe = covariance + damping * identity
+        return damping, safe, jnp.linalg.inv(safe)
+
+    def bad(state: Any) -> jax.Array:
+        damping, safe, inverse = state
+        good = jnp.linalg.norm(product(safe, inverse) - identity) < 0.05  # a NaN is not
+        return ~good & (damping < MOST_DAMPING)
+
+    state = with_inverse(jnp.asarray(damping, jnp.float32))
+    return jax.lax.while_loop(bad, lambda state: with_inverse(2 * state[0]), state)[1:]

@@ -1,0 +1,153 @@
+"""EVA: factors that span the inputs' leading directions, and ranks that go where variance is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax import _jaxprs
+from lowrank_jax._configs import LoraConfig
+from lowrank_jax._errors import ConfigError, PatternError
+from lowrank_jax._paths import ALL_LINEAR, Pattern, matches
+from lowrank_jax.initializers._data import checked
+from lowrank_jax.initializers._random import Factors, Initializer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Eva:
+    """EVA of one leaf; components [*stack, i, c], the leading ones first."""
+
+    components: jax.Array
+
+    def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
+        del key, scale
+        fan_in, most = self.components.shape
+        if fan_in != len(weight) or rank > most:
+            raise ConfigError(
+                f"eva has {most} components of {fan_in} inputs for a weight of shape "
+                f"{weight.shape} (fan-in, fan-out) and rank {rank}: pass the covariance of this "
+                "leaf's inputs, and to init the config that eva returned"
+            )
+        return self.components[:, :rank], jnp.zeros((rank, weight.shape[1]), jnp.float32), None
+
+
+def eva(
+    covariances: Mapping[str, Any], config: LoraConfig, rho: float = 2.0
+) -> tuple[dict[str, Initializer], LoraConfig]:
+    r"""Factors from the inputs' principal directions; ranks by the variance these explain.
+
+    $C = V \Lambda V^\top$: $a = V_r$, $b = 0$. Component j of a leaf explains the share
+    $\Lambda_j / \operatorname{tr} \Lambda$ of its variance; all ranks together are a budget
+    spent on the largest shares, at most $\rho\,r$ on a leaf. Each alpha follows its rank,
+    $\alpha' = \alpha\,r' / r$. Stacked layers have one rank: their shares are averaged, and one
+    more rank costs as many as there are layers.
+
+    Args:
+      covariances: path -> sum or mean of x x^T over inputs x of the leaf, [*stack, i, i]; of
+        centered x these are principal components, as in PEFT.
+      config: the ranks and alphas to begin with.
+      rho: how far a rank may grow; 1 keeps them all as they are. init refuses a rank above the
+        leaf's fan-out, which is not known here.
+
+    Returns:
+      path -> initializer, and the config with the new ranks and alphas, both for `init`. A leaf
+      that is left with rank 0 is excluded.
+
+    Raises:
+      ConfigError: covariances of the wrong shape, traced, or with values that are not finite; rho
+        below 1.
+
+    Source: EVA, arXiv 2410.07170, section 3.
+
+    >>> flat, steep = jnp.eye(8), jnp.diag(jnp.array([9.0, 9, 9, 1, 1, 1, 1, 1]))
+    >>> config = LoraConfig(rank=2, targets=("p", "q"))
+    >>> initializers, config = eva({"p": flat, "q": steep}, config)
+    >>> dict(config.rank_pattern)
+    {'p': 1, 'q': 3}
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"eva takes (covariances, config): config is a {type(config).__name__}")
+    if not rho >= 1:
+        raise ConfigError(f"rho must be a number of at least 1, not {rho!r}")
+    data = checked("covariances", covariances, square=True)
+    if traced := [path for path, array in data.items() if _jaxprs.is_tracer(array)]:
+        raise ConfigError(
+            f"covariances[{traced[0]!r}] is traced: ranks are static, so call eva outside of jit"
+        )
+    old = {path: _first(config.rank_pattern, path, config.rank) for path in data}
+    most = {path: min(round(old[path] * rho), array.shape[-1]) for path, array in data.items()}
+    initializers, shares = {}, {}
+    for path, array in data.items():
+        initializers[path], shares[path] = _components(array, most[path])
+    layers = {path: math.prod(array.shape[:-2]) for path, array in data.items()}
+    new = _spend(old, shares, layers)
+    kept = {path: initializers[path] for path, rank in new.items() if rank}
+    return kept, _with_ranks(config, old, new)
+
+
+def _components(covariance: jax.Array, most: int) -> tuple[Eva, np.ndarray]:
+    """The leading eigenvectors, and the share of variance that each explains."""
+    values, vectors = jnp.linalg.eigh(covariance)
+    values, vectors = jnp.maximum(values[..., ::-1], 0), vectors[..., ::-1]
+    total = jnp.sum(values, -1, keepdims=True)
+    shares = (values / jnp.where(total > 0, total, 1))[..., :most]
+    return Eva(vectors[..., :most]), np.asarray(shares).reshape(-1, most).mean(0)
+
+
+def _spend(
+    old: dict[str, int], shares: dict[str, np.ndarray], layers: dict[str, int]
+) -> dict[str, int]:
+    """The ranks that a budget of all old ones buys, the largest shares first."""
+    budget = sum(rank * layers[path] for path, rank in old.items())
+    offers = [(share, path) for path, of_leaf in shares.items() for share in of_leaf]
+    new = dict.fromkeys(old, 0)
+    for _, path in sorted(offers, key=lambda offer: -offer[0]):  # stable, and each leaf's descend
+        if layers[path] <= budget:
+            new[path] += 1
+            budget -= layers[path]
+    return new
+
+
+def _with_ranks(config: LoraConfig, old: dict[str, int], new: dict[str, int]) -> LoraConfig:
+    """The config with these ranks, before its own patterns, for the first match wins."""
+    exact = {path: _exactly(path) for path in new}
+    ranks = {exact[path]: rank for path, rank in new.items() if rank and rank != old[path]}
+    alphas = {}
+    for path, rank in new.items():
+        alpha = _first(config.alpha_pattern, path, config.alpha)
+        if alpha is not None and exact[path] in ranks:
+            alphas[exact[path]] = alpha * rank / old[path]
+    empty = tuple(exact[path] for path, rank in new.items() if not rank)
+    others = lambda patterns, done: {
+        pattern: value
+        for pattern, value in patterns.items()
+        if pattern not in done and pattern not in empty
+    }
+    return dataclasses.replace(
+        config,
+        exclude=(*config.exclude, *empty),
+        rank_pattern=ranks | others(config.rank_pattern, ranks),
+        alpha_pattern=alphas | others(config.alpha_pattern, alphas),
+    )
+
+
+def _first(patterns: Mapping, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+
+
+def _exactly(path: str) -> Pattern:
+    """The pattern of one path: itself, where nothing in it is a wildcard."""
+    try:
+        plain = "*" not in path and "?" not in path and path != ALL_LINEAR and matches(path, path)
+    except PatternError:  # an empty segment
+        plain = False
+    return path if plain else re.compile(re.escape(path))

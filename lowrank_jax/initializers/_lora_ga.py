@@ -1,0 +1,113 @@
+"""LoRA-GA: the adapter's first step follows the step of full fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._errors import ConfigError
+from lowrank_jax.initializers._data import checked
+from lowrank_jax.initializers._random import Factors, Initializer
+from lowrank_jax.initializers._spectral import remainder, svd
+
+FORMS = ("peft", "paper")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraGa:
+    """LoRA-GA of one leaf."""
+
+    gradient: jax.Array
+    gamma: float = dataclasses.field(metadata={"static": True})
+    form: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
+        del key
+        if self.gradient.shape != weight.shape:
+            raise ConfigError(
+                f"a gradient of shape {self.gradient.shape} came for a weight of shape "
+                f"{weight.shape} (fan-in, fan-out): expected the same, stack axes leading"
+            )
+        if 2 * rank > min(weight.shape):
+            raise ConfigError(
+                f"lora_ga takes 2 * rank singular vectors, and a weight of shape {weight.shape} "
+                f"(fan-in, fan-out) has {min(weight.shape)}: rank {rank} must be at most "
+                f"{min(weight.shape) // 2}; set it by rank_pattern, or exclude the leaf"
+            )
+        u, sigma, vt = svd(self.gradient)
+        a, b = u[:, :rank], vt[rank : 2 * rank]
+        size = weight.shape[1] ** 0.25 / self.gamma**0.5
+        if self.form == "paper":
+            a, b = size * a, size * b
+        else:
+            b = size * sigma[rank : 2 * rank, None] * b
+        return a, b, remainder(weight, a, b, scale)
+
+
+def lora_ga(
+    gradients: Mapping[str, Any],
+    gamma: float = 16.0,
+    form: str = "peft",
+    *,
+    plan: Mapping[str, Any] | None = None,
+) -> dict[str, Initializer]:
+    r"""Factors from the singular vectors of the loss's gradient with respect to the weight.
+
+    $\nabla_W = U S V^\top$ and $\zeta = o^{1/4} \gamma^{-1/2}$: $a = \zeta\,U_{:r}$ and
+    $b = \zeta\,V_{r:2r}^\top$ in the paper, $a = U_{:r}$ and $b = \zeta\,S_{r:2r} V_{r:2r}^\top$ in
+    PEFT, and the base becomes $W - s\,a\,b$. Singular vectors have no sign, so that any two
+    implementations may differ by that of each column of a.
+
+    Args:
+      gradients: path -> sum or mean of the gradients over a few batches, [*stack, i, o]; with a
+        plan in the leaf's own layout, as jax.grad returns them.
+      gamma: a larger one makes smaller factors.
+      form: "peft", in which b grows with the loss's own scale, or "paper", in which it does not.
+      plan: of the function that uses the parameters: says which axes of a leaf are which, where
+        LoraConfig.stack does not say otherwise.
+
+    Returns:
+      path -> initializer, for `init(..., initializer=...)`.
+
+    Raises:
+      ConfigError: an unknown form, gradients of the wrong shape or with values that are not finite,
+        a leaf that the plan does not know; from init: a rank above half of what the weight can
+        have.
+
+    Source: LoRA-GA, arXiv 2407.05000, section 3 and algorithm 1.
+
+    >>> weight, gradient = jnp.ones((4, 6)), jnp.arange(24.0).reshape(4, 6) % 7
+    >>> a, b, base = lora_ga({"w": gradient})["w"](jax.random.key(0), weight, 2, 0.5)
+    >>> bool(jnp.abs(base + 0.5 * a @ b - weight).max() < 1e-5)
+    True
+    """
+    if not gamma > 0:
+        raise ConfigError(f"gamma must be a number above 0, not {gamma!r}")
+    if form not in FORMS:
+        raise ConfigError(f"form must be one of {FORMS}, not {form!r}")
+    data = checked("gradients", gradients, square=False)
+    if plan is not None:
+        data = {path: _grouped(path, array, plan) for path, array in data.items()}
+    return {path: LoraGa(array, float(gamma), form) for path, array in data.items()}
+
+
+def _grouped(path: str, array: jax.Array, plan: Mapping[str, Any]) -> jax.Array:
+    """A leaf's gradient as [*stack, i, o]."""
+    if path not in plan or tuple(plan[path].shape) != array.shape:
+        known = f"shape {tuple(plan[path].shape)}" if path in plan else "no such leaf"
+        raise ConfigError(f"gradients[{path!r}] has shape {array.shape}, the plan has {known}")
+    use = plan[path]
+    if not use.fan_in or not use.fan_out:
+        if array.ndim == 2:
+            return array
+        raise ConfigError(f"gradients[{path!r}]: the plan found no product that takes this leaf")
+    ordered = jnp.transpose(array, (*use.stack, *use.fan_in, *use.fan_out))
+    stack, fan_in = len(use.stack), len(use.fan_in)
+    rows = math.prod(ordered.shape[stack : stack + fan_in])
+    return ordered.reshape(*ordered.shape[:stack], rows, -1)

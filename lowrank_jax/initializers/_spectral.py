@@ -1,0 +1,155 @@
+"""Initializers that move the weight's own leading part into the factors: PiSSA, OLoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._errors import ConfigError
+from lowrank_jax.initializers._random import Factors, Initializer
+
+# In float32 whatever the backend's default: what a rounded product loses, the base loses for good.
+product = functools.partial(jnp.matmul, precision="highest")
+svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+
+# Columns beyond the rank, from 5 to 10 by arXiv 0909.4061 section 4.2.
+OVERSAMPLING = 8
+
+
+def balanced(
+    u: jax.Array, sigma: jax.Array, vt: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Factors with scale * a @ b = u diag(sigma) vt, the singular values shared evenly."""
+    root = jnp.sqrt(sigma / scale)
+    return u * root, root[:, None] * vt
+
+
+def nearest(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The leading singular triples, by the smaller Gram matrix: a third of an SVD's time on CPU.
+
+    What that loses, squares of singular values below 1e-7 of the largest, is not among them.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    matrix = matrix if wide else matrix.T
+    u = jnp.linalg.eigh(product(matrix, matrix.T))[1][:, ::-1][:, :rank]
+    v = product(u.T, matrix)
+    sigma = jnp.linalg.norm(v, axis=1)
+    v = v / jnp.where(sigma > 0, sigma, 1)[:, None]
+    return (u, sigma, v) if wide else (v.T, sigma, u.T)
+
+
+def remainder(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """What the base keeps so that the function is the same: weight - scale * a @ b."""
+    return weight - scale * product(a, b)
+
+
+def pissa(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
+    r"""The factors take the weight's largest singular directions, the base keeps the others.
+
+    $W = U S V^\top$: $a = U_r \sqrt{S_r / s}$, $b = \sqrt{S_r / s}\,V_r^\top$, and the base becomes
+    $W - s\,a\,b$.
+
+    Args:
+      key: unused.
+      weight: [i, o], float32.
+      rank: r.
+      scale: s.
+
+    Returns:
+      a [i, r], b [r, o] and the base [i, o], in float32.
+
+    Source: PiSSA, arXiv 2404.02948, equations 2 to 4.
+
+    >>> weight = jnp.arange(12.0).reshape(4, 3)
+    >>> a, b, base = pissa(jax.random.key(0), weight, 2, 0.5)
+    >>> bool(jnp.abs(base + 0.5 * a @ b - weight).max() < 1e-5), bool(jnp.abs(base).max() < 1e-4)
+    (True, True)
+    """
+    del key
+    u, sigma, vt = svd(weight)
+    a, b = balanced(u[:, :rank], sigma[:rank], vt[:rank], scale)
+    return a, b, remainder(weight, a, b, scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RandomizedPissa:
+    """PiSSA by a randomized SVD."""
+
+    iterations: int = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
+        width = min(rank + OVERSAMPLING, *weight.shape)
+        u, sigma, vt = leading(key, weight, width, self.iterations)
+        a, b = balanced(u[:, :rank], sigma[:rank], vt[:rank], scale)
+        return a, b, remainder(weight, a, b, scale)
+
+
+def leading(
+    key: jax.Array, weight: jax.Array, width: int, iterations: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """About the `width` leading singular triples, by subspace iteration (arXiv 0909.4061, 4.4)."""
+    basis = lambda matrix: jnp.linalg.qr(matrix)[0]
+    step = lambda _, q: basis(product(weight, basis(product(weight.T, q))))
+    start = jax.random.normal(key, (weight.shape[1], width), weight.dtype)
+    q = jax.lax.fori_loop(0, iterations, step, basis(product(weight, start)))
+    u, sigma, vt = svd(product(q.T, weight))
+    return product(q, u), sigma, vt
+
+
+def randomized_pissa(iterations: int = 4) -> Initializer:
+    r"""PiSSA by a randomized SVD, which never holds more than r + 8 singular vectors.
+
+    The range of $(W W^\top)^n W\,\Omega$, $\Omega$ normal [o, r + 8], orthonormalized at each step,
+    holds the leading singular vectors; $W = W_\text{base} + s\,a\,b$ is as exact as for pissa.
+
+    Args:
+      iterations: n; each divides what is left of smaller singular values by their ratio squared.
+
+    Returns:
+      An initializer: (key, weight, rank, scale) -> a [i, r], b [r, o] and the base [i, o].
+
+    Raises:
+      ConfigError: iterations is not an integer of at least 0.
+
+    Source: PiSSA, arXiv 2404.02948, section 3 ("fast SVD"); Halko et al., arXiv 0909.4061,
+      algorithm 4.4.
+
+    >>> weight = jnp.arange(12.0).reshape(4, 3)
+    >>> a, b, base = randomized_pissa(2)(jax.random.key(0), weight, 2, 0.5)
+    >>> bool(jnp.abs(base).max() < 1e-4)  # the weight is of rank 2
+    True
+    """
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+        raise ConfigError(f"iterations must be an integer of at least 0, not {iterations!r}")
+    return RandomizedPissa(iterations)
+
+
+def olora(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
+    r"""The factors are the leading part of a QR decomposition, b with orthonormal rows.
+
+    $W^\top = Q R$: $a = R_{:r}^\top$, $b = Q_{:,:r}^\top$, and the base becomes $W - s\,a\,b$.
+
+    Args:
+      key: unused.
+      weight: [i, o], float32.
+      rank: r.
+      scale: s; as in the paper the factors are those of W itself, whatever s.
+
+    Returns:
+      a [i, r], b [r, o] and the base [i, o], in float32.
+
+    Source: OLoRA, arXiv 2406.01775, section 3, algorithm 1.
+
+    >>> weight = jnp.arange(12.0).reshape(4, 3)
+    >>> a, b, base = olora(jax.random.key(0), weight, 2, 0.5)
+    >>> bool(jnp.abs(b @ b.T - jnp.eye(2)).max() < 1e-6)
+    True
+    """
+    del key
+    q, r = jnp.linalg.qr(weight.T)
+    a, b = r[:rank].T, q[:, :rank].T
+    return a, b, remainder(weight, a, b, scale)

@@ -1,0 +1,135 @@
+"""Factors of a PEFT file as LowRank nodes: one node for a leaf, however many layers it stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.torch_layout import Layout
+from lowrank_jax._nodes import LowRank
+from lowrank_jax.peft._matching import Matching, Place
+from lowrank_jax.peft._tensors import MAGNITUDE, PREFIX
+
+Keys = tuple[str, str, str | None]  # of A, B and magnitude
+
+
+def match_factors(matching: Matching, place: Place) -> Callable[[], LowRank] | None:
+    """How to make the node of a leaf, or None with the problems noted."""
+    try:
+        layout = place.layout()
+    except CheckpointError as error:
+        return matching.drop(place, str(error))
+    if layout.kind == "vector":
+        return matching.drop(place, f"{place.path!r}: factors of a leaf that is no matrix")
+    before = len(matching.problems)
+    keys, scales = {}, {}
+    for index, module in place.modules.items():
+        if matching.adapts(module) and (taken := _take(matching, place, layout, module)):
+            keys[index], scales[index] = taken
+    if len(matching.problems) == before and (other := matching.tied(place, layout)):
+        _take_tied(matching, place, layout, other, keys[()], scales[()])
+    if matching.config["use_dora"] and len(keys) < len(place.modules):
+        matching.problems.append(
+            f"{place.path!r}: DoRA on some layers of a stack only; params whose layers are not "
+            "stacked can hold it"
+        )
+    if len(matching.problems) > before:
+        return None
+    kind = place.use.op if place.use is not None and place.use.fan_in else layout.kind
+    return lambda: _node(matching, layout, kind, keys, scales)
+
+
+def _take(
+    matching: Matching, place: Place, layout: Layout, module: str
+) -> tuple[Keys, float] | None:
+    """Keys and scale of one module."""
+    first, second = layout.factor_shapes(1)
+    wanted = [first, second]
+    wanted += [MAGNITUDE] if matching.config["use_dora"] else []
+    wanted += ["lora_B.bias"] if matching.config["lora_bias"] and first == "lora_A.weight" else []
+    keys = {part: matching.take(module, part) for part in wanted}
+    missing = [part for part, key in keys.items() if key is None]
+    matching.problems += [f"{PREFIX}{module}.{part}: missing" for part in missing]
+    matching.take_base(place, layout, module)
+    a, b, magnitude = keys[first], keys[second], keys.get(MAGNITUDE)
+    if missing or a is None or b is None:
+        return None
+    shape = matching.shape(a)
+    rank, expected = (shape[0] if shape else 0), matching.config.rank(module)
+    if rank != expected:
+        matching.problems.append(
+            f"{a}: shape {list(shape)}, expected rank {expected}, as {'r'!r} or rank_pattern says"
+        )
+        return None
+    if layout.kind == "conv" and matching.shape(b)[1:2] not in ((rank,), ()):
+        matching.problems.append(
+            f"{b}: shape {list(matching.shape(b))} is of a grouped convolution, where PEFT's two "
+            "products are no change of the kernel"
+        )
+        return None
+    shapes = layout.factor_shapes(rank)
+    fit = [
+        matching.fits(place.path, a, shapes[first]),
+        matching.fits(place.path, b, shapes[second]),
+    ]
+    if magnitude is not None:
+        fit.append(matching.fits(place.path, magnitude, layout.magnitude_shape))
+    scale = matching.config.scale(module, rank)
+    if (key := keys.get("lora_B.bias")) is not None:
+        matching.folds[module] = key, scale
+    return ((a, b, magnitude), scale) if all(fit) else None
+
+
+def _take_tied(
+    matching: Matching, place: Place, layout: Layout, other: str, keys: Keys, scale: float
+) -> None:
+    """Take the factors of the projection that shares a table, which must be the table's."""
+    a, b, magnitude = keys
+    first, second = (matching.take(other, f"lora_{x}.weight") for x in "AB")
+    matching.take_base(place, layout, other)
+    if magnitude is not None:
+        matching.problems.append(
+            f"{magnitude}: DoRA on a table that is also a projection: PEFT normalizes the two over "
+            "other axes"
+        )
+    elif first is None or second is None:
+        matching.alone(place, other)
+    elif not (
+        matching.equal(first, b, turned=True)
+        and matching.equal(second, a, turned=True)
+        and matching.config.scale(other, matching.shape(first)[0]) == scale
+    ):
+        matching.problems.append(
+            f"{first}: other factors than {a} has, and {place.path!r} is one leaf"
+        )
+
+
+def _node(
+    matching: Matching,
+    layout: Layout,
+    kind: str,
+    keys: Mapping[tuple[int, ...], Keys],
+    scales: Mapping[tuple[int, ...], float],
+) -> LowRank:
+    """Read and stack: ranks padded with zeros, other scales folded into b."""
+    read = matching.file.read
+    factors = {i: layout.from_factors(read(a), read(b)) for i, (a, b, _) in keys.items()}
+    rank = max(a.shape[-1] for a, _ in factors.values())
+    scale = max(scales.values())
+    sizes, fan_out = layout.sizes(layout.stack), layout.sizes(layout.fan_out)
+    dtypes = [jnp.result_type(*(f[i].dtype for f in factors.values())) for i in (0, 1)]
+    a = np.zeros((*sizes, *layout.sizes(layout.fan_in), rank), dtypes[0])
+    b = np.zeros((*sizes, rank, *fan_out), dtypes[1])
+    for index, (one, two) in factors.items():
+        own, times = one.shape[-1], b.dtype.type(scales[index] / scale)
+        a[index][..., :own] = one
+        b[index][:own] = two if times == 1 else two * times
+    magnitude = None
+    if magnitudes := [read(key) for *_, key in keys.values() if key is not None]:
+        magnitude = jnp.asarray(np.stack(magnitudes).reshape(*sizes, *fan_out))
+    axes = layout.fan_in, layout.fan_out, layout.stack
+    # a float64 file is float32 here, unless JAX is told to keep float64
+    return LowRank(jnp.asarray(a), jnp.asarray(b), magnitude, *axes, scale, kind)

@@ -1,0 +1,218 @@
+"""adapter_config.json read: what it says of each module, and what it asks for that is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.tensor_file import unique
+from lowrank_jax.peft._config import DEFAULTS
+
+# they change the mathematics, and nothing here does what they say
+REFUSED = {
+    "alora_invocation_tokens": "the adapter acts after some tokens only",
+    "arrow_config": "a router mixes several adapters",
+    "kasa_config": "the base is truncated",
+    "layer_replication": "layers are repeated",
+    "megatron_config": "layers are Megatron's",
+    "monteclora_config": "factors are sampled",
+    "target_parameters": "parameters of mixtures of experts are targeted by name",
+    "use_bdlora": "factors are block-diagonal",
+    "use_qalora": "inputs are pooled by groups",
+    "velora_config": "activations are compressed",
+}
+KEPT_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of an adapter_config.json that decide what its tensors mean."""
+
+    values: Mapping[str, Any]
+
+    def __getitem__(self, field: str) -> Any:
+        return self.values[field]
+
+    def rank(self, module: str) -> int:
+        """r of a module: the first pattern that matches wins."""
+        return _matching(self["rank_pattern"], module, self["r"])
+
+    def alpha(self, module: str) -> float:
+        """lora_alpha of a module: the first pattern that matches wins."""
+        return _matching(self["alpha_pattern"], module, self["lora_alpha"])
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r)."""
+        return self.alpha(module) / (math.sqrt(rank) if self["use_rslora"] else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether the file should hold factors of a module; False where that cannot be told."""
+        targets, excluded = self["target_modules"], self["exclude_modules"] or ()
+        saved = self["modules_to_save"] or ()
+        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            return False
+        patterns = [x for x in (targets, excluded) if isinstance(x, str)]
+        if not all(map(is_tame, [*patterns, *saved])):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+            return False
+        if _named(excluded, module) or not _named(targets, module):
+            return False
+        return isinstance(targets, str) or self._in_layers(module)
+
+    def _in_layers(self, module: str) -> bool:
+        """Whether a module is of one of layers_to_transform."""
+        layers, patterns = self["layers_to_transform"], self["layers_pattern"] or r"[^.]*"
+        if layers is None or layers == []:
+            return True
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            prefix = r"(?:^|.*?\.)" if self["layers_pattern"] else r".*?\."
+            if is_tame(pattern) and (found := re.match(rf"{prefix}{pattern}\.(\d+)\.", module)):
+                return int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
+        return False
+
+    def saves(self, module: str) -> bool:
+        """Whether modules_to_save names a module."""
+        return any(module == x or module.endswith(f".{x}") for x in self["modules_to_save"] or ())
+
+    def tokens(self, module: str) -> list[int] | None:
+        """The rows that trainable_token_indices names in a module."""
+        tokens = self["trainable_token_indices"]
+        if not isinstance(tokens, dict):
+            return tokens
+        named = (v for k, v in tokens.items() if module == k or module.endswith(f".{k}"))
+        return next(named, None)
+
+
+def _named(targets: Any, module: str) -> bool:
+    """Whether PEFT's target_modules or exclude_modules names a module."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in targets)
+
+
+def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches, as peft.utils.get_pattern_key does."""
+    matches = lambda key: re.match(rf"(.*\.)?({key})$", module)
+    return next((value for key, value in patterns.items() if matches(key)), default)
+
+
+def is_tame(pattern: str) -> bool:
+    """Whether a regex of a file compiles, and cannot run for ages: no repeated group, few `*`."""
+    repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
+    if len(pattern) > 1000 or repeats > 4 or re.search(r"\)[*+{]|\(\?[^:]", pattern):
+        return False
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def parse(text: bytes, where: str) -> AdapterConfig:
+    """Read and check a file; all that is wrong is in one error."""
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} holds {type(values).__name__}, not an object")
+    if values.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{where} is of peft_type {str(values.get('peft_type'))[:40]!r}; only 'LORA' is read"
+        )
+    problems = [
+        f"{field}={_short(values[field])}: {why}; this is not supported"
+        for field, why in REFUSED.items()
+        if values.get(field)
+    ]
+    problems += [
+        f"{field}={_short(value)}: a field that peft 0.21.2 does not have; take it out of the "
+        "file if it does not change what the tensors mean"
+        for field, value in values.items()
+        if field not in DEFAULTS and field not in ("runtime_config", "merge_weights") and value
+    ]
+    values = {**DEFAULTS, **values}
+    problems += [
+        f"{field}={_short(values[field])}: expected {kind}"
+        for field, (kind, right) in _CHECKS.items()
+        if not right(values[field])
+    ]
+    problems += [
+        f"{field}: the regex {_short(key)} is malformed, or repeats too much to be matched in "
+        "bounded time; write the modules' names"
+        for field in ("rank_pattern", "alpha_pattern")
+        if isinstance(values[field], dict)
+        for key in values[field]
+        if not is_tame(key)
+    ]
+    if values["lora_bias"] is True and values["use_dora"] is True:
+        problems.append("lora_bias and use_dora: PEFT has no such adapter")
+    if problems:
+        raise CheckpointError(f"{where} cannot be read:\n{listing(problems)}")
+    return AdapterConfig(values)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 1 << 31
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
+def _is_init(value: Any) -> bool:
+    return any(value is kept or (isinstance(kept, str) and value == kept) for kept in KEPT_BASE)
+
+
+def _are(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _are_rows(value: Any) -> bool:
+    return _are(int, value) and all(0 <= row < 1 << 62 for row in value)
+
+
+def _maps(right: Any, value: Any) -> bool:
+    return isinstance(value, dict) and all(map(right, value.values()))
+
+
+_NAMES = "a list of names", lambda x: x is None or _are(str, x)
+_PATTERN = "a list of names or a regex", lambda x: x is None or isinstance(x, str) or _are(str, x)
+_FLAG = "true or false", lambda x: isinstance(x, bool)
+_CHECKS: dict[str, tuple[str, Any]] = {
+    "r": ("an integer of at least 1", _is_rank),
+    "lora_alpha": ("a number above 0", _is_alpha),
+    "rank_pattern": ("names with integers of at least 1", lambda x: _maps(_is_rank, x)),
+    "alpha_pattern": ("names with numbers above 0", lambda x: _maps(_is_alpha, x)),
+    "bias": ("'none', 'all' or 'lora_only'", lambda x: x in ("none", "all", "lora_only")),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), _FLAG),
+    "ensure_weight_tying": _FLAG,
+    "target_modules": _PATTERN,
+    "exclude_modules": _PATTERN,
+    "layers_pattern": _PATTERN,
+    "modules_to_save": _NAMES,
+    "layers_to_transform": (
+        "an integer or a list of them",
+        lambda x: x is None or type(x) is int or _are(int, x),
+    ),
+    "trainable_token_indices": (
+        "a list of rows, or names with such lists",
+        lambda x: x is None or _are_rows(x) or _maps(_are_rows, x),
+    ),
+    "init_lora_weights": (
+        "an initializer that leaves the base alone; with peft, save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=...) writes such an adapter",
+        _is_init,
+    ),
+}

@@ -1,0 +1,129 @@
+"""Tensors of a PEFT file that replace a leaf, or rows of one: as Full and Rows nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.torch_layout import Layout
+from lowrank_jax._fingerprint import to_host
+from lowrank_jax._nodes import Full, materialize
+from lowrank_jax._nodes.family import Rows
+from lowrank_jax.peft._matching import Matching, Place
+from lowrank_jax.peft._tensors import TOKENS
+
+Index = tuple[int, ...]
+
+
+def match_whole(matching: Matching, place: Place) -> Callable[[], Full] | None:
+    """How to make the node of a leaf that modules_to_save or bias names, or None."""
+    kind = place.name.kind
+    keys: dict[Index, str] = {}
+    folds: dict[Index, tuple[str, float]] = {}
+    for index, module in place.modules.items():
+        for part in (kind, f"base_layer.{kind}"):
+            if key := matching.take(module, part):
+                keys[index] = key
+        if kind == "bias" and module in matching.folds:
+            folds[index] = matching.folds.pop(module)
+    if not keys and not folds:
+        return None
+    try:
+        layout = place.layout()
+    except CheckpointError as error:
+        return matching.drop(place, str(error))
+    found = [*keys.values(), *(key for key, _ in folds.values())]
+    fit = [_fits(matching, place, layout, key) for key in found]
+    if not all(fit):
+        return None
+    saved = kind != "weight" or any(map(matching.config.saves, place.modules.values()))
+    if not saved and all(matching.is_base(place, layout, key) for key in found):
+        return None  # frozen copies, as save_embedding_layers keeps them
+    if folds and jnp.dtype(place.leaf.dtype).itemsize < 4:
+        matching.problems.append(
+            f"{place.path!r} is {place.leaf.dtype}, and lora_bias would be rounded into it: cast "
+            "the leaf to float32"
+        )
+    elif (folds or len(keys) < len(place.modules)) and not place.dense:
+        matching.problems.append(_in_part(place))
+    if keys and (other := matching.tied(place, layout)):
+        copy = matching.take(other, "weight")
+        if copy is None:
+            matching.alone(place, other)
+        elif not matching.equal(copy, keys[()], turned=False):
+            matching.problems.append(f"{copy}: not {keys[()]}, and {place.path!r} is one leaf")
+    return lambda: _full(matching, place, layout, keys, folds)
+
+
+def _in_part(place: Place) -> str:
+    return (
+        f"{place.path!r}: the file changes a part of it, and the rest is not at hand: params hold "
+        f"{type(place.leaf).__name__} there; pass dense weights"
+    )
+
+
+def _fits(matching: Matching, place: Place, layout: Layout, key: str) -> bool:
+    """Whether a tensor has the leaf's shape; a bias [heads, dim] is torch's [heads * dim]."""
+    flat = (math.prod(layout.weight_shape),)
+    one = layout.kind == "vector" and matching.shape(key) == flat
+    return matching.fits(place.path, key, flat if one else layout.weight_shape)
+
+
+def _full(
+    matching: Matching,
+    place: Place,
+    layout: Layout,
+    keys: Mapping[Index, str],
+    folds: Mapping[Index, tuple[str, float]],
+) -> Full:
+    """The file's values; of layers that it has none for, the leaf's own."""
+    shape = layout.weight_shape
+    if len(keys) < len(place.modules) or folds:
+        weights = layout.to_weights(to_host(place.path, place.leaf)).copy()
+    else:
+        weights = np.empty((*layout.sizes(layout.stack), *shape), place.leaf.dtype)
+    for index, key in keys.items():
+        weights[index] = matching.file.read(key).reshape(shape)
+    for index, (key, scale) in folds.items():
+        change = matching.file.read(key).astype(weights.dtype).reshape(shape)
+        weights[index] += weights.dtype.type(scale) * change
+    return Full(jnp.asarray(layout.from_weights(weights)))
+
+
+def match_tokens(matching: Matching, place: Place) -> Callable[[], Rows] | None:
+    """How to make the node of a table of which rows were trained: the file has the rows."""
+    module = place.modules.get(())
+    key = None if module is None else matching.take(module, TOKENS)
+    rows = None if module is None else matching.config.tokens(module)
+    if key is None or rows is None:
+        return matching.drop(
+            place,
+            f"{place.path!r}: trainable tokens, of which trainable_token_indices says nothing",
+        )
+    size, *rest = place.leaf.shape
+    if max(rows, default=0) >= size or len(set(rows)) < len(rows):
+        return matching.drop(
+            place, f"{place.path!r}: trainable_token_indices names rows twice, or above {size - 1}"
+        )
+    if isinstance(place.leaf, jax.ShapeDtypeStruct):
+        return matching.drop(place, _in_part(place))
+    if not matching.fits(place.path, key, (len(rows), *rest)):
+        return None
+    return lambda: _rows(matching, place, key, rows)
+
+
+def _rows(matching: Matching, place: Place, key: str, rows: list[int]) -> Rows:
+    """What is to be added to the table's rows, in ascending order, for the file's to come out."""
+    order = np.argsort(rows)
+    ascending = tuple(rows[i] for i in order)
+    base = to_host(place.path, materialize(place.leaf)[jnp.asarray(ascending)])
+    change = matching.file.read(key)[order].astype(np.float32) - base.astype(np.float32)
+    fan_out = tuple(range(1, place.leaf.ndim))
+    axes = {"fan_in": (0,), "fan_out": fan_out, "kind": "lookup"}
+    size = place.leaf.shape[0]
+    return Rows(jnp.zeros(0), jnp.asarray(change), **axes, rows=ascending, size=size)

@@ -1,0 +1,287 @@
+"""What PEFT would hold of an adapter: its tensors and its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from lowrank_jax._configs import LoraConfig
+from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listing
+from lowrank_jax._files.tensor_file import DTYPES
+from lowrank_jax._files.torch_layout import Layout, known_names, layout_of, numbered, use_of
+from lowrank_jax._fingerprint import to_host
+from lowrank_jax._nodes import Full, LowRank, is_node, materialize, nodes_of, unnormed
+from lowrank_jax._nodes.family import Rows
+from lowrank_jax._paths import flatten
+from lowrank_jax._plan import Plan
+from lowrank_jax.names import Names, Parameter
+from lowrank_jax.peft._config import alpha_of, to_json
+from lowrank_jax.peft._difference import moved_factors
+from lowrank_jax.peft._tensors import MAGNITUDE, PREFIX, TOKENS, tied_factors, tied_module
+
+
+@dataclasses.dataclass
+class _Writing:
+    """The files' contents as they come together.
+
+    Args:
+      rslora: alpha is divided by the root of the rank.
+      whole: modules whose weight is trained whole, under names with "{}".
+      bases: the frozen leaves, where they are at hand.
+      tensors: key -> torch's tensor.
+      scales: adapted module -> rank and alpha.
+      saved: modules that are saved whole.
+      biases: bias of a module that has only that trained whole.
+      tokens: table -> its trained rows.
+      conv1d: whether some weight is [in, out] in torch.
+    """
+
+    rslora: bool
+    whole: set[str]
+    bases: dict[str, Any]
+    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    scales: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    saved: set[str] = dataclasses.field(default_factory=set)
+    biases: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    conv1d: bool = False
+
+    def put(self, path: str, node: Any, name: Parameter, use: Any) -> None:
+        """Enter one leaf."""
+        _refuse(path, node, name)
+        if isinstance(node, Rows):
+            return self._put_rows(path, node, name)
+        layout = layout_of(path, tuple(node.shape), name, use, node)
+        tied = tied_module(layout, name, use)
+        self.conv1d |= name.fan_in_fan_out
+        if isinstance(node, LowRank):
+            return self._put_factors(path, node, name, layout, tied)
+        return self._put_whole(layout.to_weights(_host(path, node.value)), name, layout, tied)
+
+    def _put_whole(
+        self, weights: np.ndarray, name: Parameter, layout: Layout, tied: str | None
+    ) -> None:
+        for index in layout.indices:
+            module, value = numbered(name.module, index), weights[index]
+            if name.kind == "bias":
+                value = value.reshape(-1)
+            if name.kind == "bias" and name.module not in self.whole:
+                self.biases[module] = value
+                continue
+            for owner in filter(None, (module, tied)):
+                self.saved.add(owner)
+                self._enter(owner, {name.kind: value})
+
+    def _put_rows(self, path: str, node: Rows, name: Parameter) -> None:
+        """PEFT keeps the rows themselves: the base's, changed."""
+        if path not in self.bases:
+            raise CheckpointError(
+                f"{path!r}: PEFT keeps the rows themselves, and a change needs what it changes: "
+                "pass base"
+            )
+        rows = list(node.rows)
+        base = to_host(path, materialize(self.bases[path]))[rows]
+        changed = base.astype(np.float32) + node.scale * _host(path, node.b)
+        self.tokens[name.module] = rows
+        self._enter(name.module, {TOKENS: changed.astype(base.dtype)})
+
+    def _put_factors(
+        self, path: str, node: LowRank, name: Parameter, layout: Layout, tied: str | None
+    ) -> None:
+        a, b = _host(path, node.a), _host(path, node.b)
+        magnitude = None if node.magnitude is None else _host(path, node.magnitude)
+        alpha = alpha_of(node.scale, node.rank, self.rslora)
+        for index in layout.indices:
+            module = numbered(name.module, index)
+            parts = layout.to_factors(a[index], b[index])
+            if magnitude is not None:
+                parts[MAGNITUDE] = magnitude[index].reshape(layout.magnitude_shape)
+            self.scales[module] = node.rank, alpha
+            self._enter(module, parts)
+            if tied is not None:
+                self.scales[tied] = node.rank, alpha
+                self._enter(tied, tied_factors(parts))
+
+    def _enter(self, module: str, parts: dict[str, np.ndarray]) -> None:
+        for part, tensor in parts.items():
+            self.tensors[f"{PREFIX}{module}.{part}"] = tensor
+
+
+def written(
+    lora: Any,
+    config: LoraConfig,
+    base: Any,
+    original: Any,
+    plan: Plan | None,
+    names: Names,
+    for_serving: bool,
+) -> tuple[dict[str, np.ndarray], str]:
+    """Tensors and configuration of an adapter; all that PEFT cannot hold is in one error."""
+    leaves = dict(flatten(lora, is_leaf=lambda x: x is None or is_node(x))[0])
+    bases = {} if base is None else dict(flatten(base, is_leaf=is_node)[0])
+    nodes = _relative(nodes_of(lora), bases, original)
+    if for_serving:
+        nodes = _alike(nodes)
+    named = known_names({**leaves, **bases}, names)
+    whole = {
+        name.module
+        for path, name in named.items()
+        if isinstance(nodes.get(path), Full) and name.kind != "bias"
+    }
+    rslora = config.rslora and not for_serving
+    writing, problems = _Writing(rslora, whole, bases), []
+    for path, node in _with_siblings(nodes, named, whole, bases).items():
+        try:
+            if path not in named:
+                raise CheckpointError(f"{path!r}: names has no module for it")
+            if node is None:
+                raise CheckpointError(
+                    f"{path!r}: PEFT saves whole modules, and another leaf of {named[path].module}"
+                    " is trained whole: pass base, which holds this one"
+                )
+            writing.put(path, node, named[path], use_of(plan, path))
+        except LowrankError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"nothing was written; PEFT cannot hold\n{listing(problems)}")
+    adapted, only = set(writing.scales), set(writing.biases)
+    for module, value in writing.biases.items():
+        inner = ".base_layer" if module in adapted else ""
+        writing.tensors[f"{PREFIX}{module}{inner}.bias"] = value
+    own = {
+        "bias": ("lora_only" if only <= adapted else "all") if only else "none",
+        "fan_in_fan_out": writing.conv1d,
+        "modules_to_save": sorted(writing.saved) or None,
+        "trainable_token_indices": writing.tokens or None,
+        "use_dora": _is_dora(nodes),
+    }
+    return writing.tensors, to_json(writing.scales, rslora, config.extras, **own)
+
+
+def _is_dora(nodes: dict[str, Any]) -> bool:
+    """Whether the adapters have magnitudes; in a file all have them, or none."""
+    lowranks = {path: node for path, node in nodes.items() if type(node) is LowRank}
+    plain = [path for path, node in lowranks.items() if node.magnitude is None]
+    if plain and len(plain) < len(lowranks):
+        raise CheckpointError(
+            f"some adapters have a DoRA magnitude and some, as {plain[0]!r}, have none: PEFT knows "
+            "one use_dora for all; save them apart"
+        )
+    return bool(lowranks) and not plain
+
+
+def _alike(nodes: dict[str, Any]) -> dict[str, Any]:
+    """The nodes with one rank and one scale: ranks padded with zeros, scales folded into b."""
+    problems = [
+        f"{path}: {'DoRA' if isinstance(node, LowRank) else 'trained whole'}"
+        for path, node in nodes.items()
+        if isinstance(node, Full) or node.magnitude is not None
+    ]
+    problems += [f"{path}: trained rows" for path, node in nodes.items() if isinstance(node, Rows)]
+    if problems:
+        raise CheckpointError(
+            "servers read LoRA's factors alone; save the merged weights (lowrank.merge), or leave "
+            f"for_serving out:\n{listing(problems)}"
+        )
+    rank, scale = max(n.rank for n in nodes.values()), max(n.scale for n in nodes.values())
+    return {path: _padded(path, node, rank, scale) for path, node in nodes.items()}
+
+
+def _padded(path: str, node: LowRank, rank: int, scale: float) -> LowRank:
+    """The same product with another rank and scale."""
+    a, b = _host(path, node.a), _host(path, node.b)
+    room, axis = (0, rank - node.rank), len(node.stack)
+    a = np.pad(a, [*[(0, 0)] * (a.ndim - 1), room])
+    b = np.pad(b, [(0, 0) if i != axis else room for i in range(b.ndim)])
+    times = b.dtype.type(node.scale / scale)
+    return dataclasses.replace(node, a=a, b=b if times == 1 else b * times, scale=scale)
+
+
+def _with_siblings(
+    nodes: dict[str, Any], named: dict[str, Parameter], whole: set[str], bases: dict[str, Any]
+) -> dict[str, Any]:
+    """The nodes, and the frozen leaves of modules that are saved whole; None: not at hand."""
+    siblings = {
+        path: Full(materialize(bases[path])) if path in bases else None
+        for path, name in named.items()
+        if name.module in whole and path not in nodes
+    }
+    return {**nodes, **siblings}
+
+
+def _refuse(path: str, node: Any, name: Parameter) -> None:
+    """Refuse an adapter that has no place in a file."""
+    if name.kind not in ("weight", "bias"):
+        raise CheckpointError(
+            f"{path!r}: {name.kind} is a parameter that {name.module} has beside modules of its "
+            "own or buffers, and PEFT saves whole modules; save the merged weights (lowrank.merge)"
+        )
+    if isinstance(node, Full):
+        return
+    if type(node) not in (LowRank, Rows) or not node.rank:
+        kind = "(IA)^3" if type(node) is LowRank else type(node).__name__
+        raise CheckpointError(
+            f"{path!r}: {kind} is no product that a LoRA file holds; save the merged weights "
+            "(lowrank.merge)"
+        )
+    if node.folded:
+        raise CheckpointError(f"{path!r}: save the adapter before lowrank.fold_norms")
+    if name.kind == "weight" and isinstance(node, Rows):
+        return
+    if node.a.ndim != len(node.stack) + len(node.fan_in) + 1:
+        raise CheckpointError(
+            f"{path!r}: a is of shape {tuple(node.a.shape)}, several adapters in one; take them "
+            "apart and save them one by one"
+        )
+    if not node.scale > 0:
+        raise CheckpointError(f"{path!r}: scale {node.scale}, and PEFT's alpha is above 0")
+    if name.kind != "weight":
+        raise CheckpointError(f"{path!r}: PEFT adapts weights, and names says {name.key!r}")
+
+
+def _host(path: str, value: Any) -> np.ndarray:
+    array = to_host(path, value)
+    if array.dtype not in DTYPES.values():
+        raise CheckpointError(f"{path!r} is {array.dtype}, which the file has no dtype for")
+    return array
+
+
+def _relative(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -> dict[str, Any]:
+    """The nodes as changes of the original base: what an initializer moved is moved back."""
+    if original is None:
+        return nodes
+    if not bases:
+        raise CheckpointError(
+            "original is given without base: what the adapter changes is base + its product, less "
+            "original; pass both results of init"
+        )
+    originals = dict(flatten(original, is_leaf=is_node)[0])
+    if differ := sorted(originals.keys() ^ bases.keys()):
+        raise TreeError(f"base and original are not of one tree: {differ[0]!r} is in one of them")
+    relative, problems = dict(nodes), []
+    for path, leaf in bases.items():
+        old, node = originals[path], nodes.get(path)
+        leaf, old = unnormed(leaf), unnormed(old)
+        if leaf is old or isinstance(node, Full) or not hasattr(leaf, "dtype"):
+            continue
+        new_, old_ = to_host(path, materialize(leaf)), to_host(path, materialize(old))
+        if np.array_equal(new_, old_):
+            continue
+        if node is None:
+            problems.append(f"{path!r} differs between base and original, and has no adapter")
+            continue
+        try:
+            a, b = moved_factors(path, node, new_, old_)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        joined = [
+            np.concatenate([_host(path, node.a), a], axis=-1),
+            np.concatenate([_host(path, node.b), b], axis=len(node.stack)),
+        ]
+        relative[path] = dataclasses.replace(node, a=joined[0], b=joined[1])
+    if problems:
+        raise CheckpointError(f"base is not original, adapted:\n{listing(problems)}")
+    return relative
