@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from lowrank_jax import _jaxprs
 from lowrank_jax._configs import QuantConfig
 from lowrank_jax._errors import ConfigError, PatternError, TreeError, listing
 from lowrank_jax._nodes import Normed, is_adapter, is_node, materialize
+from lowrank_jax._nodes.host import count_bad, quantized_on_host
 from lowrank_jax._nodes.quantized import Axes, Quantized, quantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
@@ -29,9 +29,9 @@ def quantize(
     $c_i = \operatorname{nearest}(w_i / m)$, $m = \max_i |w_i|$ over a block; blocks run along the
     axes that products contract (along the features of a table that is read by rows).
 
-    It works leaf by leaf: beside the result at most one dense leaf's worth of memory is used. Of
-    a NumPy array that is a stack it is one layer's, so that a stack may be larger than the device.
-    Under jit a stack is looped over layer by layer, and so gathered where its layers are split over
+    It works leaf by leaf: beside the result at most one dense leaf's worth of memory is used. A
+    NumPy array is encoded on the host in small pieces, and its codes alone go to the device. Under
+    jit a stack is looped over layer by layer, and so gathered where its layers are split over
     devices: call quantize eagerly there.
 
     Args:
@@ -72,7 +72,8 @@ def quantize(
     axes = {path: axes_of_blocks(path, arrays[path], plan) for path in chosen}
     known = [path for path in chosen if not _jaxprs.is_tracer(arrays[path])]
     if donate:  # nothing is deleted before all is known to be good
-        refuse_bad({path: _count_bad(arrays[path], axes[path][1]) for path in known}, arrays)
+        count = lambda leaf: count_bad(leaf) if isinstance(leaf, np.ndarray) else _bad(leaf)
+        refuse_bad({path: count(arrays[path]) for path in known}, arrays)
     out, bad = [], {}
     for path, leaf in leaves:
         if path in axes:
@@ -108,29 +109,19 @@ def axes_of_blocks(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]
 def quantize_leaf(
     path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig
 ) -> tuple[Any, Any]:
-    """One leaf, and how many of its values are not finite; of a stack on the host, by layers."""
+    """One leaf, and how many of its values are not finite; a NumPy array is encoded on the host."""
+    if isinstance(leaf, np.ndarray):
+        node, bad = quantized_on_host(leaf, quantized_shapes(leaf, fan_in, stack, quant))
+        return jax.device_put(node), bad
     together = 0 in stack and _split_first(leaf)
     encode = lambda leaf: _encode(leaf, fan_in, stack, quant, together)
-    if not _in_layers(leaf, stack) and not _jaxprs.is_split(leaf):
+    if not _jaxprs.is_split(leaf):
         return encode(leaf)
     shapes, _ = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    if _in_layers(leaf, stack):
-        return quantize_layers(path, leaf, shapes, fan_in, stack, quant)
     sharding = jax.typeof(leaf).sharding
     out = specs({path: shapes}, {path: sharding})[path], jax.NamedSharding(sharding.mesh, jax.P())
     with _jaxprs.mesh_of(leaf):
         return _jaxprs.by_the_compiler(encode, out, leaf)
-
-
-def quantize_layers(
-    path: str, layers: Iterable, shapes: Any, fan_in: Axes, stack: Axes, quant: QuantConfig
-) -> tuple[Any, Any]:
-    """A stack of which one layer at a time is asked for; shapes: of the result."""
-    out, bad = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes), 0
-    for number, layer in enumerate(layers):
-        part, wrong = quantize_leaf(path, layer, _inner(fan_in), _inner(stack), quant)
-        out, bad = _put(out, part, number), bad + int(wrong)
-    return out, bad
 
 
 def quantized_shapes(leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
@@ -139,22 +130,12 @@ def quantized_shapes(leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -
     return jax.eval_shape(lambda leaf: _encode(leaf, fan_in, stack, quant)[0], leaf)
 
 
-def _in_layers(leaf: Any, stack: Axes) -> bool:
-    """Whether a leaf goes to the device layer by layer: a stack on the host."""
-    return isinstance(leaf, np.ndarray) and 0 in stack
-
-
 def _split_first(leaf: Any) -> bool:
     """Whether the first axis is known to be split over devices."""
     if _jaxprs.is_tracer(leaf):
         return _jaxprs.is_split(leaf, 0)
     concrete = isinstance(leaf, jax.Array)
     return concrete and leaf.sharding.shard_shape(leaf.shape)[0] < leaf.shape[0]
-
-
-def _inner(axes: Axes) -> Axes:
-    """Axes of a leaf as those of one of its layers."""
-    return tuple(axis - 1 for axis in axes if axis)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -175,22 +156,9 @@ def _encode(
     return node, _bad(leaf)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(whole: Any, part: Any, number: int) -> Any:
-    """The stack with one more layer in its place."""
-    return jax.tree.map(lambda array, layer: array.at[number].set(layer), whole, part)
-
-
-def _count_bad(leaf: Any, stack: Axes) -> int:
-    """How many values are not finite."""
-    if _in_layers(leaf, stack):
-        return sum(_count_bad(layer, _inner(stack)) for layer in leaf)
-    return int(_bad(leaf))
-
-
 @jax.jit
 def _bad(leaf: jax.Array) -> jax.Array:
-    """The same of an array on a device; a leaf may have more values than an integer counts."""
+    """How many values are not finite; a leaf may have more than an integer counts."""
     return jnp.sum(~jnp.isfinite(leaf), -1, jnp.int32).sum(dtype=jnp.float32)
 
 

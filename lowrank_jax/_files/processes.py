@@ -22,7 +22,7 @@ def gathered(leaf: Any) -> Any:
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def placed(leaf: jax.Array, sharding: Any) -> jax.Array:
+def placed(leaf: Any, sharding: Any) -> jax.Array:
     """An array that each process has whole, by a sharding that may be over all of them."""
     if not getattr(sharding, "is_fully_addressable", True):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

@@ -295,15 +295,13 @@ def _quantized(
         codes, scales = _codecs.encode(leaf.reshape(cut), format, first + 1)
         trailing, place = len(shape) - last - 1, None
         strides = _strides(scales.shape, first, [a for a in fan_in if a < first])
-    nested = offset = None
-    if double_quant:
-        scales, nested, offset = _nested(scales, strides)
     if format != "int8":
         codes = pack(codes, codes.ndim - 1 - trailing, packing)
-    return Quantized(
-        codes, scales, nested, offset, **options, blocked=blocked, trailing=trailing,
-        order=place, strides=strides, weight_dtype=jnp.dtype(leaf.dtype).name,
+    node = Quantized(
+        codes, scales, **options, blocked=blocked, trailing=trailing, order=place,
+        strides=strides, weight_dtype=jnp.dtype(leaf.dtype).name,
     )  # fmt: skip
+    return doubly_quantized(node) if double_quant else node
 
 
 def _group(shape: tuple[int, ...], fan_in: tuple[int, ...], block: int) -> tuple[int, int] | None:
@@ -332,10 +330,10 @@ def flat_order(strides: tuple[int, ...]) -> list[int]:
     return np.argsort([-stride for stride in strides], stable=True).tolist()
 
 
-def _nested(scales: jax.Array, strides: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    """Double quantization of one leaf's scales, in their flat order, back in their own shape."""
-    order = flat_order(strides)
-    flat = jnp.transpose(scales, order)
+def doubly_quantized(node: Quantized) -> Quantized:
+    """The same leaf, one that nothing stacks, with its scales quantized in their flat order."""
+    order = flat_order(node.strides)
+    flat = jnp.transpose(node.scales, order)
     codes, nested, offset = encode_scales(flat.reshape(-1))
-    back = np.argsort(order).tolist()
-    return jnp.transpose(codes.reshape(flat.shape), back), nested, offset
+    scales = jnp.transpose(codes.reshape(flat.shape), np.argsort(order).tolist())
+    return dataclasses.replace(node, scales=scales, nested=nested, offset=offset)

@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._configs import QuantConfig
 from lowrank_jax._files.processes import placed
 from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._nodes.host import quantized_on_host
 from lowrank_jax._nodes.quantized import Axes
-from lowrank_jax._quantize import quantize_layers, quantize_leaf, quantized_shapes
+from lowrank_jax._quantize import quantized_shapes
 from lowrank_jax._specs import specs
 from lowrank_jax.huggingface._leaves import Lying
 
 
 def read_leaf(tensors: Tensors, lying: Lying, dtype: Any, sharding: Any) -> jax.Array:
     """A dense leaf."""
-    return _placed(jnp.asarray(_host(tensors, lying, dtype)), lying.path, sharding)
+    return _placed(_host(tensors, lying, dtype), lying.path, sharding)
 
 
 def read_quantized(
@@ -35,16 +35,12 @@ def read_quantized(
 ) -> tuple[Any, Any]:
     """A quantized leaf, and how many of its values were not finite; a stack by its layers."""
     fan_in, stack = axes
-    if lying.layout.stack[:1] == stack[:1] == (0,):
-        shape = jax.ShapeDtypeStruct(lying.layout.shape, dtype)
-        shapes = quantized_shapes(shape, fan_in, stack, quant)
-        layers = _layers(tensors, lying, dtype)
-        node, bad = quantize_layers(lying.path, layers, shapes, fan_in, stack, quant)
-    else:
-        node, bad = quantize_leaf(lying.path, _host(tensors, lying, dtype), fan_in, stack, quant)
-    node = jax.block_until_ready(node)  # one by one, however fast they are asked for
+    shape = jax.ShapeDtypeStruct(lying.layout.shape, dtype)
+    by_layers = lying.layout.stack[:1] == stack[:1] == (0,)
+    leaf = (_layers if by_layers else _host)(tensors, lying, dtype)
+    node, bad = quantized_on_host(leaf, quantized_shapes(shape, fan_in, stack, quant))
     _trim()
-    return _placed(node, lying.path, sharding), int(bad)
+    return _placed(node, lying.path, sharding), bad
 
 
 def _trim() -> None:
@@ -87,9 +83,9 @@ def _fill(view: np.ndarray, first: tuple[int, ...], tensors: Tensors, lying: Lyi
 
 
 def _placed(leaf: Any, path: str, sharding: Any) -> Any:
-    """A leaf where `like` has its own."""
+    """A leaf of NumPy arrays on the device, or as `like` has its own."""
     if sharding is None:
-        return leaf
+        return jax.device_put(leaf)  # CPUs take the buffers over
     if isinstance(sharding, jax.NamedSharding):
         sharding = specs({path: leaf}, {path: sharding})[path]
     else:

@@ -1,0 +1,126 @@
+"""The codecs of NumPy arrays, on the host: nothing is compiled, and a piece is worked on at a time.
+
+Codes and scales are those of the JAX codecs bit for bit. NumPy divides as IEEE 754 says; but XLA
+takes float32 below 2**-126 for 0, and so does `_flushed` here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lowrank_jax._codecs import check_block_size, format_of, midpoints
+from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
+
+_TINY = np.finfo(np.float32).tiny
+_SMALL = np.float32(2.0**-100)  # of a larger absmax, what is flushed is nearest to 0 anyway
+_QUARTER = np.float32(0.25)
+
+
+def encode(x: np.ndarray, format: str, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of whole blocks, and absmax: `lowrank_jax._codecs.encode` of a NumPy array.
+
+    Raises:
+      ConfigError: the format is unknown, or the axis is not of a block's size.
+    """
+    check_block_size(x.shape[axis])
+    ratios, absmax = _normalized(np.asarray(x, np.float32), axis, exact=format == "fp4")
+    return _codes(ratios, format), absmax.squeeze(axis)
+
+
+def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of a flat array, whose last block may be short; as of `lowrank_jax._codecs`."""
+    check_block_size(block_size)
+    full = x.size - x.size % block_size
+    codes, absmax = encode(x[:full].reshape(-1, block_size), format)
+    codes = codes.reshape(-1)
+    if full < x.size:
+        ratios, last = _short(np.asarray(x[full:], np.float32))
+        ratios = np.pad(ratios, (0, full + block_size - x.size))
+        codes = np.concatenate([codes, _codes(ratios, format)])
+        absmax = np.append(absmax, last)
+    return codes, absmax
+
+
+def encode_scales(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """Double quantization of scales float32 [n]; as of `lowrank_jax._codecs.scales`."""
+    offset = _mean(absmax)
+    with np.errstate(invalid="ignore"):  # scales that are not finite are refused elsewhere
+        x = _flushed(absmax - offset)
+    full = x.size - x.size % SCALE_BLOCK
+    ratios, nested = _normalized(x[:full].reshape(-1, SCALE_BLOCK), 1, exact=True)
+    ratios, nested = ratios.reshape(-1), nested.reshape(-1)
+    if full < x.size:
+        rest, last = _short(x[full:])
+        ratios, nested = np.concatenate([ratios, rest]), np.append(nested, last)
+    codes = np.searchsorted(midpoints(DYNAMIC_MAP), ratios, side="left")
+    return codes.astype(np.uint8), nested, offset
+
+
+def pack(codes: np.ndarray, axis: int, packing: str) -> np.ndarray:
+    """4-bit codes as stored, bytes; as of `lowrank_jax._codecs.packing`."""
+    if packing == "uint4":
+        return codes
+    high, low = np.split(codes, 2, axis)
+    return (high << 4) | low
+
+
+def _normalized(x: np.ndarray, axis: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+    """x / absmax to an ulp, in an array of its own, and absmax with the axis kept.
+
+    exact: flush even where what comes is nearest to 0 all the same.
+    """
+    ratios = np.abs(x)
+    absmax = ratios.max(axis, keepdims=True, initial=0)
+    exact = exact or not absmax.min(initial=_SMALL) >= _SMALL
+    np.multiply(x, _QUARTER, out=ratios)
+    divisor = absmax * _QUARTER
+    none = divisor < _TINY  # False of a NaN, which must stay one
+    divisor[none] = 1
+    with np.errstate(invalid="ignore", over="ignore"):
+        factor = np.float32(1) / divisor
+        factor[none] = 0
+        if exact:
+            _flushed(ratios)
+        ratios *= factor
+    if exact:
+        _flushed(ratios)
+    absmax[absmax < _TINY] = 0
+    return ratios, absmax
+
+
+def _codes(ratios: np.ndarray, format: str) -> np.ndarray:
+    """The nearest of a format's values: uint8, or int8 of the integers."""
+    spec = format_of(format)
+    if spec.table is None:
+        return np.nan_to_num(np.rint(ratios * np.float32(spec.limit))).astype(np.int8)
+    place = np.zeros(ratios.shape, np.uint8)
+    above = np.empty(ratios.shape, bool)
+    for midpoint in spec.midpoints:
+        place += np.greater(ratios, midpoint, out=above).view(np.uint8)
+    ordered = np.array_equal(spec.order, np.arange(spec.order.size))
+    return place if ordered else spec.order[place]
+
+
+def _short(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x / absmax of a short block, divided and not multiplied, and its absmax."""
+    absmax = np.abs(x).max()
+    if absmax < _TINY:
+        return np.zeros_like(x), np.float32(0)
+    with np.errstate(invalid="ignore"):
+        ratios = _flushed(x.copy()) / absmax
+    return _flushed(ratios), absmax
+
+
+def _flushed(x: np.ndarray) -> np.ndarray:
+    """The array itself, what XLA takes for 0 set to 0."""
+    x[np.abs(x) < _TINY] = 0
+    return x
+
+
+def _mean(x: np.ndarray) -> np.float32:
+    """Mean of non-negative numbers, by halves."""
+    n = x.size
+    while x.size > 1:
+        half = x.size // 2
+        x = np.concatenate([x[:half] + x[half : 2 * half], x[2 * half :]])
+    return np.maximum(x[0] * (np.float32(1) / np.float32(n)), np.float32(0))

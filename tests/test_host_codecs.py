@@ -1,0 +1,189 @@
+"""What is encoded on the host, of NumPy arrays, equals what a device makes, bit for bit."""
+
+import threading
+import tracemalloc
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from test_codecs import FORMATS, adversarial, equal
+
+import lowrank_jax as lowrank
+from lowrank_jax import _codecs
+from lowrank_jax._codecs import host, scales
+from lowrank_jax._nodes import host as leaves
+from lowrank_jax._nodes.host import quantized_on_host
+from lowrank_jax._nodes.quantized import quantized
+
+F32 = np.float32
+
+
+def every_magnitude(blocks, block, seed=0):
+    """Blocks of every magnitude that float32 has, subnormal ones too, elements likewise."""
+    rng = np.random.default_rng(seed)
+    power = lambda low, high, shape: np.exp2(rng.integers(low, high, shape).astype(np.float64))
+    x = rng.standard_normal((blocks, block)) * power(-149, 126, (blocks, 1))
+    x *= power(-40, 1, x.shape) ** rng.integers(0, 2, (blocks, 1))
+    x[rng.random(x.shape) < 0.05] = 0
+    return np.clip(x, -3e38, 3e38).astype(F32)
+
+
+WEIGHTS = {"every magnitude": lambda _: every_magnitude(4096, 64), "near ties": adversarial}
+on_device = jax.jit(_codecs.encode, static_argnums=(1, 2))
+
+
+@pytest.mark.parametrize("what", WEIGHTS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes(format, what):
+    x = WEIGHTS[what](format)
+    for axis, array in ((1, x), (0, x.T)):
+        for mine, wanted in zip(
+            host.encode(array, format, axis), on_device(array, format, axis), strict=True
+        ):
+            equal(mine, wanted)
+
+
+@settings(max_examples=200, deadline=None)
+@given(arrays.arrays(F32, 32, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+def test_codes_of_any_block(x):
+    for format in FORMATS:
+        for mine, wanted in zip(host.encode(x, format), on_device(x, format, -1), strict=True):
+            equal(mine, wanted)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("n", [1, 63, 64, 200])
+def test_codes_of_a_flat_array(format, n):
+    for row in (every_magnitude(20, n), adversarial(format, 20, n, seed=n)):
+        for x in row:
+            wanted = _codecs.encode_flat(x, format, 64)
+            for mine, other in zip(host.encode_flat(x, format, 64), wanted, strict=True):
+                equal(mine, other)
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
+def test_scales_of_scales(n):
+    rng = np.random.default_rng(n)
+    equal_ones = np.full(n, F32(0.3))
+    some = rng.uniform(0.01, 0.2, n).astype(F32)
+    wide = np.exp2(rng.uniform(-140, 120, n)).astype(F32)
+    for absmax in (equal_ones, some, wide, np.zeros(n, F32)):
+        wanted = scales.encode_scales(np.where(absmax < 2.0**-126, F32(0), absmax))
+        for mine, other in zip(host.encode_scales(absmax.copy()), wanted, strict=True):
+            equal(mine, other)
+
+
+def test_the_midpoint_at_0_is_why_small_numbers_are_flushed():
+    """Unflushed, FP4 would take them for its second zero; and NF4 those of a block as small."""
+    x = np.full(64, F32(2.0**-140))
+    x[0] = 1
+    assert set(host.encode(x, "fp4")[0][1:]) == {0}
+    assert x[1] > 0
+    x[0], x[1] = 2.0**-126, 2.0**-127
+    assert host.encode(x, "nf4")[0][1] == on_device(x, "nf4", -1)[0][1] == 7
+
+
+# Leaves
+
+LEAVES = {  # shape, fan-in, stack
+    "matrix": ((128, 6), (0,), ()),
+    "rows": ((6, 128), (1,), ()),
+    "heads": ((3, 128, 2, 5), (1,), (0,)),
+    "fan-in of two axes": ((4, 16, 3, 2), (0, 1), ()),
+    "fan-in apart": ((4, 6, 64), (0, 2), ()),
+    "straddling": ((10, 13), (0,), ()),
+    "straddling, axes in another order": ((5, 7, 9), (1,), ()),
+    "two stacks": ((3, 2, 64, 4), (2,), (0, 1)),
+    "stack, straddling": ((3, 10, 7), (1,), (0,)),
+    "stack within": ((64, 3, 4), (0,), (1,)),
+    "many scales": ((2, 128, 300), (1,), (0,)),
+}
+OPTIONS = {
+    "nf4, twice": {},
+    "fp4": {"format": "fp4", "double_quant": False, "packing": "uint8"},
+    "int8": {"format": "int8", "block_size": 32},
+    "nf4, twice, bytes": {"packing": "uint8"},
+}
+
+
+def both(leaf, fan_in, stack, options):
+    """The leaf from the host, and from the device."""
+    make = jax.jit(lambda leaf: quantized(leaf, fan_in, stack, **options))
+    node, bad = quantized_on_host(leaf, jax.eval_shape(make, leaf))
+    return node, make(leaf), bad
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("case", LEAVES)
+def test_leaves(case, options, monkeypatch):
+    monkeypatch.setattr(leaves, "PIECE", 200)  # many pieces, of unequal sizes
+    shape, fan_in, stack = LEAVES[case]
+    leaf = np.random.default_rng(0).standard_normal(shape, F32)
+    got, wanted, bad = both(leaf, fan_in, stack, OPTIONS[options])
+    chex.assert_trees_all_equal(jax.tree.map(jnp.asarray, got), wanted)
+    chex.assert_trees_all_equal_dtypes(got, wanted)
+    assert bad == 0
+    leaf.flat[[0, 5, -1]] = np.nan, np.inf, -np.inf
+    assert both(leaf, fan_in, stack, OPTIONS[options])[2] == 3
+    assert leaves.count_bad(leaf) == 3
+
+
+def test_dtypes_views_and_iterables():
+    leaf = np.random.default_rng(0).standard_normal((3, 64, 20), F32)
+    for dtype in (np.float16, jnp.bfloat16, np.float64):
+        got, wanted, _ = both(leaf.astype(dtype), (1,), (0,), {})
+        chex.assert_trees_all_equal(got, wanted)
+    turned = np.ascontiguousarray(leaf.transpose(0, 2, 1)).transpose(0, 2, 1)
+    got, wanted, _ = both(turned, (1,), (0,), {})
+    chex.assert_trees_all_equal(got, wanted)
+    shapes = jax.eval_shape(lambda x: quantized(x, (1,), (0,)), leaf)
+    chex.assert_trees_all_equal(quantized_on_host(iter(turned), shapes)[0], wanted)
+
+
+def test_memory_beside_the_codes_is_that_of_a_piece(monkeypatch):
+    monkeypatch.setattr(leaves.os, "cpu_count", lambda: 2)
+    leaf = np.random.default_rng(0).standard_normal((1024, 4096), F32)
+    shapes = jax.eval_shape(lambda x: quantized(x, (0,), (), packing="uint8"), leaf)
+    tracemalloc.start()
+    node, _ = quantized_on_host(leaf, shapes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    result = sum(part.nbytes for part in jax.tree.leaves(node))
+    assert result < peak < result + 2 * 12 * 4 * leaves.PIECE < leaf.nbytes + result + 20e6
+
+
+def test_threads_are_gone_and_their_errors_are_not(monkeypatch):
+    leaf = np.ones((64, 2**14), F32)
+    shapes = jax.eval_shape(lambda x: quantized(x, (0,), ()), leaf)
+    before = threading.active_count()
+    quantized_on_host(leaf, shapes)
+    assert threading.active_count() == before
+
+    def broken(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(leaves.host, "encode", broken)
+    with pytest.raises(MemoryError, match="no room"):
+        quantized_on_host(leaf, shapes)
+
+
+def test_the_device_takes_the_buffers_over():
+    leaf = np.ones((64, 2**14), F32)
+    shapes = jax.eval_shape(lambda x: quantized(x, (0,), (), packing="uint8"), leaf)
+    node, _ = quantized_on_host(leaf, shapes)
+    taken = jax.device_put(node.codes)
+    assert taken.unsafe_buffer_pointer() == node.codes.ctypes.data
+
+
+def test_quantize_of_numpy_arrays_is_that_of_jax_arrays():
+    rng = np.random.default_rng(0)
+    params = {"w": rng.standard_normal((128, 96), F32), "t": rng.standard_normal((50, 64), F32)}
+    plan = lowrank.plan(lambda p, i: p["t"][i] @ p["w"][:64], params, jnp.arange(3))
+    quant = lowrank.QuantConfig(targets=("w", "t"))
+    wanted = lowrank.quantize(jax.tree.map(jnp.asarray, params), quant, plan=plan)
+    chex.assert_trees_all_equal(lowrank.quantize(params, quant, plan=plan), wanted)
