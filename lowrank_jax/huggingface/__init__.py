@@ -49,8 +49,8 @@ def load(
     kernel = weight.T, [in, out]; kernels of more axes are reshaped, those of convolutions OIHW ->
     HWIO; layers that a leaf stacks are stacked; all else is as it is. Where config.json ties the
     two, a projection that the folder has no tensor for is its look-up table. All is checked before
-    a tensor is read; then one tensor is read at a time, so that with quant the peak of memory is
-    the quantized model and what encoding one layer of a leaf takes.
+    a tensor is read; then one tensor is read at a time, and with quant encoded on the host, so that
+    the peak of memory is the quantized model and that one tensor.
 
     Args:
       folder: with model.safetensors, or shards and their index; or a GGUF file of a Llama or Qwen2,

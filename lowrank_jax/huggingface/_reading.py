@@ -39,6 +39,7 @@ def read_quantized(
     by_layers = lying.layout.stack[:1] == stack[:1] == (0,)
     leaf = (_layers if by_layers else _host)(tensors, lying, dtype)
     node, bad = quantized_on_host(leaf, quantized_shapes(shape, fan_in, stack, quant))
+    del leaf
     _trim()
     return _placed(node, lying.path, sharding), bad
 
