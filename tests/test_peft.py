@@ -411,6 +411,33 @@ def test_an_untouched_leaf_is_exported_as_it_is(tmp_path):
     assert set(ranks.values()) == {3}
 
 
+def test_where_moved_weight_is_to_go_must_be_said(tmp_path):
+    _, base, lora, config = moved("float32")
+    said = r"(?s)Pass base and original=params.*original=base.*params/layers/mlp/down_proj/kernel"
+    for given in ({}, {"base": base}, {"for_serving": True}):
+        with pytest.raises(lowrank.CheckpointError, match=said):
+            save(tmp_path, lora, config, names=LLAMA, **given)
+    assert not list(tmp_path.iterdir())
+    save(tmp_path, lora, config, base=base, original=base, names=LLAMA)
+    _, again, _ = load(tmp_path, base, plan=plan_of(True), names=LLAMA)
+    chex.assert_trees_all_equal(jax.tree.leaves(again), jax.tree.leaves(lora))
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_after_one_turn_of_loftq_the_base_is_the_weights_quantized(turns, tmp_path):
+    params = {"w": {"kernel": np.array(drawn(np.random.default_rng(0), 64, 8))}}
+    quant = lowrank.QuantConfig(targets="w/kernel")
+    config = lowrank.LoraConfig(rank=2, targets="w/kernel")
+    start = lowrank.initializers.loftq(quant, iterations=turns)
+    base, lora = lowrank.init(jax.random.key(0), params, config, initializer=start)
+    assert lora["w"]["kernel"].moved == (turns > 1)
+    plain = lowrank.quantize(params, quant)
+    same = jax.tree.map(lambda one, other: bool((one == other).all()), base, plain)
+    assert all(jax.tree.leaves(same)) == (turns == 1)
+    if turns == 1:
+        save(tmp_path, lora, config)
+
+
 def test_bases_that_no_adapter_can_tell_apart_are_refused(tmp_path):
     params, base, lora, config = moved("float32")
     give = lambda **kwargs: save(tmp_path, lora, config, names=LLAMA, **kwargs)

@@ -33,6 +33,8 @@ class LowRank:
       scale: s, a static number: it is never trained.
       kind: "dot", "conv" or "lookup", the use that decided the axes.
       folded: whether magnitude is already divided by the norm, as fold_norms leaves it.
+      moved: whether an initializer moved weight out of the base (PiSSA and its like): the change is
+        then of the base that init returned, and not of the parameters it was given.
 
     Source: LoRA, arXiv 2106.09685, equation 3; DoRA, arXiv 2402.09353, equation 5.
     """
@@ -46,6 +48,7 @@ class LowRank:
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     kind: str = dataclasses.field(default="dot", metadata={"static": True})
     folded: bool = dataclasses.field(default=False, metadata={"static": True})
+    moved: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def rank(self) -> int:

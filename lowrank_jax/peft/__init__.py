@@ -65,8 +65,8 @@ def save(
         whole modules.
       original: the parameters before init, needed where the initializer moved weight out of base
         (PiSSA, OLoRA, ...): the file then holds base + s a b - original, of twice the rank, to be
-        used on the original weights; found up to the rounding of base's dtype. Without it the file
-        is for base as it is: right where init left it alone, or where base is saved as well.
+        used on the original weights; found up to the rounding of base's dtype. original=base says
+        that the file is for base as it is, which is to be saved as well.
       plan: of the function that uses params; tells which tables are also multiplied with, and the
         axes of leaves trained whole.
       names: leaf -> module, as of lowrank.names.parameter: LLAMA or another table, say.
@@ -75,8 +75,9 @@ def save(
         folded into B. They have neither DoRA nor whole modules nor biases; those are refused.
 
     Raises:
-      CheckpointError: PEFT cannot hold a leaf, or base and original differ by more than an adapter
-        can say; all such leaves are listed, and nothing is written.
+      CheckpointError: PEFT cannot hold a leaf, weight was moved and original is not given, or base
+        and original differ by more than an adapter can say; all such leaves are listed, and nothing
+        is written.
 
     Source: peft 0.21.2, utils/save_and_load.py and tuners/lora.
 

@@ -32,7 +32,7 @@ def moved_factors(
         raise CheckpointError(
             f"{path!r}: base differs from original by more than a product of rank {node.rank} "
             f"(by {lost:.3g} somewhere): a quantized or another base. Export onto the base as it "
-            "is (leave original out), or write merged weights (lowrank.merge)"
+            "is (original=base), or write merged weights (lowrank.merge)"
         )
     a = a.reshape(*sizes(stack), *sizes(fan_in), node.rank)
     b = b.reshape(*sizes(stack), node.rank, *sizes(fan_out)) / node.scale

@@ -248,9 +248,21 @@ def _host(path: str, value: Any) -> np.ndarray:
     return array
 
 
+def _refuse_moved(nodes: dict[str, Any]) -> None:
+    """Refuse adapters of which it is not said what base they are to change."""
+    if moved := [path for path, node in nodes.items() if isinstance(node, LowRank) and node.moved]:
+        raise CheckpointError(
+            "the initializer moved weight out of the base into the factors of the leaves below: "
+            "on the original weights the file would be wrong. Pass base and original=params, as "
+            "they were before init; or original=base, where the base itself is what is served:\n"
+            + listing(moved)
+        )
+
+
 def _relative(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -> dict[str, Any]:
     """The nodes as changes of the original base: what an initializer moved is moved back."""
     if original is None:
+        _refuse_moved(nodes)
         return nodes
     if not bases:
         raise CheckpointError(
