@@ -6,6 +6,8 @@ takes float32 below 2**-126 for 0, and so does `_flushed` here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lowrank_jax._codecs import check_block_size, format_of, midpoints
@@ -101,7 +103,7 @@ def _codes(ratios: np.ndarray, format: str) -> np.ndarray:
     return place if ordered else spec.order[place]
 
 
-def _short(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _short(x: np.ndarray) -> tuple[np.ndarray, Any]:
     """x / absmax of a short block, divided and not multiplied, and its absmax."""
     absmax = np.abs(x).max()
     if absmax < _TINY:

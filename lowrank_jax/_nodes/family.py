@@ -142,10 +142,9 @@ def start_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
         raise ConfigError(f"train_rows names {path!r} of shape {leaf.shape}, which is no table")
     changes = jnp.zeros((len(rows), *leaf.shape[1:]), dtype)
     fan_out = tuple(range(1, leaf.ndim))
-    return Rows(
-        jnp.zeros(0, dtype), changes, None, (0,), fan_out, (), 1.0, "lookup", False, rows,
-        leaf.shape[0],
-    )  # fmt: skip
+    none = jnp.zeros(0, dtype)
+    options = {"kind": "lookup", "rows": rows, "size": leaf.shape[0]}
+    return Rows(none, changes, fan_in=(0,), fan_out=fan_out, **options)
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:

@@ -30,7 +30,7 @@ def quantized_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, int]:
     Returns:
       The leaf with NumPy arrays, and how many values are not finite.
     """
-    node = jax.tree.map(lambda part: _empty(part.shape, part.dtype), shapes)
+    node = jax.tree.map(lambda part: empty(part.shape, part.dtype), shapes)
     return node, _fill(node, leaf)
 
 
@@ -123,7 +123,7 @@ def _sum_over(cuts: list[Any], one: Any) -> int:
         return int(sum(pool.map(one, cuts)))
 
 
-def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array that JAX can take over; a uint4 takes a byte."""
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     room = np.empty(size + _ALIGNED, np.uint8)

@@ -1,14 +1,13 @@
 """4-bit files of bitsandbytes, both ways and byte for byte.
 
 A torch weight [out, in] comes as a Quantized leaf [in, out], Flax's orientation of a kernel; what
-moves is codes, so that nothing is rounded. `load` reads a folder that transformers saved.
+moves is codes, so that nothing is rounded. `load` reads a folder that transformers saved, as it is;
+lowrank.huggingface.load reads it into a tree.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -20,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._codecs import format_of
-from lowrank_jax._codecs.packing import from_bnb_bytes, pack, to_bnb_bytes, unpack
+from lowrank_jax._codecs.packing import to_bnb_bytes, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP
-from lowrank_jax._configs import QuantConfig
 from lowrank_jax._errors import AxesError, CheckpointError, ConfigError, TreeError, listing
 from lowrank_jax._files.safetensors import open_folder
-from lowrank_jax._nodes.quantized import Quantized, flat_order, quantized
-from lowrank_jax.bitsandbytes._quant_state import SIDES, QuantState, check, read, write
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax.bitsandbytes._layout import laid_out, order_of_blocks
+from lowrank_jax.bitsandbytes._quant_state import QuantState, read, write
+from lowrank_jax.bitsandbytes._tensors import StateTensors, refuse_other_models
 
 
 def from_state_dict(
@@ -96,50 +95,7 @@ def _node(state: QuantState, name: str, transpose: bool, packing: str) -> Quanti
         if axis < 1:
             raise AxesError(f"{name} is of shape {list(shape)}: pass transpose=False")
         shape, axis = (*shape[:-2], shape[-1], shape[-2]), axis - 1
-    quant = QuantConfig(
-        format=state.format,
-        block_size=state.block_size,
-        double_quant=state.second is not None,
-        packing=packing,
-    )
-    leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(state.dtype))
-    second: dict[str, Any] = {}
-    if state.second is not None:
-        nested, offset, own = state.second
-        second = {"nested": nested, "offset": offset}
-        if own.tobytes() != DYNAMIC_MAP.tobytes():
-            second["nested_map"] = own
-    return _arranged(state.packed, state.absmax, second, leaf, axis, quant)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _arranged(
-    packed: Any, scales: Any, second: dict[str, Any], leaf: Any, axis: int, quant: QuantConfig
-) -> Quantized:
-    """Codes and scales in the flat order of blocks, laid out as `quantize` lays that leaf out."""
-    options = {
-        key: getattr(quant, key) for key in ("format", "block_size", "double_quant", "packing")
-    }
-    node = jax.eval_shape(lambda leaf: quantized(leaf, (axis,), (), **options), leaf)
-    codes = from_bnb_bytes(packed, 2 * packed.size)
-    room = scales.size * quant.block_size - codes.size
-    codes = jnp.pad(codes, (0, room), constant_values=format_of(quant.format).zero)
-    order, at = _flat_order(node)
-    sizes = [node.scales.shape[place] for place in order]
-    codes = codes.reshape(*sizes, quant.block_size)
-    back = np.argsort(order).tolist()
-    codes = jnp.transpose(codes, (*back[:at], len(order), *back[at:]))
-    return dataclasses.replace(
-        node,
-        codes=pack(codes, at, quant.packing),
-        scales=jnp.transpose(scales.reshape(sizes), back),
-        **second,
-    )
-
-
-def _flat_order(node: Quantized) -> tuple[list[int], int]:
-    """The axes of one leaf's scales, outermost in the flat order first; where codes are cut."""
-    return flat_order(node.strides), node.codes.ndim - 1 - node.trailing
+    return laid_out(state, shape, (axis,), packing)
 
 
 def to_state_dict(
@@ -222,7 +178,7 @@ def _state(node: Quantized, name: str, shape: tuple[int, ...] | None) -> QuantSt
 @jax.jit
 def _flattened(node: Quantized) -> tuple[jax.Array, jax.Array]:
     """bitsandbytes' bytes of the codes, and scales, both in the flat order of blocks."""
-    order, at = _flat_order(node)
+    order, at = order_of_blocks(node)
     codes = unpack(node.codes, at, node.packing)
     codes = jnp.transpose(codes, (*(place + (place >= at) for place in order), at)).reshape(-1)
     packed = to_bnb_bytes(codes[: node.size + node.size % 2], node.format)
@@ -276,48 +232,14 @@ def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, A
     {'q_proj.bias': (3,), 'q_proj.weight': (64, 3)}
     """
     folder = Path(directory)
-    _refuse_other_models(folder)
-    with open_folder(folder) as tensors:
-        weights = {key.partition(".quant_state.")[0] for key in tensors if ".quant_state." in key}
-        beside = {f"{name}.{side}" for name in weights for side in SIDES}
-        problems = [
-            f"{key} belongs to no weight in 4 bits"
-            for key in tensors
-            if key.endswith(tuple(f".{side}" for side in SIDES)) and key not in beside
-        ]
-        for name in sorted(weights):
-            try:
-                check(tensors, name)
-            except CheckpointError as error:
-                problems.append(str(error))
-        if problems:
-            raise CheckpointError(f"{folder} is damaged:\n{listing(problems)}")
+    refuse_other_models(folder)
+    with open_folder(folder) as files:
+        tensors = StateTensors(files, folder)
         leaves: dict[str, Any] = {}
         for name in tensors:
-            if name in weights:
-                node = _node(read(tensors, name), name, True, packing)
+            if name in tensors.weights:
+                node = _node(tensors.state(name), name, True, packing)
                 leaves[name] = jax.block_until_ready(node)  # else the files' arrays pile up
-            elif name not in beside and ".quant_state." not in name:
+            else:
                 leaves[name] = tensors[name]
         return leaves
-
-
-def _refuse_other_models(folder: Path) -> None:
-    """Refuse what config.json does not call a 4-bit model of bitsandbytes."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        quantization = dict(config.get("quantization_config") or {})
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} could not be read ({error!r})") from error
-    method = quantization.get("quant_method")
-    if method != "bitsandbytes":
-        raise CheckpointError(
-            f"{path} says quant_method {method!r}; load reads 'bitsandbytes' alone: take dense "
-            "weights, and lowrank.quantize them"
-        )
-    if not quantization.get("load_in_4bit"):
-        raise CheckpointError(
-            f"{path} does not say load_in_4bit: 8-bit models (LLM.int8) are not read; take dense "
-            "weights, and lowrank.quantize them"
-        )

@@ -25,10 +25,19 @@ from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._paths import flatten, in_structure
 from lowrank_jax._plan import Plan
 from lowrank_jax._quantize import axes_of_blocks, refuse_bad, targets_of
-from lowrank_jax.huggingface._folder import beside, read_config, refuse_quantized, ties, write_model
+from lowrank_jax.bitsandbytes._tensors import StateTensors
+from lowrank_jax.huggingface._folder import (
+    beside,
+    is_prequantized,
+    read_config,
+    refuse_quantized,
+    ties,
+    write_model,
+)
 from lowrank_jax.huggingface._leaves import Lying
 from lowrank_jax.huggingface._matching import is_floating, matched
 from lowrank_jax.huggingface._merging import flat, merged
+from lowrank_jax.huggingface._prequantized import in_four_bits
 from lowrank_jax.huggingface._reading import read_leaf, read_quantized
 from lowrank_jax.huggingface._writing import in_shards, outgoing
 from lowrank_jax.names import Names
@@ -58,7 +67,9 @@ def load(
       like: the tree, of arrays or of jax.ShapeDtypeStruct, as jax.eval_shape of a model's init
         gives it: structure, shapes, dtypes, and shardings where it has them.
       names: leaf -> module, as of lowrank.names.parameter: LLAMA or another table, say.
-      quant: the leaves to quantize, and how. The result is that of lowrank.quantize.
+      quant: the leaves to quantize, and how. The result is that of lowrank.quantize. The weights
+        that a folder of bitsandbytes holds in 4 bits come as Quantized leaves with or without it,
+        their codes and scales the file's own, in quant's packing.
       plan: of the function that uses the parameters; quant with "all-linear" needs it, and so do
         leaves that are multiplied with from their other side (weights [out, in]).
       dtype: of the floating leaves, in place of like's.
@@ -71,10 +82,11 @@ def load(
 
     Raises:
       CheckpointError: tensors are missing, unexpected, or misshapen: all of them are listed, with
-        the leaves' paths. A file is damaged, or the model is quantized already.
+        the leaves' paths. A file is damaged, or the model quantized by another method than
+        bitsandbytes' in 4 bits, or otherwise than quant says.
       PatternError, AxesError, TreeError: as of quantize.
 
-    Source: transformers 5.23, modeling_utils.py; safetensors.
+    Source: transformers 5.23, modeling_utils.py and quantizer_bnb_4bit.py; safetensors.
 
     >>> import tempfile
     >>> params = {"embed": {"embedding": jnp.ones((5, 4))}, "head": {"kernel": jnp.ones((4, 3))}}
@@ -91,16 +103,19 @@ def load(
     with _opened(folder) as (tensors, tied):
         found = matched(tensors, leaves, names, plan, ignore, tied)
         found.refuse(folder, names)
+        coded = in_four_bits(found.leaves, tensors, quant, folder)
         blocks = {} if quant is None else _blocks(leaves, found.leaves, quant, plan)
         given, bad = dict(flatten(like)[0]), {}
         out = dict(given)
         for path, lying in found.leaves.items():
-            sharding = _sharding(given[path])
-            if quant is not None and path in blocks:
-                args = leaves[path].dtype, blocks[path], quant, sharding
+            dtype, sharding = leaves[path].dtype, _sharding(given[path])
+            if path in coded:
+                out[path] = coded[path](dtype, sharding)
+            elif quant is not None and path in blocks:
+                args = dtype, blocks[path], quant, sharding
                 out[path], bad[path] = read_quantized(tensors, lying, *args)
             else:
-                out[path] = read_leaf(tensors, lying, leaves[path].dtype, sharding)
+                out[path] = read_leaf(tensors, lying, dtype, sharding)
     refuse_bad(bad, leaves)
     return in_structure(like, out)
 
@@ -113,9 +128,9 @@ def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
         yield tensors, tensors.ties
         return
     config = read_config(folder)
-    refuse_quantized(folder, config)
+    prequantized = is_prequantized(folder, config)
     with open_folder(folder) as tensors:
-        yield tensors, ties(config)
+        yield StateTensors(tensors, folder) if prequantized else tensors, ties(config)
 
 
 def save(

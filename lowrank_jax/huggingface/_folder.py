@@ -67,17 +67,29 @@ def ties(config: Mapping[str, Any]) -> bool:
     )
 
 
+def is_prequantized(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether linear weights are in 4 bits, by bitsandbytes; what others quantized is refused."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return False
+    settings = quantization if isinstance(quantization, dict) else {}
+    method = settings.get("quant_method")
+    if method == "bitsandbytes" and settings.get("load_in_4bit"):
+        return True
+    raise CheckpointError(
+        f"{folder / CONFIG} says that the model is quantized, by {method!r}"
+        + (", and not in 4 bits" if method == "bitsandbytes" else "")
+        + ": fetch the model in its dense form"
+    )
+
+
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a model whose tensors are codes."""
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        remedy = (
-            "lowrank.bitsandbytes.load reads it"
-            if method == "bitsandbytes"
-            else ("fetch the model in its dense form")
-        )
+    if is_prequantized(folder, config):
         raise CheckpointError(
-            f"{folder / CONFIG} says that the model is quantized, by {method!r}: {remedy}"
+            f"{folder / CONFIG} says that the model is quantized, by 'bitsandbytes': an adapter is "
+            "merged into dense weights; fetch the model in its dense form, or load it "
+            "(lowrank.huggingface.load), lowrank.merge, and save"
         )
 
 

@@ -22,7 +22,7 @@ from lowrank_jax.huggingface._leaves import Lying
 
 def read_leaf(tensors: Tensors, lying: Lying, dtype: Any, sharding: Any) -> jax.Array:
     """A dense leaf."""
-    return _placed(_host(tensors, lying, dtype), lying.path, sharding)
+    return put_in_place(_host(tensors, lying, dtype), lying.path, sharding)
 
 
 def read_quantized(
@@ -41,7 +41,7 @@ def read_quantized(
     node, bad = quantized_on_host(leaf, quantized_shapes(shape, fan_in, stack, quant))
     del leaf
     _trim()
-    return _placed(node, lying.path, sharding), bad
+    return put_in_place(node, lying.path, sharding), bad
 
 
 def _trim() -> None:
@@ -83,7 +83,7 @@ def _fill(view: np.ndarray, first: tuple[int, ...], tensors: Tensors, lying: Lyi
             view[index[len(first) :]] = lying.from_tensor(tensors[key])
 
 
-def _placed(leaf: Any, path: str, sharding: Any) -> Any:
+def put_in_place(leaf: Any, path: str, sharding: Any) -> Any:
     """A leaf of NumPy arrays on the device, or as `like` has its own."""
     if sharding is None:
         return jax.device_put(leaf)  # CPUs take the buffers over

@@ -1,0 +1,95 @@
+"""The tensors of a prequantized model's folder, each weight in 4 bits as the one weight it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._files.tensor_file import Entry
+from lowrank_jax.bitsandbytes._quant_state import SIDES, QuantState, check, read
+
+
+class StateTensors(Tensors):
+    """name -> NumPy array of the tensors that are dense; `weights` are those in 4 bits.
+
+    Raises:
+      CheckpointError: a weight lacks one of its tensors, or one belongs to no weight.
+    """
+
+    def __init__(self, tensors: Tensors, folder: Path):
+        self._tensors = tensors
+        names = {key.partition(".quant_state.")[0] for key in tensors if ".quant_state." in key}
+        beside = {f"{name}.{side}" for name in names for side in SIDES}
+        problems = [
+            f"{key} belongs to no weight in 4 bits"
+            for key in tensors
+            if key.endswith(tuple(f".{side}" for side in SIDES)) and key not in beside
+        ]
+        self.weights: dict[str, dict[str, Any]] = {}
+        for name in sorted(names):
+            try:
+                self.weights[name] = check(tensors, name)
+            except CheckpointError as error:
+                problems.append(str(error))
+        if problems:
+            raise CheckpointError(f"{folder} is damaged:\n{listing(problems)}")
+        self._names = [key for key in tensors if key not in beside and ".quant_state." not in key]
+
+    def state(self, name: str) -> QuantState:
+        """Codes and scales of a weight in 4 bits."""
+        return read(self._tensors, name)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def entry(self, name: str) -> Entry:
+        """Shape and dtype of a tensor; of a weight in 4 bits those that it stands for."""
+        if name not in self.weights:
+            return self._tensors.entry(name)
+        header = self.weights[name]
+        return Entry(header["shape"], jnp.dtype(header["dtype"]), 0, 0)
+
+    def file(self, name: str) -> str:
+        """The name of the file that a tensor is in."""
+        return self._tensors.file(name)
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same to the last bit."""
+        return name not in self.weights and self._tensors.equal(name, other)
+
+
+def refuse_other_models(folder: Path) -> None:
+    """Refuse what config.json does not call a 4-bit model of bitsandbytes."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        quantization = dict(config.get("quantization_config") or {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} could not be read ({error!r})") from error
+    method = quantization.get("quant_method")
+    if method != "bitsandbytes":
+        raise CheckpointError(
+            f"{path} says quant_method {method!r}; load reads 'bitsandbytes' alone: take dense "
+            "weights, and lowrank.quantize them"
+        )
+    if not quantization.get("load_in_4bit"):
+        raise CheckpointError(
+            f"{path} does not say load_in_4bit: 8-bit models (LLM.int8) are not read; take dense "
+            "weights, and lowrank.quantize them"
+        )

@@ -1,0 +1,91 @@
+"""Leaves that a model's folder holds in 4 bits already: bitsandbytes' codes, and no arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._configs import QuantConfig
+from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._nodes.host import empty
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax.bitsandbytes._layout import laid_out
+from lowrank_jax.bitsandbytes._tensors import StateTensors
+from lowrank_jax.huggingface._leaves import Lying
+from lowrank_jax.huggingface._reading import put_in_place
+
+
+def in_four_bits(
+    leaves: dict[str, Lying], tensors: Tensors, quant: QuantConfig | None, folder: Any
+) -> dict[str, Callable[[Any, Any], Quantized]]:
+    """Path -> reader (dtype, sharding) of the leaves that are codes in the folder.
+
+    Raises:
+      CheckpointError: a leaf is a table, or stacks layers that are not all so; or quant differs.
+    """
+    if not isinstance(tensors, StateTensors):
+        return {}
+    readers, problems = {}, []
+    packing = "uint4" if quant is None else quant.packing
+    for path, lying in leaves.items():
+        if tensors.weights.keys() & {*lying.keys.values()}:
+            readers[path] = functools.partial(_read, tensors, lying, packing)
+            if problem := _misfit(lying, tensors, quant):
+                problems.append(f"{path!r}: {problem}")
+    if problems:
+        raise CheckpointError(
+            f"{folder} holds weights in 4 bits that do not fit the tree:\n{listing(problems)}"
+        )
+    return readers
+
+
+def _misfit(lying: Lying, tensors: StateTensors, quant: QuantConfig | None) -> str:
+    """What is wrong with a leaf, if anything."""
+    keys = list(lying.keys.values())
+    if dense := [key for key in keys if key not in tensors.weights]:
+        return f"{dense[0]} is dense, and other layers are not; load it with unrolled layers"
+    kinds = {_kind(tensors.weights[key]) for key in keys}
+    if len(kinds) > 1:
+        return f"its layers are of several kinds, {sorted(kinds)}; load it with unrolled layers"
+    if lying.layout.kind != "dot":
+        return f"{keys[0]} is in 4 bits, and the leaf is no product's weight"
+    if quant is not None and kinds != {(quant.format, quant.block_size, quant.double_quant)}:
+        format, block_size, double_quant = kinds.pop()
+        return (
+            f"the file has format={format!r}, block_size={block_size}, double_quant={double_quant}"
+            "; say the same in quant, or leave quant out"
+        )
+    return ""
+
+
+def _kind(header: dict[str, Any]) -> tuple[str, int, bool]:
+    """format, block_size and double_quant of a weight in 4 bits."""
+    return header["quant_type"], header["blocksize"], "nested_offset" in header
+
+
+def _read(
+    tensors: StateTensors, lying: Lying, packing: str, dtype: Any, sharding: Any
+) -> Quantized:
+    """A leaf of codes, read layer by layer."""
+    layer, layout = lying.layer, lying.layout
+    whole, stack = None, tuple(layout.shape[axis] for axis in layout.stack)
+    for index, key in lying.keys.items():
+        node = laid_out(tensors.state(key), layer.shape, layer.fan_in, packing)
+        node = dataclasses.replace(node, weight_dtype=jnp.dtype(dtype).name)
+        if whole is None:
+            whole = jax.tree.map(lambda part: empty((*stack, *part.shape), part.dtype), node)
+        if jax.tree.structure(node) != jax.tree.structure(whole):
+            raise CheckpointError(
+                f"{key} has another nested_quant_map than other layers of {lying.path!r}: load it "
+                "with unrolled layers"
+            )
+        for place, part in zip(jax.tree.leaves(whole), jax.tree.leaves(node), strict=True):
+            place[(*index, ...)] = np.asarray(part)
+    return put_in_place(whole, lying.path, sharding)
