@@ -372,6 +372,40 @@ def test_for_serving_refuses_what_servers_have_not(case, said, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_servable_folds_the_rest_into_the_base(quantized, tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"up": (64, 8), "down": (8, 64), "k": (3, 8, 8), "table": (9, 8), "norm": (8,)}
+    params = {name: drawn(rng, *shape) for name, shape in shapes.items()}
+    if quantized:
+        params = lowrank.quantize(params, lowrank.QuantConfig(targets="up"))
+
+    def fn(p, ids):
+        x = p["table"][ids] * p["norm"]
+        numbers = ("NHC", "HIO", "NHC")
+        x = jax.lax.conv_general_dilated(x, p["k"], (1,), "SAME", dimension_numbers=numbers)
+        return jnp.tanh(x @ p["down"]) @ p["up"]
+
+    ids = np.array([[1, 2, 8, 4]])
+    plan = lowrank.plan(fn, params, ids)
+    make = lambda **kwargs: lowrank.init(
+        jax.random.key(0), params, lowrank.LoraConfig(rank=2, alpha=3, **kwargs), plan=plan
+    )[1]
+    lora = make(targets=("down", "k"), train="norm", train_rows={"table": (1, 8)})
+    lora["up"] = make(targets="up", dora=True)["up"]
+    lora = jax.tree.map(lambda x: x + 0.1 * drawn(rng, *x.shape), lora)
+    base, kept = lowrank.peft.servable(params, lora)
+    assert [name for name, node in kept.items() if node is not None] == ["down"]
+    assert base["down"] is params["down"]
+    lifted = lowrank.lift(fn)
+    wanted = lifted(lowrank.combine(params, lora), ids)
+    np.testing.assert_allclose(lifted(lowrank.combine(base, kept), ids), wanted, atol=1e-5)
+    names = {"down": lowrank.names.Parameter("down")}
+    save(tmp_path, kept, lowrank.LoraConfig(), names=names, for_serving=True)
+    with pytest.raises(lowrank.TreeError, match=r"'down' of shape \(8, 64\), and base no such"):
+        lowrank.peft.servable({"up": params["up"]}, {"down": kept["down"]})
+
+
 # Initializers that move weight
 
 

@@ -5,6 +5,7 @@ Source: peft 0.21.2. Nothing is unpickled.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._configs import LoraConfig
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, TreeError, listing
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._files.torch_layout import known_names, misnumbered, numbered, stack_axes, use_of
-from lowrank_jax._nodes import Full, LowRank, is_node, normed, unnormed
+from lowrank_jax._nodes import Full, LowRank, is_node, nodes_of, normed, unnormed
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._paths import flatten, in_structure
 from lowrank_jax._plan import Plan
@@ -29,6 +30,7 @@ from lowrank_jax.peft._factors import match_factors
 from lowrank_jax.peft._folder import CONFIG, read_config, tensors_path, write_folder
 from lowrank_jax.peft._matching import Matching, Place
 from lowrank_jax.peft._parsing import AdapterConfig, parse
+from lowrank_jax.peft._serving import folded_into, foreign
 from lowrank_jax.peft._tensors import PREFIX, TOKENS
 from lowrank_jax.peft._whole import match_tokens, match_whole
 from lowrank_jax.peft._writing import written
@@ -72,7 +74,8 @@ def save(
       names: leaf -> module, as of lowrank.names.parameter: LLAMA or another table, say.
       for_serving: write what servers such as vLLM read, who take one rank and one scale for all
         modules and pass over the patterns without a word: ranks are padded with zeros, and scales
-        folded into B. They have neither DoRA nor whole modules nor biases; those are refused.
+        folded into B. They have neither DoRA nor whole modules nor biases; those are refused, and
+        `servable` folds them into the base.
 
     Raises:
       CheckpointError: PEFT cannot hold a leaf, weight was moved and original is not given, or base
@@ -99,6 +102,50 @@ def save(
         raise CheckpointError("save works in a program of one process; this one has several")
     tensors, text = written(lora, config, base, original, plan, names, for_serving)
     write_folder(Path(directory), text, tensors)
+
+
+def servable(base: Any, lora: Any) -> tuple[Any, Any]:
+    r"""Fold into the base what servers have no adapter for, and leave the rest as it is.
+
+    $W' = W_\text{eff}$ where the adapter is DoRA, (IA)^3 or another of LoRA's kin, a convolution,
+    or a leaf or rows trained whole; LoRA of products and tables stays. The function is the same.
+
+    Args:
+      base: the frozen tree; quantized leaves that are folded into come back dense.
+      lora: the adapter.
+
+    Returns:
+      (base, lora): the weights for huggingface.save, and an adapter on them for save(...,
+      for_serving=True), None in every place if nothing is left.
+
+    Raises:
+      TreeError: the adapter has a leaf that the base has not, or of another shape.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; what servers take: vLLM, lora/peft_helper.py.
+
+    >>> import lowrank_jax as lowrank
+    >>> params = {"w": jnp.ones((4, 3)), "norm": jnp.ones(3)}
+    >>> config = lowrank.LoraConfig(rank=2, targets="w", train="norm")
+    >>> base, lora = lowrank.init(jax.random.key(0), params, config)
+    >>> base, lora = servable(base, {**lora, "norm": lowrank.Full(2 * jnp.ones(3))})
+    >>> base["norm"].tolist(), type(lora["w"]).__name__, lora["norm"]
+    ([2.0, 2.0, 2.0], 'LowRank', None)
+    """
+    nodes = nodes_of(lora)
+    leaves = dict(flatten(base, is_leaf=is_node)[0])
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items() if hasattr(leaf, "shape")}
+    if lost := [path for path, node in nodes.items() if shapes.get(path) != tuple(node.shape)]:
+        raise TreeError(
+            f"the adapter has {lost[0]!r} of shape {tuple(nodes[lost[0]].shape)}, and base "
+            f"{shapes.get(lost[0], 'no such leaf')}: pass both results of init"
+        )
+    kept = {path: node for path, node in nodes.items() if not foreign(node)}
+    kept = {path: dataclasses.replace(node, moved=False) for path, node in kept.items()}
+    folded = {
+        path: folded_into(leaf, nodes[path]) if path in nodes.keys() - kept.keys() else leaf
+        for path, leaf in leaves.items()
+    }
+    return in_structure(base, folded, is_node), in_structure(base, kept, is_node)
 
 
 def load(

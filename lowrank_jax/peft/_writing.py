@@ -19,6 +19,7 @@ from lowrank_jax._plan import Plan
 from lowrank_jax.names import Names, Parameter
 from lowrank_jax.peft._config import alpha_of, to_json
 from lowrank_jax.peft._difference import moved_factors
+from lowrank_jax.peft._serving import alike
 from lowrank_jax.peft._tensors import MAGNITUDE, PREFIX, TOKENS, tied_factors, tied_module
 
 
@@ -123,7 +124,7 @@ def written(
     bases = {} if base is None else dict(flatten(base, is_leaf=is_node)[0])
     nodes = _relative(nodes_of(lora), bases, original)
     if for_serving:
-        nodes = _alike(nodes)
+        nodes = alike(nodes)
     named = known_names({**leaves, **bases}, names)
     whole = {
         name.module
@@ -170,33 +171,6 @@ def _is_dora(nodes: dict[str, Any]) -> bool:
             "one use_dora for all; save them apart"
         )
     return bool(lowranks) and not plain
-
-
-def _alike(nodes: dict[str, Any]) -> dict[str, Any]:
-    """The nodes with one rank and one scale: ranks padded with zeros, scales folded into b."""
-    problems = [
-        f"{path}: {'DoRA' if isinstance(node, LowRank) else 'trained whole'}"
-        for path, node in nodes.items()
-        if isinstance(node, Full) or node.magnitude is not None
-    ]
-    problems += [f"{path}: trained rows" for path, node in nodes.items() if isinstance(node, Rows)]
-    if problems:
-        raise CheckpointError(
-            "servers read LoRA's factors alone; save the merged weights (lowrank.merge), or leave "
-            f"for_serving out:\n{listing(problems)}"
-        )
-    rank, scale = max(n.rank for n in nodes.values()), max(n.scale for n in nodes.values())
-    return {path: _padded(path, node, rank, scale) for path, node in nodes.items()}
-
-
-def _padded(path: str, node: LowRank, rank: int, scale: float) -> LowRank:
-    """The same product with another rank and scale."""
-    a, b = _host(path, node.a), _host(path, node.b)
-    room, axis = (0, rank - node.rank), len(node.stack)
-    a = np.pad(a, [*[(0, 0)] * (a.ndim - 1), room])
-    b = np.pad(b, [(0, 0) if i != axis else room for i in range(b.ndim)])
-    times = b.dtype.type(node.scale / scale)
-    return dataclasses.replace(node, a=a, b=b if times == 1 else b * times, scale=scale)
 
 
 def _with_siblings(

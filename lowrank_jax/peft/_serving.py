@@ -1,0 +1,50 @@
+"""What servers can take of an adapter: LoRA's factors, of one rank and one scale."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._fingerprint import to_host
+from lowrank_jax._nodes import Adapted, Full, LowRank, materialize, normed
+
+
+def foreign(node: Any) -> str:
+    """What a node is that servers have not, or ""."""
+    if isinstance(node, Full):
+        return "trained whole"
+    if node.magnitude is not None:
+        return "DoRA" if node.rank else "(IA)^3"
+    if type(node) is not LowRank:
+        return type(node).__name__
+    return "a convolution" if node.kind == "conv" else ""
+
+
+def folded_into(leaf: Any, node: Any) -> Any:
+    """The dense leaf that the two stand for."""
+    with_norms = isinstance(node, LowRank) and node.magnitude is not None and not node.folded
+    return materialize(Adapted(normed(leaf, node) if with_norms else leaf, node))
+
+
+def alike(nodes: dict[str, Any]) -> dict[str, Any]:
+    """The nodes with one rank and one scale: ranks padded with zeros, scales folded into b."""
+    if problems := [f"{path}: {kind}" for path, node in nodes.items() if (kind := foreign(node))]:
+        raise CheckpointError(
+            "servers read LoRA's factors alone; lowrank.peft.servable(base, lora) folds the rest "
+            f"into the base, or leave for_serving out:\n{listing(problems)}"
+        )
+    rank, scale = max(n.rank for n in nodes.values()), max(n.scale for n in nodes.values())
+    return {path: _padded(path, node, rank, scale) for path, node in nodes.items()}
+
+
+def _padded(path: str, node: LowRank, rank: int, scale: float) -> LowRank:
+    """The same product with another rank and scale."""
+    a, b = to_host(path, node.a), to_host(path, node.b)
+    room, axis = (0, rank - node.rank), len(node.stack)
+    a = np.pad(a, [*[(0, 0)] * (a.ndim - 1), room])
+    b = np.pad(b, [(0, 0) if i != axis else room for i in range(b.ndim)])
+    times = b.dtype.type(node.scale / scale)
+    return dataclasses.replace(node, a=a, b=b if times == 1 else b * times, scale=scale)
