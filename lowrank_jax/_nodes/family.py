@@ -27,7 +27,7 @@ class LoHa(LowRank):
     Args:
       a: [*stack, *fan_in, 2 r], a_1 and a_2 side by side.
       b: [*stack, 2 r, *fan_out], likewise.
-      magnitude, fan_in, fan_out, stack, scale, kind, folded: as of LowRank.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded, moved: as of LowRank.
 
     Source: FedPara, arXiv 2108.06098, proposition 1; LyCORIS, arXiv 2309.14859, section 3.
     """
@@ -58,7 +58,7 @@ class VeRA(LowRank):
     Args:
       a: d, [*stack, r].
       b: e, [*stack, *fan_out].
-      magnitude, fan_in, fan_out, stack, scale, kind, folded: as of LowRank.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded, moved: as of LowRank.
       inputs: sizes of the fan-in axes.
       seed: of A and B.
 
@@ -103,7 +103,7 @@ class Rows(LowRank):
     Args:
       a: empty.
       b: [rows, *features].
-      magnitude, fan_in, fan_out, stack, scale, kind, folded: as of LowRank.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded, moved: as of LowRank.
       rows: their numbers along the table's first axis.
       size: how many rows the table has.
 
