@@ -27,6 +27,8 @@ from lowrank_jax import CheckpointError, TreeError, checkpoint
 from lowrank_jax._fingerprint import Fingerprint, fingerprint
 from lowrank_jax.checkpoint import _archive
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 CONFIG = lowrank.LoraConfig(rank=2, alpha=3, targets=("**/kernel",), train=("**/bias",))
 
 
@@ -42,9 +44,15 @@ class Nnx(nnx.Module):
         self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 5, rngs=rngs)])
 
 
+def drawn(tree, seed=2):
+    """Numbers in the place of the leaves of a tree, which may be abstract."""
+    normal = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda leaf: jnp.asarray(normal(size=leaf.shape), leaf.dtype), tree)
+
+
 @functools.cache
 def initialized():
-    return Linen().init(jax.random.key(0), jnp.ones((1, 3)))
+    return drawn(jax.eval_shape(Linen().init, jax.random.key(0), jnp.ones((1, 3))))
 
 
 def linen_base():
@@ -52,12 +60,13 @@ def linen_base():
 
 
 def nnx_base():
-    return nnx.state(Nnx(nnx.Rngs(0)))
+    return drawn(nnx.state(nnx.eval_shape(lambda: Nnx(nnx.Rngs(0)))))
 
 
 def list_base():
-    leaf = lambda *shape: {"kernel": jnp.ones(shape), "bias": jnp.zeros(shape[-1:])}
-    return [leaf(3, 4), (leaf(4, 5), None), jnp.array(7)]
+    array = lambda *shape: jnp.asarray(np.ones(shape, np.float32))
+    leaf = lambda *shape: {"kernel": array(*shape), "bias": array(*shape[-1:])}
+    return [leaf(3, 4), (leaf(4, 5), None), jnp.asarray(np.int32(7))]
 
 
 BASES = {"linen": linen_base, "nnx": nnx_base, "list": list_base}
@@ -66,10 +75,7 @@ BASES = {"linen": linen_base, "nnx": nnx_base, "list": list_base}
 def made(base, **options):
     """An adapter whose factors are all non-zero, with its config."""
     config = lowrank.LoraConfig(**{**CONFIG.to_dict(), **options})
-    _, lora = lowrank.init(jax.random.key(1), base, config)
-    noise = np.random.default_rng(2)
-    draw = lambda leaf: jnp.asarray(noise.normal(size=leaf.shape), leaf.dtype)
-    return jax.tree.map(draw, lora), config
+    return drawn(jax.eval_shape(lambda: lowrank.init(jax.random.key(1), base, config)[1])), config
 
 
 def same(one, other):
@@ -137,9 +143,8 @@ def test_odd_keys_and_axes(tmp_path):
 
 def test_stacked_adapters(tmp_path):
     base = linen_base()
-    many = jax.vmap(lambda key: lowrank.init(key, base, CONFIG)[1])(
-        jax.random.split(jax.random.key(0), 3)
-    )
+    make = lambda seed: lowrank.init(jax.random.key(seed), base, CONFIG)[1]
+    many = drawn(jax.eval_shape(jax.vmap(make), np.arange(3)))
     checkpoint.save(tmp_path, lora=many, config=CONFIG, base=base)
     same(many, checkpoint.restore(tmp_path, base=base).lora)
 
@@ -548,7 +553,7 @@ def test_sigkill_of_a_saving_process(tmp_path):
         "    checkpoint.save(sys.argv[1], lora=lora, config=config, step=step)\n"
         "    print(step, flush=True)\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(lowrank.__file__).parents[1])}
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE, env=env
     )

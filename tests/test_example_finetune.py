@@ -30,12 +30,54 @@ import generate  # noqa: E402
 import llama  # noqa: E402
 import smollm2  # noqa: E402
 import texts  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from rich.console import Console  # noqa: E402
 from tokenizers import pre_tokenizers  # noqa: E402
 
 import lowrank_jax as lowrank  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """A folder where a program that one run compiled is kept for the others, of any process."""
+    folder = str(tmp_path_factory.mktemp("programs"))
+    kept = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in kept}
+    for values in (kept, before):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is kept:
+            yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_topics():
+    """Of Python's documentation no more than a job evaluates on."""
+    with pytest.MonkeyPatch.context() as patch:
+        topics = dict(islice(finetune.pydoc_data.topics.topics.items(), 5))
+        patch.setattr(finetune.pydoc_data.topics, "topics", topics)
+        yield
+
+
+def compile_one_step(patch):
+    """The step that the first run compiles serves all runs, which must be of the same flags."""
+    steps = []
+
+    def compiled(*args):
+        if not steps:
+            steps.append(frozen.compiled(*args))
+        return steps[0]
+
+    patch.setattr(finetune, "compiled", compiled)
+
+
+def no_samples(model, variables, tokenizer, prompts, **_):
+    """In the place of generate, where no sample is looked at."""
+    return prompts
+
 
 # Quantized, HIDDEN is a whole block of the down projection; the other kernels are kept flat.
 DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 32, 2, 4, 2, 8, 64
@@ -182,11 +224,12 @@ def test_loading_puts_every_tensor_in_its_place(tmp_path, tied, bias):
 
 
 def test_scanned_and_unrolled_layers_give_the_same_logits(tiny):
-    tokens = jnp.arange(24).reshape(2, 12)
+    tokens = np.arange(24).reshape(2, 12)
     logits = []
     for scan_layers in (True, False):
         pretrained = smollm2.load(tiny, scan_layers=scan_layers)
-        logits.append(llama.Llama(pretrained.config).apply(pretrained.variables, tokens))
+        apply = jax.jit(llama.Llama(pretrained.config).apply)
+        logits.append(apply(pretrained.variables, tokens))
     np.testing.assert_allclose(*logits, atol=1e-5)
 
 
@@ -204,8 +247,8 @@ def test_generation_with_a_cache_chooses_what_the_whole_model_chooses(tiny, scan
         length=10,
         temperature=0.0,
     )
-    for row, length in zip(np.asarray(found), lengths, strict=True):
-        chosen = model.apply(pretrained.variables, row[None])[0].argmax(-1)
+    logits = np.asarray(jax.jit(model.apply)(pretrained.variables, found))
+    for row, chosen, length in zip(np.asarray(found), logits.argmax(-1), lengths, strict=True):
         np.testing.assert_array_equal(row[length:], chosen[length - 1 : -1])
 
 
@@ -358,7 +401,7 @@ def test_a_quantized_base_is_small_and_near_the_dense_one_whose_kernels_are_gone
     assert own["embed_tokens"]["embedding"] is kept["embed_tokens"]["embedding"]
     norm = lambda tree: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)) ** 0.5
     layers = dense["params"]["layers"]
-    off = jax.tree.map(jnp.subtract, lowrank.dequantize(own["layers"]), layers)
+    off = jax.tree.map(np.subtract, jax.jit(lowrank.dequantize)(own["layers"]), layers)
     assert 0 < norm(off) < error * norm(layers)
 
     nodes = [leaf for leaf in jax.tree.leaves(own, is_leaf=is_quantized) if is_quantized(leaf)]
@@ -380,8 +423,9 @@ def test_loftq_starts_nearer_to_the_dense_model_than_quantizing_alone(tiny, targ
     plan = lowrank.plan(model.apply, params, windows[0])
     config = lowrank.LoraConfig(rank=4, alpha=6, targets=targets)
     quant, apply = frozen.quantization("nf4"), lowrank.lift(model.apply)
+    jitted = jax.jit(apply)
     wanted, alone = (
-        apply(tree, windows[0]) for tree in (params, lowrank.quantize(params, quant, plan=plan))
+        jitted(tree, windows[0]) for tree in (params, lowrank.quantize(params, quant, plan=plan))
     )
     key = jax.random.key(0)
     base, lora = frozen.begin(key, model.apply, params, config, plan, quant, windows)
@@ -389,8 +433,8 @@ def test_loftq_starts_nearer_to_the_dense_model_than_quantizing_alone(tiny, targ
     assert len(nodes) == len(smollm2.PROJECTIONS)
     gone = {path[-2].key for path, leaf in jax.tree.leaves_with_path(params) if leaf.is_deleted()}
     assert gone == {name for _, name in smollm2.PROJECTIONS}
-    far = lambda logits: float(jnp.linalg.norm(logits - wanted))
-    started = far(apply(lowrank.combine(base, lora), windows[0]))
+    far = lambda logits: float(np.linalg.norm(np.asarray(logits) - np.asarray(wanted)))
+    started = far(jitted(lowrank.combine(base, lora), windows[0]))
     assert 0 < started < (0.8 if targets == "all-linear" else 1) * far(alone)
 
 
@@ -405,10 +449,13 @@ def is_node(value: object) -> bool:
 
 
 @pytest.mark.parametrize("format", ["none", "nf4"])
-def test_dora_learns_magnitudes(tiny, tmp_path, capsys, format):
+def test_dora_learns_magnitudes(tiny, tmp_path, monkeypatch, capsys, format):
+    if format == "none":  # merged, it is sampled as any other
+        monkeypatch.setattr(finetune, "generate", no_samples)
     write_text(tmp_path / "text.txt", 300)
     out = tmp_path / "adapter"
-    flags = job(tiny, out, text=tmp_path / "text.txt", steps=4, quantize=format)
+    options = {"steps": 4, "quantize": format, "targets": "up_proj"}
+    flags = job(tiny, out, text=tmp_path / "text.txt", **options)
     assert finetune.main([*flags, "--dora"]) == 0
     assert "DoRA r=3" in capsys.readouterr().out
     found = lowrank.checkpoint.restore(out)
@@ -469,7 +516,7 @@ def test_bad_input_is_an_error_line(tiny, tmp_path, monkeypatch, capsys, flags, 
 
 
 @pytest.fixture(scope="module")
-def killed(tiny, tmp_path_factory) -> tuple[list[str], dict[int, float]]:
+def killed(tiny, tmp_path_factory, programs) -> tuple[list[str], dict[int, float]]:
     """A job killed after its 26th step of 200 or soon after: its flags, and the losses it printed.
 
     It saved every fourth step. Its text fills 21 batches, so the second pass over it had begun.
@@ -479,6 +526,8 @@ def killed(tiny, tmp_path_factory) -> tuple[list[str], dict[int, float]]:
     flags = job(tiny, folder / "out", text=folder / "text.txt", steps=200, save_every=4)
     # What conftest and fast_compile set in this process, for bits are of one compiler's making.
     settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    settings["JAX_COMPILATION_CACHE_DIR"] = programs
+    settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     process = subprocess.Popen(
         [sys.executable, EXAMPLES / "finetune.py", *flags],
         stdout=subprocess.PIPE,
@@ -516,7 +565,11 @@ def saved_bytes(folder: Path) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in leaves]
 
 
-def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_adapter(killed, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_adapter(
+    killed, tmp_path, monkeypatch
+):
+    compile_one_step(monkeypatch)
+    monkeypatch.setattr(finetune, "generate", no_samples)
     flags, printed = killed
     whole = [flag for flag in flags if "--out" not in flag] + [f"--out={tmp_path / 'whole'}"]
     expected, told = measured([*whole, "--resume", "--save-every=300"])
@@ -538,6 +591,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_adapter(killed, tm
     assert again == {**expected, "losses": {}}
     assert saved_bytes(tmp_path / "killed") == saved_bytes(tmp_path / "whole")
 
+    monkeypatch.setattr(finetune, "compiled", frozen.compiled)
     _, told = measured([*resumed[:-1], "--steps=1"])
     assert f"{tmp_path / 'killed'} holds a finished run, which this one will replace" in told
     assert lowrank.checkpoint.restore(tmp_path / "killed").step == 1
@@ -547,16 +601,8 @@ def test_a_quantized_run_interrupted_goes_on_to_the_same_bits(tiny, tmp_path, mo
     write_text(tmp_path / "text.txt", 300)
     text = {"text": tmp_path / "text.txt", "quantize": "nf4", "start": "zero", "save_every": 5}
     whole, found = job(tiny, tmp_path / "whole", **text), job(tiny, tmp_path / "found", **text)
-    steps = []
-
-    def compiled(*args):
-        if not steps:
-            steps.append(frozen.compiled(*args))
-        return steps[0]
-
-    monkeypatch.setattr(finetune, "compiled", compiled)  # one compilation serves all three runs
+    compile_one_step(monkeypatch)
     expected, told = measured(whole)
-    no_samples = lambda model, variables, tokenizer, prompts, **_: prompts
     monkeypatch.setattr(finetune, "generate", no_samples)
 
     def stopped(*args):

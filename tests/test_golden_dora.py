@@ -51,8 +51,8 @@ RANKS = {"**/q_proj/kernel": 3, "**/mlp/down_proj/kernel": 6}
 def test_a_llama(case, scan, fast_compile):
     tensors, golden = load(f"llama-{case}")
     base_tensors = load_llama("base")
-    params = jax.tree.map(jnp.asarray, flax_params(base_tensors, scan))
-    tokens = jnp.asarray(base_tensors["tokens"])
+    params = flax_params(base_tensors, scan)
+    tokens = base_tensors["tokens"]
     apply = model(scan).apply
     config = lowrank.LoraConfig(
         rank=golden["r"],
@@ -63,8 +63,8 @@ def test_a_llama(case, scan, fast_compile):
         dora=True,
     )
     plan = lowrank.plan(apply, params, tokens)
-    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
-    lora = llama_adapter(lora, tensors, scan)
+    init = lambda params: lowrank.init(jax.random.key(0), params, config, plan=plan)
+    lora = llama_adapter(jax.eval_shape(init, params)[1], tensors, scan)
     for keys, node in jax.tree_util.tree_leaves_with_path(lora, is_leaf=is_lowrank):
         names = [key.key for key in keys][2:-1]
         theirs = golden["modules"][f"model.layers.0.{'.'.join(names)}"]
@@ -73,12 +73,18 @@ def test_a_llama(case, scan, fast_compile):
 
     lifted = lowrank.lift(apply, fallback="raise")
 
-    def loss(lora):
+    def loss(lora, base):
         logits = lifted(lowrank.combine(base, lora), tokens)
         rows = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(rows, tokens[:, 1:, None], axis=-1).mean(), logits
 
-    (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(lora)
+    @jax.jit
+    def found(lora, params):
+        base, _ = init(params)
+        merged = [lowrank.merge(frozen, lora) for frozen in (base, params)]  # norms at hand, or not
+        return jax.value_and_grad(loss, has_aux=True)(lora, base), merged, apply(merged[1], tokens)
+
+    ((value, logits), gradients), merged, dense = found(lora, params)
     np.testing.assert_allclose(logits, tensors["logits"], atol=1e-5)
     np.testing.assert_allclose(value, tensors["loss"], rtol=1e-6)
     theirs = llama_adapter(gradients, tensors, scan, prefix="grad/")
@@ -87,10 +93,9 @@ def test_a_llama(case, scan, fast_compile):
     expected = dict(base_tensors)
     expected |= {k.removeprefix("merged/"): v for k, v in tensors.items() if "merged/" in k}
     expected = flax_params(expected, scan)
-    for frozen in (base, params):  # with the squared norms, and without
-        merged = lowrank.merge(frozen, lora)
-        chex.assert_trees_all_close(merged, expected, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(apply(merged, tokens), tensors["logits"], atol=1e-5)
+    for tree in merged:
+        chex.assert_trees_all_close(tree, expected, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(dense, tensors["logits"], atol=1e-5)
 
 
 # Layers on their own
@@ -148,13 +153,14 @@ def test_a_layer(name, monkeypatch, fast_compile):
     weight = (
         lowrank.bitsandbytes.from_state_dict(states, "weight")
         if states
-        else jnp.asarray(kernel(tensors["weight"]))
+        else kernel(tensors["weight"])
     )
-    params = {"params": {"kernel": weight, "bias": jnp.asarray(tensors["bias"])}}
-    apply, x = layer(about).apply, jnp.asarray(last(tensors["x"]))
-    plan = lowrank.plan(apply, lowrank.dequantize(params), x)
+    params = {"params": {"kernel": weight, "bias": tensors["bias"]}}
+    apply, x = layer(about).apply, last(tensors["x"])
+    plan = lowrank.plan(apply, jax.eval_shape(lowrank.dequantize, params), x)
     config = dora(about, targets="**/kernel")
-    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
+    init = lambda params: lowrank.init(jax.random.key(0), params, config, plan=plan)
+    _, lora = jax.eval_shape(init, params)
     node = lora["params"]["kernel"]
     assert node.scale == about["scaling"]
     mine = factors(tensors)
@@ -168,22 +174,27 @@ def test_a_layer(name, monkeypatch, fast_compile):
         monkeypatch.setattr(jax.random, "bernoulli", lambda key, p, shape: mask.reshape(shape))
     lifted = lowrank.lift(apply, fallback="raise")
 
-    def loss(lora, x):
+    def loss(lora, x, base):
         y = lifted(lowrank.combine(base, lora, **options), x)
         return (y * last(tensors["probe"])).sum(), y
 
-    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (_, y), (gradients, dx) = gradient(lora, x)
-    np.testing.assert_allclose(y, last(tensors["y"]), atol=1e-5)
+    @jax.jit
+    def found(lora, x, params):
+        base, _ = init(params)
+        pairs = [] if options else [(params, lora), (base, lowrank.fold_norms(base, lora))]
+        ys = [lifted(lowrank.combine(*pair), x) for pair in pairs]
+        value = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(lora, x, base)
+        return value, ys, None if options else lowrank.merge(base, lora)["params"]["kernel"]
+
+    ((_, y), (gradients, dx)), ys, merged = found(lora, x, params)
+    for each in (y, *ys):
+        np.testing.assert_allclose(each, last(tensors["y"]), atol=1e-5)
     got = gradients["params"]["kernel"]
     got = {name: getattr(got, name) for name in mine}
     chex.assert_trees_all_close(got, factors(tensors, "grad."), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(dx, last(tensors["grad.x"]), rtol=1e-4, atol=1e-6)
     if not options:
-        for pair in ((params, lora), (base, lowrank.fold_norms(base, lora))):
-            y = lifted(lowrank.combine(*pair), x)
-            np.testing.assert_allclose(y, last(tensors["y"]), atol=1e-5)
-        merged = lowrank.merge(base, lora)["params"]["kernel"]
+        assert len(ys) == 2
         np.testing.assert_allclose(merged, kernel(tensors["merged"]), atol=1e-6, rtol=0)
 
 
@@ -198,17 +209,15 @@ class Table(nn.Module):
 def test_a_table_and_a_head(fast_compile):
     tensors, about = tensors_of("embed"), ABOUT["embed"]
     params = {
-        "embed": {"embedding": jnp.asarray(tensors["weight"])},
-        "head": {
-            "kernel": jnp.asarray(tensors["head.weight"].T),
-            "bias": jnp.asarray(tensors["head.bias"]),
-        },
+        "embed": {"embedding": tensors["weight"]},
+        "head": {"kernel": tensors["head.weight"].T, "bias": tensors["head.bias"]},
     }
     apply = lambda params, tokens: Table().apply({"params": params}, tokens)
-    tokens = jnp.asarray(tensors["x"])
+    tokens = tensors["x"]
     plan = lowrank.plan(apply, params, tokens)
     config = dora(about, targets=["embed/embedding", "head/kernel"])
-    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
+    init = lambda params: lowrank.init(jax.random.key(0), params, config, plan=plan)
+    _, lora = jax.eval_shape(init, params)
 
     def filled(lora, grad):
         """lora with PEFT's values, or their gradients; A of a table is [r, rows]."""
@@ -221,14 +230,19 @@ def test_a_table_and_a_head(fast_compile):
     chex.assert_trees_all_equal_shapes(before, lora)
     lifted = lowrank.lift(apply, fallback="raise")
 
-    def loss(lora):
+    def loss(lora, base):
         y = lifted(lowrank.combine(base, lora), tokens)
         return (y * tensors["probe"]).sum(), y
 
-    (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(lora)
+    @jax.jit
+    def found(lora, params):
+        base, _ = init(params)
+        value = jax.value_and_grad(loss, has_aux=True)(lora, base)
+        return value, lowrank.merge(base, lora)
+
+    ((_, y), gradients), merged = found(lora, params)
     np.testing.assert_allclose(y, tensors["y"], atol=1e-5)
     chex.assert_trees_all_close(gradients, filled(gradients, "grad."), rtol=1e-4, atol=1e-6)
-    merged = lowrank.merge(base, lora)
     np.testing.assert_allclose(merged["embed"]["embedding"], tensors["merged"], atol=1e-6)
     np.testing.assert_allclose(merged["head"]["kernel"], tensors["head.merged"].T, atol=1e-6)
 

@@ -44,7 +44,7 @@ def flax_params(tensors, scan, kernel=np.transpose):
         return tree
 
     layers = [layer(i) for i in range(2)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     blocks = {"layers": stacked} if scan else {f"layers_{i}": x for i, x in enumerate(layers)}
     return {
         "params": {
@@ -126,14 +126,13 @@ def base_tensors():
 def test_logits_gradients_and_merge_equal_peft(case, scan, base_tensors):
     golden = json.loads((GOLDEN / f"{case}.json").read_text())
     tensors = load(case)
-    params = jax.tree.map(jnp.asarray, flax_params(base_tensors, scan))
-    tokens = jnp.asarray(base_tensors["tokens"])
+    params = flax_params(base_tensors, scan)
+    tokens = base_tensors["tokens"]
     apply = model(scan).apply
     with jax.default_matmul_precision("highest"):
-        np.testing.assert_allclose(apply(params, tokens), base_tensors["logits"], atol=1e-5)
         plan = lowrank.plan(apply, params, tokens)
-        base, lora = lowrank.init(jax.random.key(0), params, config_of(case, golden), plan=plan)
-        lora = adapter(lora, tensors, scan)
+        init = lambda key: lowrank.init(key, params, config_of(case, golden), plan=plan)[1]
+        lora = adapter(jax.eval_shape(init, jax.random.key(0)), tensors, scan)
         for keys, node in jax.tree_util.tree_leaves_with_path(
             lora, is_leaf=lambda x: isinstance(x, lowrank.LowRank)
         ):
@@ -145,22 +144,29 @@ def test_logits_gradients_and_merge_equal_peft(case, scan, base_tensors):
 
         lifted = lowrank.lift(apply, fallback="raise")
 
-        def loss(lora):
-            logits = lifted(lowrank.combine(base, lora), tokens)
+        def loss(lora, params):
+            logits = lifted(lowrank.combine(params, lora), tokens)
             chosen = jnp.take_along_axis(
                 jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
             )
             return -chosen.mean(), logits
 
-        (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(lora)
+        @jax.jit
+        def found(lora, params):
+            merged = lowrank.merge(params, lora)
+            dense = jax.lax.map(lambda tree: apply(tree, tokens), stack(params, merged))
+            return jax.value_and_grad(loss, has_aux=True)(lora, params), merged, dense
+
+        stack = lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        ((value, logits), gradients), merged, dense = found(lora, params)
+        np.testing.assert_allclose(dense[0], base_tensors["logits"], atol=1e-5)
+        np.testing.assert_allclose(dense[1], tensors["logits"], atol=1e-5)
         np.testing.assert_allclose(logits, tensors["logits"], atol=1e-5)
         np.testing.assert_allclose(value, tensors["loss"], rtol=1e-6)
         theirs = adapter(gradients, tensors, scan, prefix="grad/")
         # the smallest gradient of a tensor has norm 0.045: atol is rounding, not room
         chex.assert_trees_all_close(gradients, theirs, rtol=1e-4, atol=1e-6)
 
-        merged = lowrank.merge(base, lora)
-        np.testing.assert_allclose(apply(merged, tokens), tensors["logits"], atol=1e-5)
         expected = dict(base_tensors)
         expected |= {k.removeprefix("merged/"): v for k, v in tensors.items() if "merged/" in k}
         chex.assert_trees_all_close(merged, flax_params(expected, scan), atol=1e-6, rtol=0)

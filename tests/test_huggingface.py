@@ -338,8 +338,10 @@ MISTAKES = {
         r"quant is a str: pass a lowrank\.QuantConfig",
     ),
     "a quantized model": (
-        lambda p: load(GOLDEN / "bitsandbytes_files" / "llama", shapes(True)),
-        r"quantized, by 'bitsandbytes': lowrank\.bitsandbytes\.load reads it",
+        lambda p: load(
+            spoiled(p, config={"quantization_config": {"quant_method": "gptq"}}), shapes(True)
+        ),
+        r"quantized, by 'gptq': fetch the model in its dense form",
     ),
     "no folder": (lambda p: load(p / "none", shapes(True)), r"holds neither model\.safetensors"),
     "a config that is none": (

@@ -27,6 +27,16 @@ assert set(plan) >= {"mix/kernel", "head/kernel"}
 }
 
 
+# name -> what is run in the place of what is read: shorter trainings, fewer held-out windows
+SHORTER = {
+    "quickstart": {
+        'train["English"], 300)': 'train["English"], 100)',
+        '    train["Python"],\n    200,\n': '    train["Python"],\n    60,\n',
+        "* 9 // 10 :], 128, 0)": "* 9 // 10 :], 32, 0)",
+    }
+}
+
+
 def read(path):
     return nbformat.read(path, 4)
 
@@ -62,7 +72,11 @@ def test_outputs_and_plots_are_kept(path):
 def test_runs_to_its_end(path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a reader has
     monkeypatch.setenv("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", "cpu"))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # see fast_compile in conftest.py
     notebook = read(path)
+    for read_text, run_text in SHORTER[path.stem].items():
+        (cell,) = [cell for cell in notebook.cells if read_text in cell.source]
+        cell.source = cell.source.replace(read_text, run_text)
     notebook.cells.append(nbformat.v4.new_code_cell(HOLDS[path.stem]))
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
     client.execute(cwd=str(FOLDER))

@@ -21,7 +21,8 @@ COMMANDS = re.findall(r"```bash\n(.*?)\n```", TEXT, flags=re.DOTALL)
 def printed(tmp_path_factory):
     """What each block prints, run in an empty directory with nothing of this process."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env = {**env, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # see fast_compile in conftest.py
     run = lambda block: subprocess.run(
         [sys.executable, "-W", "error", "-c", block],
         cwd=tmp_path_factory.mktemp("empty"),
