@@ -141,9 +141,8 @@ def _init_leaf(
             leaf = residual.astype(leaf.dtype)
         else:
             leaf = _quantized(path, residual, leaf, target, quant)
-    moved = residual is not None and getattr(initializer, "moves", True)
     axes = target.fan_in, target.fan_out, target.stack
-    node = LowRank(a, b, None, *axes, target.scale, target.kind, moved=moved)
+    node = LowRank(a, b, None, *axes, target.scale, target.kind, moved=residual is not None)
     return _normed(leaf, node, config)
 
 

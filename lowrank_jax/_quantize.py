@@ -126,7 +126,7 @@ def quantize_leaf(
 
 def quantized_shapes(leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
     """The node of a leaf of that shape and dtype, without values."""
-    leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    leaf = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return jax.eval_shape(lambda leaf: _encode(leaf, fan_in, stack, quant)[0], leaf)
 
 

@@ -1,5 +1,6 @@
 """What is encoded on the host, of NumPy arrays, equals what a device makes, bit for bit."""
 
+import itertools
 import threading
 import tracemalloc
 
@@ -111,6 +112,11 @@ OPTIONS = {
 }
 
 
+# bytes that are halves of an axis in every case, and one of the others
+CASES = [(case, "nf4, twice, bytes") for case in LEAVES]
+CASES += zip(LEAVES, itertools.cycle(list(OPTIONS)[:-1]))
+
+
 def both(leaf, fan_in, stack, options):
     """The leaf from the host, and from the device."""
     make = jax.jit(lambda leaf: quantized(leaf, fan_in, stack, **options))
@@ -118,18 +124,17 @@ def both(leaf, fan_in, stack, options):
     return node, make(leaf), bad
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("case", LEAVES)
-def test_leaves(case, options, monkeypatch):
+@pytest.mark.parametrize(("case", "options"), CASES)
+def test_leaves(case, options, monkeypatch, fast_compile):
     monkeypatch.setattr(leaves, "PIECE", 200)  # many pieces, of unequal sizes
     shape, fan_in, stack = LEAVES[case]
     leaf = np.random.default_rng(0).standard_normal(shape, F32)
     got, wanted, bad = both(leaf, fan_in, stack, OPTIONS[options])
-    chex.assert_trees_all_equal(jax.tree.map(jnp.asarray, got), wanted)
+    chex.assert_trees_all_equal(got, jax.device_get(wanted))
     chex.assert_trees_all_equal_dtypes(got, wanted)
     assert bad == 0
     leaf.flat[[0, 5, -1]] = np.nan, np.inf, -np.inf
-    assert both(leaf, fan_in, stack, OPTIONS[options])[2] == 3
+    assert quantized_on_host(leaf, jax.eval_shape(lambda: wanted))[1] == 3
     assert leaves.count_bad(leaf) == 3
 
 
@@ -146,7 +151,7 @@ def test_dtypes_views_and_iterables():
 
 
 def test_memory_beside_the_codes_is_that_of_a_piece(monkeypatch):
-    monkeypatch.setattr(leaves.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(leaves, "_cores", lambda: 2)
     leaf = np.random.default_rng(0).standard_normal((1024, 4096), F32)
     shapes = jax.eval_shape(lambda x: quantized(x, (0,), (), packing="uint8"), leaf)
     tracemalloc.start()
@@ -178,6 +183,52 @@ def test_the_device_takes_the_buffers_over():
     node, _ = quantized_on_host(leaf, shapes)
     taken = jax.device_put(node.codes)
     assert taken.unsafe_buffer_pointer() == node.codes.ctypes.data
+
+
+def test_what_is_no_float32_is_counted_as_such():
+    leaf = np.random.default_rng(0).standard_normal((64, 4))
+    leaf[0, 0] = 1e300  # finite, and not in float32
+    quant = lowrank.QuantConfig(targets="w")
+    for donate in (False, True):
+        with pytest.raises(lowrank.TreeError, match="w: 1 of 256 values are not finite"):
+            lowrank.quantize({"w": leaf}, quant, donate=donate)
+
+
+def test_scales_beyond_float32_are_refused():
+    leaf = np.full((64, 4096), F32(3e38))
+    with pytest.raises(lowrank.ConfigError, match="pass double_quant=False"):
+        lowrank.quantize({"w": leaf}, lowrank.QuantConfig(targets="w"))
+
+
+def test_a_mean_that_xla_takes_for_0():
+    leaf = np.zeros((256, 8), F32)
+    leaf[0, 0] = 2.0**-126
+    got, wanted, _ = both(leaf, (0,), (), {})
+    chex.assert_trees_all_equal(got, wanted)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (64, 0), (3, 0, 4)])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_empty_leaves_are_refused(shape, kind):
+    quant = lowrank.QuantConfig(targets="w")
+    plan = None
+    if len(shape) == 3:
+        fn = lambda p, x: jax.lax.scan(lambda x, w: (x[:, :0] @ w, None), x, p["w"])[0]
+        plan = lowrank.plan(fn, {"w": jax.ShapeDtypeStruct(shape, F32)}, np.ones((1, 4), F32))
+    with pytest.raises(lowrank.AxesError, match="has no values to quantize: exclude it"):
+        lowrank.quantize({"w": kind(np.zeros(shape, F32))}, quant, plan=plan)
+
+
+def test_a_flat_leaf_is_gathered_piece_by_piece(monkeypatch):
+    monkeypatch.setattr(leaves, "_cores", lambda: 2)
+    leaf = np.random.default_rng(0).standard_normal((1000, 4096), F32)
+    shapes = jax.eval_shape(lambda x: quantized(x, (0,), (), packing="uint8"), leaf)
+    tracemalloc.start()
+    node, _ = quantized_on_host(leaf, shapes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert node.order is not None
+    assert peak < sum(part.nbytes for part in jax.tree.leaves(node)) + leaf.nbytes / 2
 
 
 def test_quantize_of_numpy_arrays_is_that_of_jax_arrays():

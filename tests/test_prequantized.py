@@ -130,14 +130,19 @@ def test_leaves_lie_where_like_has_them():
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
-SIDES = (
-    "absmax",
-    "quant_map",
-    "nested_absmax",
-    "nested_quant_map",
-    "quant_state.bitsandbytes__nf4",
-)
+STATE = "quant_state.bitsandbytes__nf4"
+SIDES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 DENSE = {f"{UP}.{side}": None for side in SIDES} | {UP: np.zeros((128, 64), np.float32)}
+
+
+def letters(text):
+    return np.frombuffer(text.encode(), np.uint8).copy()
+
+
+def state(**fields):
+    """The JSON of a weight, with other fields."""
+    own = json.loads(tensors_of()[f"{UP}.{STATE}"].tobytes())
+    return letters(json.dumps({**own, **fields}))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,28 @@ DENSE = {f"{UP}.{side}": None for side in SIDES} | {UP: np.zeros((128, 64), np.f
         ({}, {"double_quant": False}, "double_quant=True; say the same in quant, or leave"),
         (DENSE, {}, f"{UP} is dense, and other layers are not; load it with unrolled layers"),
         ({f"{UP}.absmax": None}, {}, f"{UP}.absmax is missing"),
-        ({f"{UP}.absmax": np.zeros(3, np.uint8)}, {}, r"absmax is uint8 \[3\]; expected uint8 \["),
+        (
+            {f"{UP}.absmax": np.zeros(3, np.uint8)},
+            {},
+            r"absmax is of 3 bytes; \[128, 64\] needs 12",
+        ),
+        (
+            {UP: np.zeros((9, 1), np.uint8)},
+            {},
+            r"up_proj.weight is of 9 bytes; \[128, 64\] needs 4",
+        ),
+        (
+            {f"{UP}.nested_absmax": np.array([np.nan], np.float32)},
+            {},
+            "nested_absmax holds values that",
+        ),
+        ({f"{UP}.{STATE}": state(shape=[32.5, 64])}, {}, r"no quant state .*shape is \[32.5, 64\]"),
+        ({f"{UP}.{STATE}": state(shape="48")}, {}, "no quant state .*shape is '48'"),
+        ({f"{UP}.{STATE}": state(blocksize=64.0)}, {}, "blocksize is 64.0; expected"),
+        ({f"{UP}.{STATE}": state(nested_offset=float("nan"))}, {}, "nested_offset is nan"),
+        ({f"{UP}.{STATE}": state(nested_offset="0.5")}, {}, "holds no quant state"),
+        ({f"{UP}.{STATE}": letters("[" * 100_000)}, {}, "holds no quant state .*Recursion"),
+        ({f"{UP}.{STATE}": letters('{"shape": [Infinity, 2]}')}, {}, "holds no quant state"),
         ({"other.weight.absmax": np.zeros(3)}, {}, "other.weight.absmax belongs to no weight in 4"),
     ],
 )
@@ -167,6 +193,55 @@ def test_unrolled_layers_may_be_dense_here_and_coded_there(tmp_path):
     assert leaves["params/layers_1/mlp/up_proj/kernel"].dtype == jnp.float32
     assert not isinstance(leaves["params/layers_1/mlp/up_proj/kernel"], lowrank.Quantized)
     assert isinstance(leaves["params/layers_0/mlp/up_proj/kernel"], lowrank.Quantized)
+
+
+@pytest.mark.parametrize("size", [3, 64])
+def test_stacks_in_the_middle_are_refused(size, tmp_path):
+    """A second level is of what a leading axis stacks. With 64 no shape would tell."""
+    nodes = lowrank.quantize(
+        {f"{i}": np.ones((64, 64), np.float32) for i in range(size)}, QuantConfig(targets="*")
+    )
+    tensors = {}
+    for i, node in nodes.items():
+        tensors |= lowrank.bitsandbytes.to_state_dict(node, f"layers.{i}.weight")
+    shutil.copy(FOLDER / "config.json", tmp_path)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        write_tensors(file, tensors)
+    fn = lambda p, x: jax.vmap(lambda k, x: x @ k, in_axes=(1, 0))(p["w"], x)
+    params = {"w": jax.ShapeDtypeStruct((64, size, 64), np.float32)}
+    plan = lowrank.plan(fn, params, np.ones((size, 5, 64), np.float32))
+    with pytest.raises(lowrank.CheckpointError, match=r"stacked along axes \(1,\); in 4 bits they"):
+        load(tmp_path, params, names={"w": lowrank.names.Parameter("layers.{}")}, plan=plan)
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (64, 64)])
+def test_a_conv1d_lies_out_in_when_it_is_in_4_bits(shape, tmp_path):
+    """As transformers' quantizer turns the weights of GPT-2's Conv1D."""
+    kernel = np.random.default_rng(0).standard_normal(shape, np.float32)
+    node = lowrank.quantize({"w": kernel}, QuantConfig(targets="w"))["w"]
+    shutil.copy(FOLDER / "config.json", tmp_path)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        write_tensors(file, lowrank.bitsandbytes.to_state_dict(node, "h.weight"))
+    names = {"w": lowrank.names.Parameter("h", fan_in_fan_out=True)}
+    got = load(tmp_path, {"w": jax.ShapeDtypeStruct(shape, np.float32)}, names=names)["w"]
+    chex.assert_trees_all_equal(got, node)
+
+
+def test_quant_of_other_leaves_may_be_of_another_kind():
+    quant = QuantConfig(targets="**/embedding", format="int8")
+    leaves = leaves_of(load(FOLDER, like(True), names=LLAMA, quant=quant))
+    kinds = {p: x.format for p, x in leaves.items() if isinstance(x, lowrank.Quantized)}
+    assert kinds.pop("params/embed_tokens/embedding") == "int8"
+    assert set(kinds.values()) == {"nf4"}
+
+
+def test_a_folder_in_4_bits_is_no_folder_to_write_like(tmp_path):
+    params = lowrank.dequantize(load(FOLDER, like(True), names=LLAMA))
+    with pytest.raises(lowrank.CheckpointError, match="whose weights are in 4 bits, and what is"):
+        lowrank.huggingface.save(tmp_path / "out", params, names=LLAMA, like_folder=FOLDER)
+    lowrank.huggingface.save(tmp_path / "out", params, names=LLAMA)
+    again = load(tmp_path / "out", like(True), names=LLAMA)
+    chex.assert_trees_all_equal(again, params)
 
 
 def test_other_shapes_and_tables_are_refused(tmp_path):

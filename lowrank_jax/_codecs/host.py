@@ -16,6 +16,7 @@ from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
 _TINY = np.finfo(np.float32).tiny
 _SMALL = np.float32(2.0**-100)  # of a larger absmax, what is flushed is nearest to 0 anyway
 _QUARTER = np.float32(0.25)
+_PIECE = 1 << 18  # numbers whose places, eight bytes each, are found at a time
 
 
 def encode(x: np.ndarray, format: str, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +46,8 @@ def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray
 
 def encode_scales(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """Double quantization of scales float32 [n]; as of `lowrank_jax._codecs.scales`."""
-    offset = _mean(absmax)
+    with np.errstate(over="ignore"):  # an infinite offset is refused elsewhere
+        offset = _mean(absmax)
     with np.errstate(invalid="ignore"):  # scales that are not finite are refused elsewhere
         x = _flushed(absmax - offset)
     full = x.size - x.size % SCALE_BLOCK
@@ -54,8 +56,11 @@ def encode_scales(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float3
     if full < x.size:
         rest, last = _short(x[full:])
         ratios, nested = np.concatenate([ratios, rest]), np.append(nested, last)
-    codes = np.searchsorted(midpoints(DYNAMIC_MAP), ratios, side="left")
-    return codes.astype(np.uint8), nested, offset
+    codes, middles = np.empty(ratios.shape, np.uint8), midpoints(DYNAMIC_MAP)
+    for start in range(0, codes.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        codes[piece] = np.searchsorted(middles, ratios[piece], side="left")
+    return codes, nested, offset
 
 
 def pack(codes: np.ndarray, axis: int, packing: str) -> np.ndarray:
@@ -125,4 +130,5 @@ def _mean(x: np.ndarray) -> np.float32:
     while x.size > 1:
         half = x.size // 2
         x = np.concatenate([x[:half] + x[half : 2 * half], x[2 * half :]])
-    return np.maximum(x[0] * (np.float32(1) / np.float32(n)), np.float32(0))
+    mean = x[0] * (np.float32(1) / np.float32(n))
+    return np.float32(0) if mean < _TINY else mean

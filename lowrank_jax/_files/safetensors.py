@@ -40,6 +40,10 @@ class Tensors(Mapping):
         """Shape and dtype of a tensor, of which nothing is read."""
         return self._files[name].entries[name]
 
+    def is_coded(self, name: str) -> bool:
+        """Whether a tensor is a weight in 4 bits, which lies [out, in] whatever its module."""
+        return False
+
     def file(self, name: str) -> str:
         """The name of the file that a tensor is in."""
         return self._files[name].path.name

@@ -6,6 +6,7 @@ What it takes beside the codes is some megabytes for each core, whatever the lea
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from lowrank_jax._codecs import host
+from lowrank_jax._errors import ConfigError
 from lowrank_jax._nodes.quantized import Quantized, flat_order
 
 PIECE = 1 << 18  # values that a thread works on
@@ -29,14 +31,33 @@ def quantized_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, int]:
 
     Returns:
       The leaf with NumPy arrays, and how many values are not finite.
+
+    Raises:
+      ConfigError: the scales are too large to be quantized in their turn.
     """
     node = jax.tree.map(lambda part: empty(part.shape, part.dtype), shapes)
-    return node, _fill(node, leaf)
+    bad = _fill(node, np.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf)
+    if not bad and node.offset is not None and not np.isfinite(node.offset).all():
+        raise ConfigError(
+            "the mean of its scales is beyond float32: weights as large cannot be quantized "
+            "doubly; pass double_quant=False"
+        )
+    return node, bad
 
 
 def count_bad(array: np.ndarray) -> int:
     """How many values are not finite."""
-    return _sum_over(_pieces(array, ()), lambda cut: np.sum(~np.isfinite(array[cut])))
+    return _sum_over(_pieces(array, ()), lambda cut: _not_finite(_float32(array[cut])))
+
+
+def _float32(piece: np.ndarray) -> np.ndarray:
+    """A piece as it is computed with, in an order of its own; beyond float32 it is infinite."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(piece, np.float32)
+
+
+def _not_finite(piece: np.ndarray) -> int:
+    return int(np.sum(~np.isfinite(piece)))
 
 
 def _fill(node: Quantized, leaf: Any) -> int:
@@ -67,26 +88,29 @@ def _fill_blocks(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
     blocks = leaf.reshape(shape)
 
     def one(cut: tuple[slice, ...]) -> int:
-        piece = np.ascontiguousarray(blocks[cut])
+        piece = _float32(blocks[cut])
         codes, absmax = host.encode(piece, node.format, at)
         _store(node, cut, codes, at)
         scales[cut[:at] + cut[at + 1 :]] = absmax
-        return 0 if np.isfinite(absmax).all() else int(np.sum(~np.isfinite(piece)))
+        return 0 if np.isfinite(absmax).all() else _not_finite(piece)
 
     return _sum_over(_pieces(blocks, (at,)), one)
 
 
 def _fill_flat(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
     """A leaf in torch's order, in pieces of whole blocks; the last one may be short."""
-    row, size = leaf.transpose(node.order).reshape(-1), node.block_size
-    per_piece = max(1, PIECE // size)
+    rows, size = leaf.transpose(node.order), node.block_size
+    width, per_piece = math.prod(rows.shape[1:]), max(1, PIECE // size)
 
     def one(cut: tuple[slice, ...]) -> int:
-        piece = row[cut[0].start * size : cut[0].stop * size]
+        start, stop = cut[0].start * size, min(cut[0].stop * size, leaf.size)
+        first = start // width
+        near = _float32(rows[first : -(-stop // width)]).reshape(-1)
+        piece = near[start - first * width : stop - first * width]
         codes, absmax = host.encode_flat(piece, node.format, size)
         _store(node, cut, codes.reshape(-1, size), 1)
         scales[cut] = absmax
-        return 0 if np.isfinite(absmax).all() else int(np.sum(~np.isfinite(piece)))
+        return 0 if np.isfinite(absmax).all() else _not_finite(piece)
 
     starts = range(0, len(scales), per_piece)
     return _sum_over([(slice(i, i + per_piece),) for i in starts], one)
@@ -119,8 +143,14 @@ def _sum_over(cuts: list[Any], one: Any) -> int:
     """The sum of a function over pieces, by as many threads as there are cores."""
     if len(cuts) == 1:
         return int(one(cuts[0]))
-    with ThreadPoolExecutor(min(len(cuts), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(cuts), _cores())) as pool:
         return int(sum(pool.map(one, cuts)))
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 from lowrank_jax import _codecs, _jaxprs
 from lowrank_jax._codecs.packing import pack, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK, decode_scales, encode_scales
-from lowrank_jax._errors import LowrankError, TreeError
+from lowrank_jax._errors import AxesError, LowrankError, TreeError
 
 Axes = tuple[int, ...]
 
@@ -258,6 +258,8 @@ def quantized(
         must be; else it is looped over, and temporaries are those of one layer.
       **options: format, block_size, double_quant and packing, as of QuantConfig.
     """
+    if not leaf.size:
+        raise AxesError(f"a leaf of shape {leaf.shape} has no values to quantize: exclude it")
     lead = 0
     while lead < leaf.ndim and lead in stack:
         lead += 1

@@ -28,6 +28,7 @@ _TABLES = {format: np.array(FORMATS[format].table) for format in ("nf4", "fp4")}
 _SINGLE = ("absmax", "quant_map")
 _DOUBLE = ("nested_absmax", "nested_quant_map")
 SIDES = (*_SINGLE, *_DOUBLE)
+STATES = tuple(f"quant_state.bitsandbytes__{format}" for format in _TABLES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,26 +87,60 @@ def check(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
     return header
 
 
+def check_sizes(header: Mapping[str, Any], name: str, there: Mapping[str, Any]) -> None:
+    """Whether the tensors of a weight are as large as its JSON says, by their shapes alone.
+
+    Args:
+      header: what `check` returned.
+      name: the weight.
+      there: key -> anything with shape and dtype, of the weight and of what stands beside it.
+
+    Raises:
+      CheckpointError: naming those that are not.
+    """
+    n = math.prod(header["shape"])
+    blocks = -(-n // header["blocksize"])
+    wanted = {name: (n + 1) // 2}  # bytes
+    if "nested_offset" in header:
+        wanted[f"{name}.absmax"] = blocks
+        wanted[f"{name}.nested_absmax"] = 4 * -(-blocks // SCALE_BLOCK)
+        wanted[f"{name}.nested_quant_map"] = 4 * DYNAMIC_MAP.size
+    else:
+        wanted[f"{name}.absmax"] = 4 * blocks
+    found = {key: math.prod(there[key].shape) * there[key].dtype.itemsize for key in wanted}
+    _raise(
+        name,
+        [
+            f"{key} is of {found[key]} bytes; {list(header['shape'])} needs {size}"
+            for key, size in wanted.items()
+            if found[key] != size
+        ],
+    )
+
+
 def _header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]:
     """The JSON, each of its values of a kind that is known."""
     try:
         header = json.loads(_array(tensors, key).tobytes().decode())
-        shape = tuple(map(int, header["shape"]))
+        shape = tuple(header["shape"])
+        if not isinstance(header["shape"], list) or any(type(size) is not int for size in shape):
+            raise TypeError(f"shape is {header['shape']!r}")
         known = {
             "quant_type": (header["quant_type"], (format,)),
             "blocksize": (header["blocksize"], BLOCK_SIZES),
             "dtype": (header["dtype"], DTYPES),
         }
         if "nested_offset" in header:
-            float(header["nested_offset"])
+            if not math.isfinite(header["nested_offset"]):
+                raise ValueError(f"nested_offset is {header['nested_offset']!r}")
             known["nested_blocksize"] = header["nested_blocksize"], (SCALE_BLOCK,)
             known["nested_dtype"] = header["nested_dtype"], ("float32",)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{key} holds no quant state of bitsandbytes ({error!r})") from error
     problems = [
         f"{field} is {value!r}; expected {' or '.join(map(repr, allowed))}"
         for field, (value, allowed) in known.items()
-        if value not in allowed
+        if value not in allowed or type(value) is not type(allowed[0])
     ]
     if min(shape, default=0) < 1:
         problems.append(f"shape is {list(shape)}; expected sizes of 1 or more")

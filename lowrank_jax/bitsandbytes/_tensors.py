@@ -13,7 +13,14 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.safetensors import Tensors
 from lowrank_jax._files.tensor_file import Entry
-from lowrank_jax.bitsandbytes._quant_state import SIDES, QuantState, check, read
+from lowrank_jax.bitsandbytes._quant_state import (
+    SIDES,
+    STATES,
+    QuantState,
+    check,
+    check_sizes,
+    read,
+)
 
 
 class StateTensors(Tensors):
@@ -35,12 +42,18 @@ class StateTensors(Tensors):
         self.weights: dict[str, dict[str, Any]] = {}
         for name in sorted(names):
             try:
-                self.weights[name] = check(tensors, name)
+                self.weights[name] = header = check(tensors, name)
+                check_sizes(header, name, {key: tensors.entry(key) for key in _own(tensors, name)})
             except CheckpointError as error:
                 problems.append(str(error))
         if problems:
             raise CheckpointError(f"{folder} is damaged:\n{listing(problems)}")
-        self._names = [key for key in tensors if key not in beside and ".quant_state." not in key]
+        own = [key for key in tensors if key not in beside and ".quant_state." not in key]
+        self._names = dict.fromkeys(own)
+
+    def is_coded(self, name: str) -> bool:
+        """Whether a tensor is a weight in 4 bits."""
+        return name in self.weights
 
     def state(self, name: str) -> QuantState:
         """Codes and scales of a weight in 4 bits."""
@@ -71,7 +84,16 @@ class StateTensors(Tensors):
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same to the last bit."""
-        return name not in self.weights and self._tensors.equal(name, other)
+        parts, others = ([key[len(x) :] for key in _own(self._tensors, x)] for x in (name, other))
+        return parts == others and all(
+            self._tensors.equal(name + part, other + part) for part in parts
+        )
+
+
+def _own(tensors: Tensors, name: str) -> list[str]:
+    """A tensor and those that stand beside it, if it is in 4 bits."""
+    sides = [f"{name}.{side}" for side in (*SIDES, *STATES)]
+    return [key for key in (name, *sides) if key in tensors]
 
 
 def refuse_other_models(folder: Path) -> None:

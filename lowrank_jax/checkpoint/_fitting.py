@@ -102,6 +102,7 @@ def static_differences(wanted: dict[str, Any], saved: dict[str, Any]) -> list[st
         f"{path}.{name}": repr(value)
         for path in both
         for name, value in static_fields(type(nodes[path]), vars(nodes[path])).items()
+        if name != "moved"  # which base it is of; the file knows
     }
     return differences(show(wanted), show(saved))
 

@@ -103,8 +103,8 @@ def load(
     with _opened(folder) as (tensors, tied):
         found = matched(tensors, leaves, names, plan, ignore, tied)
         found.refuse(folder, names)
-        coded = in_four_bits(found.leaves, tensors, quant, folder)
         blocks = {} if quant is None else _blocks(leaves, found.leaves, quant, plan)
+        coded = in_four_bits(found.leaves, tensors, quant, blocks, folder)
         given, bad = dict(flatten(like)[0]), {}
         out = dict(given)
         for path, lying in found.leaves.items():
@@ -180,6 +180,11 @@ def save(
         raise CheckpointError(f"max_shard is {max_shard} bytes: pass 1 or more")
     leaves = {path: unnormed(leaf) for path, leaf in flatten(params, is_leaf=is_node)[0]}
     origin = None if like_folder is None else Path(like_folder)
+    if origin is not None and is_prequantized(origin, read_config(origin)):
+        raise CheckpointError(
+            f"like_folder is {origin}, whose weights are in 4 bits, and what is written is dense: "
+            "name the folder of the dense model, or none"
+        )
     with contextlib.nullcontext() if origin is None else open_folder(origin) as original:
         tensors = outgoing(leaves, names, plan, original, dequantize)
     kinds = {

@@ -101,6 +101,8 @@ def matched(
             found.misfits.append(str(error))
             continue
         taken |= {*keys.values()}
+        if any(map(tensors.is_coded, keys.values())):
+            name = dataclasses.replace(name, fan_in_fan_out=False)
         for key in keys.values():
             entry = tensors.entry(key)
             if jnp.issubdtype(entry.dtype, jnp.floating) != is_floating(leaf):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -17,15 +17,27 @@ from lowrank_jax._files.safetensors import Tensors
 from lowrank_jax._nodes.host import empty
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax.bitsandbytes._layout import laid_out
+from lowrank_jax.bitsandbytes._quant_state import QuantState
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._leaves import Lying
 from lowrank_jax.huggingface._reading import put_in_place
 
 
 def in_four_bits(
-    leaves: dict[str, Lying], tensors: Tensors, quant: QuantConfig | None, folder: Any
+    leaves: dict[str, Lying],
+    tensors: Tensors,
+    quant: QuantConfig | None,
+    chosen: Collection[str],
+    folder: Any,
 ) -> dict[str, Callable[[Any, Any], Quantized]]:
     """Path -> reader (dtype, sharding) of the leaves that are codes in the folder.
+
+    Args:
+      leaves: how each lies in the folder.
+      tensors: the folder's.
+      quant: as of load; its packing is that of the codes.
+      chosen: the leaves that quant is about; of those, the file's kind must be quant's.
+      folder: named in errors.
 
     Raises:
       CheckpointError: a leaf is a table, or stacks layers that are not all so; or quant differs.
@@ -37,7 +49,7 @@ def in_four_bits(
     for path, lying in leaves.items():
         if tensors.weights.keys() & {*lying.keys.values()}:
             readers[path] = functools.partial(_read, tensors, lying, packing)
-            if problem := _misfit(lying, tensors, quant):
+            if problem := _misfit(lying, tensors, quant if path in chosen else None):
                 problems.append(f"{path!r}: {problem}")
     if problems:
         raise CheckpointError(
@@ -54,6 +66,8 @@ def _misfit(lying: Lying, tensors: StateTensors, quant: QuantConfig | None) -> s
     kinds = {_kind(tensors.weights[key]) for key in keys}
     if len(kinds) > 1:
         return f"its layers are of several kinds, {sorted(kinds)}; load it with unrolled layers"
+    if lying.layout.stack != tuple(range(len(lying.layout.stack))):
+        return f"its layers are stacked along axes {lying.layout.stack}; in 4 bits they must lead"
     if lying.layout.kind != "dot":
         return f"{keys[0]} is in 4 bits, and the leaf is no product's weight"
     if quant is not None and kinds != {(quant.format, quant.block_size, quant.double_quant)}:
@@ -77,7 +91,12 @@ def _read(
     layer, layout = lying.layer, lying.layout
     whole, stack = None, tuple(layout.shape[axis] for axis in layout.stack)
     for index, key in lying.keys.items():
-        node = laid_out(tensors.state(key), layer.shape, layer.fan_in, packing)
+        state = tensors.state(key)
+        if bad := [side for side, scales in _scales(state) if not np.isfinite(scales).all()]:
+            raise CheckpointError(
+                f"{key}.{bad[0]} holds values that are not finite: fetch it again"
+            )
+        node = laid_out(state, layer.shape, layer.fan_in, packing)
         node = dataclasses.replace(node, weight_dtype=jnp.dtype(dtype).name)
         if whole is None:
             whole = jax.tree.map(lambda part: empty((*stack, *part.shape), part.dtype), node)
@@ -88,4 +107,12 @@ def _read(
             )
         for place, part in zip(jax.tree.leaves(whole), jax.tree.leaves(node), strict=True):
             place[(*index, ...)] = np.asarray(part)
+    assert whole is not None
+    assert whole.shape == layout.shape
     return put_in_place(whole, lying.path, sharding)
+
+
+def _scales(state: QuantState) -> list[tuple[str, np.ndarray]]:
+    """The floating-point scales of a weight, by what the file calls them."""
+    second = [] if state.second is None else [("nested_absmax", state.second[0])]
+    return [("absmax", state.absmax), *second]

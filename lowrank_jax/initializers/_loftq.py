@@ -30,11 +30,6 @@ class LoftQ:
     quant: QuantConfig = dataclasses.field(metadata={"static": True})
     iterations: int = dataclasses.field(metadata={"static": True})
 
-    @property
-    def moves(self) -> bool:
-        """Whether the base is more than the weight quantized: after one turn it is that."""
-        return self.iterations > 1
-
     def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
         del key
         root, inverse = self._roots(weight)

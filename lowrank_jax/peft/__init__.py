@@ -5,7 +5,6 @@ Source: peft 0.21.2. Nothing is unpickled.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import CheckpointError, TreeError, listing
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._files.torch_layout import known_names, misnumbered, numbered, stack_axes, use_of
-from lowrank_jax._nodes import Full, LowRank, is_node, nodes_of, normed, unnormed
+from lowrank_jax._nodes import Full, LowRank, is_adapter, is_node, nodes_of, normed, unnormed
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._paths import flatten, in_structure
 from lowrank_jax._plan import Plan
@@ -116,10 +115,12 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
 
     Returns:
       (base, lora): the weights for huggingface.save, and an adapter on them for save(...,
-      for_serving=True), None in every place if nothing is left.
+      for_serving=True), with base=base, original=base where an initializer had moved weight. If
+      nothing is left, lora is None in every place, and there is no adapter to save.
 
     Raises:
-      TreeError: the adapter has a leaf that the base has not, or of another shape.
+      TreeError: base holds adapters or shapes without values; the adapter has a leaf that base has
+        not, or of another shape.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; what servers take: vLLM, lora/peft_helper.py.
 
@@ -133,6 +134,11 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
     """
     nodes = nodes_of(lora)
     leaves = dict(flatten(base, is_leaf=is_node)[0])
+    if wrong := [path for path, leaf in leaves.items() if is_adapter(leaf) or _is_shape(leaf)]:
+        raise TreeError(
+            f"base holds a {type(leaves[wrong[0]]).__name__} at {wrong[0]!r}: pass the frozen "
+            "tree, of arrays (lowrank.partition takes a combined one apart)"
+        )
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items() if hasattr(leaf, "shape")}
     if lost := [path for path, node in nodes.items() if shapes.get(path) != tuple(node.shape)]:
         raise TreeError(
@@ -140,12 +146,16 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
             f"{shapes.get(lost[0], 'no such leaf')}: pass both results of init"
         )
     kept = {path: node for path, node in nodes.items() if not foreign(node)}
-    kept = {path: dataclasses.replace(node, moved=False) for path, node in kept.items()}
     folded = {
         path: folded_into(leaf, nodes[path]) if path in nodes.keys() - kept.keys() else leaf
         for path, leaf in leaves.items()
     }
     return in_structure(base, folded, is_node), in_structure(base, kept, is_node)
+
+
+def _is_shape(leaf: Any) -> bool:
+    """Whether a leaf has no values."""
+    return any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf))
 
 
 def load(

@@ -36,6 +36,8 @@ def alike(nodes: dict[str, Any]) -> dict[str, Any]:
             "servers read LoRA's factors alone; lowrank.peft.servable(base, lora) folds the rest "
             f"into the base, or leave for_serving out:\n{listing(problems)}"
         )
+    if zero := [path for path, node in nodes.items() if not node.scale > 0]:
+        raise CheckpointError(f"{zero[0]!r}: scale {nodes[zero[0]].scale}; PEFT's alpha is above 0")
     rank, scale = max(n.rank for n in nodes.values()), max(n.scale for n in nodes.values())
     return {path: _padded(path, node, rank, scale) for path, node in nodes.items()}
 

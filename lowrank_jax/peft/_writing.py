@@ -226,9 +226,10 @@ def _refuse_moved(nodes: dict[str, Any]) -> None:
     """Refuse adapters of which it is not said what base they are to change."""
     if moved := [path for path, node in nodes.items() if isinstance(node, LowRank) and node.moved]:
         raise CheckpointError(
-            "the initializer moved weight out of the base into the factors of the leaves below: "
-            "on the original weights the file would be wrong. Pass base and original=params, as "
-            "they were before init; or original=base, where the base itself is what is served:\n"
+            "the initializer changed the base of the leaves below: on the original weights the "
+            "file would be wrong. Give lowrank.peft.save base and original=params, as they were "
+            "before init; or base=base, original=base where that base is what is served (after one "
+            "turn of LoftQ the original, quantized); or save lowrank.merge(base, lora):\n"
             + listing(moved)
         )
 
