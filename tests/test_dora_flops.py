@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import lowrank_jax as lowrank
@@ -14,8 +16,18 @@ from flops import dense_gradients, flops, model
 
 @pytest.fixture(scope="module")
 def problem():
-    # dims such that only a dense product of a and b can have a weight's shape
-    return dora.problem(layers=1, dim=64, hidden=192, vocab=100, batch=2, tokens=160, rank=8)
+    functions = {}
+
+    def make():
+        # dims such that only a dense product of a and b can have a weight's shape
+        sizes = {"layers": 1, "dim": 64, "hidden": 192, "vocab": 100, "batch": 2, "tokens": 160}
+        params, data, forwards = dora.problem(**sizes, rank=8)
+        functions.update({name: fn for name, (fn, *_) in forwards.items()})
+        return params, data, {name: trees for name, (_, *trees) in forwards.items()}
+
+    params, data, trees = jax.eval_shape(make)  # the values do not matter
+    data = jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, x.dtype)), data)
+    return params, data, {name: (fn, *trees[name]) for name, fn in functions.items()}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """functional: NNX modules as functions, their state threaded, kept or refused."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,13 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from models import noisy, normal
 
 import lowrank_jax as lowrank
 
-X = jax.random.normal(jax.random.key(0), (5, 4))
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+X = normal(5, 4)
 
 
 class Block(nnx.Module):
@@ -54,10 +59,32 @@ class Model(nnx.Module):
 KINDS = ["plain", "remat", "jit", "scan"]
 
 
+def drawn(build):
+    """What build makes, split, its weights drawn in NumPy: nothing is compiled."""
+
+    def fill(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0), x.shape) if x.shape else jax.random.key(0)
+        fill = np.ones if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros
+        return jax.device_put(fill(x.shape, x.dtype))
+
+    graphdef, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
+    params, rest = jax.tree.map(fill, (params, rest))
+    return graphdef, noisy(params, scale=0.4), rest
+
+
+@functools.cache
+def drawn_model(kind):
+    return drawn(lambda: Model(nnx.Rngs(0), kind))
+
+
 def model_of(kind="plain", mode="eval"):
-    model = Model(nnx.Rngs(0), kind)
+    model = nnx.merge(*drawn_model(kind))
     getattr(model, mode)()
     return model
+
+
+call = nnx.jit(lambda model, x: model(x))  # the reference
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -67,11 +94,11 @@ def test_a_model_at_rest_is_a_function_of_its_parameters(kind, jit):
     fn, params = lowrank.functional(model)
     chex.assert_trees_all_equal(params, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     run = jax.jit(fn) if jit else fn
-    chex.assert_trees_all_close(run(params, X), model(X), atol=1e-6)
-    other = jax.tree.map(lambda p: p + 0.1, params)
+    chex.assert_trees_all_close(run(params, X), call(model, X), atol=1e-6)
+    other = noisy(params)
     changed = nnx.clone(model)
     nnx.update(changed, other)
-    chex.assert_trees_all_close(run(other, X), changed(X), atol=1e-6)
+    chex.assert_trees_all_close(run(other, X), call(changed, X), atol=1e-6)
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -97,7 +124,7 @@ def test_state_is_threaded_as_the_model_threads_its_own(kind):
     run = jax.jit(fn)
     for _ in range(3):
         out, state = run(params, state, X)
-        chex.assert_trees_all_close(out, model(X), atol=1e-5)
+        chex.assert_trees_all_close(out, call(model, X), atol=1e-5)
     other = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
     chex.assert_trees_all_equal_structs(state, other)
     chex.assert_trees_all_close(*map(without_keys, (state, other)), atol=1e-6)
@@ -129,12 +156,21 @@ def test_adapters_of_a_functional_model(kind):
     assert plan["head/kernel"].final
     config = lowrank.LoraConfig(rank=2, alpha=3)
     base, lora = lowrank.init(jax.random.key(1), params, config, plan=plan)
-    lora = jax.tree.map(lambda f: f + 0.1, lora)
     lifted = lowrank.lift(fn, fallback="raise")
-    merged = fn(lowrank.merge(base, lora), X)
-    chex.assert_trees_all_close(lifted(lowrank.combine(base, lora), X), merged, atol=1e-5)
-    grads = jax.grad(lambda l: (lifted(lowrank.combine(base, l), X) ** 2).sum())(lora)
-    wanted = jax.grad(lambda l: (fn(lowrank.merge(base, l), X) ** 2).sum())(lora)
+
+    def total(fn, lora):
+        out = fn(lora)
+        return (out**2).sum(), out
+
+    @jax.jit
+    def both(lora):
+        live = lambda lora: lifted(lowrank.combine(base, lora), X)
+        merged = lambda lora: fn(lowrank.merge(base, lora), X)
+        differentiate = lambda fn: jax.grad(functools.partial(total, fn), has_aux=True)(lora)
+        return differentiate(live), differentiate(merged)
+
+    (grads, out), (wanted, merged) = both(noisy(lora))
+    chex.assert_trees_all_close(out, merged, atol=1e-5)
     chex.assert_trees_all_close(grads, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -144,7 +180,7 @@ def test_training_with_moving_statistics_and_dropout(kind):
     plan = lowrank.plan(fn, params, state, X)
     base, lora = lowrank.init(jax.random.key(1), params, lowrank.LoraConfig(rank=2), plan=plan)
     lifted = lowrank.lift(fn, fallback="raise")
-    tx = optax.adam(1e-2)
+    tx = optax.sgd(1e-2)
 
     @jax.jit
     def step(lora, state, opt_state, x):
@@ -163,8 +199,8 @@ def test_training_with_moving_statistics_and_dropout(kind):
         lora, state, opt_state, _ = counted(lora, state, opt_state, X)
     count = lambda s: np.asarray(s["block"]["drop"]["rngs"]["count"])
     assert (count(state) == count(first) + 3).all()
-    assert (state["block"]["norm"]["mean"] != first["block"]["norm"]["mean"]).all()
-    assert all(leaf.any() for leaf in jax.tree.leaves(lora))
+    assert np.not_equal(state["block"]["norm"]["mean"], first["block"]["norm"]["mean"]).all()
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(lora))
 
 
 class WithRngs(nnx.Module):
@@ -177,10 +213,16 @@ class WithRngs(nnx.Module):
 
 
 def test_dropout_keys_may_be_arguments():
-    model = WithRngs(nnx.Rngs(0))
+    model = nnx.merge(*drawn(lambda: WithRngs(nnx.Rngs(0))))
     fn, params = lowrank.functional(model)
-    want = model(X, rngs=nnx.Rngs(dropout=7))
-    chex.assert_trees_all_close(fn(params, X, rngs=nnx.Rngs(dropout=7)), want, atol=1e-6)
+
+    @jax.jit
+    def both(params):
+        make = lambda: nnx.Rngs(dropout=7)
+        return fn(params, X, rngs=make()), model(X, rngs=make())
+
+    got, want = both(params)
+    chex.assert_trees_all_close(got, want, atol=1e-6)
     base, lora = lowrank.init(
         jax.random.key(1), params, lowrank.LoraConfig(rank=2, targets="up/*l")
     )
@@ -191,30 +233,37 @@ def test_dropout_keys_may_be_arguments():
         return lowrank.lift(fn)(lowrank.combine(base, lora), X, rngs=rngs)
 
     chex.assert_trees_all_close(run(lora, jax.random.key(7)), want, atol=1e-5)
-    assert (run(lora, jax.random.key(8)) != want).any()
+    assert np.not_equal(run(lora, jax.random.key(8)), want).any()
+
+
+TOKENS = np.asarray(X)[:3, None, None]
 
 
 def test_a_decoder_with_a_cache():
-    model = nnx.MultiHeadAttention(2, 4, rngs=nnx.Rngs(0), decode=True)
-    model.init_cache((1, 3, 4))
+    def build():
+        model = nnx.MultiHeadAttention(2, 4, rngs=nnx.Rngs(0), decode=True)
+        model.init_cache((1, 3, 4))
+        return model
+
+    model = nnx.merge(*drawn(build))
     fn, params, state = lowrank.functional_with_state(model)
     base, lora = lowrank.init(
         jax.random.key(1),
         params,
         lowrank.LoraConfig(rank=2, targets="*/kernel"),
-        plan=lowrank.plan(fn, params, state, X[None, :1]),
+        plan=lowrank.plan(fn, params, state, TOKENS[0]),
     )
-    lora = jax.tree.map(lambda f: f + 0.3, lora)
-    merged, run = lowrank.merge(base, lora), jax.jit(lowrank.lift(fn, fallback="raise"))
+    lora = noisy(lora, scale=0.3)
+    run, reference = jax.jit(lowrank.lift(fn, fallback="raise")), jax.jit(fn)
+    merged = jax.jit(lowrank.merge)(base, lora)
     mine, theirs = state, state
-    for t in range(3):
-        token = X[None, t : t + 1]
+    for token in TOKENS:
         got, mine = run(lowrank.combine(base, lora), mine, token)
-        want, theirs = fn(merged, theirs, token)
+        want, theirs = reference(merged, theirs, token)
         chex.assert_trees_all_close(got, want, atol=1e-5)
     assert int(mine["cache_index"]) == 3
     with pytest.raises(lowrank.StateError, match=r"cache_index \(Cache\)"):
-        lowrank.functional(model)[0](params, X[None, :1])
+        jax.jit(lowrank.functional(model)[0])(params, TOKENS[0])
 
 
 def test_method_by_name_and_by_function():
@@ -404,9 +453,10 @@ def test_a_lifted_call_of_a_module_in_training_mode_is_refused(kind, transform):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lifted_call_of_a_module_at_rest(kind):
     tree = adapted(kind, "eval")
-    merged = lowrank.merge(*lowrank.partition(tree))
-    got = lowrank.lift(loss_of, fallback="raise")(tree, X)
-    chex.assert_trees_all_close(got, loss_of(merged, X), rtol=1e-5)
+    lifted = lowrank.lift(loss_of, fallback="raise")
+    merged = lambda tree: loss_of(lowrank.merge(*lowrank.partition(tree)), X)
+    got, want = jax.jit(lambda tree: (lifted(tree, X), merged(tree)))(tree)
+    chex.assert_trees_all_close(got, want, rtol=1e-5)
 
 
 def test_a_dict_changed_in_place_is_refused():
@@ -455,15 +505,21 @@ def test_a_model_scanned_over_another_axis():
             run = nnx.scan(lambda layer, x: jnp.tanh(layer(x)), in_axes=axes, out_axes=nnx.Carry)
             return run(self.layers, x)
 
-    model = Scanned(nnx.Rngs(0))
+    model = nnx.merge(*drawn(lambda: Scanned(nnx.Rngs(0))))
     fn, params = lowrank.functional(model)
     assert params["layers"]["kernel"].shape == (4, 3, 4)
-    chex.assert_trees_all_close(fn(params, X), model(X), atol=1e-6)
     plan = lowrank.plan(fn, params, X)
     base, lora = lowrank.init(jax.random.key(1), params, lowrank.LoraConfig(rank=2), plan=plan)
-    lora = jax.tree.map(lambda f: f + 0.1, lora)
-    got = lowrank.lift(fn, fallback="raise")(lowrank.combine(base, lora), X)
-    chex.assert_trees_all_close(got, fn(lowrank.merge(base, lora), X), atol=1e-5)
+    lifted = lowrank.lift(fn, fallback="raise")
+
+    @jax.jit
+    def all_three(params, lora):
+        live = lifted(lowrank.combine(base, lora), X)
+        return fn(params, X), live, fn(lowrank.merge(base, lora), X)
+
+    got, live, merged = all_three(params, noisy(lora))
+    chex.assert_trees_all_close(got, call(model, X), atol=1e-6)
+    chex.assert_trees_all_close(live, merged, atol=1e-5)
 
 
 def test_eager_code_of_a_model_with_a_jit_inside():

@@ -1,6 +1,7 @@
 """Models as Hugging Face keeps them, both ways (tests/golden/make_huggingface.py)."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from models import noisy
 from test_example_finetune import write_gguf
 from test_golden_peft import flax_params
 from test_golden_peft import load as llama_golden
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 LLAMA, GPT2, VIT = lowrank.names.LLAMA, lowrank.names.GPT2, lowrank.names.VIT
 load, save, merge = lowrank.huggingface.load, lowrank.huggingface.save, lowrank.huggingface.merge
 BASE = llama_golden("base")
-TOKENS = jnp.asarray(BASE["tokens"])
+TOKENS = BASE["tokens"]
 with np.load(FOLDERS / "outputs.npz", allow_pickle=False) as file:
     OUTPUTS = dict(file)
 
@@ -48,11 +50,25 @@ def model(scan, tied=False):
     )  # fmt: skip
 
 
+@functools.cache
+def compiled(scan, tied):
+    return jax.jit(model(scan, tied).apply)
+
+
+def logits_of(params, scan, tied=False):
+    return compiled(scan, tied)(params, TOKENS)
+
+
+@functools.cache
+def plan_of(scan):
+    return lowrank.plan(model(scan).apply, shapes(scan), TOKENS)
+
+
 def shapes(scan, tied=False):
     params = flax_params(BASE, scan)
     if tied:
         del params["params"]["lm_head"]
-    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params))
+    return jax.eval_shape(lambda: params)
 
 
 def tensors_of(folder):
@@ -81,23 +97,23 @@ def bits(tree):
 def test_a_llama_gives_the_logits_of_transformers(scan):
     params = load(FOLDERS / "llama", shapes(scan), names=LLAMA)
     chex.assert_trees_all_equal(params, flax_params(BASE, scan))
-    logits = model(scan).apply(params, TOKENS)
-    np.testing.assert_allclose(logits, BASE["logits"], atol=1e-5)
+    np.testing.assert_allclose(logits_of(params, scan), BASE["logits"], atol=1e-5)
 
 
 def test_a_tied_model_in_bfloat16():
     exact = load(FOLDERS / "tied", shapes(True, tied=True), names=LLAMA, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(exact)} == {"bfloat16"}
     params = load(FOLDERS / "tied", shapes(True, tied=True), names=LLAMA)
-    chex.assert_trees_all_equal(params, jax.tree.map(lambda x: x.astype(jnp.float32), exact))
-    np.testing.assert_allclose(
-        model(True, tied=True).apply(params, TOKENS), OUTPUTS["tied"], atol=1e-5
+    chex.assert_trees_all_equal(
+        params, jax.tree.map(lambda x: np.asarray(x).astype(np.float32), exact)
     )
+    logits = logits_of(params, True, tied=True)
+    np.testing.assert_allclose(logits, OUTPUTS["tied"], atol=1e-5)
 
 
 def test_a_tied_model_into_a_tree_that_ties_nothing(tmp_path):
     params = load(FOLDERS / "tied", shapes(False), names=LLAMA)
-    np.testing.assert_allclose(model(False).apply(params, TOKENS), OUTPUTS["tied"], atol=1e-5)
+    np.testing.assert_allclose(logits_of(params, False), OUTPUTS["tied"], atol=1e-5)
     config = {"tie_word_embeddings": False}
     folder = write(tmp_path / "untied", tensors_of(FOLDERS / "tied"), config)
     with pytest.raises(lowrank.CheckpointError, match=r"- lm_head\.weight \('params/lm_head/ker"):
@@ -134,7 +150,7 @@ def test_kernels_of_heads_need_no_plan(scan, tmp_path):
             linear["kernel"] = np.reshape(linear["kernel"], lead + shape)
             if name != "o_proj":
                 linear["bias"] = np.reshape(linear["bias"], lead + shape[1:])
-    like = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params))
+    like = jax.eval_shape(lambda: params)
     chex.assert_trees_all_equal(load(FOLDERS / "llama", like, names=LLAMA), params)
     save(tmp_path, params, names=LLAMA, like_folder=FOLDERS / "llama")
     chex.assert_trees_all_equal(tensors_of(tmp_path), tensors_of(FOLDERS / "llama"))
@@ -169,24 +185,26 @@ def test_conv1d_and_the_names_of_a_base_model(tmp_path):
 
 
 def test_a_convolution_and_leaves_with_names_of_their_own(tmp_path):
-    projection = {"kernel": jnp.zeros((4, 4, 3, 12)), "bias": jnp.zeros(12)}
+    zeros = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     like = {
         "embeddings": {
-            "cls_token": jnp.zeros((1, 1, 12)),
-            "position_embeddings": jnp.zeros((1, 5, 12)),
-            "patch_embeddings": {"projection": projection},
+            "cls_token": zeros(1, 1, 12),
+            "position_embeddings": zeros(1, 5, 12),
+            "patch_embeddings": {
+                "projection": {"kernel": zeros(4, 4, 3, 12), "bias": zeros(12)},
+            },
         }
     }
     others = ("vit.encoder.*", "vit.layernorm.*", "classifier.*")
     params = load(FOLDERS / "vit", like, names=VIT, ignore=others)["embeddings"]
     linear = params["patch_embeddings"]["projection"]
-    pixels = jnp.asarray(OUTPUTS["pixels/vit"]).transpose(0, 2, 3, 1)
+    pixels = OUTPUTS["pixels/vit"].transpose(0, 2, 3, 1)
     patches = lax.conv_general_dilated(
         pixels, linear["kernel"], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    patches = (patches + linear["bias"]).reshape(2, 4, 12)
-    first = jnp.broadcast_to(params["cls_token"], (2, 1, 12))
-    sums = jnp.concatenate([first, patches], 1) + params["position_embeddings"]
+    patches = (np.asarray(patches) + linear["bias"]).reshape(2, 4, 12)
+    first = np.broadcast_to(params["cls_token"], (2, 1, 12))
+    sums = np.concatenate([first, patches], 1) + params["position_embeddings"]
     np.testing.assert_allclose(sums, OUTPUTS["vit"], atol=1e-6)
 
 
@@ -203,8 +221,7 @@ def test_a_counter_stays_as_it_is():
 @pytest.mark.parametrize("scan", [False, True])
 def test_quantized_as_it_is_read(scan):
     quant = lowrank.QuantConfig(block_size=32, packing="uint8")
-    params = load(FOLDERS / "llama", shapes(scan), names=LLAMA)
-    plan = lowrank.plan(model(scan).apply, params, TOKENS)
+    params, plan = flax_params(BASE, scan), plan_of(scan)
     frozen = load(FOLDERS / "llama", shapes(scan), names=LLAMA, quant=quant, plan=plan)
     chex.assert_trees_all_equal(frozen, lowrank.quantize(params, quant, plan=plan))
     named = lowrank.QuantConfig(block_size=32, packing="uint8", targets="**/*_proj/kernel")
@@ -398,7 +415,7 @@ def adapted():
 
 
 def quantized():
-    params = {"w": jnp.linspace(-1, 1, 128 * 4).reshape(128, 4)}
+    params = {"w": np.linspace(-1, 1, 128 * 4, dtype=np.float32).reshape(128, 4)}
     return lowrank.quantize(params, lowrank.QuantConfig(targets="w"))["w"]
 
 
@@ -496,14 +513,14 @@ def test_the_configuration_names_the_dtype(tmp_path):
 
 
 def test_quantized_and_normed_leaves_are_written_dense(tmp_path):
-    params = load(FOLDERS / "llama", shapes(True), names=LLAMA)
-    plan = lowrank.plan(model(True).apply, params, TOKENS)
+    params, plan = flax_params(BASE, True), plan_of(True)
     frozen = lowrank.quantize(params, lowrank.QuantConfig(block_size=32), plan=plan)
     save(tmp_path, frozen, names=LLAMA, plan=plan, dequantize=True)
-    chex.assert_trees_all_equal(load(tmp_path, params, names=LLAMA), lowrank.dequantize(frozen))
-    base, _ = lowrank.init(
-        jax.random.key(0), params, lowrank.LoraConfig(rank=2, dora=True), plan=plan
-    )
+    dense = jax.jit(lowrank.dequantize)(frozen)
+    chex.assert_trees_all_equal(load(tmp_path, params, names=LLAMA), dense)
+    config = lowrank.LoraConfig(rank=2, dora=True)
+    init = lambda params: lowrank.init(jax.random.key(0), params, config, plan=plan)[0]
+    base = jax.jit(init)(params)
     save(tmp_path, base, names=LLAMA)
     chex.assert_trees_all_equal(load(tmp_path, params, names=LLAMA), params)
 
@@ -579,7 +596,7 @@ def test_merged_without_code_it_gives_the_logits_of_peft(case, tmp_path):
     params = load(tmp_path / "out", shapes(True, tied), names=LLAMA)
     with np.load(PEFT / f"{case}.npz", allow_pickle=False) as file:
         expected = file["logits"]
-    np.testing.assert_allclose(model(True, tied).apply(params, TOKENS), expected, atol=2e-5)
+    np.testing.assert_allclose(logits_of(params, True, tied), expected, atol=2e-5)
     before, after = tensors_of(base), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     assert changed == sorted(k for k in before if not np.array_equal(before[k], after[k]))
@@ -599,7 +616,7 @@ def test_merged_conv1d_and_convolutions(tmp_path):
                 np.testing.assert_allclose(merged[key[7:]], expected, atol=1e-6)
             if key == "output/plane":
                 plane = lax.conv(arrays["input/plane"], merged["plane.weight"], (2, 2), "VALID")
-                plane += merged["plane.bias"][:, None, None]
+                plane = np.asarray(plane) + merged["plane.bias"][:, None, None]
                 np.testing.assert_allclose(plane, expected, atol=1e-5)
     assert merged["plane.weight"].shape == (5, 3, 3, 2)
 
@@ -607,14 +624,15 @@ def test_merged_conv1d_and_convolutions(tmp_path):
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_checkpoint_is_merged_as_in_memory(scan, tmp_path):
     params = load(FOLDERS / "llama", shapes(scan), names=LLAMA)
-    plan = lowrank.plan(model(scan).apply, params, TOKENS)
     config = lowrank.LoraConfig(rank=3, alpha=5, train="**/norm/scale")
-    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
-    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    init = lambda params: lowrank.init(jax.random.key(0), params, config, plan=plan_of(scan))
+    base, lora = jax.eval_shape(init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(base, params)
+    base, lora = params, noisy(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lora))
     lowrank.checkpoint.save(tmp_path / "run", lora=lora, config=config, base=base)
     merge(FOLDERS / "llama", tmp_path / "run", tmp_path / "out", names=LLAMA)
     again = load(tmp_path / "out", params, names=LLAMA)
-    chex.assert_trees_all_close(again, lowrank.merge(base, lora), atol=1e-6, rtol=0)
+    chex.assert_trees_all_close(again, jax.jit(lowrank.merge)(base, lora), atol=1e-6, rtol=0)
     assert not np.array_equal(again["params"]["norm"]["scale"], params["params"]["norm"]["scale"])
 
 
@@ -628,7 +646,7 @@ def test_a_shared_weight_is_merged_once_and_stays_shared(tmp_path):
     params = load(tmp_path / "out", shapes(True, tied=True), names=LLAMA)
     with np.load(PEFT / "tied.npz", allow_pickle=False) as file:
         expected = file["logits"]
-    np.testing.assert_allclose(model(True, True).apply(params, TOKENS), expected, atol=2e-5)
+    np.testing.assert_allclose(logits_of(params, True, tied=True), expected, atol=2e-5)
 
 
 # GGUF

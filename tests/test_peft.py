@@ -706,12 +706,12 @@ def test_grouped_convolutions_are_refused(tmp_path):
         r=4,
         target_modules=["c"],
     )
-    params = {"c": {"kernel": jnp.ones((3, 3, 6))}}
+    params = {"c": {"kernel": ones(3, 3, 6)}}
     conv = lambda p, x: jax.lax.conv_general_dilated(
         x, p["c"]["kernel"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"),
         feature_group_count=2,
     )  # fmt: skip
-    plan = lowrank.plan(conv, params, jnp.ones((1, 5, 6)))
+    plan = lowrank.plan(conv, params, ones(1, 5, 6))
     with pytest.raises(lowrank.CheckpointError, match="is of a grouped convolution"):
         load(tmp_path, params, plan=plan)
 
