@@ -150,4 +150,10 @@ def merged(tensors: Tensors, nodes: Mapping[str, Any], found: Flat) -> dict[str,
 def _reader(tensors: Tensors, key: str, node: Any) -> Callable[[], np.ndarray]:
     if node is None:
         return functools.partial(tensors.__getitem__, key)
-    return lambda: np.asarray(merge({key: jnp.asarray(tensors[key])}, {key: node})[key])
+    return lambda: np.asarray(_merge(tensors[key], node))
+
+
+@jax.jit
+def _merge(leaf: Any, node: Any) -> jax.Array:
+    """One tensor with its adapter folded in: one program for all of its shape."""
+    return merge(leaf, node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
@@ -23,6 +24,7 @@ def foreign(node: Any) -> str:
     return "a convolution" if node.kind == "conv" else ""
 
 
+@jax.jit
 def folded_into(leaf: Any, node: Any) -> Any:
     """The dense leaf that the two stand for."""
     with_norms = isinstance(node, LowRank) and node.magnitude is not None and not node.folded
