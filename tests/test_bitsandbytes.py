@@ -31,6 +31,8 @@ from lowrank_jax._nodes.quantized import quantized
 safetensors = pytest.importorskip("safetensors", reason="pip install -e '.[dev]'")
 from safetensors.numpy import save_file  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 GOLDEN = Path(__file__).parent / "golden"
 FILES = GOLDEN / "bitsandbytes_files"
 ABOUT = json.loads((FILES / "layers.json").read_text())["layers"]
@@ -143,7 +145,7 @@ MADE = [case for case in ABOUT if case[:3] in ("nf4", "fp4") and "kept" not in c
 
 
 @pytest.mark.parametrize("case", MADE)
-def test_quantize_writes_what_bitsandbytes_writes(case, fast_compile):
+def test_quantize_writes_what_bitsandbytes_writes(case):
     theirs, how = layer_of(case)
     weight = jnp.asarray(INPUTS[ABOUT[case]["input"]])
     if weight.dtype == jnp.uint16:
@@ -190,7 +192,7 @@ KERNELS = {  # shape, fan-in, torch's shape
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernels_of_many_axes_are_written_as_matrices(name, fast_compile):
+def test_kernels_of_many_axes_are_written_as_matrices(name):
     shape, fan_in, torch = KERNELS[name]
     weight = np.random.default_rng(0).standard_normal(shape, np.float32)
     node = quantized_as(weight, fan_in, (("double_quant", name != "heads"),))
@@ -215,12 +217,12 @@ def layers(*shape, count=3, **options):
     ("shape", "options"),
     [((64, 5), {}), ((64, 5), {"double_quant": False, "packing": "uint8"}), ((5, 30), {})],
 )
-def test_layers_stack(shape, options, fast_compile):
+def test_layers_stack(shape, options):
     nodes = layers(*shape, **options)
     if not options:
         maps = [jnp.asarray(MAP * np.float32(k / 5)) for k in (1, 2, 4)]
         nodes = [dataclasses.replace(n, nested_map=m) for n, m in zip(nodes, maps, strict=True)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *nodes)
     assert stacked.shape == (3, *shape)
     want = np.stack([dense(node) for node in nodes])
     np.testing.assert_array_equal(dense(stacked), want)
@@ -233,12 +235,13 @@ def test_layers_stack(shape, options, fast_compile):
     chex.assert_trees_all_equal(again, stacked)
 
     def model(weights, x):
-        step = lambda x, w: (jnp.tanh(x @ w @ jnp.ones(w.shape[::-1])), None)
+        step = lambda x, w: (jnp.tanh(x @ w @ np.ones(w.shape[::-1], np.float32)), None)
         return jax.lax.scan(step, x, weights)[0]
 
-    x = jnp.linspace(-1, 1, 2 * shape[0]).reshape(2, shape[0])
+    x = np.linspace(-1, 1, 2 * shape[0], dtype=np.float32).reshape(2, shape[0])
     lifted = lowrank.lift(model, fallback="raise")
-    np.testing.assert_allclose(lifted(stacked, x), model(want, x), rtol=1e-5, atol=1e-5)
+    both = jax.jit(lambda stacked, dense: (lifted(stacked, x), model(dense, x)))
+    np.testing.assert_allclose(*both(stacked, want), rtol=1e-5, atol=1e-5)
 
 
 def test_two_axes_of_layers():
@@ -266,11 +269,12 @@ def test_a_file_brings_its_own_map():
     split = lowrank.specs({"w": jax.tree.map(lambda a: a[None], node)}, {"w": P("y", None, "x")})
     assert split["w"].nested_map == P("y", None)
     table = from_state_dict(tensors, "weight", transpose=False)
-    rows = lowrank.lift(lambda p, ids: p[ids], fallback="raise")(table, jnp.array([7, 0]))
+    look_up = jax.jit(lowrank.lift(lambda p, ids: p[ids], fallback="raise"))
+    rows = look_up(table, np.array([7, 0]))
     np.testing.assert_array_equal(rows, dense(table)[[7, 0]])
     # a map all its own, so that a product cannot take the usual one unseen
     node = dataclasses.replace(node, nested_map=-node.nested_map)
-    x, want = jnp.eye(64), dense(node)
+    x, want = np.eye(64, dtype=np.float32), dense(node)
     mapped = jax.shard_map(
         lambda w, x: x @ w,
         mesh=jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,)),
@@ -278,7 +282,7 @@ def test_a_file_brings_its_own_map():
         out_specs=P(None, "x"),
     )
     for fn in (lambda w, x: x @ w, mapped):
-        got = lowrank.lift(fn, fallback="raise")(node, x)
+        got = jax.jit(lowrank.lift(fn, fallback="raise"))(node, x)
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
@@ -342,12 +346,12 @@ def llama_params(scan):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_logits_and_gradients_equal_peft_on_a_prequantized_llama(scan, fast_compile):
+def test_logits_and_gradients_equal_peft_on_a_prequantized_llama(scan):
     params = llama_params(scan)
     golden = json.loads((FILES / "lora.json").read_text())
     with np.load(FILES / "lora.npz", allow_pickle=False) as file:
         tensors = dict(file)
-    tokens = jnp.asarray(tensors["tokens"])
+    tokens = tensors["tokens"]
     model = llama.Llama(
         llama.LlamaConfig(
             vocab=64, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, hidden=128,
@@ -360,12 +364,12 @@ def test_logits_and_gradients_equal_peft_on_a_prequantized_llama(scan, fast_comp
         targets=[f"**/{name}/kernel" for name in golden["target_modules"]],
     )
     plan = lowrank.plan(model.apply, params, tokens)
-    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
-    lora = adapter(lora, tensors, scan)
+    start = lambda params: lowrank.init(jax.random.key(0), params, config, plan=plan)[1]
+    lora = adapter(jax.eval_shape(start, params), tensors, scan)
     lifted = lowrank.lift(model.apply, fallback="raise")
 
     def loss(lora):
-        logits = lifted(lowrank.combine(base, lora), tokens)
+        logits = lifted(lowrank.combine(params, lora), tokens)
         rows = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(rows, tokens[:, 1:, None], axis=-1).mean(), logits
 
@@ -663,8 +667,11 @@ def test_the_other_zero_of_fp4_is_no_other_table():
     assert digest(dense(node).T) == ABOUT["fp4"]["decoded"]
 
 
+@functools.cache
 def node(shape=(64, 3), **options):
-    return quantized(jnp.ones(shape), (len(shape) - 2,), tuple(range(len(shape) - 2)), **options)
+    return quantized(
+        np.ones(shape, np.float32), (len(shape) - 2,), tuple(range(len(shape) - 2)), **options
+    )
 
 
 WRITES = {

@@ -22,13 +22,20 @@ RANK, ALPHA = 3, 4.5
 CONFIG = lowrank.LoraConfig(rank=RANK, alpha=ALPHA, targets="w", dora=True)
 
 
+def waves(key, weight, rank, scale):
+    """An initializer that draws nothing."""
+    a = np.cos(np.arange(weight.shape[0] * rank, dtype=np.float32)).reshape(-1, rank)
+    return jnp.asarray(a), jnp.zeros((rank, weight.shape[1])), None
+
+
 def made(fn, params, *args, quant=None, **changes):
     """base and an adapter that matters, of one leaf "w"."""
     plan = lowrank.plan(fn, params, *args)
     config = dataclasses.replace(CONFIG, **changes)
     if quant is not None:
-        params = lowrank.quantize(params, quant, plan=plan)
-    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
+        params = lowrank.quantize(jax.device_get(params), quant, plan=plan)
+    start = lambda p: lowrank.init(jax.random.key(0), p, config, plan=plan, initializer=waves)
+    base, lora = jax.jit(start)(params)
     return base, noisy(lora, scale=0.3)
 
 
@@ -36,6 +43,7 @@ def matmul(p, x):
     return x @ p["w"]
 
 
+@functools.cache
 def matrix(quant=None, shape=(6, 5)):
     x = normal(4, shape[0])
     return matmul, x, *made(matmul, {"w": normal(*shape)}, x, quant=quant)
@@ -71,14 +79,22 @@ def test_norms_are_those_of_the_dense_sum(name, quant):
     fn = lambda p, x: jnp.einsum(equation, x, p["w"])
     x = normal(*({**extent, "t": 4}[axis] for axis in inputs))
     base, lora = made(fn, {"w": normal(*shape)}, x, quant=quant)
-    node, leaf = lora["w"], base["w"].value
-    dense = np.asarray(lowrank.dequantize({"w": leaf})["w"], np.float64)
-    plain = dataclasses.replace(node, magnitude=None)
-    delta = np.asarray(lowrank.merge({"w": jnp.zeros(shape)}, {"w": plain})["w"], np.float64)
+    node = lora["w"]
+
+    @jax.jit
+    def run(base, node):
+        """The dense weight, the change of it, and the norms of the sum."""
+        dense = lowrank.dequantize({"w": base.value})["w"]
+        plain = dataclasses.replace(node, magnitude=None)
+        delta = lowrank.merge({"w": np.zeros(shape, np.float32)}, {"w": plain})["w"]
+        return dense, delta, norms_of(base, node)
+
+    dense, delta, norms = run(base["w"], node)
+    dense, delta = np.asarray(dense, np.float64), np.asarray(delta, np.float64)
     want = np.sqrt(np.sum((dense + delta) ** 2, node.fan_in))  # the fan-out and stack axes, sorted
     rest = sorted((*node.stack, *node.fan_out))
     want = want.transpose([rest.index(axis) for axis in (*node.stack, *node.fan_out)])
-    np.testing.assert_allclose(norms_of(base["w"], node), want, rtol=2e-6)
+    np.testing.assert_allclose(norms, want, rtol=2e-6)
     squares = np.sum(dense**2, node.fan_in).transpose(
         [rest.index(axis) for axis in (*node.stack, *node.fan_out)]
     )
@@ -302,6 +318,28 @@ def eight(kind):
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
 
 
+def scan_of(whole):
+    back = normal(8, 256, seed=5, scale=0.3)
+
+    def fn(p, x):
+        return lax.scan(lambda x, w: (jnp.tanh(whole(x @ w) @ back), None), x, p["w"])[0]
+
+    return fn
+
+
+def slopes_of(fn):
+    loss = lambda base, lora, x: jnp.sum(lowrank.lift(fn)(lowrank.combine(base, lora), x) ** 2)
+    return jax.value_and_grad(loss, argnums=1)
+
+
+@functools.cache
+def scanned(quant):
+    """Base, adapter, input, and on one device the loss and its gradient."""
+    fn, x = scan_of(lambda y: y), normal(8, 256)
+    base, lora = made(fn, {"w": normal(3, 256, 8, scale=0.05)}, x, quant=quant)
+    return base, lora, x, jax.jit(slopes_of(fn))(base, lora, x)
+
+
 SPLITS = [P(None, "data", "model"), P(None, "data", None), P(None, None, "data")]
 
 
@@ -313,23 +351,16 @@ SPLITS = [P(None, "data", "model"), P(None, "data", None), P(None, None, "data")
 )
 def test_sharded_bases(kind, spec, quant):
     """A scanned stack split over inputs and outputs: values and gradients are one device's."""
-    x, back = normal(8, 256), normal(8, 256, seed=5, scale=0.3)
+    base, lora, x, want = scanned(quant)
     whole = (lambda y: jax.reshard(y, P())) if kind == AxisType.Explicit else lambda y: y
-
-    def fn(p, x):
-        return lax.scan(lambda x, w: (jnp.tanh(whole(x @ w) @ back), None), x, p["w"])[0]
-
     mesh = eight(kind)
     with jax.set_mesh(mesh):
-        params = {"w": normal(3, 256, 8, scale=0.05)}
-        base, lora = made(fn, params, x, quant=quant)
-        loss = lambda base, lora, x: jnp.sum(lowrank.lift(fn)(lowrank.combine(base, lora), x) ** 2)
-        step = jax.jit(jax.value_and_grad(loss, argnums=1))
-        want = step(base, lora, x)
         layout = {"w": jax.NamedSharding(mesh, spec)}
-        put = lambda tree: jax.device_put(tree, lowrank.specs(tree, layout))
-        got = step(put(base), put(lora), jax.device_put(x, jax.NamedSharding(mesh, P())))
+        put = lambda tree: jax.device_put(jax.device_get(tree), lowrank.specs(tree, layout))
+        step = jax.jit(slopes_of(scan_of(whole)))
+        got = step(put(base), put(lora), np.asarray(x))
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
         largest = np.abs(other).max()
         np.testing.assert_allclose(one / largest, other / largest, atol=2e-5)
 
@@ -343,11 +374,12 @@ def test_inside_shard_map_a_part_of_the_inputs_is_refused():
         run = lambda base, lora, x: summed(lowrank.lift(fn)(lowrank.combine(base, lora), x))
         specs = lowrank.specs(base, layout), lowrank.specs(lora, layout)
         entry = spec[0] if len(spec) else None
-        return jax.shard_map(
+        mapped = jax.shard_map(
             run, mesh=mesh, in_specs=(*specs, P(None, entry)), out_specs=P(None, *spec[1:])
-        )(base, lora, x)
+        )
+        return jax.jit(mapped)(base, lora, x)
 
-    want = lowrank.lift(fn)(lowrank.combine(base, lora), x)
+    want = jax.jit(lambda lora: lowrank.lift(fn)(lowrank.combine(base, lora), x))(lora)
     got = apply(P(None, "model"), lambda y: y)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     with pytest.raises(lowrank.TreeError, match="here are 2 of the 8 weights"):

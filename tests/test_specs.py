@@ -1,8 +1,11 @@
 """specs: layouts of adapters, from those of the dense parameters."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -45,9 +48,10 @@ IDS = jnp.zeros((2, 3), jnp.int32)
 CONFIG = lowrank.LoraConfig(rank=2, alpha=3, targets=("all-linear", "embed"), train="layers/bias")
 
 
+@functools.cache
 def trees():
     plan = lowrank.plan(fn, PARAMS, IDS)
-    return lowrank.init(KEY, PARAMS, CONFIG, plan=plan)
+    return jax.jit(lambda params: lowrank.init(KEY, params, CONFIG, plan=plan))(PARAMS)
 
 
 def is_spec(leaf):
@@ -78,7 +82,7 @@ def test_the_structure_is_the_trees_own(which):
         "combined": lowrank.combine(base, lora),
         "scaled": lowrank.combine(base, lora, scale=0.5, dropout=0.1, key=KEY),
         "shapes": jax.eval_shape(lowrank.combine, base, lora),
-        "many": jax.tree.map(lambda leaf: jnp.stack([leaf] * 5), lora),
+        "many": jax.tree.map(lambda leaf: np.stack([leaf] * 5), lora),
     }[which]
     split = lowrank.specs(tree, SPECS)
     chex.assert_trees_all_equal_structs(jax.tree.map(lambda _: 0, tree), jax.tree.map(
@@ -143,11 +147,11 @@ def test_specs_that_linen_and_nnx_annotate():
             return nn.Dense(8, kernel_init=box("model", "data"), name="down")(jnp.tanh(h))
 
     x = jnp.ones((2, 8))
-    boxed = Boxed().init(KEY, x)
+    boxed = jax.eval_shape(Boxed().init, KEY, x)
     plain = nn.meta.unbox(boxed)
     for variables in (boxed, plain):
         config = lowrank.LoraConfig(rank=2, targets="**/kernel")
-        _, lora = lowrank.init(KEY, variables, config)
+        lora = jax.eval_shape(lambda tree: lowrank.init(KEY, tree, config)[1], variables)
         split = dict(
             jax.tree_util.tree_leaves_with_path(
                 lowrank.specs(lora, nn.get_partition_spec(boxed)), is_leaf=is_spec
@@ -163,7 +167,8 @@ def test_specs_that_linen_and_nnx_annotate():
         model = nnx.Linear(8, 16, kernel_init=init("data", "model"), rngs=nnx.Rngs(0))
     _, params = lowrank.functional(model)
     state = nnx.get_partition_spec(nnx.state(model, nnx.Param))
-    _, lora = lowrank.init(KEY, params, lowrank.LoraConfig(rank=2, targets="kernel"))
+    config = lowrank.LoraConfig(rank=2, targets="kernel")
+    lora = jax.eval_shape(lambda tree: lowrank.init(KEY, tree, config)[1], params)
     split = lowrank.specs(lora, nnx.to_pure_dict(state))
     assert (split["kernel"].a, split["kernel"].b) == (P("data", None), P(None, "model"))
     assert lowrank.specs(lora, state)["kernel"].a == P("data", None)
@@ -171,14 +176,15 @@ def test_specs_that_linen_and_nnx_annotate():
 
 def test_a_leaf_that_is_none_needs_no_spec():
     params = {"w": jnp.ones((4, 4)), "bias": None}
-    base, lora = lowrank.init(KEY, params, lowrank.LoraConfig(rank=1, targets="w"))
+    config = lowrank.LoraConfig(rank=1, targets="w")
+    base, lora = jax.eval_shape(lambda tree: lowrank.init(KEY, tree, config), params)
     for tree in (base, lora, lowrank.combine(base, lora)):
         assert lowrank.specs(tree, {"w": P("data"), "bias": None})["bias"] is None
 
 
 def test_a_quantized_leaf_is_split_as_the_dense_one():
     plan = lowrank.plan(fn, BIG, IDS)
-    frozen = lowrank.quantize(BIG, lowrank.QuantConfig(), plan=plan)
+    frozen = jax.device_get(lowrank.quantize(jax.device_get(BIG), lowrank.QuantConfig(), plan=plan))
     split = lowrank.specs(frozen, SPECS)["layers"]["q"]  # [L, d, h, k] in blocks along d
     assert split.codes == P(None, "data", None, "model", None)
     assert split.scales == P(None, "data", "model", None)
@@ -195,17 +201,18 @@ def test_a_quantized_leaf_is_split_as_the_dense_one():
 
 def test_whole_blocks_go_to_a_device():
     """Both problems are named, of the frozen leaf and of the adapted one."""
-    params = {"w": jnp.ones((128, 8)), "heads": jnp.ones((2, 32, 8))}
+    params = {"w": np.ones((128, 8), np.float32), "heads": np.ones((2, 32, 8), np.float32)}
     fn = lambda p, x, y: (jnp.tanh(x @ p["w"]), jnp.einsum("bhk,hkd->bd", y, p["heads"]))
     plan = lowrank.plan(fn, params, jnp.ones((1, 128)), jnp.ones((1, 2, 32)))
-    frozen = lowrank.quantize(params, lowrank.QuantConfig(targets="*"), plan=plan)
+    frozen = jax.device_get(lowrank.quantize(params, lowrank.QuantConfig(targets="*"), plan=plan))
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     where = {
         "w": NamedSharding(mesh, P(("data", "model"))),
         "heads": NamedSharding(mesh, P(None, "data")),
     }
     config = lowrank.LoraConfig(rank=2, targets="*")
-    tree = lowrank.combine(*lowrank.init(KEY, frozen, config, plan=plan))
+    start = lambda tree: lowrank.combine(*lowrank.init(KEY, tree, config, plan=plan))
+    tree = jax.eval_shape(start, frozen)
     for leaves in (frozen, tree):
         with pytest.raises(lowrank.TreeError) as error:
             lowrank.specs(leaves, where)
