@@ -67,9 +67,9 @@ def row(axes: Mapping[str, Axes], **kwargs: Any) -> Callable:
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32, scale: float = 1.0) -> jax.Array:
-    """A fixed normal array."""
+    """A fixed normal array; device_put, unlike jnp.asarray, compiles nothing."""
     rng = np.random.default_rng([seed, *shape])
-    return jnp.asarray((scale * rng.standard_normal(shape)).astype(dtype))
+    return jax.device_put((scale * rng.standard_normal(shape)).astype(dtype))
 
 
 def noisy(tree: Any, seed: int = 0, scale: float = 0.1) -> Any:
@@ -79,7 +79,7 @@ def noisy(tree: Any, seed: int = 0, scale: float = 0.1) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         noise = np.random.default_rng([seed + i, *x.shape]).standard_normal(x.shape)
-        return jnp.asarray((np.asarray(x, np.float64) + scale * noise).astype(x.dtype))
+        return jax.device_put((np.asarray(x, np.float64) + scale * noise).astype(x.dtype))
 
     leaves, treedef = jax.tree.flatten(tree)
     return jax.tree.unflatten(treedef, [move(i, x) for i, x in enumerate(leaves)])
@@ -110,6 +110,18 @@ def of_nnx(model: Any, *args: Any, pure: bool = True, call: Callable | None = No
         return whole(*args) if call is None else call(whole, *args)
 
     return fn, noisy(nnx.to_pure_dict(state) if pure else state), args
+
+
+def made(build: Callable[[], nnx.Module]) -> nnx.Module:
+    """What build makes, its weights random as those of variables_of: nothing is compiled."""
+
+    def fill(x: Any) -> Any:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return np.full(x.shape, 0.2 if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype)
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graphdef, noisy(jax.tree.map(fill, state), scale=0.4))
 
 
 def one_device_mesh() -> jax.sharding.Mesh:
@@ -159,7 +171,9 @@ def dense_general_batch_dims():
 
 @row({"kernel": ((0, 1), (2,), ())}, targets="kernel")
 def nnx_linear_general():
-    return of_nnx(nnx.LinearGeneral((5, 6), 4, axis=(-2, -1), rngs=nnx.Rngs(0)), normal(3, 5, 6))
+    return of_nnx(
+        made(lambda: nnx.LinearGeneral((5, 6), 4, axis=(-2, -1), rngs=nnx.Rngs(0))), normal(3, 5, 6)
+    )
 
 
 @row({"params/kernel": DENSE}, targets="**/kernel")
@@ -170,7 +184,7 @@ def linen_partitioned_boxes():
 
 @row({"kernel": DENSE}, targets="kernel")
 def nnx_state():
-    return of_nnx(nnx.Linear(7, 5, rngs=nnx.Rngs(0)), normal(3, 7), pure=False)
+    return of_nnx(made(lambda: nnx.Linear(7, 5, rngs=nnx.Rngs(0))), normal(3, 7), pure=False)
 
 
 # Attention and einsum.
@@ -192,7 +206,7 @@ def linen_attention():
 )
 def linen_attention_bfloat16_masked():
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, dtype=jnp.bfloat16)
-    x, mask = normal(2, 5, 6), nn.make_causal_mask(jnp.ones((2, 5)))
+    x, mask = normal(2, 5, 6), np.tril(np.ones((2, 1, 5, 5), bool))
     params = variables_of(module, x)
     return (lambda params, x: module.apply(params, x, mask=mask)), params, (x,)
 
@@ -203,10 +217,10 @@ def linen_attention_bfloat16_masked():
     targets="**/kernel",
 )
 def nnx_attention():
-    model = nnx.MultiHeadAttention(
+    build = lambda: nnx.MultiHeadAttention(
         num_heads=2, in_features=6, qkv_features=8, decode=False, rngs=nnx.Rngs(0)
     )
-    return of_nnx(model, normal(2, 5, 6))
+    return of_nnx(made(build), normal(2, 5, 6))
 
 
 @row({"params/kernel": ((1,), (0, 2), ())}, targets="**/kernel")
@@ -216,8 +230,8 @@ def linen_einsum():
 
 @row({"kernel": ((0, 1), (2,), ())}, targets="kernel")
 def nnx_einsum():
-    model = nnx.Einsum("bthk,hkd->btd", (2, 3, 4), (4,), rngs=nnx.Rngs(0))
-    return of_nnx(model, normal(2, 5, 2, 3))
+    build = lambda: nnx.Einsum("bthk,hkd->btd", (2, 3, 4), (4,), rngs=nnx.Rngs(0))
+    return of_nnx(made(build), normal(2, 5, 2, 3))
 
 
 @row({"w": ((2,), (1,), (0,))}, targets="w")
@@ -270,7 +284,7 @@ def conv_bfloat16():
 
 @row({"kernel": _CONV2}, targets="kernel")
 def nnx_conv_pointwise():
-    return of_nnx(nnx.Conv(4, 5, (1, 1), rngs=nnx.Rngs(0)), normal(2, 3, 3, 4))
+    return of_nnx(made(lambda: nnx.Conv(4, 5, (1, 1), rngs=nnx.Rngs(0))), normal(2, 3, 3, 4))
 
 
 @row({"params/kernel": ((0, 1), (2,), ())}, targets="**/kernel")
@@ -345,7 +359,7 @@ def nnx_embed_tied_attend():
         def __call__(self, tokens):
             return self.embed.attend(jnp.tanh(self.embed(tokens)))
 
-    return of_nnx(Tied(nnx.Rngs(0)), _TOKENS)
+    return of_nnx(made(lambda: Tied(nnx.Rngs(0))), _TOKENS)
 
 
 @row({"table": DENSE}, targets="table")
@@ -438,7 +452,7 @@ class NnxStack(nnx.Module):
 
 @row({"layers/up/kernel": STACKED, "layers/down/kernel": STACKED})
 def nnx_scan_remat():
-    return of_nnx(NnxStack(nnx.Rngs(0)), normal(2, 5, 4))
+    return of_nnx(made(lambda: NnxStack(nnx.Rngs(0))), normal(2, 5, 4))
 
 
 @row({"block/up/kernel": DENSE, "block/down/kernel": DENSE})
@@ -453,7 +467,7 @@ def nnx_jit_and_remat_inside():
             x = nnx.remat(lambda block, x: block(x))(self.block, x)
             return self.head(jnp.sin(x))
 
-    return of_nnx(Net(nnx.Rngs(0)), normal(2, 5, 4))
+    return of_nnx(made(lambda: Net(nnx.Rngs(0))), normal(2, 5, 4))
 
 
 _GATES = [f"{kind}{gate}" for kind in "ih" for gate in "ifgo"]
@@ -475,7 +489,7 @@ def linen_rnn_lstm_that_concatenates_its_kernels():
 
 def _nnx_rnn(cell: Callable) -> Built:
     """An RNN whose cell counts the random streams it draws its first carry from."""
-    model = nnx.RNN(cell(5, 4, rngs=nnx.Rngs(0)))
+    model = made(lambda: nnx.RNN(cell(5, 4, rngs=nnx.Rngs(0))))
     return of_nnx(model, normal(2, 3, 5), call=lambda model, x: model(x, rngs=nnx.Rngs(0)))
 
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax import NamedSharding, P, lax
 from jax.sharding import AxisType
+from models import noisy
 
 import lowrank_jax as lowrank
 
@@ -24,6 +25,8 @@ pytestmark = [
 ]
 
 MESHES = [(8, 1), (4, 2), (2, 4)]
+# Where the laws below, or test_devices.py, already say it of each mesh.
+ONE_MESH = [pytest.param(m, marks=() if m == (4, 2) else (pytest.mark.slow,)) for m in MESHES]
 SIZES = {"vocab": 32, "dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}
 MODEL = Llama(LlamaConfig(**SIZES, hidden=48, remat=True))
 TOKENS = np.random.default_rng(0).integers(0, 32, (8, 6))
@@ -48,18 +51,48 @@ def loss(apply, params, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
+def shifted(lora, by):
+    """An adapter none of whose factors is zero."""
+    return jax.tree.map(lambda f: np.asarray(f) + np.float32(by), lora)
+
+
+def first(tree):
+    """What the first device has of a pmapped result."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0], tree)
+
+
+def make(key, params):
+    return lowrank.init(key, params, CONFIG, plan=one_plan())[1]
+
+
+@functools.cache
+def one_plan():
+    call = lambda params, tokens: MODEL.apply({"params": params}, tokens)
+    return lowrank.plan(call, one_base(), TOKENS)
+
+
+@functools.cache
+def one_base():
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), TOKENS)["params"]
+    return noisy(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), scale=0.3)
+
+
+@functools.cache
+def one_adapter():
+    return jax.jit(make)(jax.random.key(1), one_base())
+
+
 @functools.cache
 def one_device():
-    """Base, adapter, plan, and on one device the loss and the adapter's gradient."""
-    params = MODEL.init(jax.random.key(0), TOKENS)["params"]
-    call = lambda params, tokens: MODEL.apply({"params": params}, tokens)
-    plan = lowrank.plan(call, params, TOKENS)
-    base, lora = lowrank.init(jax.random.key(1), params, CONFIG, plan=plan)
-    lora = jax.tree.map(lambda f: f + 0.05, lora)
-    value, grads = jax.value_and_grad(lambda l: loss(MODEL.apply, lowrank.merge(base, l), TOKENS))(
-        lora
-    )
-    return base, lora, plan, value, grads
+    """Base, adapter, and on one device the loss, the adapter's gradient and the merged weights."""
+    base, lora = one_base(), shifted(one_adapter(), 0.05)
+
+    @jax.jit
+    def run(lora, base):
+        of = lambda lora: loss(MODEL.apply, lowrank.merge(base, lora), TOKENS)
+        return *jax.value_and_grad(of)(lora), lowrank.merge(base, lora)
+
+    return base, lora, *run(lora, base)
 
 
 def mesh_of(shape, kind=AxisType.Auto):
@@ -92,7 +125,7 @@ def lifted(tree, tokens):
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_values_and_gradients_are_those_of_one_device(shape):
-    base, lora, _, value, grads = one_device()
+    base, lora, value, grads, want = one_device()
     mesh = mesh_of(shape)
     largest = max(jax.tree.leaves(base), key=lambda leaf: leaf.size)
     base, lora = placed(mesh, base, lora)
@@ -107,37 +140,37 @@ def test_values_and_gradients_are_those_of_one_device(shape):
     report = lowrank.report(lambda tree, t: MODEL.apply({"params": tree}, t), tree, tokens)
     assert report.memory.base / 8 <= report.device_memory.base < report.memory.base / 7
     merged = jax.jit(lowrank.merge, out_shardings=named(mesh, lowrank.specs(base, SPECS)))
-    chex.assert_trees_all_close(
-        merged(base, lora), lowrank.merge(*one_device()[:2]), rtol=1e-5, atol=1e-6
-    )
+    chex.assert_trees_all_close(merged(base, lora), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", MESHES)
+TX = optax.adam(1e-2)
+
+
+def train(base, lora, opt_state, tokens, **jit):
+    @functools.partial(jax.jit, **jit)
+    def step(lora, opt_state, base, tokens):
+        value, grads = jax.value_and_grad(lambda l: lifted(lowrank.combine(base, l), tokens))(lora)
+        updates, opt_state = TX.update(grads, opt_state, lora)
+        return optax.apply_updates(lora, updates), opt_state, value
+
+    values = []
+    for _ in range(3):
+        lora, opt_state, value = step(lora, opt_state, base, tokens)
+        values.append(float(value))
+    assert step._cache_size() == 1
+    return lora, values
+
+
+@functools.cache
+def trained_alone():
+    lora = one_adapter()
+    return train(one_base(), lora, jax.jit(TX.init)(lora), TOKENS)
+
+
+@pytest.mark.parametrize("shape", ONE_MESH)
 def test_training_sharded_from_the_start(shape):
-    base, _, plan, _, _ = one_device()
-    tx = optax.adam(1e-2)
-
-    def train(base, lora, opt_state, tokens, **jit):
-        @functools.partial(jax.jit, **jit)
-        def step(lora, opt_state, base, tokens):
-            value, grads = jax.value_and_grad(lambda l: lifted(lowrank.combine(base, l), tokens))(
-                lora
-            )
-            updates, opt_state = tx.update(grads, opt_state, lora)
-            return optax.apply_updates(lora, updates), opt_state, value
-
-        values = []
-        for _ in range(3):
-            lora, opt_state, value = step(lora, opt_state, base, tokens)
-            values.append(float(value))
-        assert step._cache_size() == 1
-        return lora, values
-
-    make = lambda key, params: lowrank.init(key, params, CONFIG, plan=plan)[1]
-    key = jax.random.key(1)
-    lora = make(key, base)
-    alone, values = train(base, lora, tx.init(lora), TOKENS)
-
+    alone, values = trained_alone()
+    base, key = one_base(), jax.random.key(1)
     mesh = mesh_of(shape)
     where = named(mesh, SPECS)
     base = jax.device_put(base, lowrank.specs(base, where))
@@ -145,13 +178,13 @@ def test_training_sharded_from_the_start(shape):
     lora = jax.jit(make, out_shardings=lora_at)(key, base)
     everywhere = NamedSharding(mesh, P())
     state_at = optax.tree.map_params(
-        tx,
+        TX,
         lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, lora),
+        jax.eval_shape(TX.init, lora),
         lora_at,
         transform_non_params=lambda _: everywhere,
     )
-    opt_state = jax.jit(tx.init, out_shardings=state_at)(lora)
+    opt_state = jax.jit(TX.init, out_shardings=state_at)(lora)
     assert_placed_alike(opt_state[0].mu, lora)
     tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
     after, mine = train(
@@ -164,22 +197,21 @@ def test_training_sharded_from_the_start(shape):
 
 
 def test_pmap():
-    base, lora, _, value, grads = one_device()
+    base, lora, value, grads, _ = one_device()
 
     def each(lora, base, tokens):
         mine = lambda l: lifted(lowrank.combine(base, l), tokens)
         return lax.pmean(jax.value_and_grad(mine)(lora), "d")
 
     mapped = jax.pmap(each, axis_name="d", in_axes=(None, None, 0))
-    mine, gradient = mapped(lora, base, TOKENS.reshape(8, 1, 6))
-    first = jax.tree.map(lambda leaf: leaf[0], (mine, gradient))
-    chex.assert_trees_all_close(first[0], value, rtol=1e-6)
-    chex.assert_trees_all_close(first[1], grads, rtol=1e-4, atol=1e-6)
+    mine, gradient = first(mapped(lora, base, TOKENS.reshape(8, 1, 6)))
+    chex.assert_trees_all_close(mine, value, rtol=1e-6)
+    chex.assert_trees_all_close(gradient, grads, rtol=1e-4, atol=1e-6)
 
 
 def test_shard_map():
     """Data parallel by hand; each device gathers the part of the base that it lacks."""
-    base, lora, _, value, grads = one_device()
+    base, lora, value, grads, _ = one_device()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     only_data = jax.tree.map(
         lambda s: P(*(entry if entry == "data" else None for entry in s)),
@@ -212,7 +244,8 @@ def test_shard_map():
 
 
 def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape) * shape[-2] ** -0.5
+    drawn = np.random.default_rng(i).standard_normal(shape) * shape[-2] ** -0.5
+    return jax.device_put(drawn.astype(np.float32))
 
 
 EXPLICIT_PARAMS = {
@@ -256,43 +289,68 @@ def explicit_model(explicit, p, ids):
     return jnp.einsum("btd,vd->btv", x, gather(p["embed"], P("model", None)))
 
 
-@pytest.mark.parametrize("shape", MESHES)
-def test_explicit_axes(shape):
-    ids = np.random.default_rng(1).integers(0, 64, (16, 4))
-    plain = functools.partial(explicit_model, False)
-    config = lowrank.LoraConfig(rank=2, alpha=3, targets=("all-linear", "embed"))
-    plan = lowrank.plan(plain, EXPLICIT_PARAMS, ids)
-    base, start = lowrank.init(jax.random.key(6), EXPLICIT_PARAMS, config, plan=plan)
-    lora = jax.tree.map(lambda f: f + 0.1, start)
-    unsplit = base, lora
-    mean = lambda fn, tree, ids: jnp.sin(fn(tree, ids)).mean()
-    want = jax.value_and_grad(lambda l: mean(plain, lowrank.merge(base, l), ids))(lora)
+EXPLICIT_CONFIG = lowrank.LoraConfig(rank=2, alpha=3, targets=("all-linear", "embed"))
+IDS = np.random.default_rng(1).integers(0, 64, (16, 4))
 
+
+@functools.cache
+def explicit_on_one_device():
+    """The plan, the adapter at first, and then: the loss, its gradient and the masked results."""
+    plain = functools.partial(explicit_model, False)
+    plan = lowrank.plan(plain, EXPLICIT_PARAMS, IDS)
+    start = jax.jit(explicit_init(plan))(EXPLICIT_PARAMS)
+
+    @jax.jit
+    def run(lora, base):
+        want = lambda l: jnp.sin(plain(lowrank.merge(base, l), IDS)).mean()
+        masked = lowrank.lift(plain)(lowrank.combine(base, lora, **masks()), IDS)
+        return jax.value_and_grad(want)(lora), masked
+
+    return plan, start, *run(shifted(start, 0.1), EXPLICIT_PARAMS)
+
+
+def explicit_init(plan):
+    key = jax.random.key(6)
+    return lambda base: lowrank.init(key, base, EXPLICIT_CONFIG, plan=plan)[1]
+
+
+def masks():
+    return {"scale": 0.5, "dropout": 0.5, "key": jax.random.key(0)}
+
+
+@pytest.mark.parametrize("shape", ONE_MESH)
+def test_explicit_axes(shape):
+    plan, start, want, alone = explicit_on_one_device()
     mesh = mesh_of(shape, AxisType.Explicit)
     with jax.set_mesh(mesh):
         fn = functools.partial(explicit_model, True)
-        base, lora = placed(mesh, base, lora, EXPLICIT_SPECS)
+        base, lora = placed(mesh, EXPLICIT_PARAMS, shifted(start, 0.1), EXPLICIT_SPECS)
         assert split_eight_ways(base["layers"]["up"])
-        ids = jax.device_put(ids, NamedSharding(mesh, P("data")))
+        ids = jax.device_put(IDS, NamedSharding(mesh, P("data")))
         assert set(lowrank.plan(fn, base, ids)) == set(plan)
         run = lowrank.lift(fn, fallback="raise")
-        out = jax.jit(lambda l, b, i: run(lowrank.combine(b, l), i))(lora, base, ids)
+
+        @jax.jit
+        def everything(lora, base, ids):
+            def mean(lora):
+                out = run(lowrank.combine(base, lora), ids)
+                return jnp.sin(out).mean(), out
+
+            # scale and dropout: the masks are of the key alone, however things lie
+            masked = run(lowrank.combine(base, lora, **masks()), ids)
+            merged = lowrank.merge(base, lora)
+            return jax.value_and_grad(mean, has_aux=True)(lora), merged, masked
+
+        ((value, out), gradient), merged, masked = everything(lora, base, ids)
         assert out.sharding.spec == P("data", None, "model")
-        step = jax.jit(jax.value_and_grad(lambda l, b, i: mean(run, lowrank.combine(b, l), i)))
-        got = step(lora, base, ids)
-        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
-        assert_placed_alike(got[1], lora)
-        merged = jax.jit(lowrank.merge)(base, lora)
+        chex.assert_trees_all_close((value, gradient), want, rtol=1e-4, atol=1e-6)
+        assert_placed_alike(gradient, lora)
         assert_placed_alike(merged, base)
-        # scale and dropout: the masks are of the key alone, however things lie
-        options = {"scale": 0.5, "dropout": 0.5, "key": jax.random.key(0)}
-        masked = jax.jit(lambda l, b, i: run(lowrank.combine(b, l, **options), i))(lora, base, ids)
         # init, eager and jitted, makes the factors lie as the weights do
-        make = lambda base: lowrank.init(jax.random.key(6), base, config, plan=plan)[1]
+        make = explicit_init(plan)
         for made in (make(base), jax.jit(make)(base)):
             assert_placed_alike(made, lora)
             chex.assert_trees_all_close(made, jax.device_get(start), rtol=1e-6)
-    alone = lowrank.lift(plain)(lowrank.combine(*unsplit, **options), np.asarray(ids))
     chex.assert_trees_all_close(jax.device_get(masked), jax.device_get(alone), rtol=1e-3, atol=1e-5)
 
 
@@ -300,7 +358,7 @@ def test_convolutions_and_ragged_products_keep_the_users_layout():
     """out_sharding is said of the whole: kernels stay split where they meet the activation."""
     mesh = mesh_of((4, 2), AxisType.Explicit)
     kernel, experts = normal(0, 3, 8, 6), normal(1, 2, 8, 6)
-    x, sizes = normal(2, 8, 5, 8), jnp.array([20, 20])
+    x, sizes = normal(2, 8, 5, 8), np.array([20, 20])
 
     def fn(explicit, p, x):
         lay = lambda *spec: {"out_sharding": P(*spec)} if explicit else {}
@@ -316,9 +374,10 @@ def test_convolutions_and_ragged_products_keep_the_users_layout():
     params = {"kernel": kernel, "experts": experts}
     config = lowrank.LoraConfig(rank=2, alpha=3, targets="*")
     plan = lowrank.plan(functools.partial(fn, False), params, x)
-    base, lora = lowrank.init(jax.random.key(3), params, config, plan=plan)
-    lora = jax.tree.map(lambda f: f + 0.2, lora)
-    want = fn(False, lowrank.merge(base, lora), x)
+    init = lambda params: lowrank.init(jax.random.key(3), params, config, plan=plan)
+    base, lora = jax.jit(init)(params)
+    lora = shifted(lora, 0.2)
+    want = jax.jit(lambda l, b: fn(False, lowrank.merge(b, l), x))(lora, base)
     with jax.set_mesh(mesh):
         specs = {"kernel": P(None, None, "model"), "experts": P(None, None, "model")}
         base, lora = placed(mesh, base, lora, specs)
@@ -337,9 +396,15 @@ def test_a_partly_manual_mesh_of_explicit_axes():
     params = {"w": normal(0, 16, 32), "v": normal(1, 32, 16)}
     fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["v"])
     base, lora = lowrank.init(jax.random.key(2), params, lowrank.LoraConfig(rank=2, targets="*"))
-    lora = jax.tree.map(lambda f: f + 0.1, lora)
+    lora = shifted(lora, 0.1)
     x = normal(3, 8, 16)
-    want = fn(lowrank.merge(base, lora), x)
+
+    def both(run):
+        """(sum, results) and the gradient."""
+        loss = lambda *args: (lambda y: (y.sum(), y))(run(*args))
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    (_, want), wanted = both(lambda l, b, x: fn(lowrank.merge(b, l), x))(lora, base, x)
     lifted = lowrank.lift(fn, fallback="raise")
     with jax.set_mesh(mesh):
         each = lambda l, b, x: lifted(lowrank.combine(b, l), x)
@@ -347,9 +412,6 @@ def test_a_partly_manual_mesh_of_explicit_axes():
             each, in_specs=(P(), P(), P("data")), out_specs=P("data"), axis_names={"data"}
         )
         put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
-        args = put(lora, P()), put(base, P()), put(x, P("data"))
-        chex.assert_trees_all_close(jax.jit(mapped)(*args), want, rtol=1e-4, atol=1e-5)
-        loss = lambda l, b, x: mapped(l, b, x).sum()
-        grads = jax.jit(jax.grad(loss))(*args)
-    wanted = jax.grad(lambda l: fn(lowrank.merge(params, l), x).sum())(lora)
+        (_, got), grads = both(mapped)(put(lora, P()), put(base, P()), put(x, P("data")))
+        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(jax.device_get(grads), jax.device_get(wanted), rtol=1e-3, atol=1e-5)
