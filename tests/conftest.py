@@ -12,6 +12,23 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Files whose tests share compiled programs or what a fixture made: each goes to one worker. The
+# laws go by model.
+TOGETHER = {
+    *("test_example_finetune.py", "test_example_loops.py", "test_initializers.py", "test_peft.py"),
+    *("test_codecs.py", "test_huggingface.py", "test_functional.py", "test_sharded_llama.py"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        group = item.path.name if item.path.name in TOGETHER else None
+        if item.path.name == "test_laws.py" and (call := getattr(item, "callspec", None)):
+            group = str(next(iter(call.params.values()))).partition(" ")[0]
+        if group is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def strict_promotion():
     """No operation may mix dtypes unsaid: factors are float32, whatever the model computes in."""

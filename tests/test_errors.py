@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -20,7 +21,7 @@ import lowrank_jax as lowrank
 
 PAGE = Path(__file__).parents[1] / "docs" / "mistakes.md"
 
-IDS = jnp.zeros((1, 4), jnp.int32)
+IDS = np.zeros((1, 4), np.int32)
 KEY = jax.random.key(0)
 
 
@@ -32,7 +33,12 @@ class Net(nn.Module):
         return nn.Dense(5, name="head")(nn.relu(nn.Dense(8, name="body")(h)))
 
 
-VARIABLES = Net().init(KEY, IDS)
+def ones(shapes):
+    """Arrays of these shapes; nothing is compiled when the tests are collected."""
+    return jax.device_put(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
+
+
+VARIABLES = ones(jax.eval_shape(Net().init, KEY, IDS))
 PLAN = lowrank.plan(Net().apply, VARIABLES, IDS)
 
 
@@ -40,7 +46,7 @@ def init(variables=VARIABLES, plan=PLAN, **options):
     return lowrank.init(KEY, variables, lowrank.LoraConfig(**{"rank": 2, **options}), plan=plan)
 
 
-BASE, LORA = init()
+BASE, LORA = ones(jax.eval_shape(init))
 
 
 def other_model():

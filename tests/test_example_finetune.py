@@ -415,7 +415,9 @@ def test_a_quantized_base_is_small_and_near_the_dense_one_whose_kernels_are_gone
     assert rows["in all"][format] == whole + 7 + 1000
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "**/mlp/*/kernel"])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", pytest.param("**/mlp/*/kernel", marks=pytest.mark.slow)]
+)
 def test_loftq_starts_nearer_to_the_dense_model_than_quantizing_alone(tiny, targets):
     pretrained = smollm2.load(tiny)
     model, params = llama.Llama(pretrained.config), pretrained.variables
@@ -448,7 +450,7 @@ def is_node(value: object) -> bool:
     return isinstance(value, lowrank.LowRank)
 
 
-@pytest.mark.parametrize("format", ["none", "nf4"])
+@pytest.mark.parametrize("format", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_dora_learns_magnitudes(tiny, tmp_path, monkeypatch, capsys, format):
     if format == "none":  # merged, it is sampled as any other
         monkeypatch.setattr(finetune, "generate", no_samples)

@@ -81,8 +81,15 @@ def test_a_matrix_is_what_the_paper_says(name):
     np.testing.assert_allclose(got, np.asarray(X) @ want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("quant", [None, lowrank.QuantConfig()], ids=["dense", "codes"])
-@pytest.mark.parametrize("name", CONFIGS)
+def on_both_bases():
+    """Each method on a dense base; on codes, one with two products and DoRA, and those without."""
+    for name in CONFIGS:
+        yield pytest.param(name, None, id=name)
+        slow = (pytest.mark.slow,) if name in ("loha", "vera, alpha", "vera, dora") else ()
+        yield pytest.param(name, lowrank.QuantConfig(), marks=slow, id=f"{name} on codes")
+
+
+@pytest.mark.parametrize(("name", "quant"), on_both_bases())
 def test_the_laws_hold(name, quant):
     """lift(f)(combine) == f(merge), values and gradients, in scan, remat, n-D, jit and vmap."""
     base, fresh = adapted(name, quant)

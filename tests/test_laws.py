@@ -395,7 +395,15 @@ def test_eager_calls(name):
     assert_close(case.live(case.lora), case.reference(case.lora)[1], case.row.dtype)
 
 
-@pytest.mark.parametrize("name", rows_for_transformations())
+# One row for each kind of loop and of weight.
+CHECKPOINTED = {"dense_mixed", "linen_attention", "conv_grouped", "embed_tied_attend", "custom_vjp"}
+CHECKPOINTED |= {"linen_scan_remat", "nnx_scan_remat", "fori_over_a_stack", "while_loop"}
+CHECKPOINTED |= {"cond_and_switch", "moe_ragged_dot", "shard_map_one_device", "linen_rnn_lstm"}
+CHECKPOINTED |= {"linen_scan_remat" + ON, "embed_tied_attend" + ON, "fori_over_a_stack" + ON}
+CHECKPOINTED |= {"linen_scan_remat" + DORA, "conv_grouped" + DORA}
+
+
+@pytest.mark.parametrize("name", but_for(CHECKPOINTED, rows_for_transformations()))
 def test_checkpoint_under_vmap_over_adapters(name):
     case = built(name)
     loras = [perturbed(case.fresh, seed=10 * i) for i in range(2)]

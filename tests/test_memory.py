@@ -20,7 +20,7 @@ def temporaries(mode, base):
     return aot.compiled(fn, *shapes, target="cpu", donate=(1, 2)).temporaries
 
 
-@pytest.mark.parametrize("mode", ["unrolled", "scan+remat"])
+@pytest.mark.parametrize("mode", [pytest.param("unrolled", marks=pytest.mark.slow), "scan+remat"])
 def test_decoding_adds_no_temporaries_on_cpu(mode):
     dense, quantized = (temporaries(mode, base) for base in ("dense", "nf4+dq, uint8"))
     assert quantized <= 1.05 * dense
