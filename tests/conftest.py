@@ -17,6 +17,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 TOGETHER = {
     *("test_example_finetune.py", "test_example_loops.py", "test_initializers.py", "test_peft.py"),
     *("test_codecs.py", "test_huggingface.py", "test_functional.py", "test_sharded_llama.py"),
+    *("test_readme.py", "test_dora_flops.py"),
 }
 
 
