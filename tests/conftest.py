@@ -1,33 +1,23 @@
 """The numerics all tests run under."""
 
 import os
+from importlib import metadata
 
-# eight host devices, before jax is imported: what runs on many devices is tested on every machine
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+import pytest
+
+# eight host devices, before jax is imported: what runs on many devices is tested on every machine.
+# In jaxlib 0.10 its older emitters too, which compile in half the time; one without them does not
+# start.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8"
+    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10."),
+)
 
 import jax
-import pytest
 
 # CPU, GPU and TPU multiply float32 in float32: a law about float32 is no law in bfloat16 passes.
 jax.config.update("jax_default_matmul_precision", "highest")
-
-
-# Files whose tests share compiled programs or what a fixture made: each goes to one worker. The
-# laws go by model.
-TOGETHER = {
-    *("test_example_finetune.py", "test_example_loops.py", "test_initializers.py", "test_peft.py"),
-    *("test_codecs.py", "test_huggingface.py", "test_functional.py", "test_sharded_llama.py"),
-    *("test_readme.py", "test_dora_flops.py"),
-}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        group = item.path.name if item.path.name in TOGETHER else None
-        if item.path.name == "test_laws.py" and (call := getattr(item, "callspec", None)):
-            group = str(next(iter(call.params.values()))).partition(" ")[0]
-        if group is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture
