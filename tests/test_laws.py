@@ -315,6 +315,7 @@ def any_case(request) -> Case:
 # Rows whose weight is computed, where XLA fuses that into the product in one program alone: without
 # fusion, below.
 FUSED = {"weight_elementwise", "weight_tied_transposed" + DORA}
+FUSED |= {"scan_over_indices" + DORA, "while_loop" + DORA}
 # The rows tried with all of XLA's optimizations too; the rest are tried by `pytest -m slow`.
 OPTIMIZED = {"dense_mixed", "conv_strided", "linen_scan_remat", "linen_scan_remat" + DORA} | FUSED
 
