@@ -148,14 +148,6 @@ class Case:
         return self.reference(lora)[0]
 
 
-# With a quantized base these too are built densely: a kernel kept flat is flipped, and a weight is
-# read backwards along the axis of its blocks.
-BUILT_OF_CODES = {
-    "conv_transpose_kernel_transposed": ("params/kernel",),
-    "fused_qkv_stacked": ("w",),
-}
-
-
 class QuantizedCase(Case):
     """The same model on a base of 4-bit codes, in blocks of two: these models are small.
 
@@ -172,7 +164,7 @@ class QuantizedCase(Case):
             quant = lowrank.QuantConfig(targets=tuple(row.axes), block_size=2)
             on_host = jax.tree.map(np.asarray, self.of.params)  # where encoding compiles nothing
             self.base = lowrank.quantize(on_host, quant, plan=self.plan)
-        self.materialized = row.materialized + BUILT_OF_CODES.get(row.name, ())
+        self.materialized = row.materialized
         self.lifted = lowrank.lift(self.fn, fallback="silent" if self.materialized else "raise")
 
     @functools.cached_property

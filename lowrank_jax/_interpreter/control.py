@@ -10,8 +10,8 @@ import jax
 from jax import lax
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._interpreter.interpret import Context, Rule, forwarded, interpret
-from lowrank_jax._weights.virtual import Virtual
+from lowrank_jax._interpreter.interpret import Context, Rule, forwarded, forwarded_by, interpret
+from lowrank_jax._weights.virtual import Virtual, single_paths
 
 Out = Sequence[Any] | None
 
@@ -26,8 +26,7 @@ def _body(eqn: Any) -> Any:
 
 def _reenter(ctx: Context, eqn: Any, values: list[Any], call: Callable) -> list[Any]:
     """Evaluate the body through call(run, values); a weight returned unchanged stays outside."""
-    body = _body(eqn)
-    through = forwarded(body)
+    body, through = _body(eqn), forwarded_by(eqn)
     kept = {i: values[j] for i, j in enumerate(through) if j is not None and _is_weight(values[j])}
 
     def run(operands: list[Any]) -> list[Any]:
@@ -62,17 +61,15 @@ def _jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """One jax.jit for each (body, structure of weights): equal blocks trace and compile once."""
     if ctx.inline_jit:
         return _inline(ctx, eqn, values)
-    paths: dict[Any, Any] = {}  # slot -> path outside
-    operands = []
-    for value in values:
-        if _is_weight(value):
-            known = [slot for slot, path in paths.items() if path == value.path]
-            slot = known[0] if known else _Slot(len(paths))
-            paths[slot] = value.path
-            value = dataclasses.replace(value.for_use(ctx.uses.get(value.path, 0)), path=slot)
-        operands.append(value)
-    for path in paths.values():
-        ctx.uses[path] = ctx.uses.get(path, 0) + 1
+    slots: dict[Any, _Slot] = {}  # path outside -> slot
+
+    def enter(leaf: Any) -> Virtual:
+        slot = slots.setdefault(leaf.path, _Slot(len(slots)))
+        return dataclasses.replace(ctx.number(leaf), path=slot)
+
+    operands = [v.map_leaves(enter) if _is_weight(v) else v for v in values]
+    paths = {slot: path for path, slot in slots.items()}
+    ctx.count(slots)
     structure = tuple(jax.tree.structure(v) if _is_weight(v) else None for v in operands)
     name = (id(eqn.params["jaxpr"]), structure)
     if name not in ctx.memo:
@@ -87,8 +84,13 @@ def _jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         return entry.call(operands)
 
     outs = _reenter(entry.ctx, eqn, operands, call)
-    ctx.records += [dataclasses.replace(r, path=paths[r.path]) for r in entry.ctx.records]
-    return [dataclasses.replace(o, path=paths[o.path]) if _is_weight(o) else o for o in outs]
+    ctx.records += [
+        dataclasses.replace(record, path=path)
+        for record in entry.ctx.records
+        for path in single_paths(paths[record.path])
+    ]
+    leave = lambda leaf: dataclasses.replace(leaf, path=paths[leaf.path])
+    return [out.map_leaves(leave) if _is_weight(out) else out for out in outs]
 
 
 def _named_jit(run: Callable, eqn: Any) -> Callable:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._errors import MaterializeError
-from lowrank_jax._weights.virtual import Virtual
+from lowrank_jax._weights.virtual import Virtual, single_paths
 
 Rule = Callable[["Context", Any, list[Any]], Sequence[Any] | None]
 
@@ -64,8 +64,10 @@ class Context:
     inline_jit: bool = False
 
     def record(self, weight: Virtual, eqn: Any, how: str, reason: str = "") -> None:
-        """Note a meeting."""
-        self.records.append(Record(weight.path, eqn.primitive.name, how, *self.where(eqn), reason))
+        """Note a meeting of one leaf and an equation."""
+        for path in single_paths(weight.path):
+            where = self.where(eqn)
+            self.records.append(Record(path, eqn.primitive.name, how, *where, reason))
 
     def where(self, eqn: Any) -> tuple[str, str]:
         """The user's line and layer of an equation; those inside a jit know only part of it."""
@@ -76,18 +78,39 @@ class Context:
 
     def built(self, weight: Virtual, eqn: Any) -> Any:
         """The dense array of a weight that meets a larger one: the cheapest there is."""
-        self.record(weight, eqn, "built", "a product of two weights builds the smaller")
+        for leaf in weight.leaves():
+            reason = "a product of two weights builds the smaller"
+            self.record(leaf, eqn, "built", reason + leaf.lost)
         return weight.materialize()
 
     def name_of(self, path: Any) -> Any:
         """The path of a weight; inside a memoized jit weights carry slots."""
         return self.names.get(path, path)
 
+    def names_of(self, weight: Virtual) -> str:
+        """The paths of a weight's leaves, for messages."""
+        paths = [self.name_of(leaf.path) for leaf in weight.leaves()]
+        return ", ".join(repr(name) for path in paths for name in single_paths(path))
+
     def use(self, weight: Virtual) -> Virtual:
         """The weight for its next use."""
-        number = self.uses.get(weight.path, 0)
-        self.uses[weight.path] = number + 1
-        return weight.for_use(number)
+        return weight.map_leaves(self._use_leaf)
+
+    def _use_leaf(self, leaf: Virtual) -> Virtual:
+        used = self.number(leaf)
+        self.count([leaf.path])
+        return used
+
+    def number(self, leaf: Virtual) -> Virtual:
+        """One leaf for its next use; of one made of several the number is above all of theirs."""
+        return leaf.for_use(max(self.uses.get(path, 0) for path in single_paths(leaf.path)))
+
+    def count(self, paths: Iterable[Any]) -> None:
+        """One more use of each path."""
+        for path in paths:
+            each = single_paths(path)
+            number = max(self.uses.get(one, 0) for one in each)
+            self.uses |= dict.fromkeys(each, number + 1)
 
     def dense(self, value: Any, eqn: Any, reason: str) -> Any:
         """The dense array of a weight that no rule serves here, said aloud."""
@@ -97,23 +120,26 @@ class Context:
             line, layer = self.where(eqn)
             where = f" (in {layer})" if layer else ""
             raise MaterializeError(
-                f"the weight {self.name_of(value.path)!r} would have to be built densely at "
+                f"the weight {self.names_of(value)} would have to be built densely at "
                 f"{eqn.primitive.name!r}, {line}{where}: {reason}. Exclude the "
                 "leaf from the targets, or lift with fallback='warn' to let it be built"
             )
-        self.record(value, eqn, "materialized", reason)
+        for leaf in value.leaves():
+            self.record(leaf, eqn, "materialized", reason + leaf.lost)
         return value.materialize()
 
     def returned(self, weight: Virtual) -> Any:
         """The dense array of a weight that is a result of the whole function."""
         if self.refuse:
             raise MaterializeError(
-                f"the function returns the weight {weight.path!r} itself, which would be built "
-                "densely; return what you need of it, or lift with fallback='warn'"
+                f"the function returns the weight {self.names_of(weight)} itself, which would be "
+                "built densely; return what you need of it, or lift with fallback='warn'"
             )
-        self.records.append(
-            Record(weight.path, "return", "materialized", "the results", "", "it is returned")
-        )
+        for leaf in weight.leaves():
+            for path in single_paths(leaf.path):
+                self.records.append(
+                    Record(path, "return", "materialized", "the results", "", "it is returned")
+                )
         return weight.materialize()
 
     @contextlib.contextmanager
@@ -170,12 +196,12 @@ def _annotate(ctx: Context, eqn: Any, values: list[Any], error: Exception) -> No
     """Say in the error where in the user's model it arose."""
     if getattr(error, "_lowrank_noted", False):
         return
-    paths = sorted({str(ctx.name_of(v.path)) for v in values if isinstance(v, Virtual)})
+    names = sorted({ctx.names_of(v) for v in values if isinstance(v, Virtual)})
     line, layer = ctx.where(eqn)
     where = f" in layer {layer!r}" if layer else ""
     error.add_note(
         f"lowrank: while evaluating {eqn.primitive.name!r} at {line}{where} with "
-        f"the adapted weights {', '.join(map(repr, paths))}"
+        f"the adapted weights {', '.join(names)}"
     )
     with contextlib.suppress(AttributeError):
         error._lowrank_noted = True  # type: ignore[attr-defined]
@@ -199,9 +225,19 @@ def forwarded(jaxpr: Any) -> list[int | None]:
     NNX returns its parameters from jit, remat and scan; knowing that they are the ones that came in
     keeps a stack of weights from being written again.
     """
+    return _unmoved(_sources(jaxpr))
+
+
+def forwarded_by(eqn: Any) -> list[int | None]:
+    """For each result of an equation, the operand that it is, unchanged, or None."""
+    return _unmoved(_source_of(eqn))
+
+
+def _unmoved(sources: list[_Source | None]) -> list[int | None]:
+    """The numbers of those that are not transposed."""
     return [
         found[0] if found is not None and found[1] == tuple(range(len(found[1]))) else None
-        for found in _sources(jaxpr)
+        for found in sources
     ]
 
 
@@ -229,10 +265,12 @@ def _source_of(eqn: Any) -> list[_Source | None]:
     name = eqn.primitive.name
     if name == "transpose":
         return [(0, tuple(eqn.params["permutation"]))]
-    if name in ("jit", "remat2", "checkpoint", "closed_call", "core_call", "shard_map"):
+    if name in ("jit", "remat2", "checkpoint", "closed_call", "core_call"):
         body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
         if body is not None:
             return _sources(body)
+    if name == "shard_map":
+        return _sources_of_shard_map(eqn.params)
     if name == "scan":
         consts, carries = _jaxprs.scan_split(eqn)
         carried: list[_Source | None] = [
@@ -251,3 +289,21 @@ def _source_of(eqn: Any) -> list[_Source | None]:
         ]
         return carried + slices
     return [None] * len(eqn.outvars)
+
+
+def _sources_of_shard_map(params: Any) -> list[_Source | None]:
+    """Those of its body; what is put together otherwise than it was split is another array."""
+    found = []
+    for source, spec in zip(_sources(params["jaxpr"]), params["out_specs"], strict=True):
+        if source is not None:
+            number, order = source
+            entries = dict(enumerate(params["in_specs"][number]))
+            if [entries.get(axis) for axis in order] != _entries(spec, len(order)):
+                source = None
+        found.append(source)
+    return found
+
+
+def _entries(spec: Any, ndim: int) -> list[Any]:
+    """The entries of a PartitionSpec, one for each axis."""
+    return [*spec, *(None for _ in range(ndim - len(spec)))]

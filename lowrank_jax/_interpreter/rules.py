@@ -7,14 +7,17 @@ one row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._interpreter.control import CONTROL
 from lowrank_jax._interpreter.interpret import Context, Rule
+from lowrank_jax._weights.joined import JoinedWeight
 from lowrank_jax._weights.virtual import Virtual
 
 Out = Sequence[Any] | None
@@ -56,23 +59,14 @@ def _broadcast_in_dim(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     if not _first_only(values) or len(values) > 1:
         return None
     bound = lambda array: _jaxprs.bind(eqn, [array])[0]
-    axes = eqn.params["broadcast_dimensions"]
+    axes = [int(axis) for axis in eqn.params["broadcast_dimensions"]]  # vmap leaves NumPy's
     return _one(values[0].broadcast(eqn.params["shape"], axes, bound))
 
 
 def _slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     weight, params = values[0], eqn.params
     strides = params["strides"] or (1,) * weight.ndim
-    cuts = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    parts = {axis: cut for axis, cut in enumerate(cuts) if cut != (0, weight.shape[axis], 1)}
-
-    def take(array: Any, where: dict[int, int]) -> Any:
-        window = {where[axis]: cut for axis, cut in parts.items() if axis in where}
-        full = [window.get(i, (0, size, 1)) for i, size in enumerate(array.shape)]
-        return lax.slice(array, *zip(*full, strict=True))
-
-    sizes = {axis: -(-(stop - start) // step) for axis, (start, stop, step) in parts.items()}
-    return _one(weight.index(take, sizes, list(parts)))
+    return _one(weight.slice(params["start_indices"], params["limit_indices"], strides))
 
 
 def _dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
@@ -85,46 +79,49 @@ def _dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     def take(array: Any, where: dict[int, int]) -> Any:
         for axis in parts:
             if axis in where:
-                array = lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], where[axis])
+                array = _dynamic_slice_of(array, starts[axis], sizes[axis], where[axis])
         return array
 
     return _one(weight.index(take, {axis: sizes[axis] for axis in parts}, parts))
 
 
+def _dynamic_slice_of(array: Any, start: Any, size: int, axis: int) -> Any:
+    """A slice of one axis, its start clamped as the primitive clamps it: none is from the end."""
+    sizes = [size if i == axis else full for i, full in enumerate(array.shape)]
+    zero = jnp.zeros((), start.dtype)
+    start = lax.clamp(zero, start, zero + (array.shape[axis] - size))
+    starts = [start if i == axis else zero for i in range(array.ndim)]
+    return lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False)
+
+
 def _split(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    weight, axis, outs, start = values[0], eqn.params["axis"], [], 0
-    for size in eqn.params["sizes"]:
-        stop = start + size
-
-        def take(array: Any, where: dict[int, int], start: int = start, stop: int = stop) -> Any:
-            return (
-                lax.slice_in_dim(array, start, stop, axis=where[axis]) if axis in where else array
-            )
-
-        out = weight.index(take, {axis: size}, [axis])
-        if out is None:
-            return None
-        outs.append(out)
-        start = stop
-    return outs
+    edges = itertools.accumulate(eqn.params["sizes"], initial=0)
+    slices = itertools.pairwise(edges)
+    return _all([values[0].slice_axis(eqn.params["axis"], *cut) for cut in slices])
 
 
 def _unstack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    weight, axis, outs = values[0], eqn.params["axis"], []
-    for place in range(weight.shape[axis]):
+    weight, axis = values[0], eqn.params["axis"]
+    return _all([weight.take_index(axis, number) for number in range(weight.shape[axis])])
 
-        def take(array: Any, where: dict[int, int], place: int = place) -> Any:
-            return lax.slice_in_dim(array, place, place + 1, axis=where[axis])
 
-        one = weight.index(take, {axis: 1}, [axis])
-        outs.append(one.reshape([s for i, s in enumerate(weight.shape) if i != axis]))
-    return outs
+def _all(results: list[Any]) -> Out:
+    """The results, or None where one of them is."""
+    return None if any(result is None for result in results) else results
+
+
+def _concatenate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return [JoinedWeight.of(values, eqn.params["dimension"])]
+
+
+def _stack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    axis, shape = eqn.params["axis"], list(values[0].shape)
+    slices = _all([value.reshape([*shape[:axis], 1, *shape[axis:]]) for value in values])
+    return slices and [JoinedWeight.of(slices, axis)]
 
 
 def _rev(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    axes = list(eqn.params["dimensions"])
-    take = lambda array, where: lax.rev(array, [where[axis] for axis in axes if axis in where])
-    return _one(values[0].index(take, {axis: values[0].shape[axis] for axis in axes}, axes))
+    return _one(values[0].rev(list(eqn.params["dimensions"])))
 
 
 def _identity(ctx: Context, eqn: Any, values: list[Any]) -> Out:
@@ -207,7 +204,8 @@ def _consumed(ctx: Context, eqn: Any, weight: Virtual, out: Any) -> Out:
     if out is None:
         return None
     if not isinstance(out, Virtual):
-        ctx.record(weight, eqn, weight.how)
+        for leaf in weight.leaves():
+            ctx.record(leaf, eqn, leaf.how)
     return [out]
 
 
@@ -248,7 +246,28 @@ def _conv_general_dilated(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 def _gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     if not _first_only(values):
         return None
-    return _consumed(ctx, eqn, values[0], values[0].gather(values[1], eqn.params))
+    indices, params = _without_whole_axes(values[0].shape, values[1], eqn.params)
+    return _consumed(ctx, eqn, values[0], values[0].gather(indices, params))
+
+
+def _without_whole_axes(shape: Sequence[int], indices: Any, params: Any) -> tuple[Any, Any]:
+    """Leave out of the indices those of axes that are read whole, which are clamped to 0.
+
+    Such are in the index of a dynamic_slice under vmap, which names every axis.
+    """
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    mapped = numbers.start_index_map
+    kept = [i for i, axis in enumerate(mapped) if sizes[axis] != shape[axis] or sizes[axis] == 1]
+    clamped = lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    if len(kept) == len(mapped) or params["mode"] not in clamped:
+        return indices, params
+    numbers = numbers._replace(start_index_map=tuple(mapped[i] for i in kept))
+    chosen = lax.concatenate(
+        [lax.slice_in_dim(indices, i, i + 1, axis=-1) for i in kept], indices.ndim - 1
+    )
+    # the rest of an index may repeat, in any order
+    more = {"unique_indices": False, "indices_are_sorted": False}
+    return chosen, {**params, "dimension_numbers": numbers, **more}
 
 
 RULES: dict[str, Rule] = {
@@ -260,6 +279,8 @@ RULES: dict[str, Rule] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
+    "concatenate": _concatenate,
+    "stack": _stack,
     "rev": _rev,
     "unstack": _unstack,
     "copy": _identity,

@@ -105,6 +105,13 @@ def labelled_spec(spec: Any, labels: Sequence[Any]) -> Any:
     return type(spec)(*map(entry, labels))
 
 
-def accumulator(dtype: Any) -> Any:
-    """The dtype sums are kept in: float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+def accumulator(*dtypes: Any) -> Any:
+    """The dtype sums over numbers of these dtypes are kept in: of 64 bits for such, else of 32.
+
+    >>> accumulator(jnp.bfloat16), accumulator(jnp.complex64, jnp.float16)
+    (dtype('float32'), dtype('complex64'))
+    """
+    wide = any(jnp.dtype(dtype) in (jnp.float64, jnp.complex128) for dtype in dtypes)
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return jnp.dtype(jnp.complex128 if wide else jnp.complex64)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)

@@ -55,14 +55,15 @@ def _tied_on_tpu(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax
 def _tied_on_cpu(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax.Array:
     """XLA on CPU drops barriers and merges the copies: there the codes depend on the activation.
 
-    The least of an unsigned number and 0 is 0, which XLA does not know.
+    The least of an unsigned number and 0 is 0, which XLA does not know. Of a stack that is not cut
+    up, the number of the layer depends on it in place of all codes.
     """
-    codes, *rest = parts
+    parts, anchor = [*parts], getattr(decode, "anchor", 0)
     corner = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim) if x.size else jnp.zeros((), x.dtype)
     first = corner.reshape(())
     bits = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
-    nothing = jnp.minimum(bits, jnp.uint32(0)).astype(codes.dtype)
-    return getattr(op, "on_cpu", op)(x, decode(codes ^ nothing, *rest))
+    parts[anchor] ^= jnp.minimum(bits, jnp.uint32(0)).astype(parts[anchor].dtype)
+    return getattr(op, "on_cpu", op)(x, decode(*parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,11 @@ class _Mapped:
     def on_cpu(self, *args: jax.Array) -> jax.Array:
         """The function's own form for CPU."""
         return jax.vmap(getattr(self.fn, "on_cpu", self.fn), self.axes)(*args)
+
+    @property
+    def anchor(self) -> int:
+        """The part that the function ties to the activation."""
+        return getattr(self.fn, "anchor", 0)
 
     @property
     def on_tpu(self) -> _Mapped:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._nodes.quantized import Decoding, unflattened
@@ -29,16 +30,18 @@ class Layout:
       axes: for each axis of the decoded array, the weight's axis, or BLOCKS or ELEMENTS.
       blocked: the weight's axes that those two stand for, in order.
       sizes: their sizes.
+      units: the weight's axes of size 1 that the decoded array does not have.
     """
 
     axes: Labels
     blocked: tuple[int, ...]
     sizes: tuple[int, ...]
+    units: tuple[int, ...] = ()
 
     @property
     def ndim(self) -> int:
         """Number of the weight's axes."""
-        return len(self.axes) + (len(self.blocked) - 2 if self.blocked else 0)
+        return len(self.axes) + len(self.units) + (len(self.blocked) - 2 if self.blocked else 0)
 
     def spec(self, codes: Any) -> Any:
         """The weight's PartitionSpec, from that of its codes."""
@@ -56,17 +59,20 @@ class Layout:
                 out += [BLOCKS, ELEMENTS]
         return tuple(out)
 
+    def with_units(self, blocks: jax.Array) -> tuple[jax.Array, Labels]:
+        """The decoded array with all the weight's axes of size 1, and the labels of its axes."""
+        if not self.units:
+            return blocks, self.axes
+        return blocks.reshape(*blocks.shape, *(1 for _ in self.units)), (*self.axes, *self.units)
+
     def dense(self, blocks: jax.Array) -> jax.Array:
         """The dense weight, in the order of its axes."""
-        if not self.blocked:
-            order = tuple(range(blocks.ndim))
-            return arrange(blocks, self.axes, order, {})
-        ndim = len(self.axes) - 2 + len(self.blocked)
-        order = self.expand(range(ndim))
-        extent = dict(zip(self.axes, blocks.shape, strict=True))
+        blocks, axes = self.with_units(blocks)
+        order = self.expand(range(self.ndim))
+        extent = dict(zip(axes, blocks.shape, strict=True))
         extent |= dict(zip(self.blocked, self.sizes, strict=True))
-        shape = [extent[axis] for axis in range(ndim)]
-        return arrange(blocks, self.axes, order, extent).reshape(shape)
+        shape = [extent[axis] for axis in range(self.ndim)]
+        return arrange(blocks, axes, order, extent).reshape(shape)
 
 
 def is_run(axes: Sequence[int]) -> bool:
@@ -105,12 +111,12 @@ class Dot:
             for axis, other in zip(own, others, strict=True):
                 own_labels[other] = axis
         bound = {*mine[0], *mine[1]}
-        ndim = len(layout.axes) - (2 if layout.blocked else 0) + len(layout.blocked)
-        free = layout.expand([axis for axis in range(ndim) if axis not in bound])
+        free = layout.expand([axis for axis in range(layout.ndim) if axis not in bound])
         x_free = [label for label in own_labels if isinstance(label, tuple)]
         x, labels = self._cut(x, own_labels, w)
         out = (*mine[1], *free, *x_free) if self.on_left else (*mine[1], *x_free, *free)
-        pair = (w, x, layout.axes, labels) if self.on_left else (x, w, labels, layout.axes)
+        w, axes = layout.with_units(w)
+        pair = (w, x, axes, labels) if self.on_left else (x, w, labels, axes)
         y = product(*pair, out, **dict(self.options))
         if BLOCKS in out:
             at = out.index(BLOCKS)
@@ -163,6 +169,121 @@ class Ragged:
 
 
 @dataclasses.dataclass(frozen=True)
+class PickedDecoding:
+    """Decodes one entry of a stack whose axis is not the first of its codes.
+
+    The last parts are the numbers of the entries: a loop over such a stack closes over the whole of
+    its codes, and what it keeps for backward is a number for each step, not a slice of codes.
+
+    Args:
+      decoding: that of the whole stack.
+      places: for each number, the axis of codes that it picks from, ascending.
+    """
+
+    decoding: Decoding
+    places: tuple[int, ...]
+
+    @property
+    def anchor(self) -> int:
+        """The part to tie to the activation: a number of the last ones, not all of the codes."""
+        return -1
+
+    @property
+    def on_tpu(self) -> PickedDecoding:
+        """The same, decoded as TPUs want it."""
+        return dataclasses.replace(self, decoding=self.decoding.on_tpu)
+
+    def pick(self, *parts: Any) -> tuple[tuple[Any, ...], Decoding]:
+        """The parts of the entry, and how they become numbers."""
+        count = len(self.places)
+        (codes, scales, table), numbers = parts[:-count], parts[-count:]
+        elements = codes.ndim - 1 - self.decoding.trailing
+        for place, number in reversed([*zip(self.places, numbers, strict=True)]):
+            codes = _entry(codes, number, place)
+            scales = _entry(scales, number, place - (place > elements))
+        after = sum(place > elements for place in self.places)
+        decoding = dataclasses.replace(
+            self.decoding,
+            trailing=self.decoding.trailing - after,
+            strides=(1,) * scales.ndim,
+        )
+        return (codes, scales, table), decoding
+
+    def __call__(self, *parts: Any) -> jax.Array:
+        """The decoded blocks of the entry."""
+        parts, decoding = self.pick(*parts)
+        return decoding(*parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThenDecoding:
+    """Decodes a weight and leads it through structural operations that its blocks cannot follow.
+
+    Args:
+      decoding: of the parts.
+      layout: of what that decodes.
+      operations: (name, *parameters) of each, in order.
+    """
+
+    decoding: Any
+    layout: Layout
+    operations: tuple[tuple[Any, ...], ...] = ()
+
+    @classmethod
+    def of(cls, decode: Any, layout: Layout) -> ThenDecoding:
+        """No operation yet; what has some already goes on from there, in the order of its axes."""
+        if not isinstance(decode, cls):
+            return cls(decode, layout)
+        order = tuple(layout.axes.index(axis) for axis in sorted(layout.axes))
+        decode = decode if order == tuple(range(len(order))) else decode.then("transpose", order)
+        return decode.then("expand", layout.units) if layout.units else decode
+
+    @property
+    def casts(self) -> tuple[str, ...]:
+        """Names of the dtypes that the decoded weight is cast to."""
+        return tuple(params[0] for name, *params in self.operations if name == "astype")
+
+    @property
+    def anchor(self) -> int:
+        """The part to tie to the activation."""
+        return getattr(self.decoding, "anchor", 0)
+
+    @property
+    def on_tpu(self) -> ThenDecoding:
+        """The same, decoded as TPUs want it."""
+        return dataclasses.replace(self, decoding=self.decoding.on_tpu)
+
+    def then(self, name: str, *params: Any) -> ThenDecoding:
+        """One operation more."""
+        return dataclasses.replace(self, operations=(*self.operations, (name, *params)))
+
+    def __call__(self, *parts: Any) -> jax.Array:
+        """The dense array after all operations."""
+        array = self.layout.dense(self.decoding(*parts))
+        for name, *params in self.operations:
+            array = _OPERATIONS[name](array, *params)
+        return array
+
+
+_OPERATIONS = {
+    "astype": lambda array, dtype: array.astype(dtype),
+    "broadcast": lax.broadcast_in_dim,
+    "expand": jnp.expand_dims,
+    "reshape": lax.reshape,
+    "rev": lax.rev,
+    "slice": lax.slice,
+    "transpose": lax.transpose,
+}
+
+
+def _entry(array: jax.Array, number: jax.Array, axis: int) -> jax.Array:
+    """array[..., number, ...], number being one of the axis."""
+    starts = [number if i == axis else jnp.zeros_like(number) for i in range(array.ndim)]
+    sizes = [1 if i == axis else size for i, size in enumerate(array.shape)]
+    return lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False).squeeze(axis)
+
+
+@dataclasses.dataclass(frozen=True)
 class GroupedDecoding:
     """Decodes all parts but the last, the sizes of the groups, which go along."""
 
@@ -172,6 +293,12 @@ class GroupedDecoding:
         """The decoded blocks, and the sizes as they came."""
         *own, sizes = parts
         return self.decode(*own), sizes
+
+    @property
+    def anchor(self) -> int:
+        """The part to tie to the activation."""
+        own = getattr(self.decode, "anchor", 0)
+        return own - 1 if own < 0 else own
 
     @property
     def on_tpu(self) -> GroupedDecoding:

@@ -24,6 +24,7 @@ def apply(
     *others: Any,
     before: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     after: Callable[..., jax.Array] | None = None,
+    stacked: Labels = (),
 ) -> Any:
     """A product with an adapted weight: base(x) and the adapter's change of it, or None.
 
@@ -35,6 +36,8 @@ def apply(
       *others: arrays that branch and after take.
       before: where the gain acts on the activation: (activation, gain) -> their product.
       after: where it acts on the result: (result, gain, *others) -> their product.
+      stacked: stack axes that x lacks and masks vary along: base and branch take an activation
+        that has them in front, too.
 
     As in PEFT, dropout acts on the input of the change alone, the base's part of it included.
     """
@@ -42,9 +45,13 @@ def apply(
     if y is None:
         return None
     if w.gain is None:
-        part = lambda w, x, *others: branch(w, dropped(w, x), *others).astype(y.dtype)
+        part = lambda w, x, *others: branch(w, dropped(w, x, stacked), *others).astype(y.dtype)
         return y + _jaxprs.laid_out_like(y, part, w, x, *others)
-    dry = _jaxprs.laid_out_like(x, dropped, w, x) if w.key is not None and w.rate else x
+    dry = x
+    if stacked:
+        dry = dropped(w, x, stacked)
+    elif w.key is not None and w.rate:
+        dry = _jaxprs.laid_out_like(x, dropped, w, x)
     same = y if dry is x else base(dry)
     start = dry if before is None else _jaxprs.laid_out_like(dry, before, dry, w.gain)
     out = same if before is None else base(start)
@@ -67,16 +74,44 @@ def times(value: jax.Array, labels: Labels, gains: jax.Array, gain_axes: Labels)
     gains = gains.reshape([extent.get(label, 1) for label in labels])
     if value.dtype == gains.dtype:
         return value * gains
+    dtype = accumulator(value.dtype, gains.dtype)
     # what is kept for backward is value as it is, not its float32 copy
-    exact = lambda value, gains: (value.astype(gains.dtype) * gains).astype(value.dtype)
+    exact = lambda value, gains: (value.astype(dtype) * gains.astype(dtype)).astype(value.dtype)
     return jax.checkpoint(exact, prevent_cse=False)(value, gains)
 
 
-def dropped(w: Any, x: jax.Array) -> jax.Array:
-    """Inverted dropout on the branch's input."""
+def dropped(w: Any, x: jax.Array, stacked: Labels = ()) -> jax.Array:
+    """Inverted dropout on the branch's input.
+
+    Args:
+      w: a LowRankWeight.
+      x: the activation.
+      stacked: stack axes that x lacks: layers which all take x, each with a mask of its own.
+
+    Returns:
+      [*stacked, *x.shape].
+    """
     if w.key is None or w.rate == 0:
         return x
-    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(w.dtype)
-    key = w.key if w.key.ndim == 0 else w.key.reshape(-1)[0]
-    kept = jax.random.bernoulli(key, 1 - w.rate, x.shape)
-    return jnp.where(kept, x / (1 - w.rate), 0).astype(x.dtype)
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
+
+    def drop(key: jax.Array) -> jax.Array:
+        kept = jax.random.bernoulli(key, 1 - w.rate, x.shape)
+        return jnp.where(kept, x / (1 - w.rate), 0).astype(x.dtype)
+
+    # an axis of keys that x has, or that enumerates nothing here: one key draws for all of it
+    rest = [i for i, label in enumerate(w.key_axes) if label not in stacked]
+    keys = w.key[tuple(0 if i in rest else slice(None) for i in range(w.key.ndim))]
+    own = [label for label in w.key_axes if label in stacked]
+    keys = keys.transpose([own.index(label) for label in stacked])
+    for _ in stacked:
+        drop = jax.vmap(drop)
+    return drop(keys)
+
+
+def stacked_keys(w: Any, x_labels: Labels) -> Labels:
+    """Stack axes that keys of masks vary along, and that an activation of these labels lacks."""
+    if w.key is None or w.rate == 0:
+        return ()
+    pairs = zip(w.key_axes, w.key.shape, strict=True)
+    return tuple(label for label, size in pairs if size > 1 and label not in x_labels)

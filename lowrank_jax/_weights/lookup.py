@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax import _jaxprs
 from lowrank_jax._primitives.contract import Labels, accumulator, arrange, contract
 from lowrank_jax._weights.blocks import ELEMENTS
 from lowrank_jax._weights.dense import DenseWeight
@@ -52,13 +53,32 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     dtype = w.dtype
     scaled = w.scaled if w.gain is None else w.replaced(multiplier=None).scaled
     branch, labels = contract(scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
-    changed = base + arrange(branch, labels, out, sizes).astype(base.dtype)
+    branch = arrange(branch, labels, out, sizes).astype(base.dtype)
+    ids, id_labels = _inside(indices, params, w.shape), tuple(("n", i) for i in batch)
+    inside = arrange(ids, id_labels, out, sizes)
+    if params["mode"] == _FILL and w.gain is not None:
+        # what is read beyond the table is no row of it, and NaN: no derivative may meet it
+        changed = _regained(w, jnp.where(inside, base, 0), branch, out, indices, params)
+        return jnp.where(inside, changed, base)
+    changed = _regained(w, base, branch, out, indices, params)
+    if params["mode"] != lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+        return changed
+    places = [out.index(label) for label in id_labels]
+    drop = lambda rows, ids: _without_cotangents(rows, ids, places)
+    return _jaxprs.laid_out_like(changed, drop, changed, ids)
+
+
+_FILL = lax.GatherScatterMode.FILL_OR_DROP
+
+
+def _regained(
+    w: Any, base: jax.Array, branch: jax.Array, out: Labels, indices: Any, params: dict[str, Any]
+) -> jax.Array:
+    """Rows of the base and of the delta, times the gain of the features or rows that have one."""
+    changed = base + branch
     if w.gain is None:
         return changed
     changed = times(changed, out, *gather_labelled(w.gain, w.gain_axes, indices, params, w.shape))
-    if params["fill_value"] is not None:  # what is read beyond the table is no row of it
-        inside, labels = _inside(w, indices, params, indexed)
-        changed = jnp.where(arrange(inside, labels, out, sizes), changed, base)
     if w.multiplier is None:
         return changed
     exact = accumulator(base.dtype)
@@ -66,11 +86,36 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     return w.multiplied(plain, changed.astype(exact), plain).astype(base.dtype)
 
 
-def _inside(w: Any, indices: jax.Array, params: dict[str, Any], indexed: set[int]) -> Any:
-    """Whether each index is of a row that there is."""
-    rows = tuple(sorted(indexed))
-    there = jnp.ones([w.shape[axis] for axis in rows], bool)
-    return gather_labelled(there, rows, indices, params, w.shape)
+def _inside(indices: jax.Array, params: dict[str, Any], shape: Sequence[int]) -> jax.Array:
+    """Whether each index is of a slice that there is: bool of indices' shape but for the last."""
+    sizes = params["slice_sizes"]
+    mapped = params["dimension_numbers"].start_index_map
+    last = jnp.array([shape[axis] - sizes[axis] for axis in mapped], jnp.int32)
+    return jnp.all((indices >= 0) & (indices <= last.astype(indices.dtype)), -1)
+
+
+def _without_cotangents(rows: jax.Array, kept: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The rows; the cotangents of those that are not kept are dropped, as lax.gather drops them.
+
+    rows: [*kept.shape, ...] once `axes` are moved to the front. JAX reads an index beyond an axis
+    as its last entry, differentiates forward through that entry, and drops its cotangent. So each
+    row becomes the only entry of an axis, and is read as entry 0, or by an index beyond the axis.
+    """
+    count = len(axes)
+    front = jnp.expand_dims(jnp.moveaxis(rows, axes, range(count)), count)
+    each = tuple(range(count))
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(count, rows.ndim)),
+        collapsed_slice_dims=(count,),
+        start_index_map=(count,),
+        operand_batching_dims=each,
+        start_indices_batching_dims=each,
+    )
+    sizes = (*(1 for _ in each), *front.shape[count:])
+    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    entry = jnp.where(kept, 0, 1)[..., None]
+    read = lax.gather(front, entry, numbers, sizes, unique_indices=True, mode=mode)
+    return jnp.moveaxis(read, range(count), axes)
 
 
 def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
@@ -79,13 +124,14 @@ def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
     full = w.shape
     cut = {d for d in range(w.ndim) if params["slice_sizes"][d] != full[d]}
-    if w.flat or cut - indexed or indexed & {*w.layout.blocked}:
+    if not w.in_blocks or cut - indexed or indexed & {*w.layout.blocked, *w.layout.units}:
         return None
+    w = w.resolved()
     codes, scales, table = w.with_plain_scales().parts
     axes = w.layout.axes
     codes, labels = gather_labelled(codes, axes, indices, params, full)
     under = tuple(axis for axis in axes if axis != ELEMENTS)
-    scales, _ = gather_labelled(scales, under, indices, params, full, jnp.nan)
+    scales, _ = gather_labelled(scales, under, indices, params, full)
     at = labels.index(ELEMENTS)
     decode = dataclasses.replace(
         w.decoding, trailing=len(labels) - 1 - at, strides=(1,) * scales.ndim
@@ -96,12 +142,18 @@ def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     rows = iter(("n", i) for i in range(indices.ndim - 1))
     ndim = indices.ndim - 1 + w.ndim - len(gone)
     out = [next(kept) if i in numbers.offset_dims else next(rows) for i in range(ndim)]
-    extent = dict(zip(labels, blocks.shape, strict=True))
+    extent = {axis: 1 for axis in w.layout.units} | dict(zip(labels, blocks.shape, strict=True))
     extent |= {axis: full[axis] for axis in w.layout.blocked}
     value = arrange(blocks, labels, w.layout.expand(out), extent)
-    if params["fill_value"] is not None:  # else NaN, as the scales beyond the table are
-        value = jnp.where(jnp.isnan(value), params["fill_value"], value)
-    return value.reshape([extent[label] for label in out])
+    value = value.reshape([extent[label] for label in out])
+    if params["mode"] != _FILL:
+        return value
+    fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
+    ids, id_labels = (
+        _inside(indices, params, full),
+        tuple(("n", i) for i in range(indices.ndim - 1)),
+    )
+    return jnp.where(arrange(ids, id_labels, tuple(out), extent), value, fill).astype(value.dtype)
 
 
 def gather_labelled(
@@ -110,12 +162,11 @@ def gather_labelled(
     indices: jax.Array,
     params: dict[str, Any],
     shape: Sequence[int],
-    fill: float = 0,
 ) -> tuple[jax.Array, Labels]:
     """Gather from an array along the axes it has of a weight of this shape; rows come first.
 
     Other labels than the weight's axes (the rank, the elements of a block) are read whole.
-    Beyond the table `fill` is read: the delta of no row is zero, and the base alone what it is.
+    Beyond the table zeros are read: the delta of no row.
     """
     numbers = params["dimension_numbers"]
     array, labels = _in_order(array, labels)
@@ -139,7 +190,7 @@ def gather_labelled(
     full = dict(zip(labels, array.shape, strict=True))
     whole = lambda x: isinstance(x, str) or params["slice_sizes"][x] == shape[x]
     sizes = tuple(full[x] if whole(x) else params["slice_sizes"][x] for x in labels)
-    mode = {**params, "fill_value": fill}
+    mode = {**params, "fill_value": 0}
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         mode = {**mode, "mode": "clip", "fill_value": None}
     if len(mapped) < indices.shape[-1]:  # a part of an index may repeat

@@ -31,7 +31,7 @@ from lowrank_jax._primitives.contract import (
 from lowrank_jax._weights import convolution, lookup, products
 from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.magnitude import gain_of, weight_of
-from lowrank_jax._weights.virtual import Virtual
+from lowrank_jax._weights.virtual import Virtual, reversing, slicing
 
 _STATIC = {"static": True}
 _LABELLED = ("a", "b", "key", "gain")  # arrays whose axes are labelled
@@ -67,10 +67,15 @@ class LowRankWeight(Virtual):
         under = self.base.how
         return "factored" if isinstance(self.base, DenseWeight) else f"factored, {under}"
 
+    @property
+    def lost(self) -> str:  # type: ignore[override]
+        """Dropout acts on the input of the factors, which a dense weight does not have."""
+        return "" if self.key is None or not self.rate else "; its dropout is left out"
+
     @classmethod
     def of(cls, node: Adapted, path: str) -> LowRankWeight:
         """The weight of a node with LowRank factors."""
-        delta, base = node.delta, weight_of(node.base, path)
+        delta, base = node.delta, weight_of(node.base)
         assert isinstance(delta, LowRank)
         fan_in, fan_out, stack = delta.axes(base.ndim)
         (a, b), gain = delta.factors(), gain_of(node.base, delta)
@@ -235,13 +240,28 @@ class LowRankWeight(Virtual):
 
     def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> LowRankWeight | None:
         """Take the part fn takes from each array along the axes that it has."""
+        return self._indexed(self.base.index(fn, sizes, axes), fn, axes)
+
+    def slice(
+        self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
+    ) -> LowRankWeight | None:
+        """lax.slice of each array along the axes that it has."""
+        take, sizes = slicing(self.shape, starts, limits, strides)
+        return self._indexed(self.base.slice(starts, limits, strides), take, list(sizes))
+
+    def rev(self, axes: Sequence[int]) -> LowRankWeight | None:
+        """lax.rev of each array along the axes that it has."""
+        return self._indexed(self.base.rev(axes), reversing(axes), axes)
+
+    def _indexed(self, base: Virtual | None, fn: Any, axes: Sequence[int]) -> LowRankWeight | None:
+        """On a part of the base, what fn takes from each array along the axes that it has."""
         parts = {}
         for name in self._held(*_LABELLED):
             array, labels = getattr(self, name), getattr(self, name + "_axes")
             where = {axis: labels.index(axis) for axis in axes if axis in labels}
             if where:
                 parts[name] = fn(array, where)
-        return self._on(self.base.index(fn, sizes, axes), **parts)
+        return self._on(base, **parts)
 
     def multiply(self, scalar: Any, fn: Any) -> LowRankWeight | None:
         """Scale the base and b."""

@@ -23,7 +23,7 @@ from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract
 from lowrank_jax._weights import convolution, lookup, products
 from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.low_rank import LowRankWeight
-from lowrank_jax._weights.virtual import Virtual
+from lowrank_jax._weights.virtual import Virtual, slicing
 
 _OTHER = "i"  # the label of the second axis of C; RANK is that of the first
 _EXACT = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
@@ -97,6 +97,12 @@ class Observed(LowRankWeight):
         """Take a part of the stack or of fan-out, or reverse any axis."""
         cut = {axis for axis in axes if sizes[axis] != self.shape[axis]}
         return None if cut & {*self.b_axes} else super().index(fn, sizes, axes)
+
+    def slice(self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) -> Any:
+        """lax.slice of the stack or of fan-out."""
+        _, sizes = slicing(self.shape, starts, limits, strides)
+        cut = {axis for axis in sizes if sizes[axis] != self.shape[axis]}
+        return None if cut & {*self.b_axes} else super().slice(starts, limits, strides)
 
     def unstack(self) -> tuple[Any, Any] | None:
         """Slices along the leading axis."""

@@ -10,7 +10,7 @@ from jax import lax
 
 from lowrank_jax._primitives.bilinear import product_dtype
 from lowrank_jax._primitives.contract import Labels, arrange, contract, cost
-from lowrank_jax._weights.gain import apply, times
+from lowrank_jax._weights.gain import apply, stacked_keys, times
 
 
 def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
@@ -24,22 +24,34 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
     out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
     sizes = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
     last = {"preferred_element_type": options.get("preferred_element_type")}
+    # layers that all take this activation: dropout makes it one for each, [*stacked, ...]
+    stacked = stacked_keys(w, x_labels)
+    labels_of = lambda x: (*stacked, *x_labels) if x.ndim > other.ndim else x_labels
     before = after = None
     if {*w.gain_axes} <= {*out}:
         after = lambda y, gains: times(y, out, gains, w.gain_axes)
     elif {*w.gain_axes} <= {*x_labels}:
-        before = lambda x, gains: times(x, x_labels, gains, w.gain_axes)
+        before = lambda x, gains: times(x, labels_of(x), gains, w.gain_axes)
     else:  # a gain that varies along summed and kept axes at once
         return None
 
     def base(x: jax.Array) -> Any:
-        return w.base.dot(x, numbers, on_left, options)
+        if x.ndim == other.ndim:
+            return w.base.dot(x, numbers, on_left, options)
+        shift = lambda axes: tuple(axis + len(stacked) for axis in axes)
+        own = mine[0], (*stacked, *mine[1])
+        its = shift(theirs[0]), (*range(len(stacked)), *shift(theirs[1]))
+        sides = (own, its) if on_left else (its, own)
+        plain = {name: value for name, value in options.items() if name != "out_sharding"}
+        y = w.base.dot(x, tuple(zip(*sides, strict=True)), on_left, plain)
+        made = (*stacked, *(label for label in out if label not in stacked))
+        return None if y is None else arrange(y, made, out, {})
 
     def branch(w: Any, x: jax.Array) -> jax.Array:
-        value, labels = _branch(w, x, x_labels, out, sizes, on_left, options, last)
+        value, labels = _branch(w, x, labels_of(x), out, sizes, on_left, options, last)
         return arrange(value, labels, out, sizes)
 
-    return apply(w, other, base, branch, before=before, after=after)
+    return apply(w, other, base, branch, before=before, after=after, stacked=stacked)
 
 
 def _branch(
@@ -53,7 +65,7 @@ def _branch(
     last: dict[str, Any],
 ) -> tuple[jax.Array, Labels]:
     """x·a·b, or x·b·a where that takes fewer multiplications."""
-    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(w.dtype)
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
     dtype = product_dtype(x.dtype, w.dtype)
     factors = [
         (w.a.astype(w.dtype), w.a_axes),

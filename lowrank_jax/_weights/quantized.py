@@ -1,7 +1,13 @@
-"""A quantized weight in flight: its blocks stay small until the product that they meet.
+r"""A quantized weight in flight: its blocks stay small until the product that they meet.
 
 Each axis of the decoded blocks carries a label, the axis of the weight that it is now, so that a
 transpose moves nothing; the axes that hold the blocks are one run of the weight's axes, cut in two.
+A weight [4, 128, 6] with blocks of 64 along its second axis, transposed to [6, 4, 128]:
+
+    codes [4, 2, 64, 6]    labels (1, BLOCKS, ELEMENTS, 0)    blocked (2,)
+
+What blocks cannot follow (a slice across them, a reshape that mixes axes) is done to the decoded
+weight, where it meets the activation: nothing dense is kept for it.
 """
 
 from __future__ import annotations
@@ -18,40 +24,46 @@ from jax import lax
 from lowrank_jax import _jaxprs
 from lowrank_jax._nodes.quantized import Decoding, Quantized
 from lowrank_jax._primitives.contract import labelled_spec, reshape_groups
-from lowrank_jax._primitives.tied import tied
+from lowrank_jax._weights import decoded
 from lowrank_jax._weights.blocks import (
     BLOCKS,
     ELEMENTS,
-    Conv,
-    Dot,
     FlatDecoding,
-    GroupedDecoding,
     Layout,
-    Ragged,
+    PickedDecoding,
+    ThenDecoding,
     is_run,
-    without_layout,
 )
-from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.lookup import gather_blocks
 from lowrank_jax._weights.virtual import Virtual
 
 _STATIC = {"static": True}
+_PICKED = "picked"  # labels (_PICKED, n) of axes of codes of which one entry is taken
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedWeight(Virtual):
-    """Codes, scales, table and the second level of scales, with the layout of their axes."""
+    """Codes, scales, table and the second level of scales, with the layout of their axes.
+
+    Args:
+      parts: what `decode` takes.
+      layout: the weight's axis that each axis of the decoded array is, or a label.
+      decode: of parts, to an array whose axes `layout` labels.
+      path: of the leaf; None where an adapter's weight, which has it, stands around this one.
+      picks: the entry, a number, of each axis of codes that is labelled (_PICKED, n).
+    """
 
     parts: tuple[Any, ...]
     layout: Layout = dataclasses.field(metadata=_STATIC)
     decode: Any = dataclasses.field(metadata=_STATIC)
     path: Any = dataclasses.field(metadata=_STATIC)
+    picks: tuple[Any, ...] = ()
 
     how = "dequantized"
 
     @classmethod
-    def of(cls, node: Quantized, path: str) -> QuantizedWeight:
+    def of(cls, node: Quantized, path: Any) -> QuantizedWeight:
         """The weight of a node; its scales are frozen here, outside loops."""
         codes, *rest = node.parts
         parts = (codes, *map(lax.stop_gradient, rest))
@@ -65,57 +77,90 @@ class QuantizedWeight(Virtual):
         return cls(parts, layout, node.decoding, path)
 
     @property
-    def flat(self) -> bool:
-        """Whether the blocks straddle the rows of the weight."""
-        return isinstance(self.decode, FlatDecoding)
+    def in_blocks(self) -> bool:
+        """Whether the decoded array is one of blocks; else it is dense."""
+        return isinstance(self.decode, Decoding)
 
     @property
     def decoding(self) -> Decoding:
         """How the parts become numbers."""
-        return self.decode.decoding if isinstance(self.decode, FlatDecoding) else self.decode
+        decode = self.decode
+        while not isinstance(decode, Decoding):
+            decode = decode.decoding
+        return decode
+
+    @property
+    def decoder(self) -> tuple[Any, tuple[Any, ...], Layout]:
+        """What decodes the entries picked, what it takes, and the layout of its result."""
+        if not self.picks:
+            return self.decode, self.parts, self.layout
+        axes = self.layout.axes
+        places = [i for i, label in enumerate(axes) if _is_picked(label)]
+        picks = [self.picks[axes[place][1]] for place in places]
+        rest = tuple(label for label in axes if not _is_picked(label))
+        decode = PickedDecoding(self.decoding, tuple(places))
+        return decode, (*self.parts, *picks), dataclasses.replace(self.layout, axes=rest)
+
+    def resolved(self) -> QuantizedWeight:
+        """The weight whose arrays are those of the entries picked."""
+        if not self.picks:
+            return self
+        decode, parts, layout = self.decoder
+        parts, decoding = decode.pick(*parts)
+        return QuantizedWeight(parts, layout, decoding, self.path)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense weight, on this device where a mesh is manual."""
-        parts = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in self.parts]
-        blocks = jax.eval_shape(self.decode, *parts).shape
-        extent = dict(zip(self.layout.axes, blocks, strict=True))
-        if self.layout.blocked:
-            first, *rest = self.layout.blocked
-            sizes = self.layout.sizes
+        decode, parts, layout = self.decoder
+        blocks = jax.eval_shape(
+            decode, *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts)
+        ).shape
+        extent = dict(zip(layout.axes, blocks, strict=True)) | dict.fromkeys(layout.units, 1)
+        if layout.blocked:
+            first, *rest = layout.blocked
+            sizes = layout.sizes
             extent |= dict(zip(rest, sizes[1:], strict=True))
             extent[first] = extent[BLOCKS] * extent[ELEMENTS] // math.prod(sizes[1:])
-        return tuple(extent[axis] for axis in range(self.ndim))
+        return tuple(extent[axis] for axis in range(layout.ndim))
 
     @property
     def ndim(self) -> int:
         """Number of axes."""
-        return self.layout.ndim
+        return self.layout.ndim - len(self.picks)
 
     @property
     def dtype(self) -> Any:
         """Dtype of the dense weight."""
-        return jnp.dtype(self.decoding.casts[-1])
+        casts = self.decode.casts if isinstance(self.decode, ThenDecoding) else ()
+        return jnp.dtype((*self.decoding.casts, *casts)[-1])
 
     def materialize(self) -> jax.Array:
         """The dense weight, split as its codes are where their type says how."""
-        dense = lambda w: w.layout.dense(w.decode(*w.parts))
+
+        def dense(weight: QuantizedWeight) -> jax.Array:
+            decode, parts, layout = weight.decoder
+            return layout.dense(decode(*parts))
+
         if not any(map(_jaxprs.is_split, self.parts)):
             return dense(self)
-        sharding = jax.typeof(self.parts[0]).sharding
-        sharding = jax.NamedSharding(sharding.mesh, self.layout.spec(sharding.spec))
-        return _jaxprs.by_the_compiler(dense, sharding, self)
+        sharding, spec = jax.typeof(self.parts[0]).sharding, jax.P()
+        if self.in_blocks:
+            spec = self.layout.spec(sharding.spec)
+        return _jaxprs.by_the_compiler(dense, jax.NamedSharding(sharding.mesh, spec), self)
 
     def _with(self, **changes: Any) -> QuantizedWeight:
         return dataclasses.replace(self, **changes)
 
-    def _decoded_by(self, **changes: Any) -> QuantizedWeight:
-        decoding = dataclasses.replace(self.decoding, **changes)
-        if isinstance(self.decode, FlatDecoding):
-            return self._with(decode=dataclasses.replace(self.decode, decoding=decoding))
-        return self._with(decode=decoding)
+    def _then(self, name: str, *params: Any) -> QuantizedWeight:
+        """The weight led through one more operation once it is decoded."""
+        weight = self.resolved()
+        decode = ThenDecoding.of(weight.decode, weight.layout).then(name, *params)
+        shapes = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in weight.parts]
+        ndim = len(jax.eval_shape(decode, *shapes).shape)
+        return weight._with(decode=decode, layout=Layout(tuple(range(ndim)), (), ()))
 
-    # Verbs that pass the weight on.
+    # Structural operations
 
     def each(self, fn: Any, base_only: bool = False) -> QuantizedWeight | None:
         """What is said of the dense array (a name, a layout) is not said of its blocks."""
@@ -126,31 +171,44 @@ class QuantizedWeight(Virtual):
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
         name = jnp.dtype(dtype).name
-        casts = self.decoding.casts
-        return self if casts[-1] == name else self._decoded_by(casts=(*casts, name))
+        if self.dtype == dtype:
+            return self
+        if isinstance(self.decode, ThenDecoding):
+            return self._with(decode=self.decode.then("astype", name))
+        decoding = dataclasses.replace(self.decoding, casts=(*self.decoding.casts, name))
+        if isinstance(self.decode, FlatDecoding):
+            decoding = dataclasses.replace(self.decode, decoding=decoding)
+        return self._with(decode=decoding)
 
-    def transpose(self, order: Sequence[int]) -> QuantizedWeight | None:
+    def transpose(self, order: Sequence[int]) -> QuantizedWeight:
         """Renumber the labels, as long as the axes of blocks stay a run."""
         place = {old: new for new, old in enumerate(order)}
-        return self._renumbered(place)
+        return self._renumbered(place) or self._then("transpose", tuple(order))
 
     def _renumbered(self, place: dict[Any, int], **changes: Any) -> QuantizedWeight | None:
-        blocked = tuple(place[axis] for axis in self.layout.blocked)
+        layout = self.layout
+        blocked, units = (
+            tuple(place[axis] for axis in old) for old in (layout.blocked, layout.units)
+        )
         if not is_run(blocked):
             return None
-        axes = tuple(place.get(axis, axis) for axis in self.layout.axes)
-        return self._with(layout=Layout(axes, blocked, self.layout.sizes), **changes)
+        axes = tuple(place.get(axis, axis) for axis in layout.axes)
+        return self._with(layout=Layout(axes, blocked, layout.sizes, units), **changes)
 
     def reshape(self, shape: Sequence[int]) -> QuantizedWeight | None:
         """Merge, split or drop runs of axes; those that blocks run along among themselves."""
         if 0 in self.shape:
             return None
+        return self._reshape_blocks(shape) or self._then("reshape", tuple(shape))
+
+    def _reshape_blocks(self, shape: Sequence[int]) -> QuantizedWeight | None:
+        """The reshape that leaves each block whole, or None."""
         own, blocked, sizes = self.shape, self.layout.blocked, self.layout.sizes
         weight: QuantizedWeight | None = self
         for old, new in reshape_groups(own, shape):
-            if not {*old} & {*blocked}:
+            if not {*old} & {*self.layout.blocked}:
                 weight = weight and weight._recut(old, new, [shape[axis] for axis in new])
-            elif {*old} == {axis for axis in blocked if own[axis] != 1}:
+            elif {*old} == {axis for axis in self.layout.blocked if own[axis] != 1}:
                 blocked, sizes = tuple(new), tuple(shape[axis] for axis in new)
             else:
                 return None
@@ -159,23 +217,23 @@ class QuantizedWeight(Virtual):
                 weight = weight and weight._recut([axis], [], [])
         if weight is None or not is_run(blocked):
             return None
-        axes = tuple(x[1] if isinstance(x, tuple) else x for x in weight.layout.axes)
-        if {*axes, *blocked} - {BLOCKS, ELEMENTS} != {*range(len(shape))}:
-            return None  # an axis of size 1 that the blocks do not have
-        return weight._with(layout=Layout(axes, blocked, sizes))
+        new_label = lambda label: label[1] if _is_new(label) else label
+        axes = tuple(map(new_label, weight.layout.axes))
+        units = tuple(axis for axis in range(len(shape)) if axis not in (*axes, *blocked))
+        return weight._with(layout=Layout(axes, blocked, sizes, units))
 
     def _recut(
         self, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]
     ) -> QuantizedWeight | None:
-        """Adjacent axes of all arrays in other sizes; ("new", axis) is the label of the new."""
+        """Adjacent axes of all arrays in other sizes; (_NEW, axis) is the label of the new."""
         axes, decode = self.layout.axes, self.decode
         at = [axes.index(axis) for axis in old]
-        labels = (*axes[: at[0]], *(("new", axis) for axis in new), *axes[at[-1] + 1 :])
+        labels = (*axes[: at[0]], *((_NEW, axis) for axis in new), *axes[at[-1] + 1 :])
         layout = dataclasses.replace(self.layout, axes=labels)
         if len(old) == len(new) == 1:
             return self._with(layout=layout)
         stacked = at[-1] < self._stack
-        if not is_run(at) or (not stacked and (self.flat or at[0] < self._stack)):
+        if not is_run(at) or (not stacked and (not self.in_blocks or at[0] < self._stack)):
             return None
         weight = self if stacked else self.with_plain_scales()
         codes, scales, table, *second = weight.parts
@@ -194,10 +252,24 @@ class QuantizedWeight(Virtual):
             )
         return self._with(parts=parts, layout=layout, decode=decode)
 
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> QuantizedWeight:
+        """New axes of size 1 are the layout's alone."""
+        grown = any(self.shape[old] != shape[new] for old, new in enumerate(axes))
+        new = [axis for axis in range(len(shape)) if axis not in axes]
+        if grown or any(shape[axis] != 1 for axis in new):
+            return self._then("broadcast", tuple(shape), tuple(axes))
+        moved = self._renumbered(dict(enumerate(axes)))
+        if moved is None:
+            return self._then("broadcast", tuple(shape), tuple(axes))
+        units = (*moved.layout.units, *new)
+        return moved._with(layout=dataclasses.replace(moved.layout, units=units))
+
     @property
     def _stack(self) -> int:
         """How many leading axes every array has: the stack axes."""
         codes, _, _, *second = self.parts
+        if isinstance(self.decode, ThenDecoding):
+            return 0
         return second[0].ndim - 1 if second else codes.ndim - len(self.decoding.strides) - 1
 
     def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> QuantizedWeight | None:
@@ -207,13 +279,24 @@ class QuantizedWeight(Virtual):
         where = {axis: self.layout.axes.index(axis) for axis in axes}
         weight = self
         if any(place >= self._stack for place in where.values()):
-            if self.flat:
+            if not self.in_blocks:
                 return None
             weight = self.with_plain_scales()
         codes, scales, table, *second = weight.parts
         under = {axis: place - (place > self._cut_at) for axis, place in where.items()}
         parts = (fn(codes, where), fn(scales, under), table, *(fn(s, where) for s in second))
         return weight._with(parts=parts)
+
+    def slice(
+        self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
+    ) -> QuantizedWeight:
+        """lax.slice; across blocks, of the decoded weight."""
+        own = super().slice(starts, limits, strides)
+        return own or self._then("slice", tuple(starts), tuple(limits), tuple(strides))
+
+    def rev(self, axes: Sequence[int]) -> QuantizedWeight:
+        """lax.rev; across blocks, of the decoded weight."""
+        return super().rev(axes) or self._then("rev", tuple(axes))
 
     def with_plain_scales(self) -> QuantizedWeight:
         """The same with scales that are numbers: their codes know their places in the whole."""
@@ -245,40 +328,54 @@ class QuantizedWeight(Virtual):
         return self.parts[0].ndim - 1 - self.decoding.trailing
 
     def unstack(self) -> tuple[Any, Any] | None:
-        """Slices along the leading axis of the weight."""
-        place = self.layout.axes.index(0) if 0 in self.layout.axes else self._stack
+        """Slices along the leading axis of the weight.
+
+        Where that is the first axis of all arrays they are scanned over. Else the loop is over the
+        numbers of the entries: to move the axis to the front would copy all codes.
+        """
+        if 0 not in self.layout.axes:
+            return None
+        place = self.layout.axes.index(0)
+        down = {axis: axis - 1 for axis in range(1, self.ndim)}
+        if place and self.in_blocks:
+            weight, label = self.with_plain_scales(), (_PICKED, len(self.picks))
+            axes = tuple(label if axis == 0 else axis for axis in self.layout.axes)
+            layout = dataclasses.replace(self.layout, axes=axes)
+            pick = lambda number: weight._with(layout=layout, picks=(*weight.picks, number))
+            return jnp.arange(self.shape[0]), lambda number: pick(number)._renumbered(down)
         if place >= self._stack:
             return None
         codes, scales, table, *second = self.parts
-        front = lambda array: array if place == 0 else jnp.moveaxis(array, place, 0)
-        arrays = tuple(front(array) for array in (codes, scales, *second))
-        down = {axis: axis - 1 for axis in range(1, self.ndim)}
+        arrays = tuple(jnp.moveaxis(array, place, 0) for array in (codes, scales, *second))
         axes = tuple(axis for axis in self.layout.axes if axis != 0)
-        layout = Layout(axes, self.layout.blocked, self.layout.sizes)
+        layout = dataclasses.replace(self.layout, axes=axes)
 
         def rebuild(slices: tuple[Any, ...]) -> QuantizedWeight | None:
             codes, scales, *second = slices
-            return self._with(parts=(codes, scales, table, *second), layout=layout)._renumbered(
-                down
-            )
+            parts = (codes, scales, table, *second)
+            return self._with(parts=parts, layout=layout)._renumbered(down)
 
         return arrays, rebuild
 
     def specs(self, spec: Any) -> QuantizedWeight | None:
         """PartitionSpecs of the arrays."""
+        empty, picks = type(spec)(), tuple(type(spec)() for _ in self.picks)
+        if isinstance(self.decode, ThenDecoding):
+            whole = all(entry is None for entry in spec)
+            return self._with(parts=(empty,) * len(self.parts)) if whole else None
         stack, split = self.layout.axes[: self._stack], self._split_by(spec)
-        if split & {*self.layout.blocked[1:]} or (self.flat and split):
+        if split & {*self.layout.blocked[1:]} or (split and not self.in_blocks):
             return None
         first = self.layout.blocked[0] if self.layout.blocked else None
         labels = [first if axis == BLOCKS else axis for axis in self.layout.axes]
-        if self.flat:
+        if not self.in_blocks:
             labels = [*stack, None, None]
         codes = [None if label == ELEMENTS else label for label in labels]
         scales = [label for i, label in enumerate(codes) if i != self._cut_at]
         whole = labelled_spec(spec, (*stack, None))
         second = [whole, labelled_spec(spec, stack), whole]
-        parts = (labelled_spec(spec, codes), labelled_spec(spec, scales), type(spec)())
-        return self._with(parts=(*parts, *second[: len(self.parts) - 3]))
+        parts = (labelled_spec(spec, codes), labelled_spec(spec, scales), empty)
+        return self._with(parts=(*parts, *second[: len(self.parts) - 3]), picks=picks)
 
     def splittable(self, spec: Any) -> QuantizedWeight:
         """A part of the leaf cannot tell which scales of scales are its own."""
@@ -294,54 +391,31 @@ class QuantizedWeight(Virtual):
         whole = self.specs(spec)
         return whole and self._with(parts=tuple(map(fn, self.parts, whole.parts)))
 
-    # Verbs that consume the weight.
+    # Products
 
     def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
-        """lax.dot_general, the blocks decoded where the activation is."""
-        (lc, rc), (lb, rb) = numbers
-        contracted, batch = (lc, lb) if on_left else (rc, rb)
-        blocked = {*self.layout.blocked}
-        if blocked & {*batch} or len(blocked & {*contracted}) not in (0, len(blocked)):
-            return None
-        if not jnp.issubdtype(other.dtype, jnp.floating):
-            return None
-        op = Dot(self._here, numbers, on_left, without_layout(options))
-        like = lambda w, other: w.dot(other, numbers, on_left, options)
-        return self._product(like, op, self.decode, other, *self.parts)
-
-    def _product(self, like: Any, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
-        """A tied product, on a mesh with explicit axes laid out as like(dense weight, other)."""
-        run = lambda other, *parts: tied(other, parts, op, decode)
-        if not any(map(_jaxprs.is_explicit, (other, *parts))):
-            return run(other, *parts)
-        dense = lambda own, other: like(DenseWeight(own.materialize()), other)
-        result = jax.eval_shape(dense, self, other)
-        if not any(map(_jaxprs.is_split, (result, other, *parts))):
-            return run(other, *parts)
-        return _jaxprs.by_the_compiler(run, result.sharding, other, *parts)
-
-    @property
-    def _here(self) -> Layout:
-        """The layout with the sizes that this device has."""
-        shape = self.shape
-        return dataclasses.replace(
-            self.layout, sizes=tuple(shape[axis] for axis in self.layout.blocked)
-        )
+        """lax.dot_general."""
+        return decoded.dot(self, other, numbers, on_left, options)
 
     def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
-        """lax.ragged_dot_general, the weights decoded where the rows are."""
-        if not jnp.issubdtype(other.dtype, jnp.floating):
-            return None
-        op = Ragged(self._here, numbers, without_layout(options))
-        like = lambda w, other: w.ragged_dot(other, sizes, numbers, options)
-        return self._product(like, op, GroupedDecoding(self.decode), other, *self.parts, sizes)
+        """lax.ragged_dot_general."""
+        return decoded.ragged_dot(self, other, sizes, numbers, options)
 
     def conv(self, other: Any, params: dict[str, Any]) -> Any:
-        """lax.conv_general_dilated, the kernel decoded where the activation is."""
-        op = Conv(self._here, without_layout(params))
-        like = lambda w, other: w.conv(other, params)
-        return self._product(like, op, self.decode, other, *self.parts)
+        """lax.conv_general_dilated."""
+        return decoded.conv(self, other, params)
 
     def gather(self, indices: Any, params: dict[str, Any]) -> Any:
         """Decode only the rows that are read."""
         return gather_blocks(self, indices, params)
+
+
+_NEW = "new"  # labels (_NEW, axis) of axes that a reshape is about to number
+
+
+def _is_picked(label: Any) -> bool:
+    return isinstance(label, tuple) and label[0] == _PICKED
+
+
+def _is_new(label: Any) -> bool:
+    return isinstance(label, tuple) and label[0] == _NEW

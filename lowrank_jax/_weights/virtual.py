@@ -5,10 +5,50 @@ Every verb returns the result, or None where this weight cannot take part withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class JointPath:
+    """The path of a weight made of several leaves: layers stacked by the model itself, say."""
+
+    paths: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.paths))
+
+
+def single_paths(path: Any) -> tuple[Any, ...]:
+    """The paths of leaves that a path stands for."""
+    return path.paths if isinstance(path, JointPath) else (path,)
+
+
+Take = Callable[[Any, dict[int, int]], Any]
+
+
+def slicing(
+    shape: Sequence[int], starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
+) -> tuple[Take, dict[int, int]]:
+    """What `index` takes for lax.slice: a function of (array, axes of it), and the new sizes."""
+    cuts = enumerate(zip(starts, limits, strides, strict=True))
+    parts = {axis: cut for axis, cut in cuts if cut != (0, shape[axis], 1)}
+
+    def take(array: Any, where: dict[int, int]) -> Any:
+        window = {where[axis]: cut for axis, cut in parts.items() if axis in where}
+        full = [window.get(i, (0, size, 1)) for i, size in enumerate(array.shape)]
+        return lax.slice(array, *zip(*full, strict=True))
+
+    return take, {axis: -(-(stop - start) // step) for axis, (start, stop, step) in parts.items()}
+
+
+def reversing(axes: Sequence[int]) -> Take:
+    """What `index` takes for lax.rev."""
+    return lambda array, where: lax.rev(array, [where[axis] for axis in axes if axis in where])
 
 
 class Virtual:
@@ -19,6 +59,7 @@ class Virtual:
     dtype: Any
 
     how = "factored"  # what a report says of a product with it
+    lost = ""  # what it no longer does once it is built densely, for messages
 
     @property
     def ndim(self) -> int:
@@ -28,6 +69,14 @@ class Virtual:
     def materialize(self) -> Any:
         """The dense array it stands for."""
         raise NotImplementedError
+
+    def leaves(self) -> tuple[Virtual, ...]:
+        """The weights it is made of, each of which has a path: itself, unless it joins several."""
+        return (self,)
+
+    def map_leaves(self, fn: Callable[[Any], Virtual]) -> Virtual:
+        """The same weight of fn(each of its leaves)."""
+        return fn(self)
 
     def for_use(self, number: int) -> Virtual:
         """The weight for its use of this number: with a dropout mask of its own."""
@@ -67,6 +116,29 @@ class Virtual:
         `sizes` has the new size of each of `axes`.
         """
         return None
+
+    def slice(
+        self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
+    ) -> Virtual | None:
+        """lax.slice."""
+        take, sizes = slicing(self.shape, starts, limits, strides)
+        return self.index(take, sizes, list(sizes))
+
+    def rev(self, axes: Sequence[int]) -> Virtual | None:
+        """lax.rev."""
+        return self.index(reversing(axes), {axis: self.shape[axis] for axis in axes}, axes)
+
+    def slice_axis(self, axis: int, start: int, stop: int) -> Virtual | None:
+        """The entries from start to stop of one axis."""
+        starts, limits = [0] * self.ndim, list(self.shape)
+        starts[axis], limits[axis] = start, stop
+        return self.slice(starts, limits, [1] * self.ndim)
+
+    def take_index(self, axis: int, number: int) -> Virtual | None:
+        """One entry of an axis, which is then gone."""
+        one = self.slice_axis(axis, number, number + 1)
+        rest = [size for i, size in enumerate(self.shape) if i != axis]
+        return None if one is None else one.reshape(rest)
 
     def multiply(self, scalar: Any, fn: Any) -> Virtual | None:
         """fn(array, scalar), linear in the array: multiplication or division by a scalar."""

@@ -1,0 +1,388 @@
+"""Weights led through structural operations to a product: sliced, joined, indexed, reshaped.
+
+Every test compares the lifted function with the same function on the merged tree: its value, the
+gradient of every factor and the directional derivative, with no weight built densely unless the
+test says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from models import noisy, normal
+
+import lowrank_jax as lowrank
+from lowrank_jax import _codecs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+# results differ by a few roundings for each product on the way, in float32
+TOLERANCE = 100 * float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of two elements, so that small weights have several."""
+    monkeypatch.setattr(_codecs, "BLOCK_SIZES", (2, 32, 64))
+
+
+def node(shape, fan_in, fan_out, stack=(), *, kind="dot", seed=0, rank=2, dora=False):
+    """A random adapter of a leaf of this shape."""
+    size = lambda axes: tuple(shape[axis] for axis in axes)
+    a = normal(*size(stack), *size(fan_in), rank, seed=seed + 1, scale=0.5)
+    b = normal(*size(stack), rank, *size(fan_out), seed=seed + 2, scale=0.5)
+    magnitude = 1 + jnp.abs(normal(*size(stack), *size(fan_out), seed=seed + 3)) if dora else None
+    return lowrank.LowRank(a, b, magnitude, fan_in, fan_out, stack, 1.5, kind)
+
+
+def quantized(leaf, fan_in, stack=(), **options):
+    """The leaf in blocks of two along these axes."""
+    from lowrank_jax._nodes.quantized import quantized as encode
+
+    return jax.jit(
+        lambda leaf: encode(
+            leaf, fan_in, stack, **{"block_size": 2, "double_quant": False, **options}
+        )
+    )(leaf)
+
+
+def assert_agrees(fn, base, lora, *args, fallback="raise"):
+    """lift(fn)(combine(base, lora)) is fn(merge(base, lora)), with its derivatives."""
+    lifted = lowrank.lift(fn, fallback=fallback)
+    live = lambda lora, base: lifted(lowrank.combine(base, lora), *args)
+    merged = lambda lora, base: fn(lowrank.merge(base, lora), *args)
+    tangent = noisy(jax.tree.map(jnp.zeros_like, lora), seed=7)
+
+    def derivatives(f):
+        def loss(lora, base):
+            out = [y.astype(jnp.float32) for y in jax.tree.leaves(f(lora, base))]
+            weigh = lambda y: jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+            return sum(map(weigh, out)), out
+
+        def run(lora, base):
+            gradient, out = jax.grad(loss, has_aux=True)(lora, base)
+            slope = jax.jvp(lambda lora: loss(lora, base)[0], (lora,), (tangent,))[1]
+            return out, gradient, slope
+
+        return run
+
+    both = jax.jit(lambda *args: [derivatives(f)(*args) for f in (live, merged)])
+    got, want = jax.device_get(both(lora, base))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        largest = max(np.abs(other).max(initial=0), 1e-3)
+        np.testing.assert_allclose(one / largest, other / largest, rtol=0, atol=TOLERANCE)
+    return got
+
+
+def both_bases(leaf, fan_in, stack=()):
+    """The leaf dense and quantized."""
+    return leaf, quantized(leaf, fan_in, stack)
+
+
+# Reshapes
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 6)])
+@pytest.mark.parametrize("on_codes", [False, True])
+def test_a_reshape_that_splits_the_stack_axis(shape, on_codes):
+    base = both_bases(normal(*shape), (1,), (0,))[on_codes]
+    halves = (2, 2, *shape[1:])
+    x = normal(3, shape[1], seed=9)
+    fn = lambda p, x: (x @ p["w"].reshape(halves)[1, 0], x @ p["w"].reshape(halves)[0, 1])
+    assert_agrees(fn, {"w": base}, {"w": node(shape, (1,), (2,), (0,))}, x)
+
+
+@pytest.mark.parametrize("on_codes", [False, True])
+def test_a_scan_in_a_scan_over_a_stack_split_in_two(on_codes):
+    base = both_bases(normal(4, 8, 8, scale=0.3), (1,), (0,))[on_codes]
+
+    def fn(p, x):
+        inner = lambda x, w: (jnp.tanh(x @ w), None)
+        outer = lambda x, ws: lax.scan(inner, x, ws)
+        return lax.scan(outer, x, p["w"].reshape(2, 2, 8, 8))[0]
+
+    assert_agrees(fn, {"w": base}, {"w": node((4, 8, 8), (1,), (2,), (0,))}, normal(3, 8, seed=9))
+
+
+@pytest.mark.parametrize("on_codes", [False, True])
+def test_a_reshape_that_splits_fan_in(on_codes):
+    base = both_bases(normal(16, 6), (0,))[on_codes]
+    fn = lambda p, x: jnp.einsum("bij,ijo->bo", x, p["w"].reshape(4, 4, 6))
+    assert_agrees(fn, {"w": base}, {"w": node((16, 6), (0,), (1,))}, normal(3, 4, 4, seed=9))
+
+
+# Slices at run time
+
+
+@pytest.mark.parametrize("start", [-5, -1, 0, 2, 9])
+def test_dynamic_slices_are_clamped_as_jax_clamps_them(start):
+    """A start below zero is one from the end in jnp's indexing alone; lax clamps it."""
+
+    def fn(p, x):
+        by_index = x @ p["w"][jnp.int32(start)]
+        options = {"slice_sizes": (1, 6, 5), "allow_negative_indices": False}
+        traced = lax.add(jnp.int32(start), jnp.int32(0))
+        return by_index, x @ lax.dynamic_slice(p["w"], (traced, 0, 0), **options)[0]
+
+    lora = {"w": node((4, 6, 5), (1,), (2,), (0,))}
+    for base in both_bases(normal(4, 6, 5), (1,), (0,)):
+        assert_agrees(fn, {"w": base}, lora, normal(3, 6, seed=9))
+
+
+@pytest.mark.parametrize("ids", [(0, 3, 2), (1, 9, -7)])
+def test_experts_chosen_by_index_under_vmap(ids):
+    def fn(p, x):
+        return jax.vmap(lambda x, i: x @ p["w"][i])(x, jnp.array(ids))
+
+    lora = {"w": node((4, 6, 5), (1,), (2,), (0,))}
+    for base in both_bases(normal(4, 6, 5), (1,), (0,)):
+        assert_agrees(fn, {"w": base}, lora, normal(3, 6, seed=9))
+
+
+def test_rows_chosen_by_index_under_vmap():
+    fn = lambda p: jax.vmap(lambda i: p["w"][i])(jnp.array([0, 3, 2, 8]))
+    lora = {"w": node((5, 6), (0,), (1,), kind="lookup")}
+    for base in both_bases(normal(5, 6), (1,)):
+        assert_agrees(fn, {"w": base}, lora)
+
+
+# Joined weights
+
+
+JOINED = {
+    "along fan-out": lambda p, x: jnp.split(
+        x @ jnp.concatenate([p["q"], p["k"], p["v"]], 1), 3, -1
+    ),
+    "along fan-in": lambda p, x: jnp.tile(x, 3) @ jnp.concatenate([p["q"], p["k"], p["v"]], 0),
+    "on the left": lambda p, x: jnp.concatenate([p["q"].T, p["k"].T], 0) @ x.T,
+    "stacked, one input": lambda p, x: jnp.einsum("bi,nio->bno", x, jnp.stack([p["q"], p["v"]])),
+    "stacked, an input each": lambda p, x: jnp.einsum(
+        "nbi,nio->nbo", jnp.stack([x, 2 * x]), jnp.stack([p["q"], p["v"]])
+    ),
+    "with an array": lambda p, x: x @ jnp.concatenate([p["q"], jnp.ones((8, 2)), p["k"]], 1),
+    "and cut elsewhere": lambda p, x: x @ jnp.concatenate([p["q"], p["k"]], 1)[:, 3:11:2],
+    "and an index": lambda p, x: x @ jnp.stack([p["q"], p["k"], p["v"]])[1],
+    "in an inner jit": lambda p, x: jax.jit(lambda w, x: x @ w)(jnp.hstack([p["q"], p["k"]]), x),
+    "in a cond": lambda p, x: lax.cond(
+        x[0, 0] > 0, lambda w: x @ w, lambda w: -x @ w, jnp.hstack([p["q"], p["k"]])
+    ),
+    "in a loop": lambda p, x: lax.scan(
+        lambda h, _: (jnp.tanh(h @ jnp.hstack([p["q"][:, :4], p["k"][:, 4:]])), None), x, None, 2
+    )[0],
+    "joined, then scanned over": lambda p, x: lax.scan(
+        lambda h, w: (jnp.tanh(h @ w), None), x, jnp.stack([p["q"], p["k"], p["v"]])
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("kind", ["dense", "DoRA", "codes"])
+def test_joined_weights_stay_factored(name, kind):
+    leaves = {k: normal(8, 8, seed=i, scale=0.4) for i, k in enumerate("qkv")}
+    lora = {k: node((8, 8), (0,), (1,), seed=i, dora=kind == "DoRA") for i, k in enumerate("qkv")}
+    base = {k: quantized(leaf, (0,)) for k, leaf in leaves.items()} if kind == "codes" else leaves
+    assert_agrees(JOINED[name], base, lora, normal(4, 8, seed=9))
+
+
+def test_joined_experts_and_kernels():
+    experts = {k: normal(3, 4, 6, seed=i) for i, k in enumerate("gu")}
+    lora = {k: node((3, 4, 6), (1,), (2,), (0,), seed=i) for i, k in enumerate("gu")}
+    sizes = jnp.array([2, 0, 3], jnp.int32)
+    fn = lambda p, x: lax.ragged_dot(x, jnp.concatenate([p["g"], p["u"]], 2), sizes)
+    assert_agrees(fn, experts, lora, normal(5, 4, seed=9))
+    kernels = {k: normal(3, 4, 6, seed=i) for i, k in enumerate("gu")}
+    lora = {k: node((3, 4, 6), (0, 1), (2,), kind="conv", seed=i) for i, k in enumerate("gu")}
+
+    def conv(p, x):
+        kernel = jnp.concatenate([p["g"], p["u"]], 2)
+        return lax.conv_general_dilated(
+            x, kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )
+
+    assert_agrees(conv, kernels, lora, normal(2, 5, 4, seed=9))
+
+
+# Loops over any stack axis
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "DoRA", "nf4", "int8", "uint8", "double"])
+def test_a_scan_over_the_middle_axis(kind, remat):
+    leaf = normal(8, 3, 8, scale=0.4)
+    options = {
+        "nf4": {}, "int8": {"format": "int8"}, "uint8": {"packing": "uint8"},
+        "double": {"double_quant": True},
+    }  # fmt: skip
+    base = quantized(leaf, (0,), (1,), **options[kind]) if kind in options else leaf
+
+    def fn(p, x):
+        layer = lambda x, w: (jnp.tanh(x @ w) @ w.T, None)
+        return lax.scan(jax.checkpoint(layer) if remat else layer, x, jnp.moveaxis(p["w"], 1, 0))[0]
+
+    lora = {"w": node((8, 3, 8), (0,), (2,), (1,), dora=kind == "DoRA")}
+    assert_agrees(fn, {"w": base}, lora, normal(3, 8, seed=9))
+    if kind in options:
+        quiet = lambda p, x: lowrank.lift(fn, fallback="raise")(p, x)
+        got, want = jax.jit(lambda p, x: (quiet(p, x), fn(lowrank.dequantize(p), x)))(
+            {"w": base}, normal(3, 8, seed=9)
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("last", ["split", "heads", "inner scan", "index"])
+def test_a_scan_over_the_middle_axis_of_codes_and_what_a_layer_does_then(last):
+    base = quantized(normal(8, 2, 3, 8, scale=0.4), (0,), (1, 2))
+    steps = {
+        "split": lambda x, w: x @ jnp.split(w[:, 0], 2, 1)[1] @ jnp.full((4, 8), 0.1),
+        "heads": lambda x, w: (
+            0.3 * jnp.einsum("bi,inho->bnho", x, w.reshape(8, 3, 2, 4)).sum(1).reshape(-1, 8)
+        ),
+        "inner scan": lambda x, w: lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None), x, jnp.moveaxis(w, 1, 0)
+        )[0],
+        "index": lambda x, w: x @ lax.dynamic_index_in_dim(w, 2, 1, keepdims=False),
+    }
+    fn = lambda p, x: lax.scan(
+        lambda x, w: (jnp.tanh(steps[last](x, w)), None), x, jnp.moveaxis(p["w"], 1, 0)
+    )[0]
+    lora = {"w": node((8, 2, 3, 8), (0,), (3,), (1, 2))}
+    assert_agrees(fn, {"w": base}, lora, normal(3, 8, seed=9))
+
+
+def test_a_scan_over_the_middle_axis_takes_the_memory_of_the_leading_one(full_compile):
+    def temporaries(base, fn):
+        lora = {"w": node(base.shape, *axes)}
+        loss = lambda lora, base, x: lowrank.lift(fn, fallback="raise")(
+            lowrank.combine(base, lora), x
+        ).sum()
+        step = jax.jit(jax.grad(loss)).lower(lora, {"w": base}, normal(8, 256))
+        return step.compile().memory_analysis().temp_size_in_bytes
+
+    step = lambda h, w: (jnp.tanh(h @ w), None)
+    shape, found = (4, 256, 256), {}
+    for name, at in {"leading": 0, "middle": 1, "last": 2}.items():
+        axes = [(1,), (2,), (0,)] if at == 0 else [(0,), (2 if at == 1 else 1,), (at,)]
+        leaf = jnp.moveaxis(normal(*shape, scale=0.1), 0, at)
+        base = quantized(leaf, axes[0], axes[2], block_size=64, packing="uint8")
+        fn = lambda p, x, at=at: lax.scan(step, x, jnp.moveaxis(p["w"], at, 0))[0]
+        found[name] = temporaries(base, fn)
+    # plain scales of the whole stack, 4 bytes for each 64 weights, are decoded outside of the loop
+    slack = 1.05 * found["leading"] + 4 * np.prod(shape) / 64
+    assert max(found.values()) <= slack, found
+
+
+# Weights under shard_map
+
+
+def test_a_weight_that_a_shard_map_lays_out_otherwise():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    mapped = lambda w, i, o: jax.shard_map(lambda w: w, mesh=mesh, in_specs=i, out_specs=o)(w)
+    base, lora = {"w": normal(8, 6)}, {"w": node((8, 6), (0,), (1,))}
+    fn = lambda p, x: x @ mapped(p["w"], P("a", "b"), P("b", "a"))
+    assert_agrees(fn, base, lora, normal(3, 8, seed=9), fallback="silent")
+    kept = lambda p, x: x @ mapped(p["w"], P("a"), P("a", None))
+    assert_agrees(kept, base, lora, normal(3, 8, seed=9))
+
+
+# Look-ups beyond the table
+
+
+def lookups(**options):
+    return lambda p, ids: jnp.take(p["t"], ids, axis=0, **options)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "scaled"])
+def test_masked_ids_beyond_the_table_have_no_gradient(method):
+    ids, mask = jnp.array([1, 6]), jnp.array([True, False])
+    fn = lambda p, s: jnp.where(mask[:, None], jnp.take(p["t"], ids, axis=0), 0.0)
+    params = {"t": normal(6, 4)}
+    config = lowrank.LoraConfig(
+        rank=2, targets="t", method="ia3" if method == "ia3" else "lora", dora=method == "dora"
+    )
+    plan = lowrank.plan(fn, params, 1.0)
+    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
+    lora = noisy(lora)
+
+    def run(f):
+        loss = lambda lora, scale: jnp.sum(jnp.sin(f(lora, scale)))
+        return jax.grad(loss, (0, 1))(lora, 0.7)
+
+    live = lambda lora, s: lowrank.lift(fn, fallback="raise")(
+        lowrank.combine(base, lora, scale=s), 1.0
+    )
+    merged = lambda lora, s: fn(lowrank.merge(base, lora, scale=s), 1.0)
+    got, want = jax.device_get(jax.jit(lambda: (run(live), run(merged)))())
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("mode", [None, "clip", "fill"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_ids_out_of_range_have_the_gradient_that_jax_gives_them(mode, dora):
+    """In default indexing JAX reads a row that is there, and drops its cotangent."""
+    fn = lambda p: jnp.nan_to_num(p["t"].at[jnp.array([1, 9, -8, 5])].get(mode=mode))
+    lora = {"t": node((6, 4), (0,), (1,), kind="lookup", dora=dora)}
+    for base in both_bases(normal(6, 4), (1,)):
+        assert_agrees(fn, {"t": base}, lora)
+
+
+def test_trained_rows_out_of_range_have_the_gradient_that_jax_gives_them():
+    params = {"t": normal(6, 4), "w": normal(4, 4)}
+    fn = lambda p: p["t"][jnp.array([1, 9, 5])] @ p["w"]
+    config = lowrank.LoraConfig(rank=2, targets="w", train_rows={"t": [5, 1]})
+    base, lora = lowrank.init(jax.random.key(0), params, config)
+    assert_agrees(fn, base, noisy(lora))
+
+
+# Dtypes
+
+
+def test_a_complex_input_keeps_its_imaginary_part():
+    x = lax.complex(normal(3, 6, seed=8), normal(3, 6, seed=9))
+
+    def fn(p, x):
+        y = lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())))
+        return y.real, y.imag
+
+    for dora in (False, True):
+        lora = {"w": node((6, 5), (0,), (1,), dora=dora)}
+        for base in both_bases(normal(6, 5), (0,)):
+            fallback = "raise" if isinstance(base, jax.Array) else "silent"
+            assert_agrees(fn, {"w": base}, lora, x, fallback=fallback)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("form", ["vmap", "einsum", "transposed"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_stacked_layers_on_one_input_have_masks_of_their_own(form, dora):
+    fns = {
+        "vmap": lambda p, x: jax.vmap(lambda w: x @ w)(p["s"]),
+        "einsum": lambda p, x: jnp.einsum("bi,lio->lbo", x, p["s"]),
+        "transposed": lambda p, x: jnp.einsum("lio,bi->lbo", p["s"], x),
+    }
+    one = node((1, 6, 5), (1,), (2,), (0,), dora=dora)
+    lora = {"s": jax.tree.map(lambda leaf: jnp.tile(leaf, (3,) + (1,) * (leaf.ndim - 1)), one)}
+    x, base = normal(4, 6, seed=9), {"s": jnp.tile(normal(1, 6, 5), (3, 1, 1))}
+    lifted = lowrank.lift(fns[form], fallback="raise")
+    dropped = lambda key, rate: lifted(lowrank.combine(base, lora, dropout=rate, key=key), x)
+    whole = lambda: lifted(lowrank.combine(base, lora), x)
+    ys = np.asarray(jax.jit(dropped, static_argnums=1)(jax.random.key(0), 0.5))
+    for i in range(3):
+        assert np.any(ys[i] != ys[i - 1]), "two layers have one mask"
+    keys = jax.random.split(jax.random.key(1), 2000)
+    ys, want = jax.jit(lambda: (jax.vmap(lambda key: dropped(key, 0.25))(keys), whole()))()
+    ys = np.asarray(ys, np.float64)
+    error = np.abs(ys.mean(0) - np.asarray(want))
+    assert np.all(error <= 5 * ys.std(0) / np.sqrt(len(keys)) + 1e-5)
