@@ -481,7 +481,6 @@ def linen_rnn_lstm():
 @row(
     {f"params/cell/{gate}/kernel": DENSE for gate in _GATES},
     targets="**/kernel",
-    materialized=tuple(f"params/cell/{gate}/kernel" for gate in _GATES),
 )
 def linen_rnn_lstm_that_concatenates_its_kernels():
     return linen(nn.RNN(nn.OptimizedLSTMCell(4)), normal(2, 3, 5))
@@ -832,7 +831,7 @@ def custom_jvp():
     return (lambda p, x: jnp.sin(doubled(x, p["w"]))), {"w": normal(4, 6)}, (normal(3, 4),)
 
 
-@row({"wq": DENSE, "wk": DENSE}, targets=("wq", "wk"), materialized=("wq", "wk"))
+@row({"wq": DENSE, "wk": DENSE}, targets=("wq", "wk"))
 def weights_concatenated():
     def fn(p, x):
         q, k = jnp.split(x @ jnp.concatenate([p["wq"], p["wk"]], axis=1), [6], axis=1)

@@ -7,9 +7,6 @@ test says so.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import chex
 import jax
 import jax.numpy as jnp

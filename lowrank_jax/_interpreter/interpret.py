@@ -9,6 +9,7 @@ from typing import Any
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._errors import MaterializeError
+from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.virtual import Virtual, single_paths
 
 Rule = Callable[["Context", Any, list[Any]], Sequence[Any] | None]
@@ -180,7 +181,8 @@ def _apply(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any]:
             with _jaxprs.in_context(eqn):
                 outs = rule(ctx, eqn, values)
             if outs is not None:
-                return outs
+                # the part of joined weights that is a plain array is one again
+                return [out.value if isinstance(out, DenseWeight) else out for out in outs]
         reason = (
             "no rule for this primitive" if rule is None else "its rule does not cover this form"
         )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lowrank_jax import _jaxprs
@@ -246,8 +247,15 @@ def _conv_general_dilated(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 def _gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     if not _first_only(values):
         return None
-    indices, params = _without_whole_axes(values[0].shape, values[1], eqn.params)
-    return _consumed(ctx, eqn, values[0], values[0].gather(indices, params))
+    weight, indices, params = (
+        values[0],
+        *_without_whole_axes(values[0].shape, *values[1:], eqn.params),
+    )
+    if not indices.shape[-1]:  # nothing is chosen: as many copies as there are indices
+        numbers, shape = params["dimension_numbers"], eqn.outvars[0].aval.shape
+        bound = lambda array: lax.broadcast_in_dim(array, shape, numbers.offset_dims)
+        return _one(weight.broadcast(shape, [*map(int, numbers.offset_dims)], bound))
+    return _consumed(ctx, eqn, weight, weight.gather(indices, params))
 
 
 def _without_whole_axes(shape: Sequence[int], indices: Any, params: Any) -> tuple[Any, Any]:
@@ -261,10 +269,10 @@ def _without_whole_axes(shape: Sequence[int], indices: Any, params: Any) -> tupl
     clamped = lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS
     if len(kept) == len(mapped) or params["mode"] not in clamped:
         return indices, params
+    if not kept and numbers.operand_batching_dims:
+        return indices, params
     numbers = numbers._replace(start_index_map=tuple(mapped[i] for i in kept))
-    chosen = lax.concatenate(
-        [lax.slice_in_dim(indices, i, i + 1, axis=-1) for i in kept], indices.ndim - 1
-    )
+    chosen = indices[..., np.array(kept, int)]
     # the rest of an index may repeat, in any order
     more = {"unique_indices": False, "indices_are_sorted": False}
     return chosen, {**params, "dimension_numbers": numbers, **more}

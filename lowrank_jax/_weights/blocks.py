@@ -20,6 +20,7 @@ from lowrank_jax._primitives.bilinear import Labels, dot_of_labels, flat_dot_of_
 from lowrank_jax._primitives.contract import arrange
 
 BLOCKS, ELEMENTS = "blocks", "elements"
+PICKED = "picked"  # labels (PICKED, n) of axes of codes of which one entry is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,11 @@ class Layout:
 def is_run(axes: Sequence[int]) -> bool:
     """Whether axes are consecutive."""
     return all(b == a + 1 for a, b in itertools.pairwise(axes))
+
+
+def is_picked(label: Any) -> bool:
+    """Whether a label is of an axis of which one entry is taken."""
+    return isinstance(label, tuple) and label[0] == PICKED
 
 
 def without_layout(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -234,7 +240,8 @@ class ThenDecoding:
         """No operation yet; what has some already goes on from there, in the order of its axes."""
         if not isinstance(decode, cls):
             return cls(decode, layout)
-        order = tuple(layout.axes.index(axis) for axis in sorted(layout.axes))
+        axes: tuple[Any, ...] = layout.axes
+        order = tuple(axes.index(axis) for axis in sorted(axes))
         decode = decode if order == tuple(range(len(order))) else decode.then("transpose", order)
         return decode.then("expand", layout.units) if layout.units else decode
 

@@ -10,6 +10,7 @@ The parts stay what they are, low-rank or quantized. With W = [W_1 W_2] along an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -179,10 +180,11 @@ class JoinedWeight(Virtual):
                 [make(own) for make, own in zip(rebuild, slices, strict=True)], self.axis - 1
             )
             return arrays, join
-        layers = [
+        found = [
             part.take_index(0, number) for part in self.parts for number in range(part.shape[0])
         ]
-        if any(layer is None or isinstance(layer, DenseWeight) for layer in layers):
+        layers = [one for one in found if one is not None and not isinstance(one, DenseWeight)]
+        if len(layers) < len(found):
             return None
         paths = [path for leaf in self.leaves() for path in single_paths(leaf.path)]
         joint = JointPath(tuple(dict.fromkeys(paths)))
@@ -223,7 +225,7 @@ class JoinedWeight(Virtual):
 
     def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
         """lax.ragged_dot_general; weights of different groups are not joined."""
-        (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
+        (lc, rc), (_, rb) = numbers.dot_dimension_numbers
         product = lambda part, x, options: part.ragged_dot(x, sizes, numbers, options)
         if self.axis in rc:
             return self._sum(product, other, lc[rc.index(self.axis)], options)
@@ -285,6 +287,6 @@ class JoinedWeight(Virtual):
         exact = {**options, "preferred_element_type": accumulator(wanted)}
         pairs = zip(self.parts, self._cut(other, at), strict=True)
         results = [product(part, piece, exact) for part, piece in pairs]
-        return (
-            None if any(y is None for y in results) else sum(results[1:], results[0]).astype(wanted)
-        )
+        if any(y is None for y in results):
+            return None
+        return functools.reduce(jnp.add, results).astype(wanted)

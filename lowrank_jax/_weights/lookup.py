@@ -142,7 +142,7 @@ def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     rows = iter(("n", i) for i in range(indices.ndim - 1))
     ndim = indices.ndim - 1 + w.ndim - len(gone)
     out = [next(kept) if i in numbers.offset_dims else next(rows) for i in range(ndim)]
-    extent = {axis: 1 for axis in w.layout.units} | dict(zip(labels, blocks.shape, strict=True))
+    extent = dict.fromkeys(w.layout.units, 1) | dict(zip(labels, blocks.shape, strict=True))
     extent |= {axis: full[axis] for axis in w.layout.blocked}
     value = arrange(blocks, labels, w.layout.expand(out), extent)
     value = value.reshape([extent[label] for label in out])

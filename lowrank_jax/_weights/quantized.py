@@ -23,8 +23,8 @@ from jax import lax
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._nodes.quantized import Decoding, Quantized
-from lowrank_jax._primitives.contract import labelled_spec, reshape_groups
-from lowrank_jax._weights import decoded
+from lowrank_jax._primitives.contract import labelled_spec
+from lowrank_jax._weights import decoded, restructure
 from lowrank_jax._weights.blocks import (
     BLOCKS,
     ELEMENTS,
@@ -32,13 +32,13 @@ from lowrank_jax._weights.blocks import (
     Layout,
     PickedDecoding,
     ThenDecoding,
+    is_picked,
     is_run,
 )
 from lowrank_jax._weights.lookup import gather_blocks
 from lowrank_jax._weights.virtual import Virtual
 
 _STATIC = {"static": True}
-_PICKED = "picked"  # labels (_PICKED, n) of axes of codes of which one entry is taken
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +51,7 @@ class QuantizedWeight(Virtual):
       layout: the weight's axis that each axis of the decoded array is, or a label.
       decode: of parts, to an array whose axes `layout` labels.
       path: of the leaf; None where an adapter's weight, which has it, stands around this one.
-      picks: the entry, a number, of each axis of codes that is labelled (_PICKED, n).
+      picks: the entry, a number, of each axis of codes that is labelled (PICKED, n).
     """
 
     parts: tuple[Any, ...]
@@ -94,10 +94,10 @@ class QuantizedWeight(Virtual):
         """What decodes the entries picked, what it takes, and the layout of its result."""
         if not self.picks:
             return self.decode, self.parts, self.layout
-        axes = self.layout.axes
-        places = [i for i, label in enumerate(axes) if _is_picked(label)]
+        axes: tuple[Any, ...] = self.layout.axes
+        places = [i for i, label in enumerate(axes) if is_picked(label)]
         picks = [self.picks[axes[place][1]] for place in places]
-        rest = tuple(label for label in axes if not _is_picked(label))
+        rest = tuple(label for label in axes if not is_picked(label))
         decode = PickedDecoding(self.decoding, tuple(places))
         return decode, (*self.parts, *picks), dataclasses.replace(self.layout, axes=rest)
 
@@ -149,7 +149,7 @@ class QuantizedWeight(Virtual):
             spec = self.layout.spec(sharding.spec)
         return _jaxprs.by_the_compiler(dense, jax.NamedSharding(sharding.mesh, spec), self)
 
-    def _with(self, **changes: Any) -> QuantizedWeight:
+    def replaced(self, **changes: Any) -> QuantizedWeight:
         return dataclasses.replace(self, **changes)
 
     def _then(self, name: str, *params: Any) -> QuantizedWeight:
@@ -158,7 +158,7 @@ class QuantizedWeight(Virtual):
         decode = ThenDecoding.of(weight.decode, weight.layout).then(name, *params)
         shapes = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in weight.parts]
         ndim = len(jax.eval_shape(decode, *shapes).shape)
-        return weight._with(decode=decode, layout=Layout(tuple(range(ndim)), (), ()))
+        return weight.replaced(decode=decode, layout=Layout(tuple(range(ndim)), (), ()))
 
     # Structural operations
 
@@ -174,18 +174,18 @@ class QuantizedWeight(Virtual):
         if self.dtype == dtype:
             return self
         if isinstance(self.decode, ThenDecoding):
-            return self._with(decode=self.decode.then("astype", name))
+            return self.replaced(decode=self.decode.then("astype", name))
         decoding = dataclasses.replace(self.decoding, casts=(*self.decoding.casts, name))
         if isinstance(self.decode, FlatDecoding):
             decoding = dataclasses.replace(self.decode, decoding=decoding)
-        return self._with(decode=decoding)
+        return self.replaced(decode=decoding)
 
     def transpose(self, order: Sequence[int]) -> QuantizedWeight:
         """Renumber the labels, as long as the axes of blocks stay a run."""
         place = {old: new for new, old in enumerate(order)}
-        return self._renumbered(place) or self._then("transpose", tuple(order))
+        return self.renumbered(place) or self._then("transpose", tuple(order))
 
-    def _renumbered(self, place: dict[Any, int], **changes: Any) -> QuantizedWeight | None:
+    def renumbered(self, place: dict[Any, int], **changes: Any) -> QuantizedWeight | None:
         layout = self.layout
         blocked, units = (
             tuple(place[axis] for axis in old) for old in (layout.blocked, layout.units)
@@ -193,64 +193,13 @@ class QuantizedWeight(Virtual):
         if not is_run(blocked):
             return None
         axes = tuple(place.get(axis, axis) for axis in layout.axes)
-        return self._with(layout=Layout(axes, blocked, layout.sizes, units), **changes)
+        return self.replaced(layout=Layout(axes, blocked, layout.sizes, units), **changes)
 
     def reshape(self, shape: Sequence[int]) -> QuantizedWeight | None:
         """Merge, split or drop runs of axes; those that blocks run along among themselves."""
         if 0 in self.shape:
             return None
-        return self._reshape_blocks(shape) or self._then("reshape", tuple(shape))
-
-    def _reshape_blocks(self, shape: Sequence[int]) -> QuantizedWeight | None:
-        """The reshape that leaves each block whole, or None."""
-        own, blocked, sizes = self.shape, self.layout.blocked, self.layout.sizes
-        weight: QuantizedWeight | None = self
-        for old, new in reshape_groups(own, shape):
-            if not {*old} & {*self.layout.blocked}:
-                weight = weight and weight._recut(old, new, [shape[axis] for axis in new])
-            elif {*old} == {axis for axis in self.layout.blocked if own[axis] != 1}:
-                blocked, sizes = tuple(new), tuple(shape[axis] for axis in new)
-            else:
-                return None
-        for axis, size in enumerate(own):
-            if size == 1 and axis in self.layout.axes:
-                weight = weight and weight._recut([axis], [], [])
-        if weight is None or not is_run(blocked):
-            return None
-        new_label = lambda label: label[1] if _is_new(label) else label
-        axes = tuple(map(new_label, weight.layout.axes))
-        units = tuple(axis for axis in range(len(shape)) if axis not in (*axes, *blocked))
-        return weight._with(layout=Layout(axes, blocked, sizes, units))
-
-    def _recut(
-        self, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]
-    ) -> QuantizedWeight | None:
-        """Adjacent axes of all arrays in other sizes; (_NEW, axis) is the label of the new."""
-        axes, decode = self.layout.axes, self.decode
-        at = [axes.index(axis) for axis in old]
-        labels = (*axes[: at[0]], *((_NEW, axis) for axis in new), *axes[at[-1] + 1 :])
-        layout = dataclasses.replace(self.layout, axes=labels)
-        if len(old) == len(new) == 1:
-            return self._with(layout=layout)
-        stacked = at[-1] < self._stack
-        if not is_run(at) or (not stacked and (not self.in_blocks or at[0] < self._stack)):
-            return None
-        weight = self if stacked else self.with_plain_scales()
-        codes, scales, table, *second = weight.parts
-
-        def cut(array: Any, at: Sequence[int]) -> Any:
-            return array.reshape(*array.shape[: at[0]], *sizes, *array.shape[at[-1] + 1 :])
-
-        under = [place - (place > self._cut_at) for place in at]
-        parts = (cut(codes, at), cut(scales, under), table, *(cut(s, at) for s in second))
-        if not stacked:
-            more = len(new) - len(old)
-            decode = dataclasses.replace(
-                self.decoding,
-                trailing=self.decoding.trailing + more * (at[0] > self._cut_at),
-                strides=(1,) * (len(self.decoding.strides) + more),
-            )
-        return self._with(parts=parts, layout=layout, decode=decode)
+        return restructure.reshape(self, shape) or self._then("reshape", tuple(shape))
 
     def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> QuantizedWeight:
         """New axes of size 1 are the layout's alone."""
@@ -258,14 +207,14 @@ class QuantizedWeight(Virtual):
         new = [axis for axis in range(len(shape)) if axis not in axes]
         if grown or any(shape[axis] != 1 for axis in new):
             return self._then("broadcast", tuple(shape), tuple(axes))
-        moved = self._renumbered(dict(enumerate(axes)))
+        moved = self.renumbered(dict(enumerate(axes)))
         if moved is None:
             return self._then("broadcast", tuple(shape), tuple(axes))
         units = (*moved.layout.units, *new)
-        return moved._with(layout=dataclasses.replace(moved.layout, units=units))
+        return moved.replaced(layout=dataclasses.replace(moved.layout, units=units))
 
     @property
-    def _stack(self) -> int:
+    def stacked(self) -> int:
         """How many leading axes every array has: the stack axes."""
         codes, _, _, *second = self.parts
         if isinstance(self.decode, ThenDecoding):
@@ -278,23 +227,23 @@ class QuantizedWeight(Virtual):
             return None
         where = {axis: self.layout.axes.index(axis) for axis in axes}
         weight = self
-        if any(place >= self._stack for place in where.values()):
+        if any(place >= self.stacked for place in where.values()):
             if not self.in_blocks:
                 return None
             weight = self.with_plain_scales()
         codes, scales, table, *second = weight.parts
-        under = {axis: place - (place > self._cut_at) for axis, place in where.items()}
+        under = {axis: place - (place > self.cut_at) for axis, place in where.items()}
         parts = (fn(codes, where), fn(scales, under), table, *(fn(s, where) for s in second))
-        return weight._with(parts=parts)
+        return weight.replaced(parts=parts)
 
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
-    ) -> QuantizedWeight:
+    ) -> Virtual:
         """lax.slice; across blocks, of the decoded weight."""
         own = super().slice(starts, limits, strides)
         return own or self._then("slice", tuple(starts), tuple(limits), tuple(strides))
 
-    def rev(self, axes: Sequence[int]) -> QuantizedWeight:
+    def rev(self, axes: Sequence[int]) -> Virtual:
         """lax.rev; across blocks, of the decoded weight."""
         return super().rev(axes) or self._then("rev", tuple(axes))
 
@@ -309,21 +258,21 @@ class QuantizedWeight(Virtual):
             scales = _jaxprs.by_the_compiler(decode, sharding, scales, *second)
         else:
             scales = decode(scales, *second)
-        return self._with(parts=(codes, scales, table))
+        return self.replaced(parts=(codes, scales, table))
 
     def multiply(self, scalar: Any, fn: Any) -> QuantizedWeight | None:
         """Scale the scales, by a constant: derivatives do not reach them."""
         if _jaxprs.is_tracer(scalar):
             return None
         codes, scales, table = self.with_plain_scales().parts
-        return self._with(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))
+        return self.replaced(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))
 
     def frozen(self) -> QuantizedWeight:
         """It is constant as it is."""
         return self
 
     @property
-    def _cut_at(self) -> int:
+    def cut_at(self) -> int:
         """Place of the elements of a block among the axes of codes."""
         return self.parts[0].ndim - 1 - self.decoding.trailing
 
@@ -333,37 +282,15 @@ class QuantizedWeight(Virtual):
         Where that is the first axis of all arrays they are scanned over. Else the loop is over the
         numbers of the entries: to move the axis to the front would copy all codes.
         """
-        if 0 not in self.layout.axes:
-            return None
-        place = self.layout.axes.index(0)
-        down = {axis: axis - 1 for axis in range(1, self.ndim)}
-        if place and self.in_blocks:
-            weight, label = self.with_plain_scales(), (_PICKED, len(self.picks))
-            axes = tuple(label if axis == 0 else axis for axis in self.layout.axes)
-            layout = dataclasses.replace(self.layout, axes=axes)
-            pick = lambda number: weight._with(layout=layout, picks=(*weight.picks, number))
-            return jnp.arange(self.shape[0]), lambda number: pick(number)._renumbered(down)
-        if place >= self._stack:
-            return None
-        codes, scales, table, *second = self.parts
-        arrays = tuple(jnp.moveaxis(array, place, 0) for array in (codes, scales, *second))
-        axes = tuple(axis for axis in self.layout.axes if axis != 0)
-        layout = dataclasses.replace(self.layout, axes=axes)
-
-        def rebuild(slices: tuple[Any, ...]) -> QuantizedWeight | None:
-            codes, scales, *second = slices
-            parts = (codes, scales, table, *second)
-            return self._with(parts=parts, layout=layout)._renumbered(down)
-
-        return arrays, rebuild
+        return restructure.unstack(self)
 
     def specs(self, spec: Any) -> QuantizedWeight | None:
         """PartitionSpecs of the arrays."""
         empty, picks = type(spec)(), tuple(type(spec)() for _ in self.picks)
         if isinstance(self.decode, ThenDecoding):
             whole = all(entry is None for entry in spec)
-            return self._with(parts=(empty,) * len(self.parts)) if whole else None
-        stack, split = self.layout.axes[: self._stack], self._split_by(spec)
+            return self.replaced(parts=(empty,) * len(self.parts)) if whole else None
+        stack, split = self.layout.axes[: self.stacked], self._split_by(spec)
         if split & {*self.layout.blocked[1:]} or (split and not self.in_blocks):
             return None
         first = self.layout.blocked[0] if self.layout.blocked else None
@@ -371,11 +298,11 @@ class QuantizedWeight(Virtual):
         if not self.in_blocks:
             labels = [*stack, None, None]
         codes = [None if label == ELEMENTS else label for label in labels]
-        scales = [label for i, label in enumerate(codes) if i != self._cut_at]
+        scales = [label for i, label in enumerate(codes) if i != self.cut_at]
         whole = labelled_spec(spec, (*stack, None))
         second = [whole, labelled_spec(spec, stack), whole]
         parts = (labelled_spec(spec, codes), labelled_spec(spec, scales), empty)
-        return self._with(parts=(*parts, *second[: len(self.parts) - 3]), picks=picks)
+        return self.replaced(parts=(*parts, *second[: len(self.parts) - 3]), picks=picks)
 
     def splittable(self, spec: Any) -> QuantizedWeight:
         """A part of the leaf cannot tell which scales of scales are its own."""
@@ -384,12 +311,12 @@ class QuantizedWeight(Virtual):
     def _split_by(self, spec: Any) -> set[int]:
         """The axes, stack axes left out, that a spec splits."""
         split = {axis for axis, entry in enumerate(spec) if entry is not None}
-        return split - {*self.layout.axes[: self._stack]}
+        return split - {*self.layout.axes[: self.stacked]}
 
     def reshard(self, spec: Any, fn: Any) -> QuantizedWeight | None:
         """Lay the arrays out by the weight's spec."""
         whole = self.specs(spec)
-        return whole and self._with(parts=tuple(map(fn, self.parts, whole.parts)))
+        return whole and self.replaced(parts=tuple(map(fn, self.parts, whole.parts)))
 
     # Products
 
@@ -408,14 +335,3 @@ class QuantizedWeight(Virtual):
     def gather(self, indices: Any, params: dict[str, Any]) -> Any:
         """Decode only the rows that are read."""
         return gather_blocks(self, indices, params)
-
-
-_NEW = "new"  # labels (_NEW, axis) of axes that a reshape is about to number
-
-
-def _is_picked(label: Any) -> bool:
-    return isinstance(label, tuple) and label[0] == _PICKED
-
-
-def _is_new(label: Any) -> bool:
-    return isinstance(label, tuple) and label[0] == _NEW

@@ -40,6 +40,8 @@ def slicing(
 
     def take(array: Any, where: dict[int, int]) -> Any:
         window = {where[axis]: cut for axis, cut in parts.items() if axis in where}
+        if not window:
+            return array
         full = [window.get(i, (0, size, 1)) for i, size in enumerate(array.shape)]
         return lax.slice(array, *zip(*full, strict=True))
 
