@@ -29,13 +29,13 @@ def _other(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
     moving = [value for value in ins if value.moves]
     for value in ins:
         survey.take(eqn, value.views, by_rows=bool(moving))
-    if moving and _is_opaque(eqn, ins):
-        views = [value for value in ins if value.views or value.computed]
-        reached = survey.computed(eqn, views)
+    fed = moving or [value for value in ins if value.data and value.empty]
+    if fed and _is_opaque(eqn, ins):
+        reached = survey.computed(eqn, ins)
         survey.pass_over(reached)
         if reached:
             key = survey.register(eqn, [path for path, _ in reached], merge(ins).products)
-            ins = [*ins, Value(products=frozenset({key}))]
+            moving, ins = fed, [*ins, Value(products=frozenset({key}))]
     sources = [value for value in ins if value.output] or ins
     out = merge(ins).replace(
         computed=() if moving else survey.computed(eqn, sources),
