@@ -170,6 +170,11 @@ def attention(p, h, ids):
     return h + jax.nn.softmax(jnp.where(MASK > 0, q @ k.T, -1e9)) @ v
 
 
+@block((SQUARE, DENSE))
+def linear(p, h, ids):
+    return h @ p[0]  # returned as an intermediate, no activation stands between it and the result
+
+
 @block((SQUARE, ((1,), (0,), ())))
 def tied(p, h, ids):
     return h + jax.nn.gelu(h @ p[0].T) @ p[0]
