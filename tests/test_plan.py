@@ -338,6 +338,15 @@ def test_learned_queries_are_named_and_their_biases_are_not():
     assert {path for path, use in plan.items() if use.passed_over} == {"queries"}
 
 
+def test_what_only_parameters_are_multiplied_by_is_no_weight():
+    def fn(p, x):
+        sigma = jnp.linalg.norm(p["u"] @ p["w"])  # as spectral norm has it
+        return jnp.sin(x @ (p["w"] / sigma)) + p["positions"] @ p["wide"]
+
+    shapes = {"w": (6, 5), "u": (1, 6), "positions": (2, 3), "wide": (3, 5)}
+    assert linear(uses(fn, x, **shapes)) == {"w", "wide"}
+
+
 def test_a_matrix_contracted_whole_has_no_fan_out():
     plan = uses(lambda p, x: jnp.sin(x.reshape(12) @ p["w"].reshape(12)), x, w=(4, 3))
     assert not plan["w"].linear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,8 +100,12 @@ def _product(
     """roles: for each operand (contracted, batch, free axes), or None where it is no weight."""
     left, right = ins
     fed = max(left.rank, right.rank) > 0  # by data, not by parameters alone
+    sizes = [math.prod(atom.aval.shape) for atom in eqn.invars]
+    # of two parameters the smaller is as the input, if no product with data follows
+    input_is = None if fed or right.empty or left.empty else sizes[0] > sizes[1]
     key, found = survey.key(eqn), []
-    for value, other, mine in zip(ins, (right, left), roles, strict=True):
+    for at, (value, mine) in enumerate(zip(ins, roles, strict=True)):
+        other = ins[1 - at]
         if value.rank > other.rank and not other.empty:
             survey.take(eqn, value.views)
             continue
@@ -108,7 +113,7 @@ def _product(
             value, mine = survey.compute(eqn, value), ((), (), ())
         for view in value.views:
             known = view.product(op, *mine, provisional=not fed)
-            survey.note(view.path, key, survey.describe(eqn), known)
+            survey.note(view.path, key, survey.describe(eqn), None if at == input_is else known)
         if fed:
             survey.pass_over(value.computed)
         found += [view.path for view in value.views] + [path for path, _ in value.computed]
