@@ -21,6 +21,7 @@ from lowrank_jax._errors import MaterializeError as MaterializeError
 from lowrank_jax._errors import MaterializeWarning as MaterializeWarning
 from lowrank_jax._errors import OffloadWarning as OffloadWarning
 from lowrank_jax._errors import PatternError as PatternError
+from lowrank_jax._errors import PlanWarning as PlanWarning
 from lowrank_jax._errors import StateError as StateError
 from lowrank_jax._errors import TreeError as TreeError
 from lowrank_jax._fingerprint import Fingerprint as Fingerprint

@@ -37,6 +37,10 @@ class MaterializeWarning(UserWarning):
     """A weight was built densely because no rule covers the equation that uses it."""
 
 
+class PlanWarning(UserWarning):
+    """A leaf reaches a product by operations no rule follows, so "all-linear" passes over it."""
+
+
 class OffloadWarning(UserWarning):
     """An optimizer's state stays on the device, which has no host memory to put it in."""
 

@@ -31,7 +31,7 @@ from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._plan import Plan
 from lowrank_jax._primitives.contract import RANK, labelled_spec
 from lowrank_jax._quantize import quantize_leaf
-from lowrank_jax._targets import Target, resolve, train_rows, train_whole
+from lowrank_jax._targets import Target, resolve, train_rows, train_whole, warn_of_passed_over
 from lowrank_jax._weights.magnitude import norms_of
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
@@ -71,6 +71,10 @@ def init(
     Raises:
       PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy.
 
+    Warns:
+      PlanWarning: naming the leaves that "all-linear" passes over though they reach a product, by
+        operations that no rule follows.
+
     Source: LoRA, arXiv 2106.09685, section 4.1; DoRA, arXiv 2402.09353, section 4.
 
     >>> config = LoraConfig(rank=2, targets="dense/kernel")
@@ -90,6 +94,7 @@ def init(
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
     targets = resolve(arrays, config, plan)
     whole, rows = train_whole(arrays, config), train_rows(arrays, config)
+    warn_of_passed_over(plan, config.targets, targets, (*config.exclude, *whole, *rows))
     if config.method != "lora" and initializer is not None:
         raise ConfigError(f"an initializer is of LoRA's a and b; {config.method!r} has its own")
     if isinstance(initializer, Mapping) and (unknown := sorted(set(initializer) - set(targets))):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._interpreter.interpret import Context, Record, interpret
-from lowrank_jax._interpreter.probe import Log, Probe, Roles
-from lowrank_jax._interpreter.rules import RULES
+from lowrank_jax._interpreter.flow import FLOW
+from lowrank_jax._interpreter.survey import Survey, Value, argument, is_number
+from lowrank_jax._interpreter.views import View
 from lowrank_jax._lift import is_array, split, trace
-from lowrank_jax._nodes import is_node, materialize
+from lowrank_jax._nodes import is_node
 from lowrank_jax._paths import flatten
 from lowrank_jax._table import Table, Tabled, collapsed, shape_text
-from lowrank_jax._weights.virtual import Virtual
 
 PRODUCTS = ("dot", "conv")
 _COLUMNS = ("path", "shape", "op", "fan_in", "fan_out", "stack", "uses", "all-linear", "notes")
@@ -34,9 +32,12 @@ class Use:
       shape, dtype: of the leaf.
       uses: number of equations that take it.
       tied: it is used in two ways: two products over different axes, or a product and a look-up.
-      final: an unstacked weight whose product reaches a result only through bias, scale, cast or
-        soft-cap.
+      final: an unstacked weight one of whose products reaches a result through bias, scale, cast,
+        soft-cap, structural operations or the ys of loops alone, while no product with another leaf
+        depends on it (by its numbers: that a sampled token is fed back does not count).
       lookup: it is read by rows somewhere.
+      reason: the equation by which it reaches the weight side of a product, or an opaque call,
+        while no rule follows it; else empty.
       equations: one line for each use: the primitive and the user's source line.
     """
 
@@ -50,26 +51,46 @@ class Use:
     tied: bool = False
     final: bool = False
     lookup: bool = False
+    reason: str = ""
     equations: tuple[str, ...] = ()
 
     @property
     def linear(self) -> bool:
         """Whether "all-linear" takes it: products only, never read by rows, not the last."""
-        return self.op in PRODUCTS and bool(self.fan_out) and not self.lookup and not self.final
+        matrix = self.op in PRODUCTS and bool(self.fan_in) and bool(self.fan_out)
+        return matrix and not self.lookup and not self.final
+
+    @property
+    def passed_over(self) -> bool:
+        """Whether it reaches a product or an opaque call, but by operations no rule follows."""
+        return bool(self.reason) and not (self.linear or self.lookup or self.final)
 
 
 class Plan(Tabled):
     """A mapping of path -> Use; `str`, rich and notebooks show it as a table.
 
     Leaves that differ only in the number of their layer share a row, `layers_{0..29}/w`. Under
-    "all-linear" is "yes" where that word in `LoraConfig.targets` adapts the leaf.
+    "all-linear" is "yes" where that word in `LoraConfig.targets` adapts the leaf. The notes name
+    leaves that reach a product, or an opaque call, by an operation that no rule follows.
+
+    Args:
+      leaves: path -> Use.
+      note: a line under the table.
     """
+
+    def __init__(self, leaves: Mapping[str, Use], note: str = ""):
+        super().__init__(leaves)
+        self.note = note
 
     def _table(self) -> Table:
         """One row for each leaf, or for leaves that differ only in the number of a layer."""
         rows = []
         for path, use in self.items():
             notes = [n for n in ("tied", "final", "lookup") if getattr(use, n) and n != use.op]
+            if use.op in PRODUCTS and not (use.fan_in and use.fan_out):
+                notes.append("no fan-out" if use.fan_in else "no fan-in")
+            if use.reason:
+                notes.append(f"not followed: {use.reason}")
             sizes = [
                 "·".join(str(use.shape[axis]) for axis in axes) or "-"
                 for axes in (use.fan_in, use.fan_out, use.stack)
@@ -77,32 +98,9 @@ class Plan(Tabled):
             linear = "yes" if use.linear else ""
             shape, notes = shape_text(use.shape), ", ".join(notes)
             rows.append((path, shape, use.op, *sizes, str(use.uses), linear, notes))
-        return Table(_COLUMNS, tuple(row for row, _ in collapsed(rows)), frozenset({"uses"}))
-
-
-@dataclasses.dataclass
-class _Survey(Context):
-    """A context that keeps, for each path and equation, the roles of the leaf's axes."""
-
-    found: dict[Any, dict[Any, tuple[Roles | None, Record]]] = dataclasses.field(
-        default_factory=dict
-    )
-
-    def record(self, weight: Virtual, eqn: Any, how: str, reason: str = "") -> None:
-        super().record(weight, eqn, how, reason)
-        assert isinstance(weight, Probe)
-        roles = weight.log.take()
-        self.found.setdefault(weight.path, {})[*map(id, self.frame), id(eqn)] = (
-            roles,
-            self.records[-1],
+        return Table(
+            _COLUMNS, tuple(row for row, _ in collapsed(rows)), frozenset({"uses"}), self.note
         )
-
-    def dense(self, value: Any, eqn: Any, reason: str) -> Any:
-        if isinstance(value, Virtual):
-            out = value.materialize()
-            self.record(value, eqn, "materialized", reason)
-            return out
-        return value
 
 
 def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
@@ -132,47 +130,64 @@ def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
     leaves = [(path, leaf) for path, leaf in flatten(params, is_leaf=is_node)[0] if is_array(leaf)]
     call, dynamic, paths = split((params, *args), kwargs)
     traced = trace(fn, call, dynamic, paths)
-    jaxpr = traced.jaxpr
-    survey = _Survey(RULES, inline_jit=True)
-
-    def run(*values: Any) -> list[Any]:
-        log = Log()
-        count = len(leaves)
-        entered = [
-            Probe.of(materialize(v), path, log) if i < count and _floating(v) else v
-            for i, (v, path) in enumerate(zip(values, paths, strict=True))
-        ]
-        outs = interpret(survey, jaxpr, entered)[: traced.out_tree.num_leaves]
-        return [survey.returned(v) if isinstance(v, Virtual) else v for v in outs]
-
-    jax.eval_shape(run, *dynamic)
-    final = _final_products(jaxpr, len(leaves), traced.out_tree.num_leaves)
-    uses = {path: _use(leaf, survey.found.get(path, {}), final) for path, leaf in leaves}
-    return Plan(uses)
-
-
-def _floating(value: Any) -> bool:
-    return jnp.issubdtype(value.dtype, jnp.floating)
+    inner, _ = _jaxprs.opened(traced.jaxpr)
+    given = [var.aval for var in inner.invars[len(leaves) :]]
+    survey = Survey(FLOW, constants_are_data=not any(aval.ndim for aval in given))
+    values = [
+        _parameter(path, var.aval) if i < len(leaves) else argument(var.aval)
+        for i, (path, var) in enumerate(zip(paths, inner.invars, strict=True))
+    ]
+    outs = survey.run(traced.jaxpr, values)[: traced.out_tree.num_leaves]
+    for i, value in enumerate(outs):
+        for view in value.views:
+            survey.note(view.path, (i,), "return at the results", view.read(by_rows=True))
+    final = _final(survey, outs)
+    uses = {path: _use(path, leaf, survey, final) for path, leaf in leaves}
+    results = [var.aval for var in inner.outvars[: len(outs)] if is_number(var.aval.dtype)]
+    scalar = bool(results) and not any(aval.ndim for aval in results)
+    return Plan(uses, _SCALAR if scalar and not any(use.final for use in uses.values()) else "")
 
 
-def _use(leaf: Any, found: Mapping[Any, tuple[Roles | None, Record]], final: set[Any]) -> Use:
-    """Fold the meetings of one leaf into a Use: the first product decides the axes."""
-    shape, dtype = tuple(leaf.shape), leaf.dtype
-    equations = tuple(f"{r.primitive} at {r.source}" for _, r in found.values())
-    known = [roles for roles, _ in found.values() if roles is not None]
+_SCALAR = (
+    "the function returns a scalar, from which no final projection can be told: plan a function "
+    "that returns the model's outputs, or exclude the final projection by name"
+)
+
+
+def _parameter(path: str, aval: Any) -> Value:
+    """What a leaf holds: integers are as constants."""
+    if not jnp.issubdtype(aval.dtype, jnp.floating):
+        return Value()
+    return Value((View.of(path, aval.shape),))
+
+
+def _final(survey: Survey, outs: Sequence[Value]) -> dict[str, set[Any]]:
+    """Leaves with a product that reaches a result directly and that no other leaf's depends on."""
+    found: dict[str, set[Any]] = {}
+    for key in frozenset().union(*(value.direct for value in outs)):
+        after = [survey.leaves[k] for k, inputs in survey.inputs.items() if key in inputs]
+        later = set().union(*after)
+        for path in survey.leaves[key]:
+            if not later - {path}:
+                found.setdefault(path, set()).add(key)
+    return found
+
+
+def _use(path: str, leaf: Any, survey: Survey, final: Mapping[str, set[Any]]) -> Use:
+    """Fold the uses of one leaf: the first product with data decides the axes."""
+    found, reason = survey.uses.get(path, {}), survey.unfollowed.get(path, "")
+    known = [roles for several, _ in found.values() for roles in several]
+    if any(roles.op in PRODUCTS and not roles.provisional for roles in known):
+        known = [roles for roles in known if not roles.provisional]
     products = [roles for roles in known if roles.op in PRODUCTS]
     lookups = [roles for roles in known if roles.op == "lookup"]
+    equations = tuple(text for _, text in found.values())
+    shape, is_final = tuple(leaf.shape), path in final
+    common = {"shape": shape, "dtype": leaf.dtype, "uses": len(found), "equations": equations}
+    common |= {"reason": reason}
     if not products and not lookups:
-        return Use(
-            "other" if found else "unused",
-            (),
-            (),
-            (),
-            shape,
-            dtype,
-            len(found),
-            equations=equations,
-        )
+        op = "other" if found else "unused"
+        return Use(op, (), (), (), final=is_final, **common)
     first = (products or lookups)[0]
     ways = {(roles.op, roles.fan_in, roles.fan_out) for roles in known}
     # an axis that one use takes an index of and another keeps is no stack axis
@@ -186,71 +201,8 @@ def _use(leaf: Any, found: Mapping[Any, tuple[Roles | None, Record]], final: set
         order(fan_in),
         order(fan_out),
         order(stack),
-        shape,
-        dtype,
-        len(found),
         tied=len(ways) > 1,
-        final=not any(shape[axis] > 1 for axis in stack) and any(key in final for key in found),
+        final=is_final and not any(shape[axis] > 1 for axis in stack),
         lookup=bool(lookups),
-        equations=equations,
+        **common,
     )
-
-
-# The final projection: walk back from the results through what only shapes or shifts them.
-
-_UNARY = {
-    "convert_element_type",
-    "reshape",
-    "transpose",
-    "broadcast_in_dim",
-    "squeeze",
-    "tanh",
-    "neg",
-    "copy",
-    "name",
-    "sharding_constraint",
-    "optimization_barrier",
-    "reduce_precision",
-}
-_BINARY = {"add", "sub", "mul", "div", "max", "min", "add_any"}
-_PRODUCT = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
-_NESTED = {"jit", "remat2", "checkpoint", "closed_call", "core_call"}
-
-
-def _final_products(jaxpr: Any, n_params: int, n_results: int) -> set[Any]:
-    """Frames of the products that reach a result through bias, scale, cast or soft-cap alone."""
-    inner, _ = _jaxprs.opened(jaxpr)
-    data = {index for index in range(len(inner.invars)) if index >= n_params}
-    found: set[Any] = set()
-    _walk(jaxpr, data, range(n_results), (), found)
-    return found
-
-
-def _walk(
-    jaxpr: Any, data: set[int], wanted: Any, frame: tuple[Any, ...], found: set[Any]
-) -> set[int]:
-    """Collect final products behind the wanted results; return inputs reached the same way."""
-    inner, _ = _jaxprs.opened(jaxpr)
-    tainted = {var for index, var in enumerate(inner.invars) if index in data}
-    is_data = lambda atom: not isinstance(atom, _jaxprs.Literal) and atom in tainted
-    for eqn in inner.eqns:
-        if any(is_data(atom) for atom in eqn.invars):
-            tainted.update(eqn.outvars)
-    outvars = [inner.outvars[index] for index in wanted]
-    live = {atom for atom in outvars if not isinstance(atom, _jaxprs.Literal)}
-    for eqn in reversed(inner.eqns):
-        reached = [i for i, var in enumerate(eqn.outvars) if var in live]
-        if not reached:
-            continue
-        name = eqn.primitive.name
-        moving = [atom for atom in eqn.invars if is_data(atom)]
-        if name in _PRODUCT:
-            found.add((*frame, id(eqn)))
-        elif name in _UNARY or (name in _BINARY and len(moving) == 1):
-            live.update(moving)
-        elif name in _NESTED:
-            body = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-            inside = {i for i, atom in enumerate(eqn.invars) if is_data(atom)}
-            through = _walk(body, inside, reached, (*frame, id(eqn)), found)
-            live.update(eqn.invars[i] for i in through if is_data(eqn.invars[i]))
-    return {i for i, var in enumerate(inner.invars) if var in live and i in data}

@@ -18,7 +18,7 @@ from lowrank_jax._nodes.quantized import Axes, Quantized, quantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
 from lowrank_jax._specs import specs
-from lowrank_jax._targets import axes_of, choose, why_none
+from lowrank_jax._targets import axes_of, choose, warn_of_passed_over, why_none
 
 
 def quantize(
@@ -47,6 +47,10 @@ def quantize(
     Raises:
       PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy;
         where values are known, leaves with values that are not finite.
+
+    Warns:
+      PlanWarning: naming the leaves that "all-linear" passes over though they reach a product, by
+        operations that no rule follows.
 
     Source: QLoRA, arXiv 2305.14314, section 3.
 
@@ -92,6 +96,7 @@ def targets_of(arrays: dict[str, Any], quant: QuantConfig, plan: Plan | None) ->
     chosen, linear = choose(arrays, quant.targets, quant.exclude, plan)
     if not chosen:
         raise PatternError(f"no leaf is left to quantize: {why_none(plan, linear)}")
+    warn_of_passed_over(plan, quant.targets, chosen, quant.exclude)
     return chosen
 
 

@@ -15,11 +15,15 @@ Row = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of text under the names of their columns; `right` names the columns of numbers."""
+    """Rows of text under the names of their columns; `right` names the columns of numbers.
+
+    A note is a line under the table.
+    """
 
     columns: Row
     rows: tuple[Row, ...]
     right: frozenset[str] = frozenset()
+    note: str = ""
 
     def __str__(self) -> str:
         lines = [self.columns, *self.rows]
@@ -31,7 +35,8 @@ class Table:
             ).rstrip()
             for line in lines
         ]
-        return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+        lines = [text[0], "-" * max(map(len, text)), *text[1:]]
+        return "\n".join([*lines, self.note] if self.note else lines)
 
     def html(self) -> str:
         """An HTML table."""
@@ -45,7 +50,9 @@ class Table:
             + "</tr>"
         )
         body = "".join(line("td", row) for row in self.rows)
-        return f"<table><thead>{line('th', self.columns)}</thead><tbody>{body}</tbody></table>"
+        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
+        head = line("th", self.columns)
+        return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>{note}"
 
     def rich(self) -> Any:
         """A rich.table.Table; called by rich itself, so that it is there to be imported."""
@@ -54,7 +61,7 @@ class Table:
         from rich.text import Text
 
         kept = [i for i in range(len(self.columns)) if self._said(i) or not self.rows]
-        table = RichTable(box=box.SIMPLE, pad_edge=False)
+        table = RichTable(box=box.SIMPLE, pad_edge=False, caption=self.note or None)
         for i in kept:  # a narrow terminal folds the paths and the notes
             name, outer = self.columns[i], i in (0, len(self.columns) - 1)
             side = "right" if name in self.right else "left"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from lowrank_jax._errors import (
     ConfigError,
     LowrankError,
     PatternError,
+    PlanWarning,
     TreeError,
     listing,
 )
@@ -98,6 +100,32 @@ def choose(
         chosen |= {path for path in floating if plan[path].linear}
     chosen -= set(_select(exclude, floating, leaves, "exclude"))
     return [path for path in leaves if path in chosen], linear
+
+
+def warn_of_passed_over(
+    plan: Plan | None, targets: Sequence[Any], chosen: Collection[str], known: Sequence[Any]
+) -> None:
+    """Name the leaves that "all-linear" passes over though a product takes what is made of them.
+
+    Not those that a pattern of `known` names: the user knows of them.
+    """
+    names = [
+        f"{path!r} ({use.reason})"
+        for path, use in (plan or {}).items()
+        if ALL_LINEAR in targets
+        and use.passed_over
+        and path not in chosen
+        and not any(matches(pattern, path) for pattern in known)
+    ]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(
+            '"all-linear" passes over leaves that reach a product, or an opaque call, by operations'
+            f" that no rule follows: {', '.join(names[:5])}{more}. Name a matrix in targets to have"
+            " it adapted (and built densely at each use); exclude the leaves to end this warning",
+            PlanWarning,
+            stacklevel=3,
+        )
 
 
 def _select(

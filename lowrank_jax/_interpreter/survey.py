@@ -1,0 +1,257 @@
+"""A dry run: what each variable of a jaxpr holds of the parameters, and what it depends on.
+
+Two analyses in one forward pass, in which nothing is traced or computed. Views of parameters are
+followed through structural operations to the equations that consume them. And for each variable it
+is known on which products it depends by its numbers, and which reach it by bias, scale, cast,
+soft-cap and structural operations alone. Loops are repeated until nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lowrank_jax import _jaxprs
+from lowrank_jax._interpreter.views import Roles, View
+
+Key = tuple[int, ...]  # an equation, and those that it is nested in
+Rule = Callable[["Survey", Any, list["Value"]], Sequence["Value"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """What is known of one variable.
+
+    Args:
+      views: the leaves whose elements it holds, rearranged.
+      computed: (path, equation) for each leaf it is computed from, with parameters alone, by an
+        equation that no rule follows.
+      data: it depends on arguments other than the parameters.
+      activation: it does by its numbers; masks and indices made of integers are no activations.
+      output: it is computed from a product of parameters alone, as learned queries are.
+      products: products with leaves that it depends on by its numbers.
+      direct: those that reach it by bias, scale, cast, soft-cap and structural operations.
+    """
+
+    views: tuple[View, ...] = ()
+    computed: tuple[tuple[str, str], ...] = ()
+    data: bool = False
+    activation: bool = False
+    output: bool = False
+    products: frozenset[Key] = frozenset()
+    direct: frozenset[Key] = frozenset()
+
+    @property
+    def rank(self) -> int:
+        """Of two operands of a product, that of the lower rank is the weight; 0 is of no data."""
+        if self.activation:
+            return 3
+        if self.data and self.empty:
+            return 2
+        return int(self.moves or (self.data and bool(self.computed)))
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds nothing of any leaf."""
+        return not self.views and not self.computed
+
+    @property
+    def moves(self) -> bool:
+        """Whether it is an activation, or rows that data chose."""
+        return self.activation or (self.data and any(view.looked_up for view in self.views))
+
+    def replace(self, **changes: Any) -> Value:
+        """With other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def map(self, fn: Callable[[View], View | None], *others: Value) -> Value:
+        """With each view mapped; others are indices, which say where the elements come from."""
+        views = tuple(view for view in map(fn, self.views) if view is not None)
+        return self.replace(views=views, data=self.data or any(o.data for o in others))
+
+
+@dataclasses.dataclass
+class Survey:
+    """What a dry run found.
+
+    Args:
+      rules: primitive name -> rule.
+      uses: path -> equation -> the roles of the leaf's axes in it, and the equation in words.
+      unfollowed: path -> the equation by which the leaf reaches a product or an opaque call while
+        no rule follows it.
+      leaves: product -> paths of the leaves that it takes.
+      inputs: product -> the products that its operands depend on.
+      frame: the equations entered, outermost first.
+      silent: nothing is noted: a loop is repeated until nothing changes.
+      texts: equation -> the equation in words.
+      constants_are_data: no argument is, so the function closes over its data.
+    """
+
+    rules: dict[str, Rule]
+    uses: dict[str, dict[Key, tuple[list[Roles], str]]] = dataclasses.field(default_factory=dict)
+    unfollowed: dict[str, str] = dataclasses.field(default_factory=dict)
+    leaves: dict[Key, set[str]] = dataclasses.field(default_factory=dict)
+    inputs: dict[Key, frozenset[Key]] = dataclasses.field(default_factory=dict)
+    frame: tuple[Any, ...] = ()
+    silent: bool = False
+    texts: dict[Key, str] = dataclasses.field(default_factory=dict)
+    constants_are_data: bool = False
+
+    def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
+        """The values of the results of a jaxpr."""
+        inner, consts = _jaxprs.opened(jaxpr)
+        binders = _jaxprs.binders(jaxpr)
+        constant = lambda var: argument(var.aval) if self.constants_are_data else Value()
+        values = [*map(constant, binders[: len(consts)]), *args]
+        env = dict(zip(binders, values, strict=True))
+        read = lambda atom: Value() if isinstance(atom, _jaxprs.Literal) else env[atom]
+        for eqn in inner.eqns:
+            rule = self.rules.get(eqn.primitive.name, self.rules[""])
+            outs = rule(self, eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in inner.outvars]
+
+    def key(self, eqn: Any) -> Key:
+        """The name of an equation where it stands."""
+        return (*map(id, self.frame), id(eqn))
+
+    def describe(self, eqn: Any) -> str:
+        """The primitive and the user's source line."""
+        key = self.key(eqn)
+        if key not in self.texts:
+            chain = [eqn, *reversed(self.frame)]
+            line = next(filter(None, map(_jaxprs.user_line, chain)), "an unknown line")
+            self.texts[key] = f"{eqn.primitive.name} at {line}"
+        return self.texts[key]
+
+    @contextlib.contextmanager
+    def inside(self, eqn: Any):
+        """The body of an equation."""
+        before = self.frame
+        self.frame = (*before, eqn)
+        try:
+            yield
+        finally:
+            self.frame = before
+
+    def note(self, path: str, key: Key, text: str, roles: Roles | None) -> None:
+        """Note a use of a leaf."""
+        if not self.silent:
+            found, _ = self.uses.setdefault(path, {}).setdefault(key, ([], text))
+            if roles is not None and roles not in found:
+                found.append(roles)
+
+    def take(self, eqn: Any, views: Iterable[View], by_rows: bool = True) -> None:
+        """Note that an equation takes views as plain arrays; by_rows: rows may be read by it."""
+        for view in () if self.silent else views:
+            if not view.summed:  # else a product with another parameter has been noted
+                self.note(view.path, self.key(eqn), self.describe(eqn), view.read(by_rows))
+
+    def compute(self, eqn: Any, value: Value) -> Value:
+        """The value as an equation takes it that no rule follows."""
+        self.take(eqn, value.views, by_rows=False)
+        return value.replace(views=(), computed=self.computed(eqn, [value]))
+
+    def computed(
+        self, eqn: Any, values: Sequence[Value], views: bool = True
+    ) -> tuple[tuple[str, str], ...]:
+        """Each leaf that a result of these values is computed from, and by which equation."""
+        found = dict(pair for value in reversed(values) for pair in reversed(value.computed))
+        taken = [v for value in values for v in value.views if v.is_matrix()] if views else []
+        if fresh := [view.path for view in taken if view.path not in found]:
+            found |= dict.fromkeys(fresh, self.describe(eqn))
+        return tuple(sorted(found.items()))
+
+    def pass_over(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Note leaves that reach a product, or an opaque call, while no rule follows them."""
+        if not self.silent:
+            for path, why in pairs:
+                self.unfollowed.setdefault(path, why)
+
+    def register(self, eqn: Any, paths: Iterable[str], products: frozenset[Key]) -> Key:
+        """Note a product that takes leaves."""
+        key = self.key(eqn)
+        if not self.silent:
+            self.leaves.setdefault(key, set()).update(paths)
+            self.inputs[key] = self.inputs.get(key, frozenset()) | products
+        return key
+
+    def join(self, eqn: Any, values: Sequence[Value]) -> Value:
+        """What may be any of some values: a weight only where all are the same."""
+        views, activation = values[0].views, any(value.moves for value in values)
+        if same := all(value.views == views for value in values):
+            computed = self.computed(eqn, values, views=False)
+        else:
+            for value in values:
+                self.take(eqn, value.views, by_rows=activation)
+            computed = () if activation else self.computed(eqn, values)
+        if same:
+            activation = any(value.activation for value in values)
+        return merge(values).replace(
+            views=views if same else (), computed=computed, activation=activation
+        )
+
+    def repeat(
+        self, eqn: Any, carry: Sequence[Value], constant: Sequence[bool], step: Callable
+    ) -> tuple[list[Value], list[Value]]:
+        """A loop: (its carry, what its last step returns beside), until nothing changes.
+
+        A product reaches a carry directly only where the loop leaves that as it is.
+        """
+        rest = lambda value: value.replace(direct=frozenset())
+        start = [v if c else rest(v) for v, c in zip(carry, constant, strict=True)]
+        now, before, outs = start, None, []
+        silent, self.silent = self.silent, True
+        try:
+            while now != before:
+                before = now
+                outs = step(now)[: len(now)]
+                outs = [v if c else rest(v) for v, c in zip(outs, constant, strict=True)]
+                now = [self.join(eqn, pair) for pair in zip(now, outs, strict=True)]
+        finally:
+            self.silent = silent
+        for one, other, joined in zip(start, outs, now, strict=True):
+            if not one.views == other.views == joined.views:
+                self.take(eqn, (*one.views, *other.views), by_rows=joined.activation)
+        return now, step(now)[len(now) :]
+
+
+def is_number(dtype: Any) -> bool:
+    """Whether values of a dtype are computed with: integers of more than 8 bits index and mask."""
+    if jnp.issubdtype(dtype, jnp.signedinteger):
+        return jnp.iinfo(dtype).bits <= 8
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def argument(aval: Any) -> Value:
+    """An array that is no parameter: data; a scalar is a temperature or a step, no activation."""
+    return Value(data=True, activation=is_number(aval.dtype) and bool(aval.ndim))
+
+
+def merge(values: Sequence[Value]) -> Value:
+    """What is common to the results of any equation: the union of what its operands depend on."""
+    union = lambda name: frozenset().union(*(getattr(value, name) for value in values))
+    has = lambda name: any(getattr(value, name) for value in values)
+    return Value(
+        data=has("data"),
+        activation=has("activation"),
+        output=has("output"),
+        products=union("products"),
+        direct=union("direct"),
+    )
+
+
+def as_number(eqn: Any, value: Value, place: int = 0) -> Value:
+    """A result by its dtype: to depend on an index or a mask is to depend on no number."""
+    if is_number(getattr(eqn.outvars[place].aval, "dtype", jnp.int32)):
+        return value
+    return value.replace(activation=False, products=frozenset(), direct=frozenset())
+
+
+def shape_of(eqn: Any) -> tuple[int, ...]:
+    """The shape of the first result."""
+    return tuple(eqn.outvars[0].aval.shape)
