@@ -41,7 +41,7 @@ class Verdict:
 
 
 def derivatives(run: Program, f: Any) -> Any:
-    """(adapter, s) -> the result and its gradient, or for some programs a directional derivative."""
+    """(adapter, s) -> the result and its gradient, or for some a directional derivative."""
 
     def loss(lora: Any, s: Any) -> Any:
         out = f(lora, s).astype(jnp.float32)

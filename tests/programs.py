@@ -2,7 +2,8 @@
 
 `program(seed)` is a leaf with an adapter, quantized or not, and a function of it: a chain of
 operations in random nestings of loops, branches and transformations, ended by a product, a
-convolution or a look-up. The same seed makes the same program. Sizes are few, so that axes coincide.
+convolution or a look-up. The same seed makes the same program. Sizes are few, so that axes
+coincide.
 """
 
 from __future__ import annotations

@@ -58,12 +58,12 @@ def _tied_on_cpu(x: jax.Array, *parts: jax.Array, op: Op, decode: Decode) -> jax
     The least of an unsigned number and 0 is 0, which XLA does not know. Of a stack that is not cut
     up, the number of the layer depends on it in place of all codes.
     """
-    parts, anchor = [*parts], getattr(decode, "anchor", 0)
+    own, anchor = [*parts], getattr(decode, "anchor", 0)
     corner = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim) if x.size else jnp.zeros((), x.dtype)
     first = corner.reshape(())
     bits = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
-    parts[anchor] ^= jnp.minimum(bits, jnp.uint32(0)).astype(parts[anchor].dtype)
-    return getattr(op, "on_cpu", op)(x, decode(*parts))
+    own[anchor] ^= jnp.minimum(bits, jnp.uint32(0)).astype(own[anchor].dtype)
+    return getattr(op, "on_cpu", op)(x, decode(*own))
 
 
 @dataclasses.dataclass(frozen=True)
