@@ -170,7 +170,7 @@ class Writer:
 
     def end(self, shape: tuple[int, ...]) -> Fn:
         """A product, or what else ends a program."""
-        names = ["dot"] * 5 + ["lookup", "elementwise", "return"] + ["conv"] * (len(shape) > 2)
+        names = ["dot"] * 5 + ["lookup", "elementwise", "whole"] + ["conv"] * (len(shape) > 2)
         names += ["ragged"] * (len(shape) == 3 and "vmap" not in self.inside)
         name = self.rng.choice(names)
         self.say(name, *shape)
@@ -228,26 +228,19 @@ class Writer:
             [[self.rng.randint(-shape[axis] - 1, shape[axis] + 1) for _ in "ab"] for _ in "abc"]
         )
         self.say("axis", axis, "mode", mode, "ids", ids.tolist())
-        return lambda w, s: (
-            jnp.nan_to_num(
-                w.at[(slice(None),) * axis + (jnp.asarray(ids) + (s * 0).astype(int),)].get(
-                    mode=mode
-                )
-            )
-            * s
-        )
+
+        def rows(w: Any, s: Any) -> Any:
+            where = (slice(None),) * axis + (jnp.asarray(ids) + (s * 0).astype(int),)
+            return jnp.nan_to_num(w.at[where].get(mode=mode)) * s
+
+        return rows
 
     def elementwise(self, shape: tuple[int, ...]) -> Fn:
         x = self.numbers(*shape)
         return lambda w, s: w * x * s
 
-    def give(self, w: Any, s: Any) -> Any:
-        return w * 1.0
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "return":
-            return lambda shape: lambda w, s: w
-        raise AttributeError(name)
+    def whole(self, shape: tuple[int, ...]) -> Fn:
+        return lambda w, s: w  # the weight itself is the result
 
 
 _S = jax.ShapeDtypeStruct((), jnp.float32)
