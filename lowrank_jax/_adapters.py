@@ -76,9 +76,9 @@ def combine(
         masks = None
         if dropout and isinstance(node, LowRank):
             masks = _mask_keys(key, path, node)
-        combined.append(
-            Adapted(leaf, node, multiplier, masks, float(dropout) if masks is not None else 0.0)
-        )
+        own = multiplier if multiplier is None else jnp.array(multiplier)  # it may be donated
+        rate = float(dropout) if masks is not None else 0.0
+        combined.append(Adapted(leaf, node, own, masks, rate))
     return jax.tree.unflatten(treedef, combined)
 
 
@@ -97,8 +97,7 @@ def _multiplier(scale: Any) -> jax.Array | None:
 def _mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
     """One dropout key for each stacked weight of a leaf."""
     leaf_key = jax.random.fold_in(typed_key(key), path_hash(path))
-    sizes = node.a.shape[: node.a.ndim - len(node.labels[0]) + len(node.stack)]
-    return jax.random.split(leaf_key, sizes) if sizes else leaf_key
+    return jax.random.split(leaf_key, node.stacked) if node.stacked else leaf_key
 
 
 def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
@@ -121,7 +120,7 @@ def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
             )
         if path not in arrays:
             problems.append(f"{path}: in the adapter, not in the base")
-        elif tuple(node.shape) != tuple(arrays[path].shape):
+        elif not node.fits(arrays[path].shape):
             problems.append(
                 f"{path}: the adapter is for shape {tuple(node.shape)}, the base has "
                 f"{tuple(arrays[path].shape)}"

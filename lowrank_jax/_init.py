@@ -15,13 +15,13 @@ from lowrank_jax import _jaxprs, initializers
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import ConfigError, LowrankError, TreeError
 from lowrank_jax._nodes import (
-    Full,
     LowRank,
     inverse,
     is_adapter,
     is_node,
     materialize,
     normed,
+    trained_whole,
     unnormed,
 )
 from lowrank_jax._nodes.family import METHODS, start_rows
@@ -102,7 +102,7 @@ def init(
             leaf_key = jax.random.fold_in(typed_key(key), path_hash(path))
             leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], own, config)
         elif path in whole:
-            node = Full(leaf)
+            node = trained_whole(leaf)
         elif path in rows:
             node = start_rows(path, leaf, rows[path], config.factor_dtype)
         base.append(leaf)

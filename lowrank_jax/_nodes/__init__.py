@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,14 @@ from jax import lax
 from lowrank_jax._errors import AxesError, CheckpointError, LowrankError
 from lowrank_jax._nodes.norms import dense_product, gain, norm, squared_norm
 from lowrank_jax._nodes.quantized import Quantized, dequantized
+from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._paths import flatten
 from lowrank_jax._primitives.contract import RANK, Labels, accumulator, arrange
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Node):
     r"""Factors of one leaf: $\Delta W = s\,a\,b$, transposed back to the kernel's layout.
 
     Args:
@@ -50,6 +51,8 @@ class LowRank:
     folded: bool = dataclasses.field(default=False, metadata={"static": True})
     moved: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    held: ClassVar[tuple[str, ...]] = ("a", "b")  # the arrays that it always has
+
     @property
     def rank(self) -> int:
         """r, the inner dimension."""
@@ -60,9 +63,36 @@ class LowRank:
         """For each axis of a and of b the axis of the weight that it runs along, or RANK."""
         return (*self.stack, *self.fan_in, RANK), (*self.stack, RANK, *self.fan_out)
 
+    @property
+    def labelled(self) -> dict[str, Labels]:
+        """For each array that there is, by its field, the axes of the weight that it runs along."""
+        labels = dict(zip(("a", "b"), self.labels, strict=True))
+        labels["magnitude"] = (*self.stack, *self.fan_out)
+        return {name: own for name, own in labels.items() if getattr(self, name) is not None}
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Sizes of the axes that every array has: of stacked adapters, then of stacked weights."""
+        name, labels = next(iter(self.labelled.items()))
+        shape = getattr(self, name).shape
+        return shape[: len(shape) - len(labels) + len(self.stack)]
+
+    @property
+    def adapters(self) -> int:
+        """Number of axes of stacked adapters, which lead every array."""
+        return len(self.stacked) - len(self.stack)
+
     def factors(self) -> tuple[Any, Any]:
         """Arrays [*stack, *fan_in, r] and [*stack, r, *fan_out], whose product times s is added."""
         return self.a, self.b
+
+    def for_shape(self, shape: Sequence[int]) -> LowRank:
+        """The adapter of a weight of this shape, which inside shard_map is a part of the whole."""
+        return self
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it is the adapter of a weight of this shape."""
+        return tuple(self.for_shape(shape).shape) == tuple(shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,7 +136,7 @@ class LowRank:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Normed:
+class Normed(Node):
     r"""A frozen leaf and the squared norm of each output feature, which DoRA needs at every step.
 
     Args:
@@ -155,6 +185,13 @@ def normed(leaf: Any, node: LowRank) -> Normed:
     return Normed(unnormed(leaf), squares, (*stack, *fan_out), terms)
 
 
+def trained_whole(leaf: Any) -> Full:
+    """The node that trains a leaf whole, in arrays of its own: it may be donated."""
+    dense = jnp.asarray(materialize(leaf))
+    dtype = jnp.promote_types(dense.dtype, jnp.float32)
+    return Full(jnp.array(dense, dtype, copy=True), dense.dtype.name)
+
+
 def unnormed(leaf: Any) -> Any:
     """The leaf itself."""
     return leaf.value if isinstance(leaf, Normed) else leaf
@@ -162,10 +199,19 @@ def unnormed(leaf: Any) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Full:
-    """A leaf trained whole beside the adapters; value has the leaf's shape and dtype."""
+class Full(Node):
+    r"""A leaf trained whole beside the adapters.
+
+    It is trained in float32 where the leaf is narrower, for bfloat16 has no room for the steps of
+    an optimizer; what uses the leaf, merges it or writes it for others has the leaf's own dtype.
+
+    Args:
+      value: of the leaf's shape, in promote_types(the leaf's dtype, float32).
+      weight_dtype: name of the leaf's dtype; "" is that of value.
+    """
 
     value: Any
+    weight_dtype: str = dataclasses.field(default="", metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -179,8 +225,17 @@ class Full:
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the leaf."""
+        """Dtype that the leaf is trained in."""
         return self.value.dtype
+
+    @property
+    def weight(self) -> Any:
+        """The leaf: value in the leaf's dtype."""
+        return self.value.astype(self.weight_dtype) if self.weight_dtype else self.value
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it is of a leaf of this shape."""
+        return tuple(self.shape) == tuple(shape)
 
     def __jax_array__(self):
         raise forgotten("a Full leaf")
@@ -188,7 +243,7 @@ class Full:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Adapted:
+class Adapted(Node):
     r"""A frozen leaf and its adapter: $W_\text{eff} = W + m\,(W' - W)$.
 
     Args:
@@ -272,7 +327,9 @@ def materialize(node: Any) -> Any:
     if not is_node(node):
         return node
     if isinstance(node, Full):
-        return node.value
+        return node.weight
+    if isinstance(node, Adapted) and isinstance(node.delta, Full) and node.multiplier is None:
+        return node.delta.value.astype(node.base.dtype)  # whatever the base is
     if isinstance(node, LowRank):
         raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
     base = materialize(node.base)
