@@ -185,7 +185,13 @@ def merge(base: Any, lora: Any, *, scale: Any = 1.0) -> Any:
     >>> bool((merge(base, lora)["w"] == params["w"]).all())
     True
     """
-    return jax.tree.map(materialize, combine(base, lora, scale=scale), is_leaf=is_node)
+
+    def dense(leaf: Any) -> Any:
+        whole = isinstance(leaf, Adapted) and isinstance(leaf.delta, Full)
+        # the adapter may be donated, and what is merged stays
+        return jnp.array(materialize(leaf), copy=True) if whole else materialize(leaf)
+
+    return jax.tree.map(dense, combine(base, lora, scale=scale), is_leaf=is_node)
 
 
 def fold_norms(base: Any, lora: Any) -> Any:

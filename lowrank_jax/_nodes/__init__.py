@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._errors import AxesError, CheckpointError, LowrankError
+from lowrank_jax._errors import AxesError, CheckpointError, LowrankError, forgotten
+from lowrank_jax._nodes.full import Full as Full
 from lowrank_jax._nodes.norms import dense_product, gain, norm, squared_norm
 from lowrank_jax._nodes.quantized import Quantized, dequantized
 from lowrank_jax._nodes.serialization import Node
@@ -199,50 +200,6 @@ def unnormed(leaf: Any) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Full(Node):
-    r"""A leaf trained whole beside the adapters.
-
-    It is trained in float32 where the leaf is narrower, for bfloat16 has no room for the steps of
-    an optimizer; what uses the leaf, merges it or writes it for others has the leaf's own dtype.
-
-    Args:
-      value: of the leaf's shape, in promote_types(the leaf's dtype, float32).
-      weight_dtype: name of the leaf's dtype; "" is that of value.
-    """
-
-    value: Any
-    weight_dtype: str = dataclasses.field(default="", metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the leaf."""
-        return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the leaf."""
-        return self.value.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """Dtype that the leaf is trained in."""
-        return self.value.dtype
-
-    @property
-    def weight(self) -> Any:
-        """The leaf: value in the leaf's dtype."""
-        return self.value.astype(self.weight_dtype) if self.weight_dtype else self.value
-
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it is of a leaf of this shape."""
-        return tuple(self.shape) == tuple(shape)
-
-    def __jax_array__(self):
-        raise forgotten("a Full leaf")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
 class Adapted(Node):
     r"""A frozen leaf and its adapter: $W_\text{eff} = W + m\,(W' - W)$.
 
@@ -277,15 +234,6 @@ class Adapted(Node):
 
     def __jax_array__(self):
         raise forgotten("an adapted weight")
-
-
-def forgotten(what: str) -> LowrankError:
-    """The error of a node that met a function which knows none."""
-    return LowrankError(
-        f"{what} was used as if it were an array: the function that uses the parameters must be "
-        "lifted; call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), or pass "
-        "lowrank.merge(base, lora)"
-    )
 
 
 def is_node(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -99,20 +100,30 @@ def refuse_other_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: 
 
 
 def static_differences(wanted: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """Differences in axes, kind and scale of the nodes that both have."""
+    """Differences in axes, kind, scale and leaf's dtype of the nodes that both have."""
     both = {path for path in wanted if type(saved.get(path)) is type(wanted[path])}
     show = lambda nodes: {
         f"{path}.{name}": repr(value)
         for path in both
         for name, value in static_fields(type(nodes[path]), vars(nodes[path])).items()
         if name != "moved"  # which base it is of; the file knows
+        and (name != "weight_dtype" or saved[path].weight_dtype)  # older files have none
     }
     return differences(show(wanted), show(saved))
+
+
+def like_wanted(node: Any, wanted: Any) -> Any:
+    """The node with what an older file does not say: the dtype of a leaf trained whole."""
+    if isinstance(node, Full) and isinstance(wanted, Full) and not node.weight_dtype:
+        return dataclasses.replace(node, weight_dtype=wanted.weight_dtype)
+    return node
 
 
 def fitted(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
     """Refuse saved leaves that are not those wanted; return the shardings wanted, by name."""
     wanted = {p: v if hasattr(v, "dtype") else np.asarray(v) for p, v in wanted.items()}
+    # an array without elements says nothing; older releases had some
+    saved = {p: v for p, v in saved.items() if p in wanted or 0 not in v.shape}
     show = lambda leaves: {p: f"{leaf.dtype}{list(leaf.shape)}" for p, leaf in leaves.items()}
     refuse(
         f"the saved {what} is not that of like.{what}: restore without it and convert, or make it "
