@@ -10,17 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from lowrank_jax import _jaxprs
 from lowrank_jax._interpreter.interpret import Context, Record
 from lowrank_jax._interpreter.rules import RULES
 from lowrank_jax._lift import evaluate, split
-from lowrank_jax._nodes import Adapted, Full, Normed, is_adapter, is_node, unnormed
+from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node, unnormed
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._table import Table, Tabled, bytes_text, collapsed, shape_text
-from lowrank_jax._weights.magnitude import norms_of
+from lowrank_jax._weights.magnitude import count_still
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +99,7 @@ class Report(Tabled):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was built densely and why, what fn never used, and what DoRA cannot train.
-
-        Like layers are in one sentence.
-        """
+        """What was built densely, never used, or cannot learn; like layers in one sentence."""
         found = [
             (path, f"is built densely at {use.primitive}, {use.source}: {use.reason}")
             for path, leaf in self.items()
@@ -216,8 +211,7 @@ def _use_text(use: Record) -> str:
 def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     """Count what is trained and what it costs, and say how fn uses every adapted weight.
 
-    A dry run on shapes: nothing is computed, save for output features of zeros where DoRA has norms
-    at hand. Each use of an adapted weight is "factored",
+    A dry run on shapes: nothing is computed (save, where DoRA's norms are at hand, which are 0). Each use of an adapted weight is "factored",
     $x W + s (x a) b$; "materialized", built densely because no rule covers the equation; or
     "built", because a product of two weights has to build the smaller. A leaf trained whole is
     "dense".
@@ -302,25 +296,9 @@ def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     count = _sum(_size, delta)
     if isinstance(delta, Full):
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
-    kind, still = _kind(delta), _still_features(node)
-    return LeafReport(kind, shape, delta.rank, delta.scale, count, format, bits, uses, still)
-
-
-def _still_features(node: Any) -> int:
-    """How many output features of W + s a b are zero under a magnitude, as far as is known."""
-    base, delta = getattr(node, "base", None), getattr(node, "delta", None)
-    if not isinstance(base, Normed) or delta.magnitude is None or delta.folded:
-        return 0
-    if not all(map(_has_values, jax.tree.leaves((base, delta)))) or np.all(base.squares):
-        return 0
-    return int(np.sum(np.asarray(norms_of(base, delta)) == 0))
-
-
-def _has_values(leaf: Any) -> bool:
-    """Whether this process can read an array."""
-    if not isinstance(leaf, jax.Array):
-        return isinstance(leaf, np.ndarray)
-    return not _jaxprs.is_tracer(leaf) and leaf.is_fully_addressable and not leaf.is_deleted()
+    still = count_still(node.base, delta) if isinstance(node, Adapted) else 0
+    numbers = delta.rank, delta.scale, count
+    return LeafReport(_kind(delta), shape, *numbers, format, bits, uses, still)
 
 
 def _kind(delta: Any) -> str:
