@@ -30,6 +30,9 @@ def combine(
 
     $W_\text{eff} = W + m\,s\,a\,b$ with m the multiplier `scale`.
 
+    The tree shares the buffers of base, and base those of the parameters, on purpose: nothing
+    frozen is held twice. So a jitted step that donates the combined tree consumes the parameters.
+
     Args:
       base: the frozen tree, as init returns it. Raw parameters will do: with DoRA the norms of
         their leaves are then computed here, at each call.
@@ -171,7 +174,8 @@ def merge(base: Any, lora: Any, *, scale: Any = 1.0) -> Any:
       scale: m, as in combine.
 
     Returns:
-      A dense tree like the parameters, with their dtypes.
+      A dense tree like the parameters, with their dtypes. Leaves that are not adapted are base's
+      own arrays; none is the adapter's.
 
     Raises:
       TreeError: lora does not fit base.

@@ -66,7 +66,8 @@ def init(
     Returns:
       (base, lora). base is params itself, save where an initializer moved weight into the factors,
       and where config.dora has leaves carry their squared norm (Normed nodes). lora mirrors params:
-      LowRank at the targets, Full at leaves of config.train, None elsewhere.
+      LowRank at the targets, Full at leaves of config.train, None elsewhere. It shares no array
+      with params or base, so it may be donated; base shares those of params.
 
     Raises:
       PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy.

@@ -114,8 +114,8 @@ class Report(Tabled):
         found += [
             (
                 path,
-                f"has {leaf.still} output features of zeros: DoRA gives them no direction, and they "
-                "never learn; adapt the leaf without DoRA, or train it whole",
+                f"has {leaf.still} output features of zeros: DoRA gives them no direction, and "
+                "they never learn; adapt the leaf without DoRA, or train it whole",
             )
             for path, leaf in self.items()
             if leaf.still
@@ -211,10 +211,10 @@ def _use_text(use: Record) -> str:
 def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     """Count what is trained and what it costs, and say how fn uses every adapted weight.
 
-    A dry run on shapes: nothing is computed (save, where DoRA's norms are at hand, which are 0). Each use of an adapted weight is "factored",
-    $x W + s (x a) b$; "materialized", built densely because no rule covers the equation; or
-    "built", because a product of two weights has to build the smaller. A leaf trained whole is
-    "dense".
+    A dry run on shapes: nothing is computed, save which of DoRA's norms are 0 where values are at
+    hand. Each use of an adapted weight is "factored", $x W + s (x a) b$; "materialized", built
+    densely because no rule covers the equation; or "built", because a product of two weights has to
+    build the smaller. A leaf trained whole is "dense".
 
     Args:
       fn: the function, as for lift (a lifted one serves too).

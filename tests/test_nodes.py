@@ -115,7 +115,7 @@ def test_every_node_is_among_the_trees():
     coded = trees()["optimizer state in codes"]
     kinds |= {type(x) for x in jax.tree.leaves(coded, is_leaf=lambda x: isinstance(x, Coded))}
     assert set(NAMES) == trees().keys()
-    assert {kind for kind in subclasses(Node)} <= kinds
+    assert {*subclasses(Node)} <= kinds
 
 
 def subclasses(kind):

@@ -186,7 +186,7 @@ class Attention(nnx.Module):
         ({"a": nnx.Param(QKV(leaf(), leaf(), leaf()))}, ["a/query", "a/key", "a/value"]),
         ({"a": nnx.Param(nn.Partitioned(leaf(), ("x", None)))}, ["a"]),
         ({"a": nn.LogicallyPartitioned(leaf(), ("x", None)), "b": Box(leaf())}, ["a", "b"]),
-        ({"a": nn.Partitioned(QKV(leaf(), leaf(), leaf()), ("x",))}, ["a/query", "a/key", "a/value"]),
+        ({"a": nn.Partitioned(Pair(leaf(), leaf()), ("x",))}, ["a/value", "a/other"]),
         (QKV(nnx.Param(leaf()), Box(leaf()), Pair(nnx.Param(leaf()), leaf())),
          ["query", "key", "value/value", "value/other"]),
         (nnx.state(Attention(nnx.Rngs(0))), ["query/kernel", "value/bias", "value/kernel"]),
@@ -199,7 +199,7 @@ def test_only_the_value_of_a_wrapper_adds_no_key(tree, paths):
     leaves, expected = jax.tree.flatten(tree)
     assert treedef == expected
     assert all(one is other for (_, one), other in zip(found, leaves, strict=True))
-    call, dynamic, named = split((tree,), {"other": tree})
+    _, dynamic, named = split((tree,), {"other": tree})
     assert [p for p in named if not p.startswith("other")] == paths
     assert [p.removeprefix("other/") for p in named if p.startswith("other")] == paths
     assert len(dynamic) == 2 * len(leaves)
@@ -220,7 +220,10 @@ def test_every_field_of_a_named_tuple_is_adapted():
 def test_a_leaf_stays_whole_within_and_without_a_wrapper():
     full = lowrank.Full(leaf())
     tree = {"a": nnx.Param(full), "b": full}
-    assert [(p, x is full) for p, x in flatten(tree, is_leaf=is_node)[0]] == [("a", True), ("b", True)]
+    assert [(p, x is full) for p, x in flatten(tree, is_leaf=is_node)[0]] == [
+        ("a", True),
+        ("b", True),
+    ]
     found = flatten(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
     assert [(p, type(x)) for p, x in found] == [("a", nnx.Param), ("b/value", np.ndarray)]
 

@@ -264,7 +264,7 @@ def test_table_of_no_rows():
 
 
 def test_features_that_dora_cannot_train_are_said():
-    """An output feature of zeros has no direction: neither factors nor magnitude have a gradient."""
+    """An output feature of zeros has no direction: no factor and no magnitude has a gradient."""
     w = np.ones((2, 6, 4), np.float32)
     w[0, :, 1] = w[1, :, :2] = 0
     params = {"layers": w, "fine": ones(4, 4)}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._errors import AxesError, CheckpointError, LowrankError, forgotten
-from lowrank_jax._nodes.full import Full as Full
+from lowrank_jax._nodes.full import Full, full_of
 from lowrank_jax._nodes.norms import dense_product, gain, norm, squared_norm
 from lowrank_jax._nodes.quantized import Quantized, dequantized
 from lowrank_jax._nodes.serialization import Node
@@ -190,7 +190,7 @@ def trained_whole(leaf: Any) -> Full:
     """The node that trains a leaf whole, in arrays of its own: it may be donated."""
     dense = jnp.asarray(materialize(leaf))
     dtype = jnp.promote_types(dense.dtype, jnp.float32)
-    return Full(jnp.array(dense, dtype, copy=True), dense.dtype.name)
+    return full_of(jnp.array(dense, dtype, copy=True), dense.dtype)
 
 
 def unnormed(leaf: Any) -> Any:
@@ -285,7 +285,7 @@ def materialize(node: Any) -> Any:
     if isinstance(node.delta, Full):
         changed = node.delta.value.astype(whole.dtype)
     else:
-        changed = whole + delta(node.delta, base.ndim)
+        changed = whole + delta(node.delta.for_shape(base.shape), base.ndim)
         if node.delta.magnitude is not None:
             changed = _renormed(node, base, changed)
     if node.multiplier is not None:

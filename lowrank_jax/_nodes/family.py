@@ -132,7 +132,7 @@ class IA3(LowRank):
         return _shape(self, self.magnitude.shape[:at], self.inputs, self.magnitude.shape[at:])
 
     def for_shape(self, shape: Sequence[int]) -> IA3:
-        """The same for a part of the fan-in: each output feature has its number there too."""
+        """The adapter of a weight of this shape: a part of the fan-in has the same l."""
         if len(shape) != self.ndim:
             return self
         fan_in, _, _ = self.axes(len(shape))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_jax._errors import forgotten
 from lowrank_jax._nodes.serialization import Node
@@ -22,7 +23,7 @@ class Full(Node):
 
     Args:
       value: of the leaf's shape, in promote_types(the leaf's dtype, float32).
-      weight_dtype: name of the leaf's dtype; "" is that of value.
+      weight_dtype: name of the leaf's dtype where that is another than value's; else "".
     """
 
     value: Any
@@ -54,3 +55,8 @@ class Full(Node):
 
     def __jax_array__(self):
         raise forgotten("a Full leaf")
+
+
+def full_of(value: Any, dtype: Any) -> Full:
+    """The node of a leaf of this dtype, which is trained as value is."""
+    return Full(value, "" if value.dtype == dtype else jnp.dtype(dtype).name)

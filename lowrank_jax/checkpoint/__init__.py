@@ -35,7 +35,6 @@ from lowrank_jax.checkpoint._entries import (
 from lowrank_jax.checkpoint._fitting import (
     dense_shapes,
     fitted,
-    like_wanted,
     refuse_malformed,
     refuse_misshapen,
     refuse_other_base,
@@ -298,7 +297,6 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
         if likes["lora"] is not None:
             wanted = nodes_of(likes["lora"])
             nodes = renamed(nodes, wanted)
-            nodes = {path: like_wanted(node, wanted.get(path)) for path, node in nodes.items()}
             shardings |= fitted(
                 "lora", parts_of(wanted), parts_of(nodes), static_differences(wanted, nodes)
             )

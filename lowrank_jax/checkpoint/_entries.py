@@ -180,7 +180,7 @@ def _renewed(node: Any) -> Any:
     if node.a.ndim <= len(node.fan_in) or node.a.shape[-1]:
         return node
     inputs = node.a.shape[-1 - len(node.fan_in) : -1]
-    static = static_fields(LowRank, vars(node))
+    static: Any = static_fields(LowRank, vars(node))
     return IA3(magnitude=node.magnitude, **static, inputs=inputs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -107,16 +106,8 @@ def static_differences(wanted: dict[str, Any], saved: dict[str, Any]) -> list[st
         for path in both
         for name, value in static_fields(type(nodes[path]), vars(nodes[path])).items()
         if name != "moved"  # which base it is of; the file knows
-        and (name != "weight_dtype" or saved[path].weight_dtype)  # older files have none
     }
     return differences(show(wanted), show(saved))
-
-
-def like_wanted(node: Any, wanted: Any) -> Any:
-    """The node with what an older file does not say: the dtype of a leaf trained whole."""
-    if isinstance(node, Full) and isinstance(wanted, Full) and not node.weight_dtype:
-        return dataclasses.replace(node, weight_dtype=wanted.weight_dtype)
-    return node
 
 
 def fitted(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:

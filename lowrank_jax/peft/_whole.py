@@ -14,6 +14,7 @@ from lowrank_jax._files.torch_layout import Layout
 from lowrank_jax._fingerprint import to_host
 from lowrank_jax._nodes import Full, materialize
 from lowrank_jax._nodes.family import Rows
+from lowrank_jax._nodes.full import full_of
 from lowrank_jax.peft._matching import Matching, Place
 from lowrank_jax.peft._tensors import TOKENS
 
@@ -93,7 +94,7 @@ def _full(
     for index, (key, scale) in folds.items():
         change = matching.read(key).astype(weights.dtype).reshape(shape)
         weights[index] += weights.dtype.type(scale) * change
-    return Full(jnp.array(layout.from_weights(weights)), dtype.name)
+    return full_of(jnp.array(layout.from_weights(weights)), dtype)
 
 
 def match_tokens(matching: Matching, place: Place) -> Callable[[], Rows] | None:
