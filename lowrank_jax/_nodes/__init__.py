@@ -67,8 +67,8 @@ class LowRank(Node):
     @property
     def labelled(self) -> dict[str, Labels]:
         """For each array that there is, by its field, the axes of the weight that it runs along."""
-        labels = dict(zip(("a", "b"), self.labels, strict=True))
-        labels["magnitude"] = (*self.stack, *self.fan_out)
+        a, b = self.labels
+        labels = {"a": a, "b": b, "magnitude": (*self.stack, *self.fan_out)}
         return {name: own for name, own in labels.items() if getattr(self, name) is not None}
 
     @property

@@ -21,7 +21,7 @@ from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3, LoHa, Rows, VeRA
 from lowrank_jax._paths import flatten
 
-_NODES = {kind.__name__: kind for kind in (LowRank, LoHa, VeRA, IA3, Rows, Full)}
+_NODES: dict[str, Any] = {kind.__name__: kind for kind in (LowRank, LoHa, VeRA, IA3, Rows, Full)}
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}
 _PRNGS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
@@ -153,7 +153,9 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
     path, kind = "/".join(entry["path"]), _NODES[entry["type"]]
     known = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("static")}
     # a field that a file of before does not have takes its default
-    static = {n: tuple(v) if type(v) is list else v for n, v in entry["static"].items()}
+    static: dict[str, Any] = {
+        n: tuple(v) if type(v) is list else v for n, v in entry["static"].items()
+    }
     if unknown := sorted(static.keys() - known.keys()):
         raise CheckpointError(
             f"{path!r} is a {entry['type']} with {unknown}, unknown to this lowrank_jax: use the "
