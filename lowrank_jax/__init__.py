@@ -35,6 +35,7 @@ from lowrank_jax._nodes import Adapted as Adapted
 from lowrank_jax._nodes import Full as Full
 from lowrank_jax._nodes import LowRank as LowRank
 from lowrank_jax._nodes import Normed as Normed
+from lowrank_jax._nodes.family import IA3 as IA3
 from lowrank_jax._nodes.family import LoHa as LoHa
 from lowrank_jax._nodes.family import Rows as Rows
 from lowrank_jax._nodes.family import VeRA as VeRA

@@ -30,6 +30,9 @@ def combine(
 
     $W_\text{eff} = W + m\,s\,a\,b$ with m the multiplier `scale`.
 
+    The tree shares the buffers of base, and base those of the parameters, on purpose: nothing
+    frozen is held twice. So a jitted step that donates the combined tree consumes the parameters.
+
     Args:
       base: the frozen tree, as init returns it. Raw parameters will do: with DoRA the norms of
         their leaves are then computed here, at each call.
@@ -76,9 +79,9 @@ def combine(
         masks = None
         if dropout and isinstance(node, LowRank):
             masks = _mask_keys(key, path, node)
-        combined.append(
-            Adapted(leaf, node, multiplier, masks, float(dropout) if masks is not None else 0.0)
-        )
+        own = multiplier if multiplier is None else jnp.array(multiplier)  # it may be donated
+        rate = float(dropout) if masks is not None else 0.0
+        combined.append(Adapted(leaf, node, own, masks, rate))
     return jax.tree.unflatten(treedef, combined)
 
 
@@ -97,8 +100,7 @@ def _multiplier(scale: Any) -> jax.Array | None:
 def _mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
     """One dropout key for each stacked weight of a leaf."""
     leaf_key = jax.random.fold_in(typed_key(key), path_hash(path))
-    sizes = node.a.shape[: node.a.ndim - len(node.labels[0]) + len(node.stack)]
-    return jax.random.split(leaf_key, sizes) if sizes else leaf_key
+    return jax.random.split(leaf_key, node.stacked) if node.stacked else leaf_key
 
 
 def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
             )
         if path not in arrays:
             problems.append(f"{path}: in the adapter, not in the base")
-        elif tuple(node.shape) != tuple(arrays[path].shape):
+        elif not node.fits(arrays[path].shape):
             problems.append(
                 f"{path}: the adapter is for shape {tuple(node.shape)}, the base has "
                 f"{tuple(arrays[path].shape)}"
@@ -172,7 +174,8 @@ def merge(base: Any, lora: Any, *, scale: Any = 1.0) -> Any:
       scale: m, as in combine.
 
     Returns:
-      A dense tree like the parameters, with their dtypes.
+      A dense tree like the parameters, with their dtypes. Leaves that are not adapted are base's
+      own arrays; none is the adapter's.
 
     Raises:
       TreeError: lora does not fit base.
@@ -186,7 +189,13 @@ def merge(base: Any, lora: Any, *, scale: Any = 1.0) -> Any:
     >>> bool((merge(base, lora)["w"] == params["w"]).all())
     True
     """
-    return jax.tree.map(materialize, combine(base, lora, scale=scale), is_leaf=is_node)
+
+    def dense(leaf: Any) -> Any:
+        whole = isinstance(leaf, Adapted) and isinstance(leaf.delta, Full)
+        # the adapter may be donated, and what is merged stays
+        return jnp.array(materialize(leaf), copy=True) if whole else materialize(leaf)
+
+    return jax.tree.map(dense, combine(base, lora, scale=scale), is_leaf=is_node)
 
 
 def fold_norms(base: Any, lora: Any) -> Any:

@@ -139,7 +139,8 @@ class LoraConfig:
         unless alpha is given; "ia3", a vector on the output features (arXiv 2205.05638), which has
         no rank.
       projection_seed: of VeRA's random matrices; needed with "vera".
-      train: patterns of leaves trained whole beside the adapters (norms, biases, new heads).
+      train: patterns of leaves trained whole beside the adapters (norms, biases, new heads), in
+        promote_types(the leaf's dtype, float32); they are used and merged in the leaf's dtype.
       train_rows: pattern -> numbers of the rows of a table (its first axis) that are trained: new
         tokens, say. It changes those rows and is no adapter of the rest.
       factor_dtype: name of the dtype of a and b.

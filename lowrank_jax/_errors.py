@@ -51,3 +51,12 @@ def listing(problems: list[str], limit: int = 20) -> str:
     if len(problems) > limit:
         lines.append(f"  ... and {len(problems) - limit} more")
     return "\n".join(lines)
+
+
+def forgotten(what: str) -> LowrankError:
+    """The error of a node that met a function which knows none."""
+    return LowrankError(
+        f"{what} was used as if it were an array: the function that uses the parameters must be "
+        "lifted; call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), or pass "
+        "lowrank.merge(base, lora)"
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from lowrank_jax._errors import TreeError
 from lowrank_jax._files.processes import gathered
 from lowrank_jax._nodes import Normed, is_adapter, unnormed
-from lowrank_jax._paths import flatten
+from lowrank_jax._paths import flatten, renamed
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -57,7 +57,7 @@ class Fingerprint:
         """One line for each path in which `other` is not this tree."""
         show = lambda leaf: f"{leaf[1]}{list(leaf[0])} of SHA-256 {leaf[2][:12]}"
         mine, theirs = ({p: show(rest) for p, *rest in f.leaves} for f in (self, other))
-        return differences(mine, theirs)
+        return differences(renamed(mine, theirs), theirs)
 
 
 def differences(expected: Mapping[str, str], came: Mapping[str, str]) -> list[str]:

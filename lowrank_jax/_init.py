@@ -15,13 +15,13 @@ from lowrank_jax import _jaxprs, initializers
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import ConfigError, LowrankError, TreeError
 from lowrank_jax._nodes import (
-    Full,
     LowRank,
     inverse,
     is_adapter,
     is_node,
     materialize,
     normed,
+    trained_whole,
     unnormed,
 )
 from lowrank_jax._nodes.family import METHODS, start_rows
@@ -66,7 +66,8 @@ def init(
     Returns:
       (base, lora). base is params itself, save where an initializer moved weight into the factors,
       and where config.dora has leaves carry their squared norm (Normed nodes). lora mirrors params:
-      LowRank at the targets, Full at leaves of config.train, None elsewhere.
+      LowRank at the targets, Full at leaves of config.train, None elsewhere. It shares no array
+      with params or base, so it may be donated; base shares those of params.
 
     Raises:
       PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy.
@@ -107,7 +108,7 @@ def init(
             leaf_key = jax.random.fold_in(typed_key(key), path_hash(path))
             leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], own, config)
         elif path in whole:
-            node = Full(leaf)
+            node = trained_whole(leaf)
         elif path in rows:
             node = start_rows(path, leaf, rows[path], config.factor_dtype)
         base.append(leaf)

@@ -24,8 +24,9 @@ from lowrank_jax._errors import (
 from lowrank_jax._interpreter.interpret import Context, Record, forwarded, interpret
 from lowrank_jax._interpreter.rules import RULES
 from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, materialize, unnormed
+from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax._paths import path_of
+from lowrank_jax._paths import flatten_with_keys, path_of
 from lowrank_jax._primitives.contract import RANK
 from lowrank_jax._weights.low_rank import LowRankWeight
 from lowrank_jax._weights.magnitude import weight_of
@@ -71,7 +72,7 @@ def is_array(value: Any) -> bool:
 
 def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any], list[str]]:
     """Flatten arguments into a Call, its arrays and nodes, and the path of each."""
-    keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_node)
+    keyed, treedef = flatten_with_keys((args, kwargs), is_node)
     dynamic = [leaf for _, leaf in keyed if is_array(leaf)]
     paths = [_argument_path(keys) for keys, leaf in keyed if is_array(leaf)]
     static = tuple(Static(leaf) for _, leaf in keyed if not is_array(leaf))
@@ -188,21 +189,34 @@ def check(node: Any, path: str) -> None:
     delta = node.delta
     if not isinstance(delta, LowRank | Full):
         raise TreeError(f"{path!r} holds an Adapted node whose delta is {type(delta).__name__}")
-    if tuple(delta.shape) != tuple(node.base.shape):
+    if not delta.fits(node.base.shape):
         raise TreeError(
             f"{path!r}: the adapter is for shape {tuple(delta.shape)}, the base has "
             f"{tuple(node.base.shape)}; it belongs to another model"
         )
     if isinstance(delta, LowRank):
-        labels, outer = delta.labels[1], delta.a.shape[-1]
-        inner = delta.b.shape[labels.index(RANK) - len(labels)] if RANK in labels else outer
-        if inner != outer:
-            raise TreeError(
-                f"{path!r}: a of shape {delta.a.shape} has rank {outer}, but b of shape "
-                f"{delta.b.shape} has rank {inner}; they belong to different adapters"
-            )
+        _check_ranks(delta, path)
         if delta.magnitude is not None:
             _check_magnitude(node, delta, path)
+
+
+def _check_ranks(delta: LowRank, path: str) -> None:
+    """a and b are of one adapter, and of a table's rows each has its change."""
+    if isinstance(delta, Rows) and delta.b.shape[0] != delta.rank:
+        raise TreeError(
+            f"{path!r}: changes of shape {delta.b.shape} for {delta.rank} rows of a table; they "
+            "belong to different adapters"
+        )
+    axes = delta.labelled
+    if RANK not in axes.get("a", ()) or RANK not in axes.get("b", ()):
+        return
+    size = lambda array, labels: array.shape[labels.index(RANK) - len(labels)]
+    outer, inner = size(delta.a, axes["a"]), size(delta.b, axes["b"])
+    if inner != outer:
+        raise TreeError(
+            f"{path!r}: a of shape {delta.a.shape} has rank {outer}, but b of shape "
+            f"{delta.b.shape} has rank {inner}; they belong to different adapters"
+        )
 
 
 def _check_magnitude(node: Adapted, delta: LowRank, path: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,17 +19,65 @@ Pattern = str | re.Pattern
 
 
 def path_of(keys: Sequence[Any]) -> str:
-    """Join a key path by "/"; the value of a wrapper (nnx.Variable, a boxed param) adds no key."""
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
-        keys = keys[:-1]
+    """Join a key path by "/"."""
     return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def flatten_with_keys(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
+    """Flatten into [(keys, leaf)] and the treedef; the value of a wrapper adds no key.
+
+    A wrapper is what Flax puts around an array: nnx.Variable, nn.Partitioned, nn.meta.AxisMetadata.
+    A field that is called "value" in anything else is a key like any other.
+    """
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    wrappers = _wrappers()
+    if wrappers and any(_is_value(key) for keys, _ in keyed for key in keys):
+        keyed = list(_unwrapped((), tree, is_leaf or (lambda _: False), wrappers))
+    return keyed, treedef
+
+
+def _wrappers() -> tuple[type, ...]:
+    """Flax's classes whose value stands for them; none where Flax is not imported."""
+    of = lambda module, name: vars(sys.modules.get(module) or object).get(name)
+    named = [
+        ("flax.core.meta", "AxisMetadata"),
+        ("flax.nnx", "Variable"),
+        ("flax.nnx", "VariableState"),  # until Flax 0.12
+    ]
+    return tuple(kind for names in named if isinstance(kind := of(*names), type))
+
+
+def _is_value(key: Any) -> bool:
+    """Whether a key is that of an attribute called "value"."""
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
+
+
+def _unwrapped(
+    before: tuple[Any, ...], tree: Any, is_leaf: Callable[[Any], bool], wrappers: tuple[type, ...]
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The leaves of a tree by their keys, less those of the values of wrappers."""
+    closed = lambda node: isinstance(node, wrappers) or is_leaf(node)
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=closed):
+        keys = (*before, *keys)
+        if not isinstance(node, wrappers) or is_leaf(node):
+            yield keys, node
+            continue
+        below = lambda other, node=node: other is not node  # one level: the wrapper's own children
+        for (first, *rest), child in jax.tree_util.tree_leaves_with_path(node, is_leaf=below):
+            own = (*keys, *rest) if _is_value(first) else (*keys, first, *rest)
+            if isinstance(child, jax.Array):  # most are
+                yield own, child
+            else:
+                yield from _unwrapped(own, child, is_leaf, wrappers)
 
 
 def flatten(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[str, Any]], Any]:
     """Flatten into [(path, leaf)] and the treedef; two leaves of one path are refused."""
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    keyed, treedef = flatten_with_keys(tree, is_leaf)
     leaves = [(path_of(keys), leaf) for keys, leaf in keyed]
     if len({path for path, _ in leaves}) != len(leaves):
         paths = [path for path, _ in leaves]
@@ -38,6 +87,24 @@ def flatten(
             "them, cannot be told apart by path; rename one of them"
         )
     return leaves, treedef
+
+
+def renamed(saved: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    """Saved leaves by the paths wanted, where they differ in keys called "value" alone.
+
+    Files of older releases have no such key at the end of a path, whatever it was of, and have one
+    of a wrapper's in the middle.
+    """
+    bare = lambda path: tuple(key for key in path.split("/") if key != "value")
+    wanted = set(wanted)
+    lost = [path for path in saved if path not in wanted]
+    new = [path for path in wanted if path not in saved]
+    old = {bare(path): path for path in lost}
+    names = {bare(path): path for path in new}
+    if len(old) < len(lost) or len(names) < len(new):
+        return dict(saved)
+    place = {old[key]: path for key, path in names.items() if key in old}
+    return {place.get(path, path): leaf for path, leaf in saved.items()}
 
 
 def path_hash(path: str) -> int:

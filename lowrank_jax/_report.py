@@ -18,6 +18,7 @@ from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node, unnormed
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._table import Table, Tabled, bytes_text, collapsed, shape_text
+from lowrank_jax._weights.magnitude import count_still
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class LeafReport:
       format: of a quantized base: "nf4", say; else None.
       bits: of the base, for each of its values, scales included.
       uses: one Record for each equation that took it, in order.
+      still: number of output features that are 0 and have DoRA's magnitude, so that nothing moves
+        them; 0 where the values are not at hand.
     """
 
     kind: str
@@ -57,6 +60,7 @@ class LeafReport:
     format: str | None
     bits: float
     uses: tuple[Record, ...] = ()
+    still: int = 0
 
     @property
     def how(self) -> str:
@@ -95,7 +99,7 @@ class Report(Tabled):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was built densely and why, and what fn never used; like layers in one sentence."""
+        """What was built densely, never used, or cannot learn; like layers in one sentence."""
         found = [
             (path, f"is built densely at {use.primitive}, {use.source}: {use.reason}")
             for path, leaf in self.items()
@@ -106,6 +110,15 @@ class Report(Tabled):
             (path, "is adapted, but nothing used it: its gradient is zero")
             for path, leaf in self.items()
             if leaf.how == "unused"
+        ]
+        found += [
+            (
+                path,
+                f"has {leaf.still} output features of zeros: DoRA gives them no direction, and "
+                "they never learn; adapt the leaf without DoRA, or train it whole",
+            )
+            for path, leaf in self.items()
+            if leaf.still
         ]
         return tuple(" ".join(row) for row, _ in collapsed(dict.fromkeys(found)))
 
@@ -198,10 +211,10 @@ def _use_text(use: Record) -> str:
 def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     """Count what is trained and what it costs, and say how fn uses every adapted weight.
 
-    A dry run on shapes: nothing is computed. Each use of an adapted weight is "factored",
-    $x W + s (x a) b$; "materialized", built densely because no rule covers the equation; or
-    "built", because a product of two weights has to build the smaller. A leaf trained whole is
-    "dense".
+    A dry run on shapes: nothing is computed, save which of DoRA's norms are 0 where values are at
+    hand. Each use of an adapted weight is "factored", $x W + s (x a) b$; "materialized", built
+    densely because no rule covers the equation; or "built", because a product of two weights has to
+    build the smaller. A leaf trained whole is "dense".
 
     Args:
       fn: the function, as for lift (a lifted one serves too).
@@ -283,13 +296,14 @@ def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     count = _sum(_size, delta)
     if isinstance(delta, Full):
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
-    kind = _kind(delta)
-    return LeafReport(kind, shape, delta.rank, delta.scale, count, format, bits, uses)
+    still = count_still(node.base, delta) if isinstance(node, Adapted) else 0
+    numbers = delta.rank, delta.scale, count
+    return LeafReport(_kind(delta), shape, *numbers, format, bits, uses, still)
 
 
 def _kind(delta: Any) -> str:
     """What people call the adapter."""
-    if delta.folded and not delta.rank:
+    if not delta.rank:
         return "(IA)^3"
     name = type(delta).__name__.replace("LowRank", "LoRA").replace("Rows", "rows")
     return name if delta.magnitude is None else f"DoRA of {name}".replace("DoRA of LoRA", "DoRA")

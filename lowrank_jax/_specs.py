@@ -126,8 +126,7 @@ def _indivisible(leaf: Any, spec: Spec) -> str | None:
 
 def _stacked_adapters(leaves: Sequence[Any]) -> int:
     """How many axes of stacked adapters lead the arrays of an adapter."""
-    extra = [leaf.a.ndim - len(leaf.labels[0]) for leaf in leaves if isinstance(leaf, LowRank)]
-    return max(extra, default=0)
+    return max((leaf.adapters for leaf in leaves if isinstance(leaf, LowRank)), default=0)
 
 
 def _ndim(leaf: Any, many: int) -> int:
@@ -147,7 +146,8 @@ def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
         else own
     )
     if isinstance(leaf, Full):
-        return Full(wrap(labelled_spec(entries, (*ahead, *range(ndim))) if many else entries))
+        value = labelled_spec(entries, (*ahead, *range(ndim))) if many else entries
+        return dataclasses.replace(leaf, value=wrap(value))
     if isinstance(leaf, Adapted):
         keys = leaf.delta.stack if isinstance(leaf.delta, LowRank) else ()
         return dataclasses.replace(
@@ -164,12 +164,8 @@ def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
         return leaf.mapped(lambda labels: wrap(labelled_spec(entries, labels)))
     if not isinstance(leaf, LowRank):
         return wrap(entries)
-    magnitude = None
-    if leaf.magnitude is not None:
-        magnitude = wrap(labelled_spec(entries, (*ahead, *leaf.stack, *leaf.fan_out)))
-    return dataclasses.replace(
-        leaf,
-        a=wrap(labelled_spec(entries, (*ahead, *leaf.labels[0]))),
-        b=wrap(labelled_spec(entries, (*ahead, *leaf.labels[1]))),
-        magnitude=magnitude,
-    )
+    parts = {
+        name: wrap(labelled_spec(entries, (*ahead, *labels)))
+        for name, labels in leaf.labelled.items()
+    }
+    return dataclasses.replace(leaf, **parts)

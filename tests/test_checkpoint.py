@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lowrank
-from lowrank_jax import CheckpointError, TreeError, checkpoint
+from lowrank_jax import CheckpointError, TreeError, _fingerprint, _nodes, checkpoint
 from lowrank_jax._fingerprint import Fingerprint, fingerprint
-from lowrank_jax.checkpoint import _archive
+from lowrank_jax._paths import path_of
+from lowrank_jax.checkpoint import _archive, _entries, _fitting
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -687,3 +689,57 @@ def test_exists_once_a_save_has_come_to_its_end(tmp_path):
     lora = {"w": lowrank.LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)))}
     checkpoint.save(directory, lora=lora, config=config)
     assert checkpoint.exists(directory)
+
+
+# Fields called "value"
+
+
+def test_a_state_with_a_field_called_value_comes_back_without_like(tmp_path):
+    lora, config = made(linen_base())
+    state = optax.lbfgs().init(lora)
+    checkpoint.save(tmp_path, lora=lora, config=config, opt_state=state)
+    found = checkpoint.restore(tmp_path).opt_state["2"]
+    assert found.keys() == {"learning_rate", "value", "grad", "info"}
+    same(found["value"], state[2].value)
+    same(state, checkpoint.restore(tmp_path, like={"opt_state": state}).opt_state)
+
+
+class Attention(NamedTuple):
+    query: jax.Array
+    value: jax.Array
+
+
+def paths_of_older_releases(tree, is_leaf=None):
+    """A last key called "value" was left out, whatever it was of, and no other."""
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    is_value = lambda key: isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
+    cut = lambda keys: keys[:-1] if keys and is_value(keys[-1]) else keys
+    return [(path_of(cut(keys)), leaf) for keys, leaf in keyed], treedef
+
+
+def test_checkpoints_with_paths_of_older_releases_come_back(tmp_path, monkeypatch):
+    """Of a quantized nnx.State, a leaf trained whole, a named tuple: base, lora and optimizer."""
+    kernel = np.linspace(-1, 1, 64 * 4, dtype=np.float32).reshape(64, 4)
+    params = {
+        "attn": Attention(jnp.asarray(kernel), jnp.asarray(2 * kernel)),
+        "layers": nnx.State({"up": nnx.Param(jnp.asarray(kernel)), "g": nnx.Param(jnp.ones(4))}),
+    }
+    base = lowrank.quantize(params, lowrank.QuantConfig(targets="layers/up"))
+    lora, config = made(base, targets=["attn/*", "layers/up"], train="layers/g")
+    state = drawn(jax.eval_shape(optax.adam(1e-3).init, lora))
+    with monkeypatch.context() as older:
+        for module in (_entries, _fitting, _fingerprint, _nodes):
+            older.setattr(module, "flatten", paths_of_older_releases)
+        checkpoint.save(tmp_path, lora=lora, config=config, base=base, opt_state=state)
+    body = json.loads((tmp_path / "manifest.json").read_text())
+    assert ["attn"] in [entry["path"] for entry in body["lora"]]
+    written = {"/".join(entry["path"]) for entry in body["opt_state"]}
+    assert {"0/mu/attn/value/a", "0/mu/layers/up/value/a", "0/mu/layers/g/value"} <= written
+    assert "layers/up/value/codes" in body["base"]["leaves"]
+    like = {"lora": lora, "opt_state": state}
+    found = checkpoint.restore(tmp_path, base=base, like=like)
+    same((lora, state), (found.lora, found.opt_state))
+    same(lora, checkpoint.restore(tmp_path, base=base).lora)
+    other = {**base, "attn": Attention(base["attn"].query, base["attn"].query)}
+    with pytest.raises(CheckpointError, match="not the one the adapter was trained on"):
+        checkpoint.restore(tmp_path, base=other)

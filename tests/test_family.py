@@ -219,3 +219,33 @@ def test_an_initializer_is_loras():
             jax.random.key(0), PARAMS, CONFIGS["loha"], plan=PLAN,
             initializer=lowrank.initializers.pissa,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [jax.P("x", None), jax.P(None, "x")])
+def test_ia3_is_split_along_either_axis(spec):
+    """A part of the fan-in has every output feature's number; one of the fan-out has its own."""
+    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,))
+    base, fresh = lowrank.init(
+        jax.random.key(0), {"w": normal(64, 6)}, dataclasses.replace(CONFIGS["ia3"], targets="w")
+    )
+    tree = lowrank.combine(base, noisy(fresh, scale=0.3))
+    inner = spec[0] is not None
+    sum_up = (lambda y: lax.psum(y, "x")) if inner else (lambda y: y)
+    run = jax.shard_map(
+        lambda tree, x: sum_up(lowrank.lift(lambda p, x: x @ p["w"])(tree, x)),
+        mesh=mesh,
+        in_specs=(lowrank.specs(tree, {"w": spec}), jax.P(None, spec[0])),
+        out_specs=jax.P() if inner else spec,
+    )
+    merged = lowrank.merge(*lowrank.partition(tree))["w"]
+    np.testing.assert_allclose(jax.jit(run)(tree, X), X @ merged, rtol=1e-4, atol=1e-4)
+
+
+def test_ia3_of_another_model_is_refused():
+    _, lora = lowrank.init(
+        jax.random.key(0), {"w": normal(64, 6)}, dataclasses.replace(CONFIGS["ia3"], targets="w")
+    )
+    with pytest.raises(lowrank.TreeError, match=r"the adapter is for shape \(64, 6\)"):
+        lowrank.combine({"w": normal(64, 7)}, lora)
+    with pytest.raises(lowrank.TreeError, match=r"the adapter is for shape \(64, 6\)"):
+        lowrank.combine({"w": normal(2, 64, 6)}, lora)

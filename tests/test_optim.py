@@ -228,3 +228,19 @@ def test_buffers_are_donated():
     assert jax.tree.leaves(state)[1].is_deleted()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base))
     assert all(leaf.any() for leaf in jax.tree.leaves(new))
+
+
+@pytest.mark.parametrize("rate", [0.5, optax.constant_schedule(0.5)])
+def test_lora_plus_trains_rows_of_a_table_at_the_base_rate(rate):
+    """They are trained themselves, as Full leaves are: no product of theirs is unbalanced."""
+    params = {"table": jnp.ones((5, 4)), "w": jnp.ones((4, 3)), "g": jnp.ones(3)}
+    config = lowrank.LoraConfig(rank=2, targets="w", train="g", train_rows={"table": [1, 3]})
+    _, lora = lowrank.init(jax.random.key(0), params, config)
+    labels = lowrank.factor_labels(lora)
+    assert jax.tree.structure(labels) == jax.tree.structure(lora)
+    assert (labels["table"].b, labels["g"].value, labels["w"].b) == ("full", "full", "b")
+    tx = lowrank.lora_plus(optax.sgd, rate, ratio=4.0)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)
+    assert (updates["table"].b == -0.5).all()
+    assert (updates["g"].value == -0.5).all()
+    assert (updates["w"].b == -2.0).all()

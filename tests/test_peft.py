@@ -343,6 +343,13 @@ def kinds_names(path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_round_trip_keeps_every_bit(dtype, tmp_path):
     weights, plan, config, base, lora = many_kinds(dtype)
+    # leaves trained whole are trained in float32, and the file has the dtype of the leaf
+    rounded = lambda x: x.astype(dtype).astype(x.dtype)
+    lora = jax.tree.map(
+        lambda node: jax.tree.map(rounded, node) if isinstance(node, lowrank.Full) else node,
+        lora,
+        is_leaf=is_node,
+    )
     save(tmp_path, lora, config, plan=plan, names=kinds_names)
     again_base, again, found = load(tmp_path, weights, plan=plan, names=kinds_names)
     assert_same(again, lora)

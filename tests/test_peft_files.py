@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -345,3 +346,49 @@ def test_patterns_are_tame_or_refused():
     ]
     assert all(map(is_tame, tame))
     assert not any(map(is_tame, wild))
+
+
+# Values that are not numbers
+
+
+def everything():
+    """Parameters and an adapter of every kind of tensor that a file may hold."""
+    params = {
+        "embed": {"embedding": jnp.ones((5, 4))},
+        "q": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
+        "norm": {"scale": jnp.ones(3)},
+    }
+    rows = lowrank.Rows(
+        b=jnp.ones((2, 4)), fan_in=(0,), fan_out=(1,), kind="lookup", rows=(1, 3), size=5
+    )
+    factors = lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.ones(3))
+    lora = {
+        "embed": {"embedding": rows},
+        "q": {"kernel": factors, "bias": lowrank.Full(jnp.ones(3))},
+        "norm": {"scale": lowrank.Full(jnp.ones(3))},
+    }
+    return params, lora
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_every_tensor_that_is_not_finite_is_named(value, tmp_path):
+    """Factors, magnitudes, biases, modules saved whole, and rows of tables."""
+    params, lora = everything()
+    lowrank.peft.save(tmp_path, lora, lowrank.LoraConfig(), base=params)
+    with TensorFile(tmp_path / TENSORS) as file:
+        tensors = {key: np.array(file.read(key)) for key in file.entries}
+    assert len(tensors) == len(jax.tree.leaves(lora)) == 6
+
+    def load(bad):
+        found = {key: tensor.copy() for key, tensor in tensors.items()}
+        for key in bad:
+            found[key].reshape(-1)[-1] = value
+        with (tmp_path / TENSORS).open("wb") as stream:
+            write_tensors(stream, found)
+        return lowrank.peft.load(tmp_path, params)
+
+    load([])
+    for bad in (*([key] for key in tensors), [*tensors]):
+        with pytest.raises(CheckpointError, match="holds NaN or infinity") as error:
+            load(bad)
+        assert str(error.value).splitlines()[1:] == [f"  - {key}" for key in sorted(bad)]

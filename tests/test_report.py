@@ -1,5 +1,6 @@
 """report and the tables: counts, bytes, and the truth about every use."""
 
+import dataclasses
 import io
 import re
 
@@ -260,3 +261,40 @@ def test_units():
 
 def test_table_of_no_rows():
     assert str(Table(("one", "two"), ())) == "one  two\n--------"
+
+
+def test_features_that_dora_cannot_train_are_said():
+    """An output feature of zeros has no direction: no factor and no magnitude has a gradient."""
+    w = np.ones((2, 6, 4), np.float32)
+    w[0, :, 1] = w[1, :, :2] = 0
+    params = {"layers": w, "fine": ones(4, 4)}
+
+    def fn(p, x):
+        for i in range(2):
+            x = jnp.tanh(x @ p["layers"][i]) @ ones(4, 6)
+        return x[:, :4] @ p["fine"]
+
+    x = ones(3, 6) + np.arange(6, dtype=np.float32)
+    plan = lowrank.plan(fn, params, x)
+    config = lowrank.LoraConfig(rank=2, targets=["layers", "fine"], dora=True)
+    base, lora = lowrank.init(KEY, params, config, plan=plan)
+    tree = lowrank.combine(base, lora)
+    report = lowrank.report(fn, tree, x)
+    assert (report["layers"].still, report["fine"].still) == (3, 0)
+    (note,) = report.notes
+    assert note.startswith("layers has 3 output features of zeros: DoRA gives them no direction")
+    assert note in str(report)
+    live = lowrank.lift(fn)
+    grads = jax.grad(lambda lora: jnp.sum(live(lowrank.combine(base, lora), x)))(lora)["layers"]
+    zero = np.asarray(base["layers"].squares) == 0
+    assert not np.any(np.asarray(grads.magnitude)[zero])
+    assert not np.any(np.moveaxis(np.asarray(grads.b), 1, 0)[:, zero])
+    # what has been moved there has a direction; shapes say nothing
+    moved = {**lora, "layers": dataclasses.replace(lora["layers"], b=lora["layers"].b + 1)}
+    assert not lowrank.report(fn, lowrank.combine(base, moved), x).notes
+    assert not lowrank.report(fn, jax.eval_shape(lambda: tree), x).notes
+    traced = []
+    jax.jit(lambda tree: traced.append(lowrank.report(fn, tree, x).notes))(tree)
+    assert traced == [()]
+    plain = lowrank.init(KEY, params, dataclasses.replace(config, dora=False), plan=plan)
+    assert not lowrank.report(fn, lowrank.combine(*plain), x).notes

@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._errors import AxesError, CheckpointError, LowrankError
+from lowrank_jax._errors import AxesError, CheckpointError, LowrankError, forgotten
+from lowrank_jax._nodes.full import Full, full_of
 from lowrank_jax._nodes.norms import dense_product, gain, norm, squared_norm
 from lowrank_jax._nodes.quantized import Quantized, dequantized
+from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._paths import flatten
 from lowrank_jax._primitives.contract import RANK, Labels, accumulator, arrange
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Node):
     r"""Factors of one leaf: $\Delta W = s\,a\,b$, transposed back to the kernel's layout.
 
     Args:
@@ -50,6 +52,8 @@ class LowRank:
     folded: bool = dataclasses.field(default=False, metadata={"static": True})
     moved: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    held: ClassVar[tuple[str, ...]] = ("a", "b")  # the arrays that it always has
+
     @property
     def rank(self) -> int:
         """r, the inner dimension."""
@@ -60,9 +64,36 @@ class LowRank:
         """For each axis of a and of b the axis of the weight that it runs along, or RANK."""
         return (*self.stack, *self.fan_in, RANK), (*self.stack, RANK, *self.fan_out)
 
+    @property
+    def labelled(self) -> dict[str, Labels]:
+        """For each array that there is, by its field, the axes of the weight that it runs along."""
+        a, b = self.labels
+        labels = {"a": a, "b": b, "magnitude": (*self.stack, *self.fan_out)}
+        return {name: own for name, own in labels.items() if getattr(self, name) is not None}
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Sizes of the axes that every array has: of stacked adapters, then of stacked weights."""
+        name, labels = next(iter(self.labelled.items()))
+        shape = getattr(self, name).shape
+        return shape[: len(shape) - len(labels) + len(self.stack)]
+
+    @property
+    def adapters(self) -> int:
+        """Number of axes of stacked adapters, which lead every array."""
+        return len(self.stacked) - len(self.stack)
+
     def factors(self) -> tuple[Any, Any]:
         """Arrays [*stack, *fan_in, r] and [*stack, r, *fan_out], whose product times s is added."""
         return self.a, self.b
+
+    def for_shape(self, shape: Sequence[int]) -> LowRank:
+        """The adapter of a weight of this shape, which inside shard_map is a part of the whole."""
+        return self
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it is the adapter of a weight of this shape."""
+        return tuple(self.for_shape(shape).shape) == tuple(shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,7 +137,7 @@ class LowRank:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Normed:
+class Normed(Node):
     r"""A frozen leaf and the squared norm of each output feature, which DoRA needs at every step.
 
     Args:
@@ -155,6 +186,13 @@ def normed(leaf: Any, node: LowRank) -> Normed:
     return Normed(unnormed(leaf), squares, (*stack, *fan_out), terms)
 
 
+def trained_whole(leaf: Any) -> Full:
+    """The node that trains a leaf whole, in arrays of its own: it may be donated."""
+    dense = jnp.asarray(materialize(leaf))
+    dtype = jnp.promote_types(dense.dtype, jnp.float32)
+    return full_of(jnp.array(dense, dtype, copy=True), dense.dtype)
+
+
 def unnormed(leaf: Any) -> Any:
     """The leaf itself."""
     return leaf.value if isinstance(leaf, Normed) else leaf
@@ -162,33 +200,7 @@ def unnormed(leaf: Any) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Full:
-    """A leaf trained whole beside the adapters; value has the leaf's shape and dtype."""
-
-    value: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the leaf."""
-        return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the leaf."""
-        return self.value.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """Dtype of the leaf."""
-        return self.value.dtype
-
-    def __jax_array__(self):
-        raise forgotten("a Full leaf")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Adapted:
+class Adapted(Node):
     r"""A frozen leaf and its adapter: $W_\text{eff} = W + m\,(W' - W)$.
 
     Args:
@@ -222,15 +234,6 @@ class Adapted:
 
     def __jax_array__(self):
         raise forgotten("an adapted weight")
-
-
-def forgotten(what: str) -> LowrankError:
-    """The error of a node that met a function which knows none."""
-    return LowrankError(
-        f"{what} was used as if it were an array: the function that uses the parameters must be "
-        "lifted; call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), or pass "
-        "lowrank.merge(base, lora)"
-    )
 
 
 def is_node(value: Any) -> bool:
@@ -272,7 +275,9 @@ def materialize(node: Any) -> Any:
     if not is_node(node):
         return node
     if isinstance(node, Full):
-        return node.value
+        return node.weight
+    if isinstance(node, Adapted) and isinstance(node.delta, Full) and node.multiplier is None:
+        return node.delta.value.astype(node.base.dtype)  # whatever the base is
     if isinstance(node, LowRank):
         raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
     base = materialize(node.base)
@@ -280,7 +285,7 @@ def materialize(node: Any) -> Any:
     if isinstance(node.delta, Full):
         changed = node.delta.value.astype(whole.dtype)
     else:
-        changed = whole + delta(node.delta, base.ndim)
+        changed = whole + delta(node.delta.for_shape(base.shape), base.ndim)
         if node.delta.magnitude is not None:
             changed = _renormed(node, base, changed)
     if node.multiplier is not None:

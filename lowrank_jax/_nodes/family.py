@@ -1,4 +1,4 @@
-"""Adapters that are low-rank products by another way: LoHa, VeRA, and (IA)^3.
+"""Adapters that are low-rank products by another way: LoHa, VeRA, (IA)^3, and rows of a table.
 
 Each is a LowRank node that says what its factors are; all else (merging, dropout, DoRA, sharding,
 checkpoints, quantized bases) is LowRank's own.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -77,11 +77,7 @@ class VeRA(LowRank):
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense delta."""
         stack = self.a.shape[:-1]
-        ndim = len(stack) + len(self.inputs) + len(self.fan_out)
-        axes = self.axes(ndim)
-        sizes = (*self.inputs, *self.b.shape[len(stack) :], *stack)
-        placed = dict(zip((*axes[0], *axes[1], *axes[2]), sizes, strict=True))
-        return tuple(placed[axis] for axis in range(ndim))
+        return _shape(self, stack, self.inputs, self.b.shape[len(stack) :])
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """The random matrices, each column of A times d, each output feature of B times e."""
@@ -97,11 +93,66 @@ class VeRA(LowRank):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
+class IA3(LowRank):
+    r"""One number for each output feature: $W_\text{eff} = W\,\Lambda_l$.
+
+    As a LowRank node: one of rank 0 whose folded magnitude is l.
+
+    Args:
+      a, b: None.
+      magnitude: l, [*stack, *fan_out].
+      fan_in, fan_out, stack, scale, kind, folded, moved: as of LowRank.
+      inputs: sizes of the fan-in axes.
+
+    Source: (IA)^3, arXiv 2205.05638, section 3.3.
+    """
+
+    a: Any = None
+    b: Any = None
+    magnitude: Any = None
+    folded: bool = dataclasses.field(default=True, metadata={"static": True})
+    inputs: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    held: ClassVar[tuple[str, ...]] = ("magnitude",)
+
+    @property
+    def rank(self) -> int:
+        """0: there are no factors."""
+        return 0
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of l."""
+        return self.magnitude.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        at = self.magnitude.ndim - len(self.fan_out)
+        return _shape(self, self.magnitude.shape[:at], self.inputs, self.magnitude.shape[at:])
+
+    def for_shape(self, shape: Sequence[int]) -> IA3:
+        """The adapter of a weight of this shape: a part of the fan-in has the same l."""
+        if len(shape) != self.ndim:
+            return self
+        fan_in, _, _ = self.axes(len(shape))
+        return dataclasses.replace(self, inputs=tuple(shape[axis] for axis in fan_in))
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """None: arrays without elements."""
+        at = self.magnitude.ndim - len(self.fan_out)
+        stack, outputs = self.magnitude.shape[:at], self.magnitude.shape[at:]
+        make = lambda shape: jnp.zeros(shape, self.magnitude.dtype)
+        return make((*stack, *self.inputs, 0)), make((*stack, 0, *outputs))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rows(LowRank):
     r"""Some rows of a table: $\Delta W_{row_k} = b_k$, and nothing elsewhere.
 
     Args:
-      a: empty.
+      a: None.
       b: [rows, *features].
       magnitude, fan_in, fan_out, stack, scale, kind, folded, moved: as of LowRank.
       rows: their numbers along the table's first axis.
@@ -110,13 +161,22 @@ class Rows(LowRank):
     Source: a product with the unit vectors of the rows.
     """
 
+    a: Any = None
+    b: Any = None
     rows: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     size: int = dataclasses.field(default=0, metadata={"static": True})
+
+    held: ClassVar[tuple[str, ...]] = ("b",)
 
     @property
     def rank(self) -> int:
         """The number of rows."""
         return len(self.rows)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the changes."""
+        return self.b.dtype
 
     @property
     def labels(self) -> tuple[Labels, Labels]:
@@ -126,12 +186,24 @@ class Rows(LowRank):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the table."""
-        return (self.size, *self.b.shape[-len(self.fan_out) :])
+        self.axes(self.b.ndim)  # refuses what is stacked
+        return (self.size, *self.b.shape[1:])
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """Unit vectors, and the changes of their rows."""
         rows = jnp.asarray(self.rows)
         return (jnp.arange(self.size)[:, None] == rows).astype(self.b.dtype), self.b
+
+
+def _shape(
+    node: LowRank, stack: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]
+) -> tuple[int, ...]:
+    """Shape of the weight whose axes of each kind have these sizes."""
+    ndim = len(stack) + len(inputs) + len(outputs)
+    fan_in, fan_out, stacked = node.axes(ndim)
+    sizes = (*inputs, *outputs, *stack)
+    placed = dict(zip((*fan_in, *fan_out, *stacked), sizes, strict=True))
+    return tuple(placed[axis] for axis in range(ndim))
 
 
 def start_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
@@ -142,9 +214,8 @@ def start_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
         raise ConfigError(f"train_rows names {path!r} of shape {leaf.shape}, which is no table")
     changes = jnp.zeros((len(rows), *leaf.shape[1:]), dtype)
     fan_out = tuple(range(1, leaf.ndim))
-    none = jnp.zeros(0, dtype)
     options = {"kind": "lookup", "rows": rows, "size": leaf.shape[0]}
-    return Rows(none, changes, fan_in=(0,), fan_out=fan_out, **options)
+    return Rows(b=changes, fan_in=(0,), fan_out=fan_out, **options)
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
@@ -176,12 +247,10 @@ def start_vera(key: Any, leaf: Any, target: Any, config: Any) -> VeRA:
     return VeRA(d, e, **axes(target), inputs=fan_in, seed=config.projection_seed)
 
 
-def start_ia3(key: Any, leaf: Any, target: Any, config: Any) -> LowRank:
-    r"""(IA)^3: $W_\text{eff} = W\,\Lambda_l$, l = 1: a folded magnitude, and factors of rank 0."""
+def start_ia3(key: Any, leaf: Any, target: Any, config: Any) -> IA3:
+    r"""l = 1, so that nothing changes at first."""
     stack, fan_in, fan_out = sizes(leaf, target)
-    a = jnp.zeros((*stack, *fan_in, 0), config.factor_dtype)
-    b = jnp.zeros((*stack, 0, *fan_out), config.factor_dtype)
-    return LowRank(a, b, jnp.ones((*stack, *fan_out)), **axes(target), folded=True)
+    return IA3(magnitude=jnp.ones((*stack, *fan_out)), **axes(target), inputs=fan_in)
 
 
 METHODS: dict[str, Start] = {"loha": start_loha, "vera": start_vera, "ia3": start_ia3}

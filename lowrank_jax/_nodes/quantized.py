@@ -22,6 +22,7 @@ from lowrank_jax import _codecs, _jaxprs
 from lowrank_jax._codecs.packing import pack, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK, decode_scales, encode_scales
 from lowrank_jax._errors import AxesError, LowrankError, TreeError
+from lowrank_jax._nodes.serialization import Node
 
 Axes = tuple[int, ...]
 
@@ -30,7 +31,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Quantized:
+class Quantized(Node):
     r"""A frozen leaf in blocks: $W = \text{table}[\text{codes}] \cdot \text{scales}$, blockwise.
 
     With double quantization the scales are themselves 8-bit codes: $\text{scales} =

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lowrank_jax._errors import TreeError
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
+from lowrank_jax._nodes.family import Rows
 from lowrank_jax._paths import flatten
 
 if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
@@ -56,6 +57,8 @@ def trainable_mask(tree: Any) -> Any:
 def factor_labels(lora: Any) -> Any:
     """Name what is trained: "a", "b", "magnitude" or "full", for optax.partition.
 
+    "full" is what is trained itself and by no product: Full leaves, and rows of a table.
+
     Args:
       lora: an adapter.
 
@@ -76,10 +79,12 @@ def factor_labels(lora: Any) -> Any:
 
     def label(node: Any) -> Any:
         if isinstance(node, LowRank):
-            magnitude = None if node.magnitude is None else "magnitude"
-            return dataclasses.replace(node, a="a", b="b", magnitude=magnitude)
+            whole = isinstance(node, Rows)  # rows are trained themselves, by no product
+            return dataclasses.replace(
+                node, **{name: "full" if whole else name for name in node.labelled}
+            )
         if isinstance(node, Full):
-            return Full("full")
+            return dataclasses.replace(node, value="full")
         raise TreeError(
             "factor_labels takes an adapter (the second result of init); it met "
             f"{type(node).__name__}"

@@ -14,6 +14,7 @@ from lowrank_jax import _jaxprs
 from lowrank_jax._codecs import check_block_size
 from lowrank_jax._codecs.dynamic import decode, encode, tiling
 from lowrank_jax._errors import TreeError
+from lowrank_jax._nodes.serialization import Node
 
 if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
     import optax
@@ -24,7 +25,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Coded:
+class Coded(Node):
     """A leaf of a state, as codes of the dynamic map.
 
     Args:

@@ -79,7 +79,8 @@ class LowRankWeight(Virtual):
         delta, base = node.delta, weight_of(node.base)
         assert isinstance(delta, LowRank)
         fan_in, fan_out, stack = delta.axes(base.ndim)
-        (a, b), gain = delta.factors(), gain_of(node.base, delta)
+        a, b = delta.for_shape(base.shape).factors()
+        gain = gain_of(node.base, delta)
         return cls(
             base=base,
             a=a,

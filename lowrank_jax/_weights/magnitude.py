@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from lowrank_jax import _jaxprs
@@ -50,6 +51,25 @@ def norms_of(leaf: Any, delta: LowRank) -> jax.Array:
     sharding = jax.typeof(own.squares).sharding
     with _jaxprs.mesh_of(own.squares):
         return _jaxprs.by_the_compiler(run, sharding, *operands)
+
+
+def count_still(leaf: Any, delta: LowRank) -> int:
+    """How many output features no training moves, as far as values are at hand.
+
+    DoRA's gain is 0 where W + s a b is 0, and with it every gradient.
+    """
+    if not isinstance(leaf, Normed) or delta.magnitude is None or delta.folded:
+        return 0
+    if not all(map(_has_values, jax.tree.leaves((leaf, delta)))) or np.all(leaf.squares):
+        return 0
+    return int(np.sum(np.asarray(norms_of(leaf, delta)) == 0))
+
+
+def _has_values(leaf: Any) -> bool:
+    """Whether this process can read an array."""
+    if not isinstance(leaf, jax.Array):
+        return isinstance(leaf, np.ndarray)
+    return not _jaxprs.is_tracer(leaf) and leaf.is_fully_addressable and not leaf.is_deleted()
 
 
 def _norms(

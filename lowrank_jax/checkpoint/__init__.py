@@ -22,7 +22,7 @@ from lowrank_jax._errors import AxesError, CheckpointError, TreeError
 from lowrank_jax._files.processes import by_the_first
 from lowrank_jax._fingerprint import Fingerprint, fingerprint
 from lowrank_jax._nodes import is_node, nodes_of
-from lowrank_jax._paths import flatten, in_structure, nested
+from lowrank_jax._paths import flatten, in_structure, nested, renamed
 from lowrank_jax.checkpoint._archive import has_manifest, read_archive, read_manifest, write_archive
 from lowrank_jax.checkpoint._background import Saving, settle
 from lowrank_jax.checkpoint._entries import (
@@ -291,9 +291,12 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
     shardings: dict[str, Any] = {}
     with _checkpoint_errors(f"the checkpoint at {directory} does not fit"):
         if base is not None:
+            if not isinstance(base, Fingerprint):
+                nodes = renamed(nodes, [path for path, _ in flatten(base, is_leaf=is_node)[0]])
             refuse_other_base(nodes, trained_on, base, check_base)
         if likes["lora"] is not None:
             wanted = nodes_of(likes["lora"])
+            nodes = renamed(nodes, wanted)
             shardings |= fitted(
                 "lora", parts_of(wanted), parts_of(nodes), static_differences(wanted, nodes)
             )
@@ -304,8 +307,10 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
             trees = {"lora": nested(nodes)}
         for what, leaves in saved.items():
             if likes[what] is not None:
-                shardings |= fitted(what, dict(flatten(likes[what])[0]), leaves or {})
-                trees[what] = in_structure(likes[what], leaves or {})
+                wanted = dict(flatten(likes[what])[0])
+                leaves = renamed(leaves or {}, wanted)
+                shardings |= fitted(what, wanted, leaves)
+                trees[what] = in_structure(likes[what], leaves)
             else:
                 trees[what] = None if leaves is None else nested(leaves)
     with _checkpoint_errors(f"the arrays at {directory} could not be read"):

@@ -18,10 +18,10 @@ from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.processes import gathered, placed
 from lowrank_jax._fingerprint import Fingerprint, to_host
 from lowrank_jax._nodes import Full, LowRank
-from lowrank_jax._nodes.family import LoHa, Rows, VeRA
+from lowrank_jax._nodes.family import IA3, LoHa, Rows, VeRA
 from lowrank_jax._paths import flatten
 
-_NODES = {"LowRank": LowRank, "LoHa": LoHa, "VeRA": VeRA, "Rows": Rows, "Full": Full}
+_NODES: dict[str, Any] = {kind.__name__: kind for kind in (LowRank, LoHa, VeRA, IA3, Rows, Full)}
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}
 _PRNGS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
@@ -104,6 +104,7 @@ def read_body(body: Mapping) -> tuple[LoraConfig, Fingerprint | None, int | None
         "the manifest's entries and arrays are not one to one: restore another copy",
         [f"{name}: used {used[name]} times" for name in body["arrays"] if used[name] != 1],
     )
+    nodes = {path: _renewed(node) for path, node in nodes.items()}
     return config, None if base is None else Fingerprint.from_dict(base), step, nodes, trees
 
 
@@ -152,7 +153,9 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
     path, kind = "/".join(entry["path"]), _NODES[entry["type"]]
     known = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("static")}
     # a field that a file of before does not have takes its default
-    static = {n: tuple(v) if type(v) is list else v for n, v in entry["static"].items()}
+    static: dict[str, Any] = {
+        n: tuple(v) if type(v) is list else v for n, v in entry["static"].items()
+    }
     if unknown := sorted(static.keys() - known.keys()):
         raise CheckpointError(
             f"{path!r} is a {entry['type']} with {unknown}, unknown to this lowrank_jax: use the "
@@ -163,11 +166,32 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
         [
             f"{name}: {value!r}, expected a {type(known[name]).__name__}"
             for name, value in static.items()
-            if type(value) is not type(known[name]) or not _are_axes(value)
+            if type(value) is not type(known[name])
+            or not _are_axes(value)
+            or (name == "weight_dtype" and value and not _is_floating(value))
         ],
     )
     arrays = {name: read_entry(part, body) for name, part in entry["arrays"].items()}
     return kind(**arrays, **static)
+
+
+def _renewed(node: Any) -> Any:
+    """The node that init makes today: (IA)^3 was a LowRank with factors of rank 0."""
+    if type(node) is not LowRank or not node.folded or node.magnitude is None:
+        return node
+    if node.a.ndim <= len(node.fan_in) or node.a.shape[-1]:
+        return node
+    inputs = node.a.shape[-1 - len(node.fan_in) : -1]
+    static: Any = static_fields(LowRank, vars(node))
+    return IA3(magnitude=node.magnitude, **static, inputs=inputs)
+
+
+def _is_floating(name: str) -> bool:
+    """Whether it is the name of a floating dtype."""
+    try:
+        return jnp.issubdtype(jnp.dtype(name), jnp.floating)
+    except TypeError:
+        return False
 
 
 def _are_axes(value: Any) -> bool:

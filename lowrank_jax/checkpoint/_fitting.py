@@ -11,16 +11,15 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._fingerprint import Fingerprint, differences, fingerprint
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+from lowrank_jax._nodes.family import Rows
 from lowrank_jax._paths import flatten
 from lowrank_jax.checkpoint._entries import parts_of, refuse, static_fields
 
 
 def dense_shapes(nodes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of the leaves that nodes are for, without the axis of a stack of adapters."""
-    extra = [
-        node.a.ndim - len(node.labels[0]) for node in nodes.values() if isinstance(node, LowRank)
-    ]
-    cut = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[max(extra, default=0) :], jnp.float32)
+    extra = max((n.adapters for n in nodes.values() if isinstance(n, LowRank)), default=0)
+    cut = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[extra:], jnp.float32)
     return {path: jax.tree.map(cut, node).shape for path, node in nodes.items()}
 
 
@@ -46,17 +45,21 @@ def refuse_malformed(nodes: dict[str, Any]) -> None:
 def _well_formed(node: LowRank) -> bool:
     """Whether the arrays of a node are those of one weight."""
     axes = node.stack + node.fan_in + node.fan_out
-    parts = list(zip((node.a, node.b), node.labels, strict=True))
-    if node.magnitude is not None:
-        parts.append((node.magnitude, (*node.stack, *node.fan_out)))
+    labelled = node.labelled
+    if not {*node.held} <= labelled.keys() <= {*node.held, "magnitude"}:
+        return False
+    parts = [(getattr(node, name), labels) for name, labels in labelled.items()]
     # axes before those of the stack are of a stack of adapters
-    many = node.a.ndim - len(node.labels[0])
+    many = node.adapters
     fits = all(part.ndim - len(labels) == many >= 0 for part, labels in parts)
     pairs = {
         pair
         for part, labels in parts
         for pair in zip([*(("many", n) for n in range(many)), *labels], part.shape, strict=False)
     }
+    if isinstance(node, Rows):
+        pairs.add((None, len(node.rows)))
+        fits = fits and all(0 <= row < node.size for row in node.rows)
     return (
         sorted(axes) == list(range(len(axes)))
         and fits
@@ -96,7 +99,7 @@ def refuse_other_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: 
 
 
 def static_differences(wanted: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """Differences in axes, kind and scale of the nodes that both have."""
+    """Differences in axes, kind, scale and leaf's dtype of the nodes that both have."""
     both = {path for path in wanted if type(saved.get(path)) is type(wanted[path])}
     show = lambda nodes: {
         f"{path}.{name}": repr(value)
@@ -110,6 +113,8 @@ def static_differences(wanted: dict[str, Any], saved: dict[str, Any]) -> list[st
 def fitted(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
     """Refuse saved leaves that are not those wanted; return the shardings wanted, by name."""
     wanted = {p: v if hasattr(v, "dtype") else np.asarray(v) for p, v in wanted.items()}
+    # an array without elements says nothing; older releases had some
+    saved = {p: v for p, v in saved.items() if p in wanted or 0 not in v.shape}
     show = lambda leaves: {p: f"{leaf.dtype}{list(leaf.shape)}" for p, leaf in leaves.items()}
     refuse(
         f"the saved {what} is not that of like.{what}: restore without it and convert, or make it "

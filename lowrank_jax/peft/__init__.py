@@ -181,8 +181,8 @@ def load(
 
     Raises:
       CheckpointError: a field of the configuration is wrong, or asks for what is not supported; a
-        tensor is missing, unexpected, misshapen or of another dtype: all of them are listed. A file
-        is damaged or leads out of the directory. Nothing is unpickled.
+        tensor is missing, unexpected, misshapen, of another dtype or not finite: all of them are
+        listed. A file is damaged or leads out of the directory. Nothing is unpickled.
 
     Source: peft 0.21.2, utils/save_and_load.py and tuners/lora.
 
@@ -217,6 +217,12 @@ def load(
         if not builds:
             raise CheckpointError(f"the adapter at {folder} holds no tensor")
         nodes = {path: build() for path, build in builds.items()}
+    if matching.not_finite:
+        raise CheckpointError(
+            f"the adapter at {folder} holds NaN or infinity, where a model would give nothing "
+            "else: save it again from a run that did not diverge, or in a dtype that its values "
+            f"fit in:\n{listing(sorted(matching.not_finite))}"
+        )
     base = {
         path: normed(leaf, nodes[path]) if _has_norm(leaf, nodes.get(path)) else leaf
         for path, leaf in leaves

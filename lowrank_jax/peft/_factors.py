@@ -115,7 +115,7 @@ def _node(
     scales: Mapping[tuple[int, ...], float],
 ) -> LowRank:
     """Read and stack: ranks padded with zeros, other scales folded into b."""
-    read = matching.file.read
+    read = matching.read
     factors = {i: layout.from_factors(read(a), read(b)) for i, (a, b, _) in keys.items()}
     rank = max(a.shape[-1] for a, _ in factors.values())
     scale = max(scales.values())

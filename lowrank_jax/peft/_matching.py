@@ -57,6 +57,7 @@ class Matching:
       problems: all that is wrong.
       unnamed: leaves that no module's name fits, a problem only if some tensor finds no leaf.
       folds: module -> (key of lora_B.bias, scale), until the bias leaf takes it.
+      not_finite: keys of tensors that were read and hold NaN or infinity.
     """
 
     file: TensorFile
@@ -65,6 +66,7 @@ class Matching:
     problems: list[str] = dataclasses.field(default_factory=list)
     unnamed: list[str] = dataclasses.field(default_factory=list)
     folds: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+    not_finite: set[str] = dataclasses.field(default_factory=set)
 
     def __post_init__(self):
         for key in self.file.entries:
@@ -110,6 +112,13 @@ class Matching:
         else:
             return True
         return False
+
+    def read(self, key: str) -> np.ndarray:
+        """A tensor that becomes part of a node; one that is not finite is noted."""
+        array = self.file.read(key)
+        if not np.isfinite(array).all():
+            self.not_finite.add(key)
+        return array
 
     def equal(self, key: str, other: str, turned: bool) -> bool:
         """Whether two tensors of the file are one, or one the other's transpose."""

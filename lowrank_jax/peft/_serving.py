@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
@@ -27,6 +28,8 @@ def foreign(node: Any) -> str:
 @jax.jit
 def folded_into(leaf: Any, node: Any) -> Any:
     """The dense leaf that the two stand for."""
+    if isinstance(node, Full):
+        return jnp.array(node.weight, leaf.dtype, copy=True)  # the adapter may be donated
     with_norms = isinstance(node, LowRank) and node.magnitude is not None and not node.folded
     return materialize(Adapted(normed(leaf, node) if with_norms else leaf, node))
 

@@ -14,6 +14,7 @@ from lowrank_jax._files.torch_layout import Layout
 from lowrank_jax._fingerprint import to_host
 from lowrank_jax._nodes import Full, materialize
 from lowrank_jax._nodes.family import Rows
+from lowrank_jax._nodes.full import full_of
 from lowrank_jax.peft._matching import Matching, Place
 from lowrank_jax.peft._tensors import TOKENS
 
@@ -82,17 +83,18 @@ def _full(
     folds: Mapping[Index, tuple[str, float]],
 ) -> Full:
     """The file's values; of layers that it has none for, the leaf's own."""
-    shape = layout.weight_shape
+    shape, dtype = layout.weight_shape, jax.dtypes.canonicalize_dtype(place.leaf.dtype)
+    trained = jnp.promote_types(dtype, jnp.float32)
     if len(keys) < len(place.modules) or folds:
-        weights = layout.to_weights(to_host(place.path, place.leaf)).copy()
+        weights = layout.to_weights(to_host(place.path, place.leaf)).astype(trained)
     else:
-        weights = np.empty((*layout.sizes(layout.stack), *shape), place.leaf.dtype)
+        weights = np.empty((*layout.sizes(layout.stack), *shape), trained)
     for index, key in keys.items():
-        weights[index] = matching.file.read(key).reshape(shape)
+        weights[index] = matching.read(key).reshape(shape)
     for index, (key, scale) in folds.items():
-        change = matching.file.read(key).astype(weights.dtype).reshape(shape)
+        change = matching.read(key).astype(weights.dtype).reshape(shape)
         weights[index] += weights.dtype.type(scale) * change
-    return Full(jnp.asarray(layout.from_weights(weights)))
+    return full_of(jnp.array(layout.from_weights(weights)), dtype)
 
 
 def match_tokens(matching: Matching, place: Place) -> Callable[[], Rows] | None:
@@ -122,8 +124,8 @@ def _rows(matching: Matching, place: Place, key: str, rows: list[int]) -> Rows:
     order = np.argsort(rows)
     ascending = tuple(rows[i] for i in order)
     base = to_host(place.path, materialize(place.leaf)[jnp.asarray(ascending)])
-    change = matching.file.read(key)[order].astype(np.float32) - base.astype(np.float32)
+    change = matching.read(key)[order].astype(np.float32) - base.astype(np.float32)
     fan_out = tuple(range(1, place.leaf.ndim))
     axes = {"fan_in": (0,), "fan_out": fan_out, "kind": "lookup"}
     size = place.leaf.shape[0]
-    return Rows(jnp.zeros(0), jnp.asarray(change), **axes, rows=ascending, size=size)
+    return Rows(b=jnp.asarray(change), **axes, rows=ascending, size=size)

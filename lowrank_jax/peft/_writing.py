@@ -59,7 +59,7 @@ class _Writing:
         self.conv1d |= name.fan_in_fan_out
         if isinstance(node, LowRank):
             return self._put_factors(path, node, name, layout, tied)
-        return self._put_whole(layout.to_weights(_host(path, node.value)), name, layout, tied)
+        return self._put_whole(layout.to_weights(_host(path, node.weight)), name, layout, tied)
 
     def _put_whole(
         self, weights: np.ndarray, name: Parameter, layout: Layout, tied: str | None
@@ -195,20 +195,21 @@ def _refuse(path: str, node: Any, name: Parameter) -> None:
     if isinstance(node, Full):
         return
     if type(node) not in (LowRank, Rows) or not node.rank:
-        kind = "(IA)^3" if type(node) is LowRank else type(node).__name__
+        kind = type(node).__name__ if node.rank else "(IA)^3"
         raise CheckpointError(
             f"{path!r}: {kind} is no product that a LoRA file holds; save the merged weights "
             "(lowrank.merge)"
         )
     if node.folded:
         raise CheckpointError(f"{path!r}: save the adapter before lowrank.fold_norms")
-    if name.kind == "weight" and isinstance(node, Rows):
-        return
-    if node.a.ndim != len(node.stack) + len(node.fan_in) + 1:
+    if node.adapters:
+        shape = tuple(getattr(node, node.held[0]).shape)
         raise CheckpointError(
-            f"{path!r}: a is of shape {tuple(node.a.shape)}, several adapters in one; take them "
+            f"{path!r}: {node.held[0]} is of shape {shape}, several adapters in one; take them "
             "apart and save them one by one"
         )
+    if name.kind == "weight" and isinstance(node, Rows):
+        return
     if not node.scale > 0:
         raise CheckpointError(f"{path!r}: scale {node.scale}, and PEFT's alpha is above 0")
     if name.kind != "weight":

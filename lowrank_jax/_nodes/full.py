@@ -1,0 +1,62 @@
+"""The node of a leaf that is trained whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._errors import forgotten
+from lowrank_jax._nodes.serialization import Node
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Full(Node):
+    r"""A leaf trained whole beside the adapters.
+
+    It is trained in float32 where the leaf is narrower, for bfloat16 has no room for the steps of
+    an optimizer; what uses the leaf, merges it or writes it for others has the leaf's own dtype.
+
+    Args:
+      value: of the leaf's shape, in promote_types(the leaf's dtype, float32).
+      weight_dtype: name of the leaf's dtype where that is another than value's; else "".
+    """
+
+    value: Any
+    weight_dtype: str = dataclasses.field(default="", metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the leaf."""
+        return self.value.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype that the leaf is trained in."""
+        return self.value.dtype
+
+    @property
+    def weight(self) -> Any:
+        """The leaf: value in the leaf's dtype."""
+        return self.value.astype(self.weight_dtype) if self.weight_dtype else self.value
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it is of a leaf of this shape."""
+        return tuple(self.shape) == tuple(shape)
+
+    def __jax_array__(self):
+        raise forgotten("a Full leaf")
+
+
+def full_of(value: Any, dtype: Any) -> Full:
+    """The node of a leaf of this dtype, which is trained as value is."""
+    return Full(value, "" if value.dtype == dtype else jnp.dtype(dtype).name)

@@ -1,0 +1,79 @@
+"""Nodes in `flax.serialization`: each as a plain dict of its arrays, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_FLAX = "flax.serialization"
+_WIDE = {"uint4": np.uint8, "int4": np.int8}  # what Flax's msgpack has no dtype for
+
+
+class Node:
+    """What all nodes are; the static fields say what it is, and the others hold arrays.
+
+    Flax looks a type up in a registry, which is the only way in, and this library does not import
+    Flax. So the first node of a type that is made once Flax is imported enters the type. (Every
+    operation on a tree makes its nodes anew, so only a tree that is older than the import of Flax,
+    and not touched since, is unknown to Flax.)
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        flax = sys.modules.get(_FLAX)
+        # Flax may be in the middle of its own import
+        register = getattr(flax, "register_serialization_state", None)
+        if register is not None and not flax.is_serializable(cls):  # type: ignore[union-attr]
+            register(cls, to_state, from_state)
+        return super().__new__(cls)
+
+
+def array_fields(node: Any) -> list[str]:
+    """Names of the fields that hold arrays, or trees of them."""
+    return [field.name for field in dataclasses.fields(node) if not field.metadata.get("static")]
+
+
+def to_state(node: Any) -> dict[str, Any]:
+    """The arrays of a node by field, as flax.serialization.to_state_dict wants them."""
+    convert = sys.modules[_FLAX].to_state_dict
+    return {name: convert(_plain(getattr(node, name))) for name in array_fields(node)}
+
+
+def from_state(node: Any, state: dict[str, Any]) -> Any:
+    """The node with the arrays of such a dict; the static fields are its own."""
+    names = array_fields(node)
+    held = lambda values: {name for name in names if values[name] is not None}
+    own = {name: getattr(node, name) for name in names}
+    if set(state) != set(names) or held(state) != held(own):
+        raise ValueError(
+            f"a {type(node).__name__} with the arrays {sorted(held(own))} cannot take those of "
+            f"{sorted(name for name in state if state[name] is not None)}, at "
+            f"{sys.modules[_FLAX].current_path()}: make the target by the config of the state"
+        )
+    convert = sys.modules[_FLAX].from_state_dict
+    parts = {name: _like(own[name], convert(own[name], state[name], name=name)) for name in names}
+    return dataclasses.replace(node, **parts)
+
+
+def _plain(value: Any) -> Any:
+    """A typed key as its data, 4-bit integers in a byte each; all else as it is."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or isinstance(value, Node):
+        return value
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(value)
+    return value.astype(_WIDE[dtype.name]) if dtype.name in _WIDE else value
+
+
+def _like(own: Any, value: Any) -> Any:
+    """What `_plain` made, as the target has it."""
+    dtype = getattr(own, "dtype", None)
+    if dtype is None or isinstance(own, Node):
+        return value
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(own))
+    return value.astype(dtype) if dtype.name in _WIDE else value
