@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -39,14 +42,19 @@ def quantize(
       quant: which leaves, and how.
       plan: of the function that uses params; needed for "all-linear" and for leaves of more than
         two axes. Without it a matrix is taken as [i, o].
-      donate: delete each dense leaf as soon as its codes are there.
+      donate: delete each dense leaf as soon as its codes are there, and no other leaf of params
+        that shares its buffer is still to be read or is returned. Nothing is deleted where an error
+        of those below is raised. Under jit it does nothing: give jit itself `donate_argnums`.
 
     Returns:
       The tree with Quantized leaves: for lift, init, plan, dequantize.
 
     Raises:
       PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy;
-        where values are known, leaves with values that are not finite.
+        where values are known, leaves with values that are not finite, or whose scales are too
+        large to be quantized in their turn. Where they are traced, the blocks of such values are
+        decoded to NaN, and no others (with double quantization the 256 blocks whose scales share a
+        scale).
 
     Source: QLoRA, arXiv 2305.14314, section 3.
 
@@ -70,21 +78,70 @@ def quantize(
             "jax.eval_shape(lambda params: lowrank.quantize(params, quant, plan=plan), params)"
         )
     axes = {path: axes_of_blocks(path, arrays[path], plan) for path in chosen}
-    known = [path for path in chosen if not _jaxprs.is_tracer(arrays[path])]
+    donated = None
     if donate:  # nothing is deleted before all is known to be good
-        count = lambda leaf: count_bad(leaf) if isinstance(leaf, np.ndarray) else _bad(leaf)
-        refuse_bad({path: count(arrays[path]) for path in known}, arrays)
+        refuse_bad({path: _survey(path, arrays[path], *axes[path], quant) for path in axes}, arrays)
+        donated = _Donated(arrays, axes)
     out, bad = [], {}
     for path, leaf in leaves:
         if path in axes:
             leaf, bad[path] = quantize_leaf(path, leaf, *axes[path], quant)
-            if path in known:
+            if not any(map(_jaxprs.is_tracer, bad[path])):
                 jax.block_until_ready(leaf)  # one by one, however fast they are asked for
-            if donate and isinstance(arrays[path], jax.Array):
-                arrays[path].delete()
+                if donated is not None:
+                    donated.delete(path)
         out.append(leaf)
-    refuse_bad({path: bad[path] for path in known}, arrays)
+    refuse_bad(bad, arrays)
     return jax.tree.unflatten(treedef, out)
+
+
+class _Donated:
+    """Deletes leaves that were read, when no other that shares a buffer is needed any more."""
+
+    def __init__(self, arrays: dict[str, Any], paths: Iterable[str]):
+        self.buffers = {path: _buffers(leaf) for path, leaf in arrays.items()}
+        self.users = Counter(itertools.chain.from_iterable(self.buffers.values()))
+        self.arrays = {p: arrays[p] for p in paths if isinstance(arrays[p], jax.Array)}
+        self.waiting: list[str] = []
+
+    def delete(self, path: str) -> None:
+        """A leaf was read: delete it, and those that waited for it; or let it wait."""
+        if path not in self.arrays:
+            return
+        self.users.subtract(self.buffers[path])
+        self.waiting.append(path)
+        shared = lambda path: any(self.users[buffer] for buffer in self.buffers[path])
+        for path in [path for path in self.waiting if not shared(path)]:
+            self.waiting.remove(path)
+            self.arrays[path].delete()
+
+
+def _buffers(leaf: Any) -> set[Any]:
+    """What tells which buffers an array has on this process's devices."""
+    if not isinstance(leaf, jax.Array) or _jaxprs.is_tracer(leaf) or leaf.is_deleted():
+        return set()
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return set()
+    try:
+        parts = [(shard.device, shard.data) for shard in leaf.addressable_shards]
+        return {(device, part.unsafe_buffer_pointer()) for device, part in parts}
+    except RuntimeError:  # a runtime that does not say where they are
+        return {id(leaf)}
+
+
+def _survey(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
+    """What `quantize_leaf` would find wrong with a leaf, which is encoded only where it must be."""
+    shapes = quantized_shapes(leaf, fan_in, stack, quant)  # which raises what encoding would
+    on_host = isinstance(leaf, np.ndarray)
+    bad = count_bad(leaf) if on_host else _bad(leaf)
+    if _jaxprs.is_tracer(bad) or int(bad) or not quant.double_quant:
+        return bad, 0
+    largest = max(leaf.max(), -leaf.min()) if on_host else _largest(leaf)
+    # so that the sum of all scales, and their mean and a difference from it, are within range
+    sums, values = (float(jnp.finfo(dtype).max) for dtype in (jnp.float32, shapes.dtype))
+    if float(largest) < 0.99 * min(sums / shapes.scales.size, values / 2):
+        return bad, 0
+    return quantize_leaf(path, leaf, fan_in, stack, quant)[1]
 
 
 def targets_of(arrays: dict[str, Any], quant: QuantConfig, plan: Plan | None) -> list[str]:
@@ -109,7 +166,11 @@ def axes_of_blocks(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]
 def quantize_leaf(
     path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig
 ) -> tuple[Any, Any]:
-    """One leaf, and how many of its values are not finite; a NumPy array is encoded on the host."""
+    """One leaf, and what `refuse_bad` takes; a NumPy array is encoded on the host.
+
+    The latter is two numbers: of values that are not finite, and of blocks of scales that are too
+    large to be quantized in their turn.
+    """
     if isinstance(leaf, np.ndarray):
         node, bad = quantized_on_host(leaf, quantized_shapes(leaf, fan_in, stack, quant))
         return jax.device_put(node), bad
@@ -119,7 +180,8 @@ def quantize_leaf(
         return encode(leaf)
     shapes, _ = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     sharding = jax.typeof(leaf).sharding
-    out = specs({path: shapes}, {path: sharding})[path], jax.NamedSharding(sharding.mesh, jax.P())
+    number = jax.NamedSharding(sharding.mesh, jax.P())
+    out = specs({path: shapes}, {path: sharding})[path], (number, number)
     with _jaxprs.mesh_of(leaf):
         return _jaxprs.by_the_compiler(encode, out, leaf)
 
@@ -153,25 +215,48 @@ def _encode(
         packing=quant.packing,
         together=together,
     )
-    return node, _bad(leaf)
+    return node, (_bad(leaf), jnp.zeros(()) if node.nested is None else _bad(node.nested))
 
 
 @jax.jit
 def _bad(leaf: jax.Array) -> jax.Array:
-    """How many values are not finite; a leaf may have more than an integer counts."""
-    return jnp.sum(~jnp.isfinite(leaf), -1, jnp.int32).sum(dtype=jnp.float32)
+    """How many values are not finite in float32; a leaf may have more than an integer counts."""
+    finite = jnp.isfinite(leaf.astype(jnp.float32))
+    return jnp.sum(~finite, -1, jnp.int32).sum(dtype=jnp.float32)
 
 
-def refuse_bad(bad: dict[str, Any], leaves: dict[str, Any]) -> None:
-    """Raise where values are not finite."""
+@jax.jit
+def _largest(leaf: jax.Array) -> jax.Array:
+    """The largest magnitude of a leaf without NaN."""
+    return jnp.max(jnp.abs(leaf.astype(jnp.float32)))
+
+
+def refuse_bad(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> None:
+    """Raise where values are known and not finite, or their scales cannot be quantized."""
+    known = {
+        path: tuple(map(int, counts))
+        for path, counts in bad.items()
+        if not any(map(_jaxprs.is_tracer, counts))
+    }
     problems = [
-        f"{path}: {int(count)} of {leaves[path].size} values are not finite"
-        for path, count in bad.items()
-        if int(count)
+        f"{path}: {count} of {leaves[path].size} values are not finite"
+        for path, (count, _) in known.items()
+        if count
     ]
     if problems:
         raise TreeError(
             "a block with a NaN or an infinity has no scale: mend the weights, or exclude the "
+            f"leaf:\n{listing(problems)}"
+        )
+    problems = [
+        f"{path}: its scales, quantized in their turn, are beyond "
+        f"{jnp.dtype(leaves[path].dtype).name}"
+        for path, (_, count) in known.items()
+        if count
+    ]
+    if problems:
+        raise ConfigError(
+            "weights as large cannot be quantized doubly: pass double_quant=False, or exclude the "
             f"leaf:\n{listing(problems)}"
         )
 

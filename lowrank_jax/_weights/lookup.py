@@ -100,7 +100,9 @@ def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     extent |= {axis: full[axis] for axis in w.layout.blocked}
     value = arrange(blocks, labels, w.layout.expand(out), extent)
     if params["fill_value"] is not None:  # else NaN, as the scales beyond the table are
-        value = jnp.where(jnp.isnan(value), params["fill_value"], value)
+        inside, labels = _inside(w, indices, params, indexed)
+        inside = arrange(inside, labels, w.layout.expand(out), extent)
+        value = jnp.where(inside, value, params["fill_value"])
     return value.reshape([extent[label] for label in out])
 
 
