@@ -30,8 +30,6 @@ from lowrank_jax._errors import ConfigError
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _TINY = np.finfo(np.float32).tiny
-_MAGNITUDE = np.int32(0x7FFFFFFF)  # of a float32's bits, all but the sign
-_INFINITY, _NAN = np.float32([np.inf, np.nan]).view(np.int32)
 
 # arXiv 2305.14314, appendix E: the quantiles of N(0, 1), rounded to float32 by bitsandbytes
 _NF4 = (
@@ -182,23 +180,27 @@ def encode_flat(x: jax.Array, format: str, block_size: int) -> tuple[jax.Array, 
     return format_of(format).encode(ratios), absmax
 
 
-def largest_magnitude(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
-    """max |x| of float32 along axes; NaN where a value is not finite.
+def _largest_magnitude(x: jax.Array, axis: int) -> jax.Array:
+    """max |x| along an axis; NaN where a value is not finite.
 
-    The bits of magnitudes are ordered as the magnitudes are, NaN above all, and integers are
-    compared. XLA's vectorized maximum of floating-point numbers on CPU drops NaN.
-
-    >>> largest_magnitude(jnp.array([[1.0, -2.0], [jnp.nan, 3.0], [-jnp.inf, 0.0]]), 1)
-    Array([ 2., nan, nan], dtype=float32)
+    XLA's vectorized maximum on CPU drops NaN, but its sums do not. The sum is one that fuses with
+    what it adds up; integers, whose maximum would do, are written to memory first.
     """
-    bits = jnp.max(lax.bitcast_convert_type(x, jnp.int32) & _MAGNITUDE, axis)
-    return lax.bitcast_convert_type(jnp.where(bits < _INFINITY, bits, _NAN), jnp.float32)
+    return jnp.max(jnp.abs(x), axis) + jnp.sum(x * np.float32(0), axis)
+
+
+def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
+    """x where the condition holds, else NaN; float32.
+
+    The NaN is a product, for `jax_debug_nans` refuses one that is a constant, used or not.
+    """
+    return x + jnp.where(condition, np.float32(0), np.float32(np.inf)) * np.float32(0)
 
 
 def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Array]:
     """x / absmax in [-1, 1], 0 in a block that has no scale, and absmax."""
     x = x.astype(jnp.float32)
-    absmax = largest_magnitude(x, axis)
+    absmax = _largest_magnitude(x, axis)
     scaled = absmax >= _TINY  # False of a NaN
     divisor = jnp.expand_dims(jnp.where(scaled, absmax, np.float32(1)), axis)
     if short:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowrank_jax._codecs import largest_magnitude
+from lowrank_jax._codecs import nan_unless
 
 _DECADES = np.arange(8)
 _STEPS = 10.0 ** (_DECADES - 7) / 2.0 ** (_DECADES + 2)
@@ -75,10 +75,13 @@ def encode(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
      Array([[-2.], [ 2.]], dtype=float32))
     """
     blocks, within = _split(x.astype(jnp.float32), axis, size), tuple(range(axis, 0))
-    absmax = jnp.expand_dims(largest_magnitude(blocks, within), within)
+    # XLA's vectorized maximum and minimum on CPU drop NaN. (Asked like this it is not written to
+    # memory first.)
+    finite = jnp.all(jnp.isfinite(blocks), within, keepdims=True)
+    unsigned = (jnp.min(blocks, within, keepdims=True) >= 0) & finite
+    absmax = jnp.max(jnp.abs(blocks), within, keepdims=True)
+    absmax = nan_unless(finite, absmax)
     scaled = absmax >= _TINY  # False of a NaN
-    # XLA's minimum may drop a NaN, so what it says of a block with one is not asked.
-    unsigned = (jnp.min(blocks, within, keepdims=True) >= 0) & (absmax >= 0)
     # A quarter is exact, and keeps the reciprocal of a huge absmax above 2**-126.
     part = jnp.where(absmax > _HUGE, np.float32(0.25), np.float32(1))
     factor = jnp.where(scaled, 1 / (absmax * part), 0)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._codecs import lookup, midpoints, normalize_flat
+from lowrank_jax._codecs import lookup, midpoints, nan_unless, normalize_flat
 
 SCALE_BLOCK = 256  # how many scales share one float32
 
@@ -71,7 +71,7 @@ def encode_scales(
     last = jnp.max(jnp.pad(codes, (0, short)).reshape(-1, SCALE_BLOCK), 1)
     largest = _scales(jnp.take(DYNAMIC_MAP, last.astype(jnp.int32), mode="clip"), nested, offset)
     fits = jnp.isfinite(largest.astype(dtype))
-    return codes, jnp.where(fits, nested, np.float32(np.nan)), offset
+    return codes, nan_unless(fits, nested), offset
 
 
 def _mean(x: jax.Array) -> jax.Array:
