@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,6 +11,7 @@ import numpy as np
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._configs import QuantConfig
+from lowrank_jax._donation import Donation
 from lowrank_jax._errors import ConfigError, PatternError, TreeError, listing
 from lowrank_jax._nodes import Normed, is_adapter, is_node, materialize
 from lowrank_jax._nodes.host import count_bad, quantized_on_host
@@ -78,55 +76,21 @@ def quantize(
             "jax.eval_shape(lambda params: lowrank.quantize(params, quant, plan=plan), params)"
         )
     axes = {path: axes_of_blocks(path, arrays[path], plan) for path in chosen}
-    donated = None
+    donation = None
     if donate:  # nothing is deleted before all is known to be good
         refuse_bad({path: _survey(path, arrays[path], *axes[path], quant) for path in axes}, arrays)
-        donated = _Donated(arrays, axes)
+        donation = Donation(arrays, axes)
     out, bad = [], {}
     for path, leaf in leaves:
         if path in axes:
             leaf, bad[path] = quantize_leaf(path, leaf, *axes[path], quant)
             if not any(map(_jaxprs.is_tracer, bad[path])):
                 jax.block_until_ready(leaf)  # one by one, however fast they are asked for
-                if donated is not None:
-                    donated.delete(path)
+                if donation is not None:
+                    donation.release(path)
         out.append(leaf)
     refuse_bad(bad, arrays)
     return jax.tree.unflatten(treedef, out)
-
-
-class _Donated:
-    """Deletes leaves that were read, when no other that shares a buffer is needed any more."""
-
-    def __init__(self, arrays: dict[str, Any], paths: Iterable[str]):
-        self.buffers = {path: _buffers(leaf) for path, leaf in arrays.items()}
-        self.users = Counter(itertools.chain.from_iterable(self.buffers.values()))
-        self.arrays = {p: arrays[p] for p in paths if isinstance(arrays[p], jax.Array)}
-        self.waiting: list[str] = []
-
-    def delete(self, path: str) -> None:
-        """A leaf was read: delete it, and those that waited for it; or let it wait."""
-        if path not in self.arrays:
-            return
-        self.users.subtract(self.buffers[path])
-        self.waiting.append(path)
-        shared = lambda path: any(self.users[buffer] for buffer in self.buffers[path])
-        for path in [path for path in self.waiting if not shared(path)]:
-            self.waiting.remove(path)
-            self.arrays[path].delete()
-
-
-def _buffers(leaf: Any) -> set[Any]:
-    """What tells which buffers an array has on this process's devices."""
-    if not isinstance(leaf, jax.Array) or _jaxprs.is_tracer(leaf) or leaf.is_deleted():
-        return set()
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return set()
-    try:
-        parts = [(shard.device, shard.data) for shard in leaf.addressable_shards]
-        return {(device, part.unsafe_buffer_pointer()) for device, part in parts}
-    except RuntimeError:  # a runtime that does not say where they are
-        return {id(leaf)}
 
 
 def _survey(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
