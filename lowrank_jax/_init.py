@@ -30,7 +30,7 @@ from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._plan import Plan
 from lowrank_jax._primitives.contract import RANK, labelled_spec
-from lowrank_jax._quantize import quantize_leaf
+from lowrank_jax._quantize import quantize_leaf, refuse_bad
 from lowrank_jax._targets import Target, resolve, train_rows, train_whole, warn_of_passed_over
 from lowrank_jax._weights.magnitude import norms_of
 
@@ -170,7 +170,8 @@ def _quantized(path: str, residual: Any, leaf: Any, target: Target, quant: Any) 
             f"{path!r} is read by rows: an initializer that quantizes the base is for products; "
             "exclude the leaf, or give it another initializer"
         )
-    node, _ = quantize_leaf(path, residual, target.fan_in, target.stack, quant)
+    node, bad = quantize_leaf(path, residual, target.fan_in, target.stack, quant)
+    refuse_bad({path: bad}, {path: residual})
     return dataclasses.replace(node, weight_dtype=jnp.dtype(leaf.dtype).name)
 
 

@@ -166,4 +166,7 @@ def _compare(dense: jax.Array, node: Quantized) -> tuple[jax.Array, ...]:
     """Of each row: error squared, weight squared, error; and the largest error."""
     weight = dense.astype(jnp.float32)
     error = jnp.abs(dequantized(node).astype(jnp.float32) - weight)
-    return (*(part.sum(-1) for part in (error**2, weight**2, error)), error.max(initial=0))
+    largest = error.max(initial=0)
+    # XLA's vectorized maximum on CPU drops NaN, a sum does not
+    largest = jnp.where(jnp.isnan(error).any(), jnp.nan, largest)
+    return (*(part.sum(-1) for part in (error**2, weight**2, error)), largest)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._configs import QuantConfig
+from lowrank_jax._donation import Donation
 from lowrank_jax._errors import ConfigError, PatternError, TreeError, listing
 from lowrank_jax._nodes import Normed, is_adapter, is_node, materialize
 from lowrank_jax._nodes.host import count_bad, quantized_on_host
@@ -39,14 +40,19 @@ def quantize(
       quant: which leaves, and how.
       plan: of the function that uses params; needed for "all-linear" and for leaves of more than
         two axes. Without it a matrix is taken as [i, o].
-      donate: delete each dense leaf as soon as its codes are there.
+      donate: delete each dense leaf as soon as its codes are there, and no other leaf of params
+        that shares its buffer is still to be read or is returned. Nothing is deleted where an error
+        of those below is raised. Under jit it does nothing: give jit itself `donate_argnums`.
 
     Returns:
       The tree with Quantized leaves: for lift, init, plan, dequantize.
 
     Raises:
       PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy;
-        where values are known, leaves with values that are not finite.
+        where values are known, leaves with values that are not finite, or whose scales are too
+        large to be quantized in their turn. Where they are traced, the blocks of such values are
+        decoded to NaN, and no others (with double quantization the 256 blocks whose scales share a
+        scale).
 
     Warns:
       PlanWarning: naming the leaves that "all-linear" passes over though they reach a product, by
@@ -74,21 +80,36 @@ def quantize(
             "jax.eval_shape(lambda params: lowrank.quantize(params, quant, plan=plan), params)"
         )
     axes = {path: axes_of_blocks(path, arrays[path], plan) for path in chosen}
-    known = [path for path in chosen if not _jaxprs.is_tracer(arrays[path])]
+    donation = None
     if donate:  # nothing is deleted before all is known to be good
-        count = lambda leaf: count_bad(leaf) if isinstance(leaf, np.ndarray) else _bad(leaf)
-        refuse_bad({path: count(arrays[path]) for path in known}, arrays)
+        refuse_bad({path: _survey(path, arrays[path], *axes[path], quant) for path in axes}, arrays)
+        donation = Donation(arrays, axes)
     out, bad = [], {}
     for path, leaf in leaves:
         if path in axes:
             leaf, bad[path] = quantize_leaf(path, leaf, *axes[path], quant)
-            if path in known:
+            if not any(map(_jaxprs.is_tracer, bad[path])):
                 jax.block_until_ready(leaf)  # one by one, however fast they are asked for
-            if donate and isinstance(arrays[path], jax.Array):
-                arrays[path].delete()
+                if donation is not None:
+                    donation.release(path)
         out.append(leaf)
-    refuse_bad({path: bad[path] for path in known}, arrays)
+    refuse_bad(bad, arrays)
     return jax.tree.unflatten(treedef, out)
+
+
+def _survey(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
+    """What `quantize_leaf` would find wrong with a leaf, which is encoded only where it must be."""
+    shapes = quantized_shapes(leaf, fan_in, stack, quant)  # which raises what encoding would
+    on_host = isinstance(leaf, np.ndarray)
+    bad = count_bad(leaf) if on_host else _bad(leaf)
+    if _jaxprs.is_tracer(bad) or int(bad) or not quant.double_quant:
+        return bad, 0
+    largest = max(leaf.max(), -leaf.min()) if on_host else _largest(leaf)
+    # so that the sum of all scales, and their mean and a difference from it, are within range
+    sums, values = (float(jnp.finfo(dtype).max) for dtype in (jnp.float32, shapes.dtype))
+    if float(largest) < 0.99 * min(sums / shapes.scales.size, values / 2):
+        return bad, 0
+    return quantize_leaf(path, leaf, fan_in, stack, quant)[1]
 
 
 def targets_of(arrays: dict[str, Any], quant: QuantConfig, plan: Plan | None) -> list[str]:
@@ -114,7 +135,11 @@ def axes_of_blocks(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]
 def quantize_leaf(
     path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig
 ) -> tuple[Any, Any]:
-    """One leaf, and how many of its values are not finite; a NumPy array is encoded on the host."""
+    """One leaf, and what `refuse_bad` takes; a NumPy array is encoded on the host.
+
+    The latter is two numbers: of values that are not finite, and of blocks of scales that are too
+    large to be quantized in their turn.
+    """
     if isinstance(leaf, np.ndarray):
         node, bad = quantized_on_host(leaf, quantized_shapes(leaf, fan_in, stack, quant))
         return jax.device_put(node), bad
@@ -124,7 +149,8 @@ def quantize_leaf(
         return encode(leaf)
     shapes, _ = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     sharding = jax.typeof(leaf).sharding
-    out = specs({path: shapes}, {path: sharding})[path], jax.NamedSharding(sharding.mesh, jax.P())
+    number = jax.NamedSharding(sharding.mesh, jax.P())
+    out = specs({path: shapes}, {path: sharding})[path], (number, number)
     with _jaxprs.mesh_of(leaf):
         return _jaxprs.by_the_compiler(encode, out, leaf)
 
@@ -158,25 +184,48 @@ def _encode(
         packing=quant.packing,
         together=together,
     )
-    return node, _bad(leaf)
+    return node, (_bad(leaf), jnp.zeros(()) if node.nested is None else _bad(node.nested))
 
 
 @jax.jit
 def _bad(leaf: jax.Array) -> jax.Array:
-    """How many values are not finite; a leaf may have more than an integer counts."""
-    return jnp.sum(~jnp.isfinite(leaf), -1, jnp.int32).sum(dtype=jnp.float32)
+    """How many values are not finite in float32; a leaf may have more than an integer counts."""
+    finite = jnp.isfinite(leaf.astype(jnp.float32))
+    return jnp.sum(~finite, -1, jnp.int32).sum(dtype=jnp.float32)
 
 
-def refuse_bad(bad: dict[str, Any], leaves: dict[str, Any]) -> None:
-    """Raise where values are not finite."""
+@jax.jit
+def _largest(leaf: jax.Array) -> jax.Array:
+    """The largest magnitude of a leaf without NaN."""
+    return jnp.max(jnp.abs(leaf.astype(jnp.float32)))
+
+
+def refuse_bad(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> None:
+    """Raise where values are known and not finite, or their scales cannot be quantized."""
+    known = {
+        path: tuple(map(int, counts))
+        for path, counts in bad.items()
+        if not any(map(_jaxprs.is_tracer, counts))
+    }
     problems = [
-        f"{path}: {int(count)} of {leaves[path].size} values are not finite"
-        for path, count in bad.items()
-        if int(count)
+        f"{path}: {count} of {leaves[path].size} values are not finite"
+        for path, (count, _) in known.items()
+        if count
     ]
     if problems:
         raise TreeError(
             "a block with a NaN or an infinity has no scale: mend the weights, or exclude the "
+            f"leaf:\n{listing(problems)}"
+        )
+    problems = [
+        f"{path}: its scales, quantized in their turn, are beyond "
+        f"{jnp.dtype(leaves[path].dtype).name}"
+        for path, (_, count) in known.items()
+        if count
+    ]
+    if problems:
+        raise ConfigError(
+            "weights as large cannot be quantized doubly: pass double_quant=False, or exclude the "
             f"leaf:\n{listing(problems)}"
         )
 

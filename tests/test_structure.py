@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"_errors", "_jaxprs", "_table"},
     {"_paths", "_codecs", "_primitives", "names"},
-    {"_configs", "_nodes"},
+    {"_configs", "_donation", "_nodes"},
     {"_weights", "_files", "_optimizers", "_specs", "initializers"},
     {"_interpreter", "_fingerprint", "bitsandbytes"},
     {"_lift", "checkpoint"},

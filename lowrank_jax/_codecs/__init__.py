@@ -4,6 +4,9 @@ A block of B elements is kept as B small codes and one float32, its largest magn
 
     absmax = max |x|,    code = nearest(x / absmax),    decoded = value[code] * absmax
 
+A block with a NaN or an infinity has absmax NaN, so that all of it, and no other block, decodes to
+NaN; its codes are those of 0.
+
 Codes are the same eager, under jit and under vmap, and equal bitsandbytes' wherever absmax is 0 or
 in [2e-35, 8e37]. What that takes: XLA reads float32 below 2**-126 as 0, so a block with such an
 absmax is a block of zeros; divisions are `_divide`; what follows is products, comparisons and
@@ -136,7 +139,7 @@ def encode(x: jax.Array, format: str, axis: int = -1) -> tuple[jax.Array, jax.Ar
 
     Returns:
       Codes of x's shape, uint8 (int8 for "int8"), and absmax, float32, without the axis.
-      A block of zeros has absmax 0.
+      A block of zeros has absmax 0, one with a value that is not finite NaN.
 
     Raises:
       ConfigError: the format is unknown, or the axis is not of a block's size.
@@ -177,15 +180,31 @@ def encode_flat(x: jax.Array, format: str, block_size: int) -> tuple[jax.Array, 
     return format_of(format).encode(ratios), absmax
 
 
+def _largest_magnitude(x: jax.Array, axis: int) -> jax.Array:
+    """max |x| along an axis; NaN where a value is not finite.
+
+    XLA's vectorized maximum on CPU drops NaN, but its sums do not. The sum is one that fuses with
+    what it adds up; integers, whose maximum would do, are written to memory first.
+    """
+    return jnp.max(jnp.abs(x), axis) + jnp.sum(x * np.float32(0), axis)
+
+
+def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
+    """x where the condition holds, else NaN; float32.
+
+    The NaN is a product, for `jax_debug_nans` refuses one that is a constant, used or not.
+    """
+    return x + jnp.where(condition, np.float32(0), np.float32(np.inf)) * np.float32(0)
+
+
 def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Array]:
-    """x / absmax in [-1, 1], and absmax."""
+    """x / absmax in [-1, 1], 0 in a block that has no scale, and absmax."""
     x = x.astype(jnp.float32)
-    size = jnp.abs(x)
-    absmax = jnp.max(size, axis)
-    zero = absmax < _TINY  # False of a NaN, which must stay one
-    divisor = jnp.expand_dims(jnp.where(zero, np.float32(1), absmax), axis)
+    absmax = _largest_magnitude(x, axis)
+    scaled = absmax >= _TINY  # False of a NaN
+    divisor = jnp.expand_dims(jnp.where(scaled, absmax, np.float32(1)), axis)
     if short:
-        ratios = _divide(size, divisor)
+        ratios = _divide(jnp.abs(x), divisor)
         ratios = jnp.where(x < 0, -ratios, ratios)
     else:
         # Quarters are exact, and keep the reciprocal of a huge absmax above 2**-126. The clip
@@ -193,8 +212,8 @@ def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Arr
         divisor = divisor * np.float32(0.25)
         quarters = jnp.clip(x * np.float32(0.25), -divisor, divisor)
         ratios = quarters * _divide(np.float32(1), divisor)
-    ratios = jnp.where(jnp.expand_dims(zero, axis), np.float32(0), ratios)
-    absmax = jnp.where(zero, np.float32(0), absmax)
+    ratios = jnp.where(jnp.expand_dims(scaled, axis), ratios, np.float32(0))
+    absmax = jnp.where(absmax < _TINY, np.float32(0), absmax)  # a NaN stays one
     return jnp.clip(ratios, -1, 1), absmax
 
 

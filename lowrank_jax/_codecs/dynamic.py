@@ -30,10 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lowrank_jax._codecs import nan_unless
+
 _DECADES = np.arange(8)
 _STEPS = 10.0 ** (_DECADES - 7) / 2.0 ** (_DECADES + 2)
 _STARTS = 16 * 2.0 ** (_DECADES + 1)
 _TINY = np.finfo(np.float32).tiny
+_HUGE = np.float32(2.0**100)
 
 
 def tiling(shape: tuple[int, ...], block_size: int) -> tuple[int, int]:
@@ -59,7 +62,7 @@ def encode(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
     positive number never becomes 0, which could be a divisor.
 
     Args:
-      x: floating-point, computed in float32; a block with NaN or infinities decodes to such.
+      x: floating-point, computed in float32; a block with a NaN or an infinity decodes to NaN.
       axis: the axis that blocks divide, counted from the end.
       size: how much of it is in one; the last may be short.
 
@@ -72,9 +75,17 @@ def encode(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
      Array([[-2.], [ 2.]], dtype=float32))
     """
     blocks, within = _split(x.astype(jnp.float32), axis, size), tuple(range(axis, 0))
+    # XLA's vectorized maximum and minimum on CPU drop NaN. (Asked like this it is not written to
+    # memory first.)
+    finite = jnp.all(jnp.isfinite(blocks), within, keepdims=True)
+    unsigned = (jnp.min(blocks, within, keepdims=True) >= 0) & finite
     absmax = jnp.max(jnp.abs(blocks), within, keepdims=True)
-    unsigned = jnp.min(blocks, within, keepdims=True) >= 0
-    ratios = blocks * jnp.where(absmax < _TINY, 0, 1 / absmax)  # a NaN stays one
+    absmax = nan_unless(finite, absmax)
+    scaled = absmax >= _TINY  # False of a NaN
+    # A quarter is exact, and keeps the reciprocal of a huge absmax above 2**-126.
+    part = jnp.where(absmax > _HUGE, np.float32(0.25), np.float32(1))
+    factor = jnp.where(scaled, 1 / (absmax * part), 0)
+    ratios = jnp.where(scaled, blocks * part * factor, 0)
     codes = _joined(_nearest(ratios, blocks > 0, unsigned), axis, x.shape[axis])
     return codes, jnp.squeeze(jnp.where(unsigned, -absmax, absmax), axis)
 

@@ -44,12 +44,13 @@ def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray
     return codes, absmax
 
 
-def encode_scales(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
+def encode_scales(
+    absmax: np.ndarray, dtype: Any = np.float32
+) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """Double quantization of scales float32 [n]; as of `lowrank_jax._codecs.scales`."""
-    with np.errstate(over="ignore"):  # an infinite offset is refused elsewhere
-        offset = _mean(absmax)
-    with np.errstate(invalid="ignore"):  # scales that are not finite are refused elsewhere
-        x = _flushed(absmax - offset)
+    with np.errstate(over="ignore"):  # an infinite offset makes every scale NaN
+        offset = _mean(np.where(np.isnan(absmax), np.float32(0), absmax))
+    x = _flushed(absmax - offset)
     full = x.size - x.size % SCALE_BLOCK
     ratios, nested = _normalized(x[:full].reshape(-1, SCALE_BLOCK), 1, exact=True)
     ratios, nested = ratios.reshape(-1), nested.reshape(-1)
@@ -60,6 +61,10 @@ def encode_scales(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float3
     for start in range(0, codes.size, _PIECE):
         piece = slice(start, start + _PIECE)
         codes[piece] = np.searchsorted(middles, ratios[piece], side="left")
+    last = np.maximum.reduceat(codes, np.arange(0, codes.size, SCALE_BLOCK))
+    with np.errstate(over="ignore"):
+        largest = (DYNAMIC_MAP[last] * nested + offset).astype(dtype)
+    nested[~np.isfinite(largest)] = np.nan
     return codes, nested, offset
 
 
@@ -74,21 +79,26 @@ def pack(codes: np.ndarray, axis: int, packing: str) -> np.ndarray:
 def _normalized(x: np.ndarray, axis: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     """x / absmax to an ulp, in an array of its own, and absmax with the axis kept.
 
+    A block with a value that is not finite has ratios 0 and absmax NaN.
+
     exact: flush even where what comes is nearest to 0 all the same.
     """
     ratios = np.abs(x)
     absmax = ratios.max(axis, keepdims=True, initial=0)
+    bad = ~np.isfinite(absmax)
+    absmax[bad] = np.nan
     exact = exact or not absmax.min(initial=_SMALL) >= _SMALL
     np.multiply(x, _QUARTER, out=ratios)
+    if bad.any():
+        np.copyto(ratios, np.float32(0), where=bad)
     divisor = absmax * _QUARTER
-    none = divisor < _TINY  # False of a NaN, which must stay one
+    none = ~(divisor >= _TINY)  # True of a NaN
     divisor[none] = 1
-    with np.errstate(invalid="ignore", over="ignore"):
-        factor = np.float32(1) / divisor
-        factor[none] = 0
-        if exact:
-            _flushed(ratios)
-        ratios *= factor
+    factor = np.float32(1) / divisor
+    factor[none] = 0
+    if exact:
+        _flushed(ratios)
+    ratios *= factor
     if exact:
         _flushed(ratios)
     absmax[absmax < _TINY] = 0
@@ -99,7 +109,7 @@ def _codes(ratios: np.ndarray, format: str) -> np.ndarray:
     """The nearest of a format's values: uint8, or int8 of the integers."""
     spec = format_of(format)
     if spec.table is None:
-        return np.nan_to_num(np.rint(ratios * np.float32(spec.limit))).astype(np.int8)
+        return np.rint(ratios * np.float32(spec.limit)).astype(np.int8)
     place = np.zeros(ratios.shape, np.uint8)
     above = np.empty(ratios.shape, bool)
     for midpoint in spec.midpoints:
@@ -111,11 +121,11 @@ def _codes(ratios: np.ndarray, format: str) -> np.ndarray:
 def _short(x: np.ndarray) -> tuple[np.ndarray, Any]:
     """x / absmax of a short block, divided and not multiplied, and its absmax."""
     absmax = np.abs(x).max()
+    if not np.isfinite(absmax):
+        return np.zeros_like(x), np.float32(np.nan)
     if absmax < _TINY:
         return np.zeros_like(x), np.float32(0)
-    with np.errstate(invalid="ignore"):
-        ratios = _flushed(x.copy()) / absmax
-    return _flushed(ratios), absmax
+    return _flushed(_flushed(x.copy()) / absmax), absmax
 
 
 def _flushed(x: np.ndarray) -> np.ndarray:

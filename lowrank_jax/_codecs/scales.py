@@ -5,13 +5,14 @@ Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._codecs import lookup, midpoints, normalize_flat
+from lowrank_jax._codecs import lookup, midpoints, nan_unless, normalize_flat
 
 SCALE_BLOCK = 256  # how many scales share one float32
 
@@ -37,18 +38,23 @@ def _dynamic_map() -> np.ndarray:
 DYNAMIC_MAP = _dynamic_map()
 
 
-@jax.jit
-def encode_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=1)
+def encode_scales(
+    absmax: jax.Array, dtype: str = "float32"
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Double quantization: 8-bit codes of the scales' differences from their mean.
 
     Args:
       absmax: float32 [n] in the flat order of the blocks.
+      dtype: of the leaf that they scale. Where a scale, decoded again, would be beyond it,
+        nested_absmax is NaN.
 
     Returns:
       Codes uint8 [n], nested_absmax float32 [ceil(n / 256)], offset float32 scalar. The codes are
       those of bitsandbytes' exact kernels; the one it runs on CPU rounds by a table of 65536 and
       is off by a few codes next to 0. The offset is the mean to 2 ulps, summed in a fixed order;
-      so it may be 3 ulps from torch's.
+      so it may be 3 ulps from torch's. A scale that is NaN counts as 0 in it, and makes
+      nested_absmax NaN: the scales beside it, and no others, are decoded to NaN.
 
     Source: arXiv 2305.14314, section 3, "Double Quantization".
 
@@ -56,10 +62,16 @@ def encode_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     >>> codes, nested, offset
     (Array([  0, 127, 255], dtype=uint8), Array([1.], dtype=float32), Array(2., dtype=float32))
     """
-    offset = _mean(absmax)
+    offset = _mean(jnp.where(jnp.isnan(absmax), np.float32(0), absmax))
     ratios, nested = normalize_flat(absmax - offset, SCALE_BLOCK)
     codes = jnp.searchsorted(midpoints(DYNAMIC_MAP), ratios, side="left")
-    return codes.astype(jnp.uint8), nested, offset
+    codes = codes.astype(jnp.uint8)
+    # decoded scales rise with their codes: of each block the last code tells
+    short = -codes.size % SCALE_BLOCK
+    last = jnp.max(jnp.pad(codes, (0, short)).reshape(-1, SCALE_BLOCK), 1)
+    largest = _scales(jnp.take(DYNAMIC_MAP, last.astype(jnp.int32), mode="clip"), nested, offset)
+    fits = jnp.isfinite(largest.astype(dtype))
+    return codes, nan_unless(fits, nested), offset
 
 
 def _mean(x: jax.Array) -> jax.Array:
@@ -100,5 +112,10 @@ def decode_scales(
     nested = jnp.transpose(nested, np.argsort(axes).tolist())
     table = jnp.asarray(table)
     values = lookup(codes, table) if tree else jnp.take(table, codes.astype(jnp.int32), mode="clip")
+    return _scales(values, nested, offset)
+
+
+def _scales(values: jax.Array, nested: jax.Array, offset: jax.Array) -> jax.Array:
+    """values * nested + offset, two roundings."""
     # No value exceeds 1, so the clip changes nothing, but the product is rounded before the sum.
     return jnp.clip(values * nested, -nested, nested) + offset

@@ -15,14 +15,13 @@ import jax
 import numpy as np
 
 from lowrank_jax._codecs import host
-from lowrank_jax._errors import ConfigError
 from lowrank_jax._nodes.quantized import Quantized, flat_order
 
 PIECE = 1 << 18  # values that a thread works on
 _ALIGNED = 64  # bytes; what JAX asks of a buffer that it takes over without a copy
 
 
-def quantized_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, int]:
+def quantized_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, tuple[int, int]]:
     """Quantize a leaf; the same as `quantized` makes on a device.
 
     Args:
@@ -30,19 +29,12 @@ def quantized_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, int]:
       shapes: what is to be made, without values.
 
     Returns:
-      The leaf with NumPy arrays, and how many values are not finite.
-
-    Raises:
-      ConfigError: the scales are too large to be quantized in their turn.
+      The leaf with NumPy arrays, and how many values are not finite, and how many blocks of scales
+      are too large to be quantized in their turn.
     """
     node = jax.tree.map(lambda part: empty(part.shape, part.dtype), shapes)
     bad = _fill(node, np.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf)
-    if not bad and node.offset is not None and not np.isfinite(node.offset).all():
-        raise ConfigError(
-            "the mean of its scales is beyond float32: weights as large cannot be quantized "
-            "doubly; pass double_quant=False"
-        )
-    return node, bad
+    return node, (bad, 0 if node.nested is None else _not_finite(node.nested))
 
 
 def count_bad(array: np.ndarray) -> int:
@@ -71,7 +63,7 @@ def _fill(node: Quantized, leaf: Any) -> int:
     if node.nested is not None:
         order = flat_order(node.strides)
         flat = scales.transpose(order)
-        codes, node.nested[...], node.offset[...] = host.encode_scales(flat.reshape(-1))
+        codes, node.nested[...], node.offset[...] = host.encode_scales(flat.reshape(-1), node.dtype)
         node.scales.transpose(order)[...] = codes.reshape(flat.shape)
     return bad
 

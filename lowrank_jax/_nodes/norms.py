@@ -84,17 +84,18 @@ def norm(
     mixed = lax.dot_general(gram, b, (((stacked + 1,), (stacked,)), (lead, lead)), **options)
     change = jnp.sum((2 * scale * product(a) + scale**2 * mixed) * b, stacked)
     # the sum of what cancels is not always above 0; a column of zeros has no direction
-    total = jnp.maximum(squares + change, 0)
+    total = squares + change
+    total = jnp.where(total < 0, 0, total)  # XLA's maximum on CPU drops NaN
     return jnp.sqrt(lax.stop_gradient(total))
 
 
 def gain(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
     """What each output feature is multiplied by: magnitude over norm; 0 where there is no norm."""
-    return magnitude.astype(norms.dtype) * jnp.where(norms > 0, 1, 0) / _at_least(norms)
+    return magnitude.astype(norms.dtype) * jnp.where(norms <= 0, 0, 1) / _at_least(norms)
 
 
 def _at_least(norms: jax.Array) -> jax.Array:
-    return jnp.where(norms > 0, norms, 1)
+    return jnp.where(norms <= 0, 1, norms)  # a NaN stays one
 
 
 def dense_product(

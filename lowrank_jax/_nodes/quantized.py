@@ -337,6 +337,6 @@ def doubly_quantized(node: Quantized) -> Quantized:
     """The same leaf, one that nothing stacks, with its scales quantized in their flat order."""
     order = flat_order(node.strides)
     flat = jnp.transpose(node.scales, order)
-    codes, nested, offset = encode_scales(flat.reshape(-1))
+    codes, nested, offset = encode_scales(flat.reshape(-1), node.weight_dtype)
     scales = jnp.transpose(codes.reshape(flat.shape), np.argsort(order).tolist())
     return dataclasses.replace(node, scales=scales, nested=nested, offset=offset)

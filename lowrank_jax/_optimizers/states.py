@@ -51,7 +51,8 @@ def quantize_state(
     $c_i = \operatorname{nearest}(s_i / m)$ in the dynamic map, $m = \max_i |s_i|$ over a block, in
     float32. A block without negative numbers (Adam's second moments) has the unsigned map, which
     is twice as fine, and there no positive number becomes 0, lest m / sqrt(0) be an update. (That
-    is, if m is above 4e-32, below which float32 has no room for the map.)
+    is, if m is above 4e-32, below which float32 has no room for the map.) A block with a NaN or an
+    infinity is NaN, and stays so as a moment would.
 
     update decodes the state, runs tx, and encodes it again, each leaf within what XLA fuses. It
     suits what forgets, as moments do. Do not put it around what keeps parameters or sums for long,

@@ -149,11 +149,9 @@ def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     if params["mode"] != _FILL:
         return value
     fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
-    ids, id_labels = (
-        _inside(indices, params, full),
-        tuple(("n", i) for i in range(indices.ndim - 1)),
-    )
-    return jnp.where(arrange(ids, id_labels, tuple(out), extent), value, fill).astype(value.dtype)
+    row_labels = tuple(("n", i) for i in range(indices.ndim - 1))
+    inside = arrange(_inside(indices, params, full), row_labels, tuple(out), extent)
+    return jnp.where(inside, value, fill).astype(value.dtype)
 
 
 def gather_labelled(

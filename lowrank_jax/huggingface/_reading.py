@@ -33,7 +33,7 @@ def read_quantized(
     quant: QuantConfig,
     sharding: Any,
 ) -> tuple[Any, Any]:
-    """A quantized leaf, and how many of its values were not finite; a stack by its layers."""
+    """A quantized leaf, and what `refuse_bad` takes of it; a stack by its layers."""
     fan_in, stack = axes
     shape = jax.ShapeDtypeStruct(lying.layout.shape, dtype)
     by_layers = lying.layout.stack[:1] == stack[:1] == (0,)

@@ -96,7 +96,8 @@ def eva(
 def _components(covariance: jax.Array, most: int) -> tuple[Eva, np.ndarray]:
     """The leading eigenvectors, and the share of variance that each explains."""
     values, vectors = jnp.linalg.eigh(covariance)
-    values, vectors = jnp.maximum(values[..., ::-1], 0), vectors[..., ::-1]
+    values, vectors = values[..., ::-1], vectors[..., ::-1]
+    values = jnp.where(values < 0, 0, values)  # XLA's maximum on CPU drops NaN
     total = jnp.sum(values, -1, keepdims=True)
     shares = (values / jnp.where(total > 0, total, 1))[..., :most]
     return Eva(vectors[..., :most]), np.asarray(shares).reshape(-1, most).mean(0)
