@@ -111,10 +111,20 @@ def init(
 
 
 def typed_key(key: jax.Array) -> jax.Array:
-    """A typed key of an old-style uint32 one."""
+    """A typed key of an old-style uint32 one, whose words tell what made it.
+
+    A key of Threefry is one in a process with another default too: a checkpoint may bring it there.
+    """
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    return jax.random.wrap_key_data(key)
+    words, default = key.shape[-1], jax.config.jax_default_prng_impl
+    if _KEY_WORDS.get(default, words) == words:
+        return jax.random.wrap_key_data(key)
+    made_by = next((impl for impl, size in _KEY_WORDS.items() if size == words), default)
+    return jax.random.wrap_key_data(key, impl=made_by)
+
+
+_KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
 
 
 def _init_leaf(
