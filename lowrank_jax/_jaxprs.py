@@ -20,7 +20,7 @@ Literal = core.Literal
 Primitive = core.Primitive
 
 
-def threefry2x32(*words: jax.Array) -> Sequence[jax.Array]:
+def threefry2x32(*words: Any) -> Sequence[jax.Array]:
     """The cipher of two key words and two counter words, uint32 of one shape, on each element."""
     return threefry2x32_p.bind(*words)
 

@@ -541,18 +541,21 @@ def test_step_0_is_exact_through_init(name):
 def test_a_float64_leaf_is_kept_in_float64():
     with jax.enable_x64(True):
         params = {"w": jnp.asarray(normal(64, 24), jnp.float64) / 3}
-        for make in (own_initializer, initializers.pissa, methods()["lora_ga"]):
-            for factor_dtype in ("bfloat16", "float32", "float64"):
-                config = lowrank.LoraConfig(
-                    rank=RANK, alpha=9, targets="w", factor_dtype=factor_dtype
-                )
-                base, lora = lowrank.init(jax.random.key(0), params, config, initializer=make)
-                a, b = (np.asarray(x.astype(jnp.float64)) for x in (lora["w"].a, lora["w"].b))
-                assert base["w"].dtype == jnp.float64
-                error = np.max(abs(np.asarray(base["w"]) + SCALE * a @ b - np.asarray(params["w"])))
-                assert error < 1e-13 * np.max(SCALE * abs(a) @ abs(b) + abs(params["w"]))
-        for make in plain_methods().values():  # and every one takes such a leaf
-            lowrank.init(jax.random.key(0), params, config, initializer=make)
+        start = lambda make, factor_dtype: lowrank.init(
+            jax.random.key(0),
+            params,
+            lowrank.LoraConfig(rank=RANK, alpha=9, targets="w", factor_dtype=factor_dtype),
+            initializer=make,
+        )
+        cases = [(own_initializer, dtype) for dtype in ("bfloat16", "float32", "float64")]
+        for make, factor_dtype in (*cases, (methods()["lora_ga"], "float32")):
+            base, lora = start(make, factor_dtype)
+            a, b = (np.asarray(x.astype(jnp.float64)) for x in (lora["w"].a, lora["w"].b))
+            weight, kept = map(np.asarray, (params["w"], base["w"]))
+            assert kept.dtype == np.float64
+            size = np.max(SCALE * abs(a) @ abs(b) + abs(weight))
+            assert np.max(abs(kept + SCALE * a @ b - weight)) < 1e-13 * size
+        start(initializers.loftq(NF4, 1), "float32")
 
 
 def test_equal_static_fields_of_initializers_are_told_apart():
