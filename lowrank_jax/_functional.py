@@ -13,7 +13,7 @@ from lowrank_jax._interpreter.interpret import forwarded
 from lowrank_jax._jaxprs import is_tracer
 from lowrank_jax._lift import is_array, split, trace
 from lowrank_jax._nodes import forgotten, is_node
-from lowrank_jax._paths import flatten
+from lowrank_jax._paths import flatten, in_structure
 
 if TYPE_CHECKING:  # imported where it is used: the core does not depend on Flax
     from flax import nnx
@@ -42,7 +42,8 @@ def functional(
 
     Returns:
       (fn, params): params is a dict of arrays, nested like the model's attributes, for `plan`,
-      `init` and `lift`. A variable shared by several modules is one leaf.
+      `init` and `lift`. A variable shared by several modules is one leaf. fn finds each leaf by its
+      path: other containers, and keys that print alike (0 and "0"), will do.
 
     Raises:
       TreeError: model is no NNX module, or has no parameters; or fn is called with other
@@ -91,13 +92,14 @@ def functional_with_state(
 
     Returns:
       (fn, params, state): params and state are dicts of arrays, nested like the model's
-      attributes. The state that fn returns has the structure of the one it takes.
+      attributes; fn finds each leaf by its path, as in functional. The state that fn returns has
+      the structure of the one it takes, keys and containers.
 
     Raises:
       TreeError: model is no NNX module, or has no parameters; or fn is called with other
         parameters or state than the model's.
       StateError: when fn is called, and the call would change a parameter, or add variables
-        (`sow`), which neither params nor state has room for.
+        (`sow`) or leaves of them, which neither params nor state has room for.
 
     Source: nnx.split and nnx.merge, of which fn is made.
 
@@ -119,7 +121,7 @@ def functional_with_state(
                 "what the call changes in a variable of another type than nnx.Param "
                 f"(nnx.BatchStat, nnx.Variable), or leave it out by wrt:\n{pure.listed(lost)}"
             )
-        return out, after[1]
+        return out, pure.in_structure(state, after[1])
 
     return fn, params, state
 
@@ -154,10 +156,9 @@ class _Pure:
         """The result of a call, and (params, state) after it."""
         from flax import nnx
 
-        _check(self.params, params, "params")
-        _check(self.state, state, "state")
-        pairs = zip(self.structures, (params, state), strict=True)
-        states = [jax.tree.unflatten(treedef, jax.tree.leaves(tree)) for treedef, tree in pairs]
+        # by path, not by order: numbers of layers may have become text, which has "10" before "2"
+        leaves = _checked(self.params, params, "params"), _checked(self.state, state, "state")
+        states = map(jax.tree.unflatten, self.structures, leaves)
         model = nnx.merge(self.graphdef, *states)
         out = self.method(model, *args, **kwargs)
         graphdef, *after = nnx.split(model, self.wrt, ...)
@@ -181,6 +182,17 @@ class _Pure:
             "that. Return what was sown from method: method=lambda model, *args: (model(*args), "
             f"nnx.pop(model, nnx.Intermediate)):\n{listing(added + gone)}"
         )
+
+    def in_structure(self, state: Any, after: Any) -> Any:
+        """The state after a call in the containers and with the keys of the one before it."""
+        leaves = dict(flatten(after)[0])
+        if lost := sorted(leaves.keys() ^ self.state.keys()):
+            raise StateError(
+                "the call gives variables of the model other leaves than they had, and the state "
+                "that is returned has the structure of the one that came. Give these variables "
+                f"values of their final structure before the call:\n{self.listed(lost)}"
+            )
+        return in_structure(state, leaves)
 
     def changed(self, params: Any, state: Any, after: Any, args: Any, kwargs: Any) -> list[str]:
         """Paths of the variables that a call does not leave as they came."""
@@ -263,16 +275,17 @@ def _kinds(state: Any) -> dict[str, str]:
     return found
 
 
-def _check(expected: dict[str, str], tree: Any, what: str) -> None:
-    """A tree has the model's variables and no others."""
+def _checked(expected: dict[str, str], tree: Any, what: str) -> list[Any]:
+    """The leaves of a tree that has the model's variables and no others, in the model's order."""
     leaves = flatten(tree, is_leaf=is_node)[0]
     if any(is_node(leaf) for _, leaf in leaves):
         raise forgotten("an adapted weight")
-    came = {path for path, _ in flatten(tree)[0]}
+    came = dict(flatten(tree)[0])
     problems = [f"{path} ({kind}): missing" for path, kind in expected.items() if path not in came]
-    problems += [f"{path}: unexpected" for path in sorted(came - expected.keys())]
+    problems += [f"{path}: unexpected" for path in sorted(came.keys() - expected.keys())]
     if problems:
         raise TreeError(
             f"the {what} given are not those of the model: pass a tree like the one that "
             f"functional returned, at the same level:\n{listing(problems)}"
         )
+    return [came[path] for path in expected]

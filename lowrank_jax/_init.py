@@ -29,8 +29,10 @@ from lowrank_jax._nodes.norms import sharding_of
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._plan import Plan
-from lowrank_jax._primitives.contract import RANK, labelled_spec
+from lowrank_jax._primitives.contract import RANK, accumulator, labelled_spec
 from lowrank_jax._quantize import quantize_leaf, refuse_bad
+from lowrank_jax._rounding import is_narrower, round_to
+from lowrank_jax._statics import Static
 from lowrank_jax._targets import Target, resolve, train_rows, train_whole, warn_of_passed_over
 from lowrank_jax._weights.magnitude import norms_of
 
@@ -61,7 +63,9 @@ def init(
         two axes. Without it a matrix is taken as [i, o].
       initializer: (key, weight [i, o] float32, rank, scale) -> (a, b, residual or None), or a
         mapping of path -> initializer; None is kaiming, and `lookup` for tables read by rows. One
-        that brings data is a callable pytree, whose arrays have the leaf's stack axes first.
+        that brings data is a callable pytree, whose arrays have the leaf's stack axes first. A
+        float64 leaf's weight arrives as float64. What rounding the factors to `factor_dtype` takes
+        from a b is added to the residual, so that the function is kept.
 
     Returns:
       (base, lora). base is params itself, save where an initializer moved weight into the factors,
@@ -117,10 +121,20 @@ def init(
 
 
 def typed_key(key: jax.Array) -> jax.Array:
-    """A typed key of an old-style uint32 one."""
+    """A typed key of an old-style uint32 one, whose words tell what made it.
+
+    A key of Threefry is one in a process with another default too: a checkpoint may bring it there.
+    """
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    return jax.random.wrap_key_data(key)
+    words, default = key.shape[-1], jax.config.jax_default_prng_impl
+    if _KEY_WORDS.get(default, words) == words:
+        return jax.random.wrap_key_data(key)
+    made_by = next((impl for impl, size in _KEY_WORDS.items() if size == words), default)
+    return jax.random.wrap_key_data(key, impl=made_by)
+
+
+_KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
 
 
 def _init_leaf(
@@ -188,7 +202,7 @@ def _laid_out_factors(
             f"its initializer holds an array of shape {wrong[0]}, but the leaf's stack "
             f"axes, which are to lead it, have sizes {stack}"
         )
-    make = lambda key, leaf, data: _factors(key, leaf, data, target, form, dtype)
+    make = lambda key, leaf, data: _factors(key, leaf, data, target, Static(form), dtype)
     sharding = sharding_of(leaf)
     if sharding is None:
         return make(key, leaf, data)
@@ -206,32 +220,47 @@ def _laid_out_factors(
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _factors(
-    key: jax.Array, leaf: jax.Array, data: Any, target: Target, form: Any, dtype: str
+    key: jax.Array, leaf: jax.Array, data: Any, target: Target, form: Static, dtype: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """a, b and the residual in the leaf's own layout: groups flattened, stacks vmapped."""
     order = target.stack + target.fan_in + target.fan_out
     sizes = lambda axes: tuple(leaf.shape[axis] for axis in axes)
     stack, fan_in, fan_out = sizes(target.stack), sizes(target.fan_in), sizes(target.fan_out)
     rows, columns = math.prod(fan_in), math.prod(fan_out)
-    weight = jnp.transpose(materialize(leaf), order).astype(jnp.float32).reshape(-1, rows, columns)
+    weight = jnp.transpose(materialize(leaf), order).astype(accumulator(leaf.dtype))
+    weight = weight.reshape(-1, rows, columns)
     keys = jax.random.split(key, weight.shape[0]) if stack else key[None]
     data = [array.reshape(-1, *array.shape[len(stack) :]) for array in data]
 
     def make(key: Any, weight: Any, data: Any) -> Any:
-        own = form if callable(form) else jax.tree.unflatten(form, data)
+        own = form.value if callable(form.value) else jax.tree.unflatten(form.value, data)
+        if hasattr(own, "rounded_to"):
+            own = own.rounded_to(dtype)
         return own(key, weight, target.rank, target.scale)
 
     a, b, residual = jax.vmap(make)(keys, weight, data)
     expected = ((weight.shape[0], rows, target.rank), (weight.shape[0], target.rank, columns))
     if (a.shape, b.shape) != expected:
-        name = getattr(form, "__name__", str(form))
+        name = getattr(form.value, "__name__", str(form.value))
         raise LowrankError(
             f"the initializer {name!r} returned a {a.shape[1:]} and b {b.shape[1:]}; expected "
             f"{expected[0][1:]} and {expected[1][1:]}"
         )
-    a = a.reshape(*stack, *fan_in, target.rank).astype(dtype)
-    b = b.reshape(*stack, target.rank, *fan_out).astype(dtype)
+    kept_a, kept_b = round_to(a, dtype), round_to(b, dtype)
+    if residual is not None and (is_narrower(dtype, a.dtype) or is_narrower(dtype, b.dtype)):
+        lost = _lost(a, b, kept_a, kept_b, weight.dtype)
+        residual = residual.astype(weight.dtype) + target.scale * lost
+    a = kept_a.reshape(*stack, *fan_in, target.rank).astype(dtype)
+    b = kept_b.reshape(*stack, target.rank, *fan_out).astype(dtype)
     if residual is not None:
         residual = residual.reshape(stack + fan_in + fan_out)
         residual = jnp.transpose(residual, inverse(order))
     return a, b, residual
+
+
+def _lost(a: Any, b: Any, kept_a: Any, kept_b: Any, dtype: Any) -> jax.Array:
+    """What a @ b loses where its factors are rounded: (a - a') b + a' (b - b'), small products."""
+    a, b, kept_a, kept_b = (factor.astype(dtype) for factor in (a, b, kept_a, kept_b))
+    left = jnp.concatenate([a - kept_a, kept_a], -1)
+    right = jnp.concatenate([b, b - kept_b], -2)
+    return jnp.matmul(left, right, precision="highest")

@@ -13,10 +13,16 @@ import jax
 from jax.core import ShapedArray as ShapedArray
 from jax.core import Tracer
 from jax.extend import core, source_info_util
+from jax.extend.random import threefry2x32_p
 
 AxisType = jax.sharding.AxisType
 Literal = core.Literal
 Primitive = core.Primitive
+
+
+def threefry2x32(*words: Any) -> Sequence[jax.Array]:
+    """The cipher of two key words and two counter words, uint32 of one shape, on each element."""
+    return threefry2x32_p.bind(*words)
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

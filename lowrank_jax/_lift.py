@@ -28,6 +28,7 @@ from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten_with_keys, path_of
 from lowrank_jax._primitives.contract import RANK
+from lowrank_jax._statics import Static
 from lowrank_jax._weights.low_rank import LowRankWeight
 from lowrank_jax._weights.magnitude import weight_of
 from lowrank_jax._weights.virtual import Virtual
@@ -36,20 +37,14 @@ FALLBACKS = ("warn", "raise", "silent")
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
-    """A non-array argument: kept out of tracing, compared by equality."""
-
-    value: Any
-
-
-@dataclasses.dataclass(frozen=True)
 class Call:
     """The arguments of one call, flattened: arrays and nodes in `dynamic`, the rest in `static`.
 
-    `owners` names, for each of the dynamic ones, the argument that it is in.
+    `owners` names, for each of the dynamic ones, the argument that it is in. As part of a cache key
+    calls are told apart by the types and bits of what is static, in `treedef` too.
     """
 
-    treedef: Any
+    treedef: Static
     places: tuple[bool, ...]
     static: tuple[Static, ...]
     owners: tuple[Any, ...]
@@ -58,7 +53,7 @@ class Call:
         """args and kwargs with these values for the arrays."""
         moving, fixed = iter(dynamic), iter(self.static)
         leaves = [next(moving) if place else next(fixed).value for place in self.places]
-        return jax.tree.unflatten(self.treedef, leaves)
+        return jax.tree.unflatten(self.treedef.value, leaves)
 
 
 def is_array(value: Any) -> bool:
@@ -77,7 +72,8 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any
     paths = [_argument_path(keys) for keys, leaf in keyed if is_array(leaf)]
     static = tuple(Static(leaf) for _, leaf in keyed if not is_array(leaf))
     owners = tuple(tuple(keys[:2]) for keys, leaf in keyed if is_array(leaf))
-    return Call(treedef, tuple(is_array(leaf) for _, leaf in keyed), static, owners), dynamic, paths
+    places = tuple(is_array(leaf) for _, leaf in keyed)
+    return Call(Static(treedef), places, static, owners), dynamic, paths
 
 
 def _argument_path(keys: Sequence[Any]) -> str:
@@ -254,7 +250,7 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
 
     Args:
       fn: any pure function fn(params, *args, **kwargs), pure as for jax.jit. Arguments that are not
-        arrays are static.
+        arrays are static, and hashable in eager calls; True, 1 and 1.0 are three values.
       fallback: what to do where no rule keeps a weight factored: "warn" (build it, say so once for
         each path and primitive), "raise" (MaterializeError), "silent".
 

@@ -422,6 +422,19 @@ def test_a_second_batch_compiles_nothing():
     assert len(traces) == 1
 
 
+def test_equal_static_arguments_are_told_apart():
+    scales = {"True": 2, "1": 3, "1.0": 4, "0.0": 5, "-0.0": 6}
+    fn = lambda p, x, value: scales[str(value)] * x @ p["w"]
+    keyed = lambda p, x, tree: scales[str(next(iter(tree)))] * x @ p["w"]
+    config = lowrank.LoraConfig(rank=1, targets="w")
+    params, x = {"w": normal(4, 6)}, normal(3, 4)
+    measure, by_key = (lowrank.covariances(fn, config) for fn in (fn, keyed))
+    for value in (True, 1, 1.0, 0.0, -0.0):
+        want = scales[str(value)] ** 2 * gram(x)
+        close(measure(params, x, value)["w"], want)
+        close(by_key(params, x, {value: x})["w"], want)
+
+
 def test_costs_the_forward_pass_and_the_squares(full_compile):
     fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["v"])
     params, x = {"w": normal(96, 160), "v": normal(160, 48)}, normal(64, 96)

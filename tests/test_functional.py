@@ -1,8 +1,10 @@
 """functional: NNX modules as functions, their state threaded, kept or refused."""
 
+import collections
 import functools
 
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from flax import nnx
 from models import noisy, normal
 
 import lowrank_jax as lowrank
+from lowrank_jax._paths import flatten
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -266,6 +269,101 @@ def test_a_decoder_with_a_cache():
         jax.jit(lowrank.functional(model)[0])(params, TOKENS[0])
 
 
+class Twelve(nnx.Module):
+    """More layers than digits: as text their numbers sort otherwise."""
+
+    def __init__(self, rngs):
+        self.norms = nnx.List([nnx.BatchNorm(4, rngs=rngs) for _ in range(12)])
+        self.linear = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(12)])
+
+    def __call__(self, x):
+        for number, (norm, linear) in enumerate(zip(self.norms, self.linear, strict=True)):
+            x = jnp.sin(norm(linear(x)) * (number + 1))
+        return x
+
+
+def with_text(tree):
+    return {str(k): with_text(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def with_lists(tree):
+    if not isinstance(tree, dict):
+        return tree
+    inner = {key: with_lists(item) for key, item in tree.items()}
+    return [inner[i] for i in range(len(inner))] if set(inner) == {*range(len(inner))} else inner
+
+
+def backwards(tree):
+    pairs = reversed(tree.items()) if isinstance(tree, dict) else ()
+    return {k: backwards(v) for k, v in pairs} if isinstance(tree, dict) else tree
+
+
+# the same paths in other containers; text is what Orbax restores without a target
+CONTAINERS = {
+    "text": with_text,
+    "frozen text": lambda tree: flax.core.freeze(with_text(tree)),
+    "lists": with_lists,
+    "an order of their own": lambda tree: collections.OrderedDict(backwards(tree)),
+    "nnx.State": lambda tree: nnx.State(with_text(tree)),
+}
+
+
+@functools.cache
+def twelve():
+    graphdef, params, rest = drawn(lambda: Twelve(nnx.Rngs(0)))
+    rest = jax.tree.map(jnp.abs, noisy(rest, scale=0.5))
+    trained = lowrank.functional_with_state(nnx.merge(graphdef, params, rest))
+    model = nnx.merge(graphdef, params, rest)
+    model.eval()
+    return trained, lowrank.functional(model)
+
+
+@pytest.mark.parametrize(("name", "jit"), [*((name, False) for name in CONTAINERS), ("text", True)])
+def test_leaves_are_found_by_path_in_any_container(name, jit):
+    (fn, params, state), (at_rest, _) = twelve()
+    change = CONTAINERS[name]
+    if jit:
+        fn, at_rest = jax.jit(fn), jax.jit(at_rest)
+    want, new = fn(params, state, X)
+    got, other = fn(change(params), change(state), X)
+    chex.assert_trees_all_close(got, want, atol=1e-5)
+    chex.assert_trees_all_equal_structs(other, change(state))
+    chex.assert_trees_all_close(dict(flatten(other)[0]), dict(flatten(new)[0]), atol=1e-5)
+    chex.assert_trees_all_close(at_rest(change(params), X), at_rest(params, X), atol=1e-5)
+
+
+def test_other_paths_are_refused_in_any_container():
+    (fn, params, state), (at_rest, _) = twelve()
+    linear = params["linear"]
+    twice = collections.OrderedDict({**linear, "3": linear[3]})
+    for change in (with_text, lambda tree: tree):
+        for wrong, words in (
+            ({**params, "norms": linear}, r"norms/0/scale \(Param\): missing"),
+            ({**params, "more": X}, "more: unexpected"),
+            (
+                {**params, "linear": {**linear, 3: {"kernel": X}}},
+                r"linear/3/bias \(Param\): missing",
+            ),
+            ({**params, "linear": {**linear, 12: X}}, "linear/12: unexpected"),
+            ({**params, "linear": twice}, "two leaves share the path"),
+        ):
+            wrong = wrong if "share" in words else change(wrong)
+            with pytest.raises(lowrank.TreeError, match=words):
+                fn(wrong, state, X)
+            with pytest.raises(lowrank.TreeError, match=words):
+                at_rest(wrong, X)
+        with pytest.raises(lowrank.TreeError, match=r"norms/7/mean \(BatchStat\): missing"):
+            fn(params, change({"norms": {**state["norms"], 7: {"var": X}}}), X)
+
+
+def test_state_of_a_scan_may_have_keys_of_text():
+    (fn, params, state), _ = twelve()
+    step = lambda state, x: fn(params, state, x)[::-1]
+    want, _ = jax.lax.scan(step, state, jnp.stack([X, 2 * X]))
+    got, _ = jax.lax.scan(step, with_text(state), jnp.stack([X, 2 * X]))
+    chex.assert_trees_all_close(got, with_text(want), atol=1e-6)
+
+
 def test_method_by_name_and_by_function():
     model = model_of()
     by_name, params = lowrank.functional(model, method="features")
@@ -372,7 +470,25 @@ class Holding(nnx.Module):
         return model * (x @ w["kernel"] + w["bias"]) + params + state
 
 
+class Filling(Scalar):
+    """A variable that holds nothing till the first call."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.step = nnx.Variable(None)
+
+    def __call__(self, x):
+        self.step.set_value(x.mean())
+        return self.linear(x)
+
+
 REFUSED = {
+    "a leaf that appears": (lambda: called(Filling), "StateError", r"step \("),
+    "a leaf that appears in the state": (
+        lambda: called(Filling, lowrank.functional_with_state),
+        "StateError",
+        r"(?s)other leaves than they had.*- step \(",
+    ),
     "a number that changes": (lambda: called(Scalar), "StateError", r"step \(Variable\)"),
     "a number that becomes an array": (lambda: called(Becoming), "StateError", r"step \(Variable"),
     "a forgotten lift": (lambda: forgotten_lift(), "LowrankError", "must be lifted"),

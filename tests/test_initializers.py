@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -443,6 +444,167 @@ def test_init_keeps_the_function(name, model):
     assert error(got) < error(result)
 
 
+# ---- step 0, in every dtype
+
+U = 2.0**-24  # of float32
+# of the roundings of float32 sums over the rank, made at init and at merge, and of their parts
+SUMS = 2 * (RANK + 4) * U
+
+
+def error_of(params, base, lora, merged):
+    """The largest error of a merged leaf "w" at step 0, over what its dtype's rounding allows."""
+    wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)
+    node, leaf = lora["w"], getattr(base["w"], "value", base["w"])
+    axes, count = node.stack + node.fan_in + node.fan_out, len(node.stack)
+    a = abs(wide(node.a)).reshape(*node.a.shape[:count], -1, RANK)
+    b = abs(wide(node.b)).reshape(*node.b.shape[:count], RANK, -1)
+    size = (node.scale * (a @ b)).reshape([leaf.shape[axis] for axis in axes])
+    size = np.transpose(size, np.argsort(axes))
+    kept, want = abs(wide(leaf)), abs(wide(params["w"]))
+    # the base is rounded once and so is the sum, each by half an eps of its own size
+    bound = float(jnp.finfo(leaf.dtype).eps) / 2 * (kept + want) + SUMS * (kept + want + size)
+    if node.magnitude is not None:  # and the gain is one to the rounding of two norms
+        bound = bound + 8 * U * want
+    assert merged["w"].dtype == leaf.dtype == params["w"].dtype
+    return float(np.max(abs(wide(merged["w"]) - wide(params["w"])) / bound))
+
+
+@functools.cache
+def outcome(name):
+    """A weight of bfloat16 numbers, and what an initializer makes of it."""
+    weight = np.asarray(jnp.asarray(normal(64, 24) / 8, jnp.bfloat16), np.float32)
+    return weight, run(methods()[name], weight)
+
+
+def replay(a, b, residual, key, weight, rank, scale):
+    """The initializer of an outcome."""
+    return a, b, residual
+
+
+merge = jax.jit(lowrank.merge)
+FACTORS = ["bfloat16", "float16", "float32"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("factor_dtype", FACTORS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_step_0_is_exact_in_every_dtype(dtype, factor_dtype, dora):
+    config = lowrank.LoraConfig(
+        rank=RANK, alpha=9, targets="w", factor_dtype=factor_dtype, dora=dora
+    )
+    assert config.alpha / RANK == SCALE
+    errors = {}
+    for name in METHODS:
+        if name.startswith("loftq"):  # which is not exact
+            continue
+        weight, made = outcome(name)
+        params, make = {"w": jnp.asarray(weight, dtype)}, jax.tree_util.Partial(replay, *made)
+        base, lora = lowrank.init(jax.random.key(0), params, config, initializer=make)
+        assert lora["w"].a.dtype == lora["w"].b.dtype == jnp.dtype(factor_dtype)
+        errors[name] = error_of(params, base, lora, merge(base, lora))
+        if made[2] is None and not dora:
+            assert base["w"] is params["w"]
+    assert {name: error for name, error in errors.items() if not error <= 1} == {}
+
+
+def own_initializer(key, weight, rank, scale):
+    """One of a user's: random factors, and the residual that keeps the weight."""
+    one, two = jax.random.split(key)
+    a = jax.random.normal(one, (weight.shape[0], rank), weight.dtype)
+    b = jax.random.normal(two, (rank, weight.shape[1]), weight.dtype) / 8
+    return a, b, weight - scale * jnp.matmul(a, b, precision="highest")
+
+
+@pytest.mark.parametrize("factor_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_step_0_is_exact_for_ones_own_initializer_and_every_kind_of_leaf(model, factor_dtype):
+    plan = planned(model)[2]
+    params = {"w": jnp.asarray(normal(*MODELS[model][1], seed=1))}
+    config = lowrank.LoraConfig(rank=RANK, alpha=9, targets="w", factor_dtype=factor_dtype)
+    start = lambda params: lowrank.init(
+        jax.random.key(0), params, config, plan=plan, initializer=own_initializer
+    )
+    for make in (start, jax.jit(start)):
+        base, lora = make(params)
+        assert error_of(params, base, lora, merge(base, lora)) <= 1
+
+
+@pytest.mark.parametrize("name", ["pissa", "corda_ipm"])
+def test_step_0_is_exact_through_init(name):
+    weight, _ = outcome(name)
+    config = lowrank.LoraConfig(rank=RANK, alpha=9, targets="w", factor_dtype="bfloat16")
+    params = {"w": jnp.asarray(weight)}
+    base, lora = lowrank.init(jax.random.key(0), params, config, initializer=methods()[name])
+    assert error_of(params, base, lora, merge(base, lora)) <= 1
+
+
+def test_a_float64_leaf_is_kept_in_float64():
+    with jax.enable_x64(True):
+        params = {"w": jnp.asarray(normal(64, 24), jnp.float64) / 3}
+        start = lambda make, factor_dtype: lowrank.init(
+            jax.random.key(0),
+            params,
+            lowrank.LoraConfig(rank=RANK, alpha=9, targets="w", factor_dtype=factor_dtype),
+            initializer=make,
+        )
+        cases = [(own_initializer, dtype) for dtype in ("bfloat16", "float32", "float64")]
+        for make, factor_dtype in (*cases, (methods()["lora_ga"], "float32")):
+            base, lora = start(make, factor_dtype)
+            a, b = (np.asarray(x.astype(jnp.float64)) for x in (lora["w"].a, lora["w"].b))
+            weight, kept = map(np.asarray, (params["w"], base["w"]))
+            assert kept.dtype == np.float64
+            size = np.max(SCALE * abs(a) @ abs(b) + abs(weight))
+            assert np.max(abs(kept + SCALE * a @ b - weight)) < 1e-13 * size
+        start(initializers.loftq(NF4, 1), "float32")
+
+
+def test_equal_static_fields_of_initializers_are_told_apart():
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        first: object
+
+        def __call__(self, key, weight, rank, scale):
+            value = math.copysign(2 if self.first is True else 1, self.first)
+            return jnp.full((len(weight), rank), value), jnp.zeros((rank, weight.shape[1])), None
+
+    config = lowrank.LoraConfig(rank=1, targets="w")
+    params = {"w": jnp.ones((3, 2))}
+    for first, want in ((True, 2), (1, 1), (1.0, 1), (0.0, 1), (-0.0, -1)):
+        for make in (Mine(first), jax.tree_util.Partial(Mine(first))):
+            _, lora = lowrank.init(jax.random.key(0), params, config, initializer=make)
+            np.testing.assert_array_equal(lora["w"].a, np.full((3, 1), want))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_loftq_quantizes_what_the_rounded_factors_leave(dtype):
+    weight = normal(64, 24)
+    a, b, _ = run(initializers.loftq(NF4, 1), weight)  # the first turn, of which the second is made
+    kept = run(initializers.loftq(NF4, 2).rounded_to(dtype), weight)[2]
+    cast = lambda x: np.asarray(jnp.asarray(x, dtype), np.float32)
+    away = lambda a, b: np.linalg.norm(kept - (weight - product(a, b)))
+    assert away(cast(a), cast(b)) < 0.1 * away(a, b)  # but for a few ties
+    made = run(initializers.loftq(NF4, 2).rounded_to(dtype), weight)
+    for factor in made[:2]:
+        np.testing.assert_array_equal(factor, cast(factor))
+    # through init, with the factors as they are kept
+    config = lowrank.LoraConfig(rank=RANK, alpha=9, targets="w", factor_dtype=dtype)
+    _, lora = lowrank.init(
+        jax.random.key(0), {"w": weight}, config, initializer=initializers.loftq(NF4, 2)
+    )
+    assert norm(product(*map(np.float32, (lora["w"].a, lora["w"].b))) - product(*made[:2])) < (
+        2e-3 * norm(product(*made[:2]))
+    )
+
+
+def test_orthogonal_has_a_product_of_exactly_zero_in_every_dtype():
+    for rank in (2, 6, 16):
+        a, b, _ = run(initializers.orthogonal, normal(64, 24), rank)
+        for dtype in FACTORS:
+            one, other = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (a, b))
+            assert np.any(one)
+            assert not np.any(one @ other)
+
+
 def test_init_takes_a_mapping_and_data_that_is_traced():
     weights = {"w": normal(24, 40), "v": normal(3, 40, 24)}
     fn = lambda p, x: jax.lax.scan(lambda x, v: (x @ v @ p["w"], None), x @ p["w"], p["v"])[0]
@@ -595,6 +757,11 @@ def test_wrong_arguments_are_refused(call, text):
 def test_data_of_another_weight_is_refused(make, text):
     with pytest.raises(lowrank.ConfigError, match=text):
         make(jax.random.key(0), jnp.ones((8, 8)), 5, 1.0)
+
+
+def test_data_beyond_float32_is_refused():
+    with jax.enable_x64(True), pytest.raises(lowrank.ConfigError, match="values that are not fini"):
+        initializers.corda({"w": np.full((3, 3), 1e300)})
 
 
 def test_eva_is_refused_under_jit():

@@ -1,6 +1,7 @@
 """lift: identity, statics, caching, effects, warnings, errors."""
 
 import dataclasses
+import enum
 import re
 import warnings
 
@@ -93,6 +94,74 @@ def test_swapping_adapters_never_recompiles():
         want = f(lowrank.merge(base, other), X)
         chex.assert_trees_all_close(step(other, X), want, atol=1e-4)
     assert step._cache_size() == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    value: object
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A pytree with a static field."""
+
+    by: jax.Array
+    static: object = dataclasses.field(metadata={"static": True})
+
+
+class Mode(enum.Enum):
+    LOW = 1
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class Other(enum.IntEnum):
+    LOW = 1
+
+
+ONE = jnp.ones(())
+# equal by `==`, and yet what a function makes of one is not what it makes of another
+EQUAL = [
+    [True, 1, 1.0, 1 + 0j, Level.LOW, Other.LOW, Mode.LOW],
+    [0.0, -0.0, 0, False, 0j, complex(0.0, -0.0), complex(-0.0, 0.0)],
+    [(1, "a"), (True, "a"), (1.0, "a")],
+    [frozenset([1]), frozenset([True])],
+    [Option(1), Option(True), Option(1.0)],
+    [Option((Option(0.0),)), Option((Option(-0.0),))],
+    [{True: ONE}, {1: ONE}, {1.0: ONE}],
+    [{"a": {0.0: ONE}}, {"a": {-0.0: ONE}}],
+    [Scaled(ONE, True), Scaled(ONE, 1), Scaled(ONE, 1.0)],
+    [[Scaled(ONE, (0.0,))], [Scaled(ONE, (-0.0,))]],
+    [Scaled(ONE, {"a": 1}), Scaled(ONE, {"a": True})],
+]
+
+
+def shown(value):
+    """What a function of static values may tell them apart by: types and signs."""
+    return repr(jax.tree.map(lambda leaf: "..." if hasattr(leaf, "shape") else repr(leaf), value))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_equal_static_arguments_are_told_apart(order):
+    dense, tree = dense_and_tree()
+    values = [value for group in EQUAL for value in group][::order]
+    numbers = {shown(value): number for number, value in enumerate(values)}
+    assert len(numbers) == len(values)
+    traces = []
+
+    def fn(p, x, value):
+        traces.append(value)
+        return f(p, x) + numbers[shown(value)]
+
+    lifted = lowrank.lift(fn)
+    for _ in range(2):
+        for number, value in enumerate(values):
+            want = np.asarray(f(dense, X)) + number
+            np.testing.assert_allclose(lifted(tree, X, value), want, atol=1e-5, err_msg=f"{value}")
+    assert len(traces) == len(values)  # what is the same is compiled once
 
 
 def test_unhashable_static_argument_is_named():

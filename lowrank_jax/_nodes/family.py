@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._nodes import LowRank
+from lowrank_jax._nodes.seeded import seeded_uniform
 from lowrank_jax._primitives.contract import RANK, Labels
 
 
@@ -52,8 +53,8 @@ class VeRA(LowRank):
     r"""Two vectors between fixed random matrices: $\Delta W = s\,A\,\Lambda_d\,B\,\Lambda_e$.
 
     r + o numbers are trained. A [*fan_in, r] and B [r, *fan_out] are drawn anew from the seed
-    whenever they are needed, and kept by nobody; leaves of one shape, and all layers of a stack,
-    share them.
+    whenever they are needed, and kept by nobody: the same numbers in every process, whatever PRNG
+    it uses. Leaves of one shape, and all layers of a stack, share them.
 
     Args:
       a: d, [*stack, r].
@@ -83,9 +84,12 @@ class VeRA(LowRank):
         """The random matrices, each column of A times d, each output feature of B times e."""
         stacked = self.a.ndim - 1
         outputs = self.b.shape[stacked:]
-        one, two = jax.random.split(jax.random.key(self.seed))
-        fixed_a = _uniform(one, (*self.inputs, self.rank), math.prod(self.inputs))
-        fixed_b = _uniform(two, (self.rank, *outputs), self.rank)
+        # Kaiming's uniform distribution: of variance 2 / fan_in
+        draw = lambda stream, shape, fan_in: seeded_uniform(
+            self.seed, stream, shape, math.sqrt(6 / fan_in)
+        )
+        fixed_a = draw(0, (*self.inputs, self.rank), math.prod(self.inputs))
+        fixed_b = draw(1, (self.rank, *outputs), self.rank)
         d = self.a.reshape(*self.a.shape[:-1], *(1,) * len(self.inputs), self.rank)
         e = jnp.expand_dims(self.b, stacked)
         return fixed_a.astype(d.dtype) * d, fixed_b.astype(e.dtype) * e
@@ -216,12 +220,6 @@ def start_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
     fan_out = tuple(range(1, leaf.ndim))
     options = {"kind": "lookup", "rows": rows, "size": leaf.shape[0]}
     return Rows(b=changes, fan_in=(0,), fan_out=fan_out, **options)
-
-
-def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Kaiming's uniform distribution: of variance 2 / fan_in."""
-    bound = math.sqrt(6 / fan_in)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 Start = Callable[..., LowRank]

@@ -24,17 +24,19 @@ def checked(name: str, data: Any, square: bool) -> dict[str, jax.Array]:
             f"{data if isinstance(data, Mapping) else type(data).__name__}"
         )
     shape = "[*stack, i, i]" if square else "[*stack, i, o]"
-    problems = []
+    problems, arrays = [], {}
     for path, array in data.items():
         found = getattr(array, "shape", None)
         if found is None or len(found) < 2 or (square and found[-1] != found[-2]):
             what = type(array).__name__ if found is None else f"of shape {tuple(found)}"
             problems.append(f"{path}: {what}, expected an array {shape}")
-        elif not _jaxprs.is_tracer(array) and not bool(jnp.all(jnp.isfinite(array))):
-            problems.append(f"{path}: values that are not finite")
+            continue
+        arrays[path] = jnp.asarray(array, jnp.float32)  # in which large numbers are not finite
+        if not _jaxprs.is_tracer(array) and not bool(jnp.all(jnp.isfinite(arrays[path]))):
+            problems.append(f"{path}: values that are not finite in float32")
     if problems:
         raise ConfigError(f"{name} cannot be used:\n{listing(problems)}")
-    return {path: jnp.asarray(array, jnp.float32) for path, array in data.items()}
+    return arrays
 
 
 def same_fan_in(covariance: jax.Array, weight: jax.Array) -> None:
@@ -55,7 +57,7 @@ def unit(covariance: jax.Array) -> jax.Array:
 
 def damped(covariance: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
     """The unit covariance + damping * I and its inverse; damping doubles till that is good."""
-    covariance, identity = unit(covariance), jnp.eye(len(covariance))
+    covariance, identity = unit(covariance), jnp.eye(len(covariance), dtype=covariance.dtype)
 
     def with_inverse(damping: Any) -> tuple[Any, jax.Array, jax.Array]:
         safe = covariance + damping * identity
@@ -66,5 +68,5 @@ def damped(covariance: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]
         good = jnp.linalg.norm(product(safe, inverse) - identity) < 0.05  # a NaN is not
         return ~good & (damping < MOST_DAMPING)
 
-    state = with_inverse(jnp.asarray(damping, jnp.float32))
+    state = with_inverse(jnp.asarray(damping, covariance.dtype))
     return jax.lax.while_loop(bad, lambda state: with_inverse(2 * state[0]), state)[1:]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lowrank_jax._configs import QuantConfig
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._nodes.quantized import dequantized, quantized
+from lowrank_jax._rounding import round_to
 from lowrank_jax.initializers._data import checked, same_fan_in, unit
 from lowrank_jax.initializers._random import Factors, Initializer
 from lowrank_jax.initializers._spectral import balanced, nearest, product, remainder
@@ -29,6 +30,11 @@ class LoftQ:
     covariance: jax.Array | None
     quant: QuantConfig = dataclasses.field(metadata={"static": True})
     iterations: int = dataclasses.field(metadata={"static": True})
+    factor_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    def rounded_to(self, dtype: str) -> LoftQ:
+        """The same for factors that are kept in this dtype, for `init` to ask for."""
+        return dataclasses.replace(self, factor_dtype=dtype)
 
     def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
         del key
@@ -37,13 +43,13 @@ class LoftQ:
         def step(_: Any, state: Factors) -> Factors:
             a, b, _ = state
             kept = remainder(weight, a, b, scale)
-            lost = weight - self._rounded(kept)
+            lost = weight - self._rounded(kept).astype(weight.dtype)
             u, sigma, vt = nearest(root(lost), rank)
             a, b = balanced(inverse(u), sigma, vt, scale)
-            return a, b, kept
+            return round_to(a, self.factor_dtype), round_to(b, self.factor_dtype), kept
 
-        fan_in, fan_out = weight.shape
-        start = jnp.zeros((fan_in, rank)), jnp.zeros((rank, fan_out)), weight
+        zeros = functools.partial(jnp.zeros, dtype=weight.dtype)
+        start = zeros((len(weight), rank)), zeros((rank, weight.shape[1])), weight
         return jax.lax.fori_loop(0, self.iterations, step, start)
 
     def _rounded(self, weight: jax.Array) -> jax.Array:
@@ -60,7 +66,8 @@ class LoftQ:
         if self.covariance is None:
             return (lambda matrix: matrix), (lambda matrix: matrix)
         same_fan_in(self.covariance, weight)
-        damped = unit(self.covariance) + DAMPING * jnp.eye(len(weight))
+        covariance = unit(self.covariance.astype(weight.dtype))
+        damped = covariance + DAMPING * jnp.eye(len(weight), dtype=weight.dtype)
         root = jnp.linalg.cholesky(damped).T
         solve = functools.partial(jax.scipy.linalg.solve_triangular, root, lower=False)
         return functools.partial(product, root), solve
@@ -75,7 +82,7 @@ def loftq(
     quantized, and $C^{1/2}(W - q) = U S V^\top$ gives $a = C^{-1/2} U_r \sqrt{S_r / s}$,
     $b = \sqrt{S_r / s}\,V_r^\top$. C is the identity, or the covariance of the leaf's inputs,
     scaled to a mean of 1 on its diagonal, plus 0.01 I; its Cholesky factor is the root. `init` puts
-    q into the base.
+    q into the base, made for factors as they are kept: rounded to `factor_dtype` at every turn.
 
     Args:
       quant: how the base is quantized; its targets are not looked at, for every leaf that this

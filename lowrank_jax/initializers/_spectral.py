@@ -43,7 +43,7 @@ def nearest(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Arr
 
 def remainder(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """What the base keeps so that the function is the same: weight - scale * a @ b."""
-    return weight - scale * product(a, b)
+    return weight - scale * product(a.astype(weight.dtype), b.astype(weight.dtype))
 
 
 def pissa(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:

@@ -1,0 +1,84 @@
+"""Static values as cache keys, told apart by type and bits where `==` takes one for the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import struct
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Static:
+    """A value that no trace sees, as part of a cache key.
+
+    jax.jit compares the types of its static arguments and then the values, so that True is not 1,
+    but (True,) is (1,), and 0.0 is -0.0. Here each of these is a key of its own.
+    """
+
+    value: Any
+
+    @functools.cached_property
+    def key(self) -> Hashable:
+        """What is compared."""
+        return key_of(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def key_of(value: Any) -> Hashable:
+    """A key that is equal for two values only if these are equal, and of equal types, throughout.
+
+    Looks into containers, dataclasses that compare by their fields, and pytree structures (keys of
+    dicts, static fields of nodes). What a type of another kind holds is left to its own `==`.
+    """
+    kind = type(value)
+    if kind is str or kind is int:  # the only keys that are not tuples
+        return value
+    if isinstance(value, float):
+        return kind, struct.pack("d", value)
+    if isinstance(value, complex):
+        return kind, struct.pack("dd", value.real, value.imag)
+    if isinstance(value, tuple | list):
+        return kind, tuple(map(key_of, value))
+    if isinstance(value, set | frozenset):
+        return kind, frozenset(map(key_of, value))
+    if isinstance(value, Mapping):
+        return kind, tuple((key_of(name), key_of(item)) for name, item in value.items())
+    if isinstance(value, jax.tree_util.PyTreeDef):
+        return kind, _key_of_structure(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return kind, value, _keys_of_fields(value)
+    return kind, value
+
+
+def _key_of_structure(treedef: Any) -> Hashable:
+    """The key of a pytree structure: at each node its type, its static data, and its children."""
+    node = treedef.node_data()
+    if node is None:
+        return None
+    kind, static = node
+    return kind, key_of(static), tuple(map(_key_of_structure, treedef.children()))
+
+
+def _keys_of_fields(value: Any) -> Hashable:
+    """Keys of the fields that a dataclass compares; none where it compares by identity."""
+    if type(value).__eq__ is object.__eq__:
+        return ()
+    keys = []
+    for field in dataclasses.fields(value):
+        if field.compare:
+            key = key_of(getattr(value, field.name))
+            try:
+                hash(key)
+            except TypeError:  # the dataclass has a hash without it, and compares it itself
+                key = None
+            keys.append(key)
+    return tuple(keys)
