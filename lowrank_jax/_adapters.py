@@ -73,7 +73,7 @@ def combine(
             combined.append(leaf)
             continue
         if isinstance(node, LowRank) and node.magnitude is not None and not node.folded:
-            _, fan_out, stack = node.axes(leaf.ndim)
+            _, fan_out, stack = node.for_shape(leaf.shape).axes(leaf.ndim)
             known = isinstance(leaf, Normed) and leaf.axes == (*stack, *fan_out)
             leaf = leaf if known else normed(leaf, node)
         masks = None

@@ -217,7 +217,7 @@ def _check_ranks(delta: LowRank, path: str) -> None:
 
 def _check_magnitude(node: Adapted, delta: LowRank, path: str) -> None:
     """The magnitude is one number for each output feature, and the norm is of whole features."""
-    fan_in, fan_out, stack = delta.axes(node.base.ndim)
+    fan_in, fan_out, stack = delta.for_shape(node.base.shape).axes(node.base.ndim)
     sizes = lambda axes: tuple(node.base.shape[axis] for axis in axes)
     if tuple(delta.magnitude.shape) != sizes((*stack, *fan_out)):
         raise TreeError(

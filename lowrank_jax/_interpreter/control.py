@@ -65,7 +65,8 @@ def _jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
     def enter(leaf: Any) -> Virtual:
         slot = slots.setdefault(leaf.path, _Slot(len(slots)))
-        return dataclasses.replace(ctx.number(leaf), path=slot)
+        numbered: Any = ctx.number(leaf)
+        return dataclasses.replace(numbered, path=slot)
 
     operands = [v.map_leaves(enter) if _is_weight(v) else v for v in values]
     paths = {slot: path for path, slot in slots.items()}

@@ -247,10 +247,8 @@ def _conv_general_dilated(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 def _gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     if not _first_only(values):
         return None
-    weight, indices, params = (
-        values[0],
-        *_without_whole_axes(values[0].shape, *values[1:], eqn.params),
-    )
+    weight = values[0]
+    indices, params = _without_whole_axes(weight.shape, values[1], eqn.params)
     if not indices.shape[-1]:  # nothing is chosen: as many copies as there are indices
         numbers, shape = params["dimension_numbers"], eqn.outvars[0].aval.shape
         bound = lambda array: lax.broadcast_in_dim(array, shape, numbers.offset_dims)

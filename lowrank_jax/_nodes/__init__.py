@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -88,8 +89,35 @@ class LowRank(Node):
         return self.a, self.b
 
     def for_shape(self, shape: Sequence[int]) -> LowRank:
-        """The adapter of a weight of this shape, which inside shard_map is a part of the whole."""
-        return self
+        """The adapter of a weight of this shape, which inside shard_map is a part of the whole.
+
+        Which stack axes a loop or vmap took away its sizes tell: an adapter of [3, 4, 2, 5] with
+        stack axes 0 and 2 stands at [4, 2, 5] without axis 0, at [3, 4, 5] without axis 2.
+
+        Raises:
+          AxesError: they do not tell.
+        """
+        gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - len(shape)
+        if not 0 < gone <= len(self.stack):
+            return self
+        left = map(self._without, itertools.combinations(self.stack, gone))
+        found = {(n.fan_in, n.fan_out, n.stack): n for n in left if n.shape == tuple(shape)}
+        if len(found) > 1:
+            raise AxesError(
+                f"an adapter with stack axes {self.stack}, fan_in={self.fan_in} and "
+                f"fan_out={self.fan_out} stands at a weight of shape {tuple(shape)}: its sizes do "
+                "not tell which stack axis a loop or vmap took away; put the loop inside the "
+                "lifted function"
+            )
+        return next(iter(found.values()), self)
+
+    def _without(self, lost: Sequence[int]) -> LowRank:
+        """The adapter whose arrays have lost these stack axes."""
+        shift = lambda axes: tuple(
+            axis - sum(axis > other for other in lost) for axis in axes if axis not in lost
+        )
+        axes = {name: shift(getattr(self, name)) for name in ("fan_in", "fan_out", "stack")}
+        return dataclasses.replace(self, **axes)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether it is the adapter of a weight of this shape."""
@@ -125,11 +153,8 @@ class LowRank(Node):
                 f"stack={self.stack} stands at a weight of {ndim} axes; a vmapped or stacked "
                 "adapter is to be used under jax.vmap"
             )
-        lost = sorted(self.stack)[:gone]
-        shift = lambda axes: tuple(
-            axis - sum(axis > other for other in lost) for axis in axes if axis not in lost
-        )
-        return shift(self.fan_in), shift(self.fan_out), shift(self.stack)
+        node = self._without(sorted(self.stack)[:gone])
+        return node.fan_in, node.fan_out, node.stack
 
     def __jax_array__(self):
         raise forgotten("a LowRank adapter")
@@ -180,7 +205,7 @@ class Normed(Node):
 
 def normed(leaf: Any, node: LowRank) -> Normed:
     """The leaf with its squared norms, along the axes of an adapter."""
-    fan_in, fan_out, stack = node.axes(leaf.ndim)
+    fan_in, fan_out, stack = node.for_shape(leaf.shape).axes(leaf.ndim)
     terms = math.prod(leaf.shape[axis] for axis in fan_in)
     squares = lax.stop_gradient(squared_norm(unnormed(leaf), stack, fan_out))
     return Normed(unnormed(leaf), squares, (*stack, *fan_out), terms)
@@ -251,17 +276,18 @@ def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
 
 
-def delta(node: LowRank, ndim: int, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
-    """s·a·b in the kernel's layout, in float32 (float64 for float64 factors)."""
-    fan_in, fan_out, stack = node.axes(ndim)
+def delta(node: LowRank, base: Any) -> jax.Array:
+    """s·a·b in the base's layout, in float32 (float64 where base or factors are)."""
+    node = node.for_shape(base.shape)
+    fan_in, fan_out, stack = node.axes(base.ndim)
     count = len(stack)
-    dtype = accumulator(node.dtype)
+    dtype = accumulator(node.dtype, base.dtype)
     a, b = (factor.astype(dtype) for factor in node.factors())
     product = lax.dot_general(
         a,
         b,
         (((a.ndim - 1,), (count,)), (tuple(range(count)), tuple(range(count)))),
-        precision=precision,
+        precision=lax.Precision.HIGHEST,
     )
     return jnp.transpose(product * node.scale, inverse(stack + fan_in + fan_out))
 
@@ -285,7 +311,7 @@ def materialize(node: Any) -> Any:
     if isinstance(node.delta, Full):
         changed = node.delta.value.astype(whole.dtype)
     else:
-        changed = whole + delta(node.delta.for_shape(base.shape), base.ndim)
+        changed = whole + delta(node.delta, base)
         if node.delta.magnitude is not None:
             changed = _renormed(node, base, changed)
     if node.multiplier is not None:
@@ -295,8 +321,8 @@ def materialize(node: Any) -> Any:
 
 def _renormed(node: Adapted, base: jax.Array, changed: jax.Array) -> jax.Array:
     """DoRA's weight: each output feature of W + s a b brought to its magnitude."""
-    lora = node.delta
-    assert isinstance(lora, LowRank)
+    assert isinstance(node.delta, LowRank)
+    lora = node.delta.for_shape(base.shape)
     fan_in, fan_out, stack = lora.axes(base.ndim)
     gains = lora.magnitude
     if not lora.folded:

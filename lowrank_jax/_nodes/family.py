@@ -135,10 +135,10 @@ class IA3(LowRank):
         at = self.magnitude.ndim - len(self.fan_out)
         return _shape(self, self.magnitude.shape[:at], self.inputs, self.magnitude.shape[at:])
 
-    def for_shape(self, shape: Sequence[int]) -> IA3:
+    def for_shape(self, shape: Sequence[int]) -> LowRank:
         """The adapter of a weight of this shape: a part of the fan-in has the same l."""
         if len(shape) != self.ndim:
-            return self
+            return super().for_shape(shape)
         fan_in, _, _ = self.axes(len(shape))
         return dataclasses.replace(self, inputs=tuple(shape[axis] for axis in fan_in))
 

@@ -76,11 +76,11 @@ class LowRankWeight(Virtual):
     @classmethod
     def of(cls, node: Adapted, path: str) -> LowRankWeight:
         """The weight of a node with LowRank factors."""
-        delta, base = node.delta, weight_of(node.base)
-        assert isinstance(delta, LowRank)
+        base = weight_of(node.base)
+        assert isinstance(node.delta, LowRank)
+        delta = node.delta.for_shape(base.shape)
         fan_in, fan_out, stack = delta.axes(base.ndim)
-        a, b = delta.for_shape(base.shape).factors()
-        gain = gain_of(node.base, delta)
+        (a, b), gain = delta.factors(), gain_of(node.base, delta)
         return cls(
             base=base,
             a=a,

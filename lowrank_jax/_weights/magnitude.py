@@ -43,6 +43,7 @@ def gain_of(leaf: Any, delta: LowRank) -> jax.Array | None:
 def norms_of(leaf: Any, delta: LowRank) -> jax.Array:
     """The norm of each output feature of W + s a b, [*stack, *fan_out], a constant."""
     own = leaf if isinstance(leaf, Normed) else normed(leaf, delta)
+    delta = delta.for_shape(own.shape)
     fan_in, _, stack = delta.axes(own.ndim)
     operands = weight_of(own), (own.squares, *delta.factors())
     run = lambda base, parts: _norms(base, parts, delta.scale, fan_in, stack)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._primitives.bilinear import product_dtype
-from lowrank_jax._primitives.contract import Labels, arrange, contract, cost
+from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract, cost
 from lowrank_jax._weights.gain import apply, stacked_keys, times
 
 
@@ -95,6 +95,8 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     groups = tuple(numbers.rhs_group_dimensions)
     ragged = tuple(numbers.lhs_ragged_dimensions)
     if lb or rb or len(groups) != 1 or len(ragged) != 1 or ragged[0] in lc:
+        return None
+    if ({*w.a_axes} & {*w.b_axes}) - {RANK, groups[0]}:  # a stack axis that is no group
         return None
     x_labels = operand_labels(other.ndim, (rc, rb), (lc, lb))
     rows = ("x", ragged[0])
