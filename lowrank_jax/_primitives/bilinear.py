@@ -124,14 +124,23 @@ def _transpose_x(
 ) -> Any:
     """The cotangent of x is the product of the cotangent and y, in the layout of x."""
     back = {**options, "preferred_element_type": None}
-    return bilinear(ct, y, out, yl, xl, **back).astype(x.aval.dtype)
+    return _cotangent(bilinear(ct, y, out, yl, xl, **back), x.aval.dtype)
 
 
 def _transpose_y(
     ct: Any, x: jax.Array, y: Any, *, xl: Labels, yl: Labels, out: Labels, **options: Any
 ) -> Any:
     back = {**options, "preferred_element_type": None}
-    return bilinear(x, ct, xl, out, yl, **back).astype(y.aval.dtype)
+    return _cotangent(bilinear(x, ct, xl, out, yl, **back), y.aval.dtype)
+
+
+def _cotangent(value: jax.Array, dtype: Any) -> jax.Array:
+    """A cotangent in the dtype of its operand; that of a real one is real."""
+    if jnp.issubdtype(value.dtype, jnp.complexfloating) > jnp.issubdtype(
+        dtype, jnp.complexfloating
+    ):
+        value = lax.real(value)
+    return value.astype(dtype)
 
 
 def _batched(
