@@ -146,6 +146,11 @@ def is_automatic(value: Any) -> bool:
     return not getattr(kind, "vma", None) and all(axis == AxisType.Auto for axis in axes)
 
 
+def is_manual() -> bool:
+    """Whether this is traced for one device of a mesh: inside shard_map."""
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def is_explicit(value: Any) -> bool:
     """Whether a value is of a mesh whose types say how arrays lie."""
     return AxisType.Explicit in jax.typeof(value).sharding.mesh.axis_types

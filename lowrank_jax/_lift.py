@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax import _jaxprs
+from lowrank_jax import _codecs, _jaxprs
 from lowrank_jax._errors import (
     ConfigError,
     LowrankError,
@@ -180,6 +180,9 @@ def check(node: Any, path: str) -> None:
             f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
             "the lifted function"
         )
+    leaf = unnormed(node.base if isinstance(node, Adapted) else node)
+    if isinstance(leaf, Quantized):
+        _check_codes(leaf, path)
     if not isinstance(node, Adapted):
         return
     delta = node.delta
@@ -194,6 +197,22 @@ def check(node: Any, path: str) -> None:
         _check_ranks(delta, path)
         if delta.magnitude is not None:
             _check_magnitude(node, delta, path)
+
+
+def _check_codes(leaf: Quantized, path: str) -> None:
+    """The blocks are where the leaf says: no axis but leading ones was taken from its codes."""
+    halved = _codecs.format_of(leaf.format).bits == 4 and leaf.packing == "uint8"
+    place, elements = leaf.leading + 1, leaf.block_size // (2 if halved else 1)
+    codes, blocks = tuple(leaf.codes.shape), -(-math.prod(leaf.blocked) // leaf.block_size)
+    fits = place > 0 and codes[place] == elements
+    if fits and not _jaxprs.is_manual():  # else a device has a part of the blocks
+        fits = codes[place - 1] == blocks
+    if not fits or tuple(leaf.scales.shape) != codes[:place] + codes[place + 1 :]:
+        raise TreeError(
+            f"{path!r}: codes of shape {codes} with {leaf.trailing} axes after those of blocks of "
+            f"{leaf.block_size} have no such blocks: a loop or vmap took away an axis of the "
+            "weight that is not its first; put the loop inside the lifted function"
+        )
 
 
 def _check_ranks(delta: LowRank, path: str) -> None:

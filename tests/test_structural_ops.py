@@ -169,6 +169,8 @@ JOINED = {
     "with an array": lambda p, x: x @ jnp.concatenate([p["q"], jnp.ones((8, 2)), p["k"]], 1),
     "and cut elsewhere": lambda p, x: x @ jnp.concatenate([p["q"], p["k"]], 1)[:, 3:11:2],
     "and an index": lambda p, x: x @ jnp.stack([p["q"], p["k"], p["v"]])[1],
+    "and padded": lambda p, x: x @ jnp.pad(jnp.hstack([p["q"], p["k"]]), ((0, 0), (2, 1))),
+    "and reversed": lambda p, x: x @ lax.rev(jnp.vstack([p["q"][:5], p["k"][5:]]), (0, 1)),
     "in an inner jit": lambda p, x: jax.jit(lambda w, x: x @ w)(jnp.hstack([p["q"], p["k"]]), x),
     "in a cond": lambda p, x: lax.cond(
         x[0, 0] > 0, lambda w: x @ w, lambda w: -x @ w, jnp.hstack([p["q"], p["k"]])
@@ -291,6 +293,60 @@ def test_a_weight_that_a_shard_map_lays_out_otherwise():
     assert_agrees(kept, base, lora, normal(3, 8, seed=9))
 
 
+# Stack axes that a vmap outside of the lifted function takes away
+
+
+def vmapped_over(axis, stack, shape, fan_in, fan_out, fn, x):
+    """vmap of the lifted function over an axis of the weight, and that axis of its factors."""
+    leaf, adapter = normal(*shape), node(shape, fan_in, fan_out, stack)
+    at = stack.index(axis)
+    axes = lowrank.Adapted(axis, jax.tree.map(lambda _: at, adapter))
+    live = jax.vmap(lowrank.lift(fn, fallback="raise"), ({"w": axes}, None))
+    merged = lowrank.merge({"w": leaf}, {"w": adapter})
+    want = jax.vmap(fn, ({"w": axis}, None))(merged, x)
+    got = live(lowrank.combine({"w": leaf}, {"w": adapter}), x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_which_stack_axis_a_vmap_took_away_is_told_by_the_sizes(axis):
+    form = {0: "bi,iso->bso", 2: "bi,sio->bso"}[axis]
+    fn = lambda p, x: jnp.einsum(form, x, p["w"])
+    vmapped_over(axis, (0, 2), (3, 4, 2, 5), (1,), (3,), fn, normal(2, 4, seed=9))
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_where_the_sizes_do_not_tell_it_is_refused(axis):
+    """Sizes of 3, 3, 2: without axis 2 the adapter could as well be one without axis 0."""
+    form = {0: "bi,iso->bso", 2: "bi,sio->bso"}[axis]
+    fn = lambda p, x: jnp.einsum(form, x, p["w"])
+    size = {0: (2, 3, 3, 5), 2: (3, 3, 2, 5)}[axis]
+    with pytest.raises(lowrank.AxesError, match="do not tell which stack axis"):
+        vmapped_over(axis, (0, 2), size, (1,), (3,), fn, normal(2, 3, seed=9))
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_codes_that_lost_an_axis_other_than_the_first_are_refused(axis):
+    """Blocks run along axis 1: the codes are [stack, blocks, elements, stack, out]."""
+    leaf = quantized(normal(3, 4, 2, 5), (1,), (0, 2))
+    at = {0: 0, 2: 3}[axis]
+    axes = jax.tree.map(lambda part: at if part.ndim == 5 else at - (at > 1), leaf)
+    fn = lambda p, x: jnp.einsum({0: "bi,iso->bso", 2: "bi,sio->bso"}[axis], x, p["w"])
+    live, x = jax.vmap(lowrank.lift(fn), ({"w": axes}, None)), normal(2, 4, seed=9)
+    if axis:
+        with pytest.raises(lowrank.TreeError, match="took away an axis of the weight"):
+            live({"w": leaf}, x)
+    else:
+        want = jax.vmap(fn, (0, None))({"w": lowrank.dequantize({"w": leaf})["w"]}, x)
+        np.testing.assert_allclose(live({"w": leaf}, x), want, rtol=1e-5, atol=1e-4)
+
+
+def test_neighboring_stack_axes_are_alike():
+    fn = lambda p, x: jnp.einsum("bi,sio->bso", x, p["w"])
+    for axis in (0, 1):
+        vmapped_over(axis, (0, 1), (3, 3, 3, 5), (2,), (3,), fn, normal(2, 3, seed=9))
+
+
 # Look-ups beyond the table
 
 
@@ -356,6 +412,20 @@ def test_a_complex_input_keeps_its_imaginary_part():
         for base in both_bases(normal(6, 5), (0,)):
             fallback = "raise" if isinstance(base, jax.Array) else "silent"
             assert_agrees(fn, {"w": base}, lora, x, fallback=fallback)
+
+
+def test_a_float64_weight_with_float32_factors_is_merged_in_float64():
+    with jax.enable_x64(True):
+        w = np.random.default_rng(0).standard_normal((6, 5))
+        lora = {"w": node((6, 5), (0,), (1,))}
+        delta = 1.5 * np.asarray(lora["w"].a, np.float64) @ np.asarray(lora["w"].b, np.float64)
+        merged = lowrank.merge({"w": jnp.asarray(w)}, lora)["w"]
+        assert merged.dtype == np.float64
+        np.testing.assert_allclose(merged, w + delta, rtol=0, atol=1e-14)
+        live = lowrank.lift(lambda p, x: x @ p["w"])(
+            lowrank.combine({"w": jnp.asarray(w)}, lora), jnp.eye(6)
+        )
+        np.testing.assert_allclose(live, w + delta, rtol=0, atol=1e-14)
 
 
 # Dropout

@@ -121,6 +121,20 @@ def _stack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return slices and [JoinedWeight.of(slices, axis)]
 
 
+def _pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """Padding around a weight is joined to it."""
+    edges = eqn.params["padding_config"]
+    if not _first_only(values) or any(min(edge) < 0 or edge[2] for edge in edges):
+        return None
+    weight, value = values
+    for axis, (low, high, _) in enumerate(edges):
+        before, after = (list(weight.shape) for _ in "ab")
+        before[axis], after[axis] = low, high
+        parts = [lax.broadcast(value, before), weight, lax.broadcast(value, after)]
+        weight = JoinedWeight.of([part for part in parts if part.shape[axis]], axis)
+    return [weight]
+
+
 def _rev(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return _one(values[0].rev(list(eqn.params["dimensions"])))
 
@@ -287,6 +301,7 @@ RULES: dict[str, Rule] = {
     "split": _split,
     "concatenate": _concatenate,
     "stack": _stack,
+    "pad": _pad,
     "rev": _rev,
     "unstack": _unstack,
     "copy": _identity,

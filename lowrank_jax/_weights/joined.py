@@ -165,6 +165,11 @@ class JoinedWeight(Virtual):
             return None
         return JoinedWeight.of(parts, self.axis)
 
+    def rev(self, axes: Sequence[int]) -> JoinedWeight | None:
+        """lax.rev: the parts in reverse order too, along the axis."""
+        parts = [part.rev(axes) for part in self.parts]
+        return self._joined(parts[::-1] if self.axis in axes else parts)
+
     def unstack(self) -> tuple[Any, Any] | None:
         """Slices along the leading axis; of weights that are joined along it, each its own arrays.
 
