@@ -40,7 +40,8 @@ def combine(
       scale: m, a number or a traced scalar; 0 turns the adapter off. It multiplies all that the
         adapter changes, DoRA's change of magnitude included.
       dropout: rate in [0, 1) on the input of the adapter branch of matrix products and
-        convolutions, a mask for each leaf, use and layer; look-ups have no input to drop.
+        convolutions, a mask for each leaf, use and layer; look-ups have no input to drop. A weight
+        that a loop uses at every step, without slicing it, has one mask for all steps.
       key: PRNG key of the masks, needed with dropout.
 
     Returns:
