@@ -184,8 +184,8 @@ JOINED = {
 }
 
 
-# With DoRA and on codes, one for each way in which a product can take the axis joined along, and one
-# loop; the rest is tried by `pytest -m slow`.
+# With DoRA and on codes, one for each way in which a product can take the axis joined along, and
+# one loop; the rest is tried by `pytest -m slow`.
 WAYS = {"along fan-out", "along fan-in", "stacked, an input each", "joined, then scanned over"}
 
 
