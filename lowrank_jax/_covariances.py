@@ -115,18 +115,25 @@ class _Watch(Context):
             self.seen.setdefault(weight.path, {})[here] = self.records[-1], sight
 
     def built(self, weight: Virtual, eqn: Any) -> Any:
-        if isinstance(weight, Observed):
+        if _is_observed(weight):
             return self.dense(weight, eqn, "it meets a weight that is no smaller")
         return super().built(weight, eqn)
 
     def dense(self, value: Any, eqn: Any, reason: str) -> Any:
-        if not isinstance(value, Observed):
+        if not _is_observed(value):
             return super().dense(value, eqn, reason)
         line, _ = self.where(eqn)
         raise LowrankError(
-            f"the inputs of {value.path!r} cannot be measured: it goes into {eqn.primitive.name!r} "
-            f"at {line}, where it cannot be followed ({reason}); exclude the leaf"
+            f"the inputs of {self.names_of(value)} cannot be measured: it goes into "
+            f"{eqn.primitive.name!r} at {line}, where it cannot be followed ({reason}); exclude "
+            "the leaf"
         )
+
+
+def _is_observed(value: Any) -> bool:
+    """Whether a value is a target, or joins one with others."""
+    leaves = value.leaves() if isinstance(value, Virtual) else ()
+    return any(isinstance(leaf, Observed) for leaf in leaves)
 
 
 def _measure(
@@ -138,8 +145,9 @@ def _measure(
 ) -> dict[str, jax.Array]:
     """The derivative, by totals of zeros, of a number that depends on all results of fn."""
     traced = _lift.trace(fn, call, dynamic, paths)
-    watch, log = _Watch(RULES, inline_jit=True), Log()
+    watch = _Watch(RULES, inline_jit=True)
     at = {paths.index(path): path for path in targets}  # params are the first argument
+    logs = {path: Log() for path in targets}  # one product may be with several, joined
     shape = {}
     for number, path in at.items():
         size = lambda axes, leaf=dynamic[number]: tuple(leaf.shape[axis] for axis in axes)
@@ -151,7 +159,7 @@ def _measure(
         if number not in at:
             return value
         path, base = at[number], value if isinstance(value, Virtual) else DenseWeight(value)
-        return Observed.watching(base, totals[path], targets[path], path, log)
+        return Observed.watching(base, totals[path], targets[path], path, logs[path])
 
     def number_of(totals: Mapping[str, jax.Array]) -> Any:
         values = [enter(number, leaf, totals) for number, leaf in enumerate(dynamic)]

@@ -47,6 +47,24 @@ def numbers(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
+def test_each_of_joined_weights_is_measured():
+    """Side by side they have one input; one above the other each has its part of it."""
+    params = {"q": normal(4, 3), "k": normal(4, 6), "v": normal(5, 9)}
+
+    def fn(p, x):
+        h = jnp.tanh(x @ jnp.concatenate([p["q"], p["k"]], 1))
+        both = jnp.concatenate([jnp.concatenate([p["q"], p["k"]], 1), p["v"]])
+        return jnp.tanh(jnp.concatenate([x, h[:, :5]], 1) @ both)
+
+    x = normal(7, 4)
+    found = measured(fn, params, x, targets=("q", "k", "v"))
+    w = numbers(params)
+    h = np.tanh(np.asarray(x, np.float64) @ np.concatenate([w["q"], w["k"]], 1))
+    close(found["q"], 2 * gram(x))
+    close(found["k"], 2 * gram(x))
+    close(found["v"], gram(h[:, :5]))
+
+
 # Models.
 
 
@@ -491,10 +509,6 @@ UNSEEN = {
     ),
     "result not used": (lambda p, x: (x @ p["w"][0], jnp.tanh(x @ p["w"][1]))[1], "not used"),
     "by elements": (lambda p, x: jnp.tanh(x @ p["w"][0]) + x @ jnp.tanh(p["w"][1]), "'tanh' at"),
-    "concatenated": (
-        lambda p, x: jnp.tanh(x @ p["w"][0]) + x @ jnp.concatenate(list(p["w"]), 1)[:, :4],
-        "'concatenate' at",
-    ),
     "fan-in in parts": (
         lambda p, x: jnp.tanh(x @ p["w"][0]) + x[:, :2] @ p["w"][1, :2] + x[:, 2:] @ p["w"][1, 2:],
         "cannot be followed",

@@ -144,6 +144,11 @@ def _identity(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return _one(values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0], base_only=True))
 
 
+def _constraint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """What is said of how the whole lies is not said of the parts of joined weights."""
+    return values if isinstance(values[0], JoinedWeight) else _identity(ctx, eqn, values)
+
+
 def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """A move of one weight is a move of its base."""
     return _identity(ctx, eqn, values) if len(values) == 1 else None
@@ -307,8 +312,8 @@ RULES: dict[str, Rule] = {
     "copy": _identity,
     "name": _identity,
     "device_put": _device_put,
-    "sharding_constraint": _identity,
-    "layout_constraint": _identity,
+    "sharding_constraint": _constraint,
+    "layout_constraint": _constraint,
     "reshard": _reshard,
     "pvary": _identity,
     "reduced_vary_cast": _identity,
