@@ -22,8 +22,11 @@ from jax import lax
 
 from lowrank_jax._primitives.bilinear import product_dtype
 from lowrank_jax._primitives.contract import accumulator, reshape_groups
+from lowrank_jax._weights import convolution
 from lowrank_jax._weights.dense import DenseWeight
+from lowrank_jax._weights.low_rank import LowRankWeight
 from lowrank_jax._weights.virtual import JointPath, Virtual, single_paths
+from lowrank_jax._weights.zero import ZeroWeight
 
 
 @jax.tree_util.register_dataclass
@@ -213,8 +216,52 @@ class JoinedWeight(Virtual):
 
     # Products
 
+    def _apart(self) -> tuple[DenseWeight, JoinedWeight] | None:
+        """The bases joined and the deltas joined, where the bases are dense and nothing norms them.
+
+        The base's product is then one product, as the model has it, to the bit.
+        """
+        bases, deltas = [], []
+        for part in self.parts:
+            nothing = ZeroWeight(part.shape, part.dtype)
+            if isinstance(part, DenseWeight):
+                bases.append(part.value)
+                deltas.append(nothing)
+            elif type(part) is LowRankWeight and part.gain is None:
+                if not isinstance(part.base, DenseWeight):
+                    return None
+                bases.append(part.base.value)
+                deltas.append(part.replaced(base=nothing))
+            else:
+                return None
+        whole = DenseWeight(lax.concatenate(bases, self.axis))
+        return whole, JoinedWeight(tuple(deltas), self.axis)
+
     def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
         """lax.dot_general."""
+        return self._product("_dot", "dot", other, numbers, on_left, options)
+
+    def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+        """lax.ragged_dot_general; weights of different groups are not joined."""
+        return self._product("_ragged_dot", "ragged_dot", other, sizes, numbers, options)
+
+    def conv(self, other: Any, params: dict[str, Any]) -> Any:
+        """lax.conv_general_dilated of kernels joined along output or input features."""
+        return self._product("_conv", "conv", other, convolution.conv_options(params))
+
+    def _product(self, own: str, verb: str, *args: Any) -> Any:
+        """The product of each part; of dense bases one product, and of each part its delta's."""
+        apart = self._apart()
+        if apart is None:
+            return getattr(self, own)(*args)
+        base, deltas = apart
+        change = getattr(deltas, own)(*args)
+        if change is None:
+            return None
+        y = getattr(base, verb)(*args)
+        return y + change.astype(y.dtype)
+
+    def _dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
         (lc, rc), (lb, rb) = numbers
         mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
         product = lambda part, x, options: part.dot(x, numbers, on_left, options)
@@ -228,8 +275,7 @@ class JoinedWeight(Virtual):
         ahead = len(lb) + (0 if on_left else other.ndim - len(theirs[0]) - len(theirs[1]))
         return self._join(product, [other], ahead + free.index(self.axis), options)
 
-    def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
-        """lax.ragged_dot_general; weights of different groups are not joined."""
+    def _ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
         (lc, rc), (_, rb) = numbers.dot_dimension_numbers
         product = lambda part, x, options: part.ragged_dot(x, sizes, numbers, options)
         if self.axis in rc:
@@ -241,8 +287,7 @@ class JoinedWeight(Virtual):
         ahead = other.ndim - len(lc)
         return self._join(product, [other], ahead + free.index(self.axis), options)
 
-    def conv(self, other: Any, params: dict[str, Any]) -> Any:
-        """lax.conv_general_dilated of kernels joined along output or input features."""
+    def _conv(self, other: Any, params: dict[str, Any]) -> Any:
         numbers = params["dimension_numbers"]
         out_axis, in_axis, *_ = numbers.rhs_spec
         product = lambda part, x, params: part.conv(x, params)
