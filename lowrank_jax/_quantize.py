@@ -196,8 +196,8 @@ def _bad(leaf: jax.Array) -> jax.Array:
 
 @jax.jit
 def _largest(leaf: jax.Array) -> jax.Array:
-    """The largest magnitude of a leaf without NaN."""
-    return jnp.max(jnp.abs(leaf.astype(jnp.float32)))
+    """The largest magnitude of a leaf without NaN; of what is written to memory nothing."""
+    return jnp.maximum(jnp.max(leaf), -jnp.min(leaf)).astype(jnp.float32)
 
 
 def refuse_bad(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> None:

@@ -180,15 +180,6 @@ def encode_flat(x: jax.Array, format: str, block_size: int) -> tuple[jax.Array, 
     return format_of(format).encode(ratios), absmax
 
 
-def _largest_magnitude(x: jax.Array, axis: int) -> jax.Array:
-    """max |x| along an axis; NaN where a value is not finite.
-
-    XLA's vectorized maximum on CPU drops NaN, but its sums do not. The sum is one that fuses with
-    what it adds up; integers, whose maximum would do, are written to memory first.
-    """
-    return jnp.max(jnp.abs(x), axis) + jnp.sum(x * np.float32(0), axis)
-
-
 def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
     """x where the condition holds, else NaN; float32.
 
@@ -197,12 +188,26 @@ def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
     return x + jnp.where(condition, np.float32(0), np.float32(np.inf)) * np.float32(0)
 
 
+def largest_magnitude(x: jax.Array, axis: int) -> jax.Array:
+    """max |x| along an axis, which is kept; NaN where a value is not finite. float32.
+
+    XLA's vectorized maximum and minimum on CPU drop NaN, so it is looked for beside them. They are
+    of x itself, for magnitudes would be written to memory first.
+
+    >>> largest_magnitude(jnp.array([[1.0, -2.0], [jnp.nan, 3.0], [-jnp.inf, 0.0]]), 1)
+    Array([[ 2.], [nan], [nan]], dtype=float32)
+    """
+    over = {"axis": axis, "keepdims": True}
+    largest = jnp.abs(jnp.maximum(jnp.max(x, **over), -jnp.min(x, **over)))
+    return nan_unless(jnp.all(jnp.isfinite(x), **over), largest)
+
+
 def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Array]:
     """x / absmax in [-1, 1], 0 in a block that has no scale, and absmax."""
     x = x.astype(jnp.float32)
-    absmax = _largest_magnitude(x, axis)
+    absmax = largest_magnitude(x, axis)
     scaled = absmax >= _TINY  # False of a NaN
-    divisor = jnp.expand_dims(jnp.where(scaled, absmax, np.float32(1)), axis)
+    divisor = jnp.where(scaled, absmax, np.float32(1))
     if short:
         ratios = _divide(jnp.abs(x), divisor)
         ratios = jnp.where(x < 0, -ratios, ratios)
@@ -212,8 +217,8 @@ def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Arr
         divisor = divisor * np.float32(0.25)
         quarters = jnp.clip(x * np.float32(0.25), -divisor, divisor)
         ratios = quarters * _divide(np.float32(1), divisor)
-    ratios = jnp.where(jnp.expand_dims(scaled, axis), ratios, np.float32(0))
-    absmax = jnp.where(absmax < _TINY, np.float32(0), absmax)  # a NaN stays one
+    ratios = jnp.where(scaled, ratios, np.float32(0))
+    absmax = jnp.squeeze(jnp.where(absmax < _TINY, np.float32(0), absmax), axis)  # a NaN stays one
     return jnp.clip(ratios, -1, 1), absmax
 
 

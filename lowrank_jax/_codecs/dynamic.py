@@ -75,12 +75,10 @@ def encode(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
      Array([[-2.], [ 2.]], dtype=float32))
     """
     blocks, within = _split(x.astype(jnp.float32), axis, size), tuple(range(axis, 0))
-    # XLA's vectorized maximum and minimum on CPU drop NaN. (Asked like this it is not written to
-    # memory first.)
+    # XLA's vectorized maximum and minimum on CPU drop NaN, so it is looked for beside them.
     finite = jnp.all(jnp.isfinite(blocks), within, keepdims=True)
+    absmax = nan_unless(finite, jnp.max(jnp.abs(blocks), within, keepdims=True))
     unsigned = (jnp.min(blocks, within, keepdims=True) >= 0) & finite
-    absmax = jnp.max(jnp.abs(blocks), within, keepdims=True)
-    absmax = nan_unless(finite, absmax)
     scaled = absmax >= _TINY  # False of a NaN
     # A quarter is exact, and keeps the reciprocal of a huge absmax above 2**-126.
     part = jnp.where(absmax > _HUGE, np.float32(0.25), np.float32(1))
