@@ -127,7 +127,8 @@ def typed_key(key: jax.Array) -> jax.Array:
     """
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    words, default = key.shape[-1], jax.config.jax_default_prng_impl
+    settings: Any = jax.config  # JAX 0.10 does not declare the names of its settings
+    words, default = key.shape[-1], settings.jax_default_prng_impl
     if _KEY_WORDS.get(default, words) == words:
         return jax.random.wrap_key_data(key)
     made_by = next((impl for impl, size in _KEY_WORDS.items() if size == words), default)
