@@ -29,7 +29,7 @@ from lowrank_jax._nodes.norms import sharding_of
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._plan import Plan
-from lowrank_jax._primitives.contract import RANK, accumulator, labelled_spec
+from lowrank_jax._primitives.contract import RANK, accumulator, labeled_spec
 from lowrank_jax._quantize import quantize_leaf, refuse_bad
 from lowrank_jax._rounding import is_narrower, round_to
 from lowrank_jax._statics import Static
@@ -207,7 +207,7 @@ def _laid_out_factors(
     sharding = sharding_of(leaf)
     if sharding is None:
         return make(key, leaf, data)
-    like = lambda labels: jax.NamedSharding(sharding.mesh, labelled_spec(sharding.spec, labels))
+    like = lambda labels: jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, labels))
     plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     moves = jax.eval_shape(make, key, plain, data)[2] is not None
     out = (

@@ -182,7 +182,7 @@ def parts_of(mesh: Any, entry: Any) -> int:
 
 
 def mesh_of(array: Any) -> Any:
-    """A context: the mesh that an array lies on, where it is no tracer, whose context is set."""
+    """A context: the mesh that a concrete array lies on; where a tracer lies is known already."""
     if is_tracer(array):
         return contextlib.nullcontext()
     return jax.set_mesh(array.sharding.mesh)

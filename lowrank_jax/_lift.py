@@ -222,7 +222,7 @@ def _check_ranks(delta: LowRank, path: str) -> None:
             f"{path!r}: changes of shape {delta.b.shape} for {delta.rank} rows of a table; they "
             "belong to different adapters"
         )
-    axes = delta.labelled
+    axes = delta.labeled
     if RANK not in axes.get("a", ()) or RANK not in axes.get("b", ()):
         return
     size = lambda array, labels: array.shape[labels.index(RANK) - len(labels)]

@@ -15,7 +15,7 @@ from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, unnormed
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten
-from lowrank_jax._primitives.contract import RANK, labelled_spec
+from lowrank_jax._primitives.contract import RANK, labeled_spec
 
 Spec = PartitionSpec | NamedSharding
 
@@ -146,7 +146,7 @@ def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
         else own
     )
     if isinstance(leaf, Full):
-        value = labelled_spec(entries, (*ahead, *range(ndim))) if many else entries
+        value = labeled_spec(entries, (*ahead, *range(ndim))) if many else entries
         return dataclasses.replace(leaf, value=wrap(value))
     if isinstance(leaf, Adapted):
         keys = leaf.delta.stack if isinstance(leaf.delta, LowRank) else ()
@@ -155,17 +155,17 @@ def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
             base=_of(leaf.base, spec, ndim),
             delta=_of(leaf.delta, spec, ndim),
             multiplier=None if leaf.multiplier is None else wrap(PartitionSpec()),
-            key=None if leaf.key is None else wrap(labelled_spec(entries, keys)),
+            key=None if leaf.key is None else wrap(labeled_spec(entries, keys)),
         )
     if isinstance(leaf, Normed):
-        squares = wrap(labelled_spec(entries, leaf.axes))
+        squares = wrap(labeled_spec(entries, leaf.axes))
         return dataclasses.replace(leaf, value=_of(leaf.value, spec, ndim), squares=squares)
     if isinstance(leaf, Quantized):
-        return leaf.mapped(lambda labels: wrap(labelled_spec(entries, labels)))
+        return leaf.mapped(lambda labels: wrap(labeled_spec(entries, labels)))
     if not isinstance(leaf, LowRank):
         return wrap(entries)
     parts = {
-        name: wrap(labelled_spec(entries, (*ahead, *labels)))
-        for name, labels in leaf.labelled.items()
+        name: wrap(labeled_spec(entries, (*ahead, *labels)))
+        for name, labels in leaf.labeled.items()
     }
     return dataclasses.replace(leaf, **parts)

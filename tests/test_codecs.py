@@ -97,7 +97,7 @@ def adversarial(format, blocks=2000, block=64, seed=0):
         middles = (values[:-1] + values[1:]) / F32(2)
     chosen = rng.choice(middles, (blocks, block))
     x = ulps(chosen * absmax[:, None], rng.integers(-2, 3, chosen.shape))
-    x[chosen == 0] = 0  # the neighbours of 0 are subnormal
+    x[chosen == 0] = 0  # the neighbors of 0 are subnormal
     x[np.arange(blocks), rng.integers(block, size=blocks)] = absmax * rng.choice([-1, 1], blocks)
     x[7] = 0
     return x.astype(F32)

@@ -138,7 +138,7 @@ def squeeze(draw: Any, way: Way) -> None:
 
 
 def join(draw: Any, way: Way) -> None:
-    """Merge two neighbours of one role."""
+    """Merge two neighbors of one role."""
     pairs = [k for k in range(len(way.shape) - 1) if way.roles[k] == way.roles[k + 1]]
     if not pairs:
         return

@@ -91,7 +91,7 @@ class Format:
 
 
 def midpoints(values: np.ndarray) -> np.ndarray:
-    """Between neighbours."""
+    """Between neighbors."""
     return (values[:-1] + values[1:]) / np.float32(2)
 
 

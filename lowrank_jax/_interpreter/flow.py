@@ -97,7 +97,7 @@ def _scaled(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
 def _product(
     survey: Survey, eqn: Any, ins: Sequence[Value], roles: Sequence[Any], op: str = "dot"
 ) -> Out:
-    """roles: for each operand (contracted, batch, free axes), or None where it is no weight."""
+    """roles: for each operand (contracted, batch, free axes), or None if it is not a weight."""
     left, right = ins
     fed = max(left.rank, right.rank) > 0  # by data, not by parameters alone
     sizes = [math.prod(atom.aval.shape) for atom in eqn.invars]

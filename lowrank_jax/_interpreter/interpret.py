@@ -9,6 +9,7 @@ from typing import Any
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._errors import MaterializeError
+from lowrank_jax._interpreter.nesting import Nesting
 from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.virtual import Virtual, single_paths
 
@@ -43,7 +44,7 @@ class Record:
 
 
 @dataclasses.dataclass
-class Context:
+class Context(Nesting):
     """What one interpretation shares: rules, policy, what was recorded, the re-entered jits.
 
     Args:
@@ -51,7 +52,6 @@ class Context:
       refuse: raise where a weight would be materialized.
       records: what happened, in order.
       uses: path -> number of products so far, so that each use has its own dropout mask.
-      frame: the equations entered, outermost first.
       inline_jit: evaluate inner jits in place (a dry run needs no memo).
     """
 
@@ -60,7 +60,6 @@ class Context:
     records: list[Record] = dataclasses.field(default_factory=list)
     uses: dict[Any, int] = dataclasses.field(default_factory=dict)
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    frame: tuple[Any, ...] = ()
     names: dict[Any, Any] = dataclasses.field(default_factory=dict)
     inline_jit: bool = False
 
@@ -72,10 +71,8 @@ class Context:
 
     def where(self, eqn: Any) -> tuple[str, str]:
         """The user's line and layer of an equation; those inside a jit know only part of it."""
-        chain = [eqn, *reversed(self.frame)]
-        line = next(filter(None, map(_jaxprs.user_line, chain)), "an unknown line")
-        layers = filter(None, map(_jaxprs.user_layer, reversed(chain)))
-        return line, "/".join(layers)
+        layers = filter(None, map(_jaxprs.user_layer, reversed(self.chain(eqn))))
+        return self.line(eqn), "/".join(layers)
 
     def built(self, weight: Virtual, eqn: Any) -> Any:
         """The dense array of a weight that meets a larger one: the cheapest there is."""
@@ -142,16 +139,6 @@ class Context:
                     Record(path, "return", "materialized", "the results", "", "it is returned")
                 )
         return weight.materialize()
-
-    @contextlib.contextmanager
-    def inside(self, eqn: Any):
-        """Interpret the body of an equation: errors and uses know where they are."""
-        before = self.frame
-        self.frame = (*before, eqn)
-        try:
-            yield
-        finally:
-            self.frame = before
 
 
 def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:

@@ -202,7 +202,7 @@ def _neg(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 
 def _larger(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
-    """Of two weights that meet, build the smaller; there is no other way, so it is no fallback."""
+    """Of two weights that meet, build the smaller: the only way, and so not a fallback."""
     left, right = values[:2]
     if isinstance(left, Virtual) and isinstance(right, Virtual):
         size = lambda w: _size(w.shape)

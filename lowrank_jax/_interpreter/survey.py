@@ -8,7 +8,6 @@ soft-cap and structural operations alone. Loops are repeated until nothing chang
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._interpreter.nesting import Nesting
 from lowrank_jax._interpreter.views import Roles, View
 
 Key = tuple[int, ...]  # an equation, and those that it is nested in
@@ -75,7 +75,7 @@ class Value:
 
 
 @dataclasses.dataclass
-class Survey:
+class Survey(Nesting):
     """What a dry run found.
 
     Args:
@@ -85,7 +85,6 @@ class Survey:
         no rule follows it.
       leaves: product -> paths of the leaves that it takes.
       inputs: product -> the products that its operands depend on.
-      frame: the equations entered, outermost first.
       silent: nothing is noted: a loop is repeated until nothing changes.
       texts: equation -> the equation in words.
       constants_are_data: no argument is, so the function closes over its data.
@@ -96,7 +95,6 @@ class Survey:
     unfollowed: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: dict[Key, set[str]] = dataclasses.field(default_factory=dict)
     inputs: dict[Key, frozenset[Key]] = dataclasses.field(default_factory=dict)
-    frame: tuple[Any, ...] = ()
     silent: bool = False
     texts: dict[Key, str] = dataclasses.field(default_factory=dict)
     constants_are_data: bool = False
@@ -123,20 +121,8 @@ class Survey:
         """The primitive and the user's source line."""
         key = self.key(eqn)
         if key not in self.texts:
-            chain = [eqn, *reversed(self.frame)]
-            line = next(filter(None, map(_jaxprs.user_line, chain)), "an unknown line")
-            self.texts[key] = f"{eqn.primitive.name} at {line}"
+            self.texts[key] = f"{eqn.primitive.name} at {self.line(eqn)}"
         return self.texts[key]
-
-    @contextlib.contextmanager
-    def inside(self, eqn: Any):
-        """The body of an equation."""
-        before = self.frame
-        self.frame = (*before, eqn)
-        try:
-            yield
-        finally:
-            self.frame = before
 
     def note(self, path: str, key: Key, text: str, roles: Roles | None) -> None:
         """Note a use of a leaf."""
@@ -228,7 +214,7 @@ def is_number(dtype: Any) -> bool:
 
 
 def argument(aval: Any) -> Value:
-    """An array that is no parameter: data; a scalar is a temperature or a step, no activation."""
+    """An array other than a parameter: data. A scalar is a temperature or a step, no activation."""
     return Value(data=True, activation=is_number(aval.dtype) and bool(aval.ndim))
 
 

@@ -17,7 +17,7 @@ Axes = frozenset[int]
 NONE: Axes = frozenset()
 
 # An axis of the leaf and the size of the part of it that runs along an axis of the view, the slower
-# part first. Axis -1 is no axis of the leaf (a broadcast), size 0 an unknown part.
+# part first. Axis -1 is not of the leaf (a broadcast), size 0 an unknown part.
 Part = tuple[int, int]
 Span = tuple[int, int]
 
@@ -267,7 +267,7 @@ class View:
         return Roles("lookup", rows, rest - stack, stack)
 
     def read(self, by_rows: bool) -> Roles | None:
-        """A use that is no product; by_rows: a row that data chose is a look-up."""
+        """A use other than a product; by_rows: a row that data chose is a look-up."""
         rows = self.looked_up | (self.chosen if by_rows else NONE)
         return self.lookup(rows) if rows else None
 

@@ -66,7 +66,7 @@ class LowRank(Node):
         return (*self.stack, *self.fan_in, RANK), (*self.stack, RANK, *self.fan_out)
 
     @property
-    def labelled(self) -> dict[str, Labels]:
+    def labeled(self) -> dict[str, Labels]:
         """For each array that there is, by its field, the axes of the weight that it runs along."""
         a, b = self.labels
         labels = {"a": a, "b": b, "magnitude": (*self.stack, *self.fan_out)}
@@ -75,7 +75,7 @@ class LowRank(Node):
     @property
     def stacked(self) -> tuple[int, ...]:
         """Sizes of the axes that every array has: of stacked adapters, then of stacked weights."""
-        name, labels = next(iter(self.labelled.items()))
+        name, labels = next(iter(self.labeled.items()))
         shape = getattr(self, name).shape
         return shape[: len(shape) - len(labels) + len(self.stack)]
 

@@ -21,7 +21,7 @@ from jax import lax
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._nodes.quantized import Quantized, dense_sharding, dequantized
-from lowrank_jax._primitives.contract import accumulator, labelled_spec
+from lowrank_jax._primitives.contract import accumulator, labeled_spec
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -32,7 +32,7 @@ def squared_norm(leaf: Any, stack: Sequence[int], fan_out: Sequence[int]) -> jax
     sharding = sharding_of(leaf)
     if sharding is None:
         return _squared_norm(leaf, axes, len(stack))
-    out = jax.NamedSharding(sharding.mesh, labelled_spec(sharding.spec, axes))
+    out = jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, axes))
     run = lambda leaf: _squared_norm(leaf, axes, len(stack))
     with _jaxprs.mesh_of(jax.tree.leaves(leaf)[0]):
         return _jaxprs.by_the_compiler(run, out, leaf)

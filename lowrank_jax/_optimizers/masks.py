@@ -81,7 +81,7 @@ def factor_labels(lora: Any) -> Any:
         if isinstance(node, LowRank):
             whole = isinstance(node, Rows)  # rows are trained themselves, by no product
             return dataclasses.replace(
-                node, **{name: "full" if whole else name for name in node.labelled}
+                node, **{name: "full" if whole else name for name in node.labeled}
             )
         if isinstance(node, Full):
             return dataclasses.replace(node, value="full")

@@ -1,4 +1,4 @@
-r"""A bilinear product of labelled arrays, $z[\text{out}] = \sum x[\cdot]\,y[\cdot]$: a primitive.
+r"""A bilinear product of labeled arrays, $z[\text{out}] = \sum x[\cdot]\,y[\cdot]$: a primitive.
 
 It means lax.dot_general, and lowers to it. It is a primitive for the sake of one backend: XLA on
 CPU copies an operand whose tokens are spread over several axes whenever it contracts over them, as

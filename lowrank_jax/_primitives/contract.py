@@ -99,7 +99,7 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
     return groups
 
 
-def labelled_spec(spec: Any, labels: Sequence[Any]) -> Any:
+def labeled_spec(spec: Any, labels: Sequence[Any]) -> Any:
     """The PartitionSpec of an array whose axes run along those of a weight of this spec."""
     entry = lambda label: spec[label] if isinstance(label, int) and label < len(spec) else None
     return type(spec)(*map(entry, labels))

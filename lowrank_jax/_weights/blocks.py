@@ -7,6 +7,7 @@ that hold the blocks are one run of the weight's axes, cut in two.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -329,3 +330,9 @@ class FlatDecoding:
     def on_tpu(self) -> FlatDecoding:
         """The same, decoded as TPUs want it."""
         return dataclasses.replace(self, decoding=self.decoding.on_tpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def decoded_shape(decode: Any, *parts: tuple[tuple[int, ...], Any]) -> tuple[int, ...]:
+    """The shape of what parts of these shapes and dtypes decode to."""
+    return jax.eval_shape(decode, *(jax.ShapeDtypeStruct(*part) for part in parts)).shape

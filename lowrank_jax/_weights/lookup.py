@@ -37,15 +37,15 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     rows = iter(("n", i) for i in batch)
     at = dict(zip(offset, kept, strict=True))
     out = tuple(at[i] if i in at else next(rows) for i in range(base.ndim))
-    a, a_labels = gather_labelled(w.a, w.a_axes, indices, params, w.shape)
-    b, b_labels = gather_labelled(w.b, w.b_axes, indices, params, w.shape)
+    a, a_labels = gather_labeled(w.a, w.a_axes, indices, params, w.shape)
+    b, b_labels = gather_labeled(w.b, w.b_axes, indices, params, w.shape)
     if indexed <= {*w.a_axes} & {*w.b_axes}:
         place = {label: i for i, label in enumerate(out)}
         parts = {"a": a, "b": b, "a_axes": a_labels, "b_axes": b_labels}
         for name in ("key", "gain"):
             array, labels = getattr(w, name), getattr(w, name + "_axes")
             if array is not None:
-                array, labels = gather_labelled(array, labels, indices, params, w.shape)
+                array, labels = gather_labeled(array, labels, indices, params, w.shape)
             parts |= {name: array, name + "_axes": labels}
         moved = w.replaced(**parts)
         return moved._renumbered(place, base if isinstance(base, Virtual) else DenseWeight(base))
@@ -78,7 +78,7 @@ def _regained(
     changed = base + branch
     if w.gain is None:
         return changed
-    changed = times(changed, out, *gather_labelled(w.gain, w.gain_axes, indices, params, w.shape))
+    changed = times(changed, out, *gather_labeled(w.gain, w.gain_axes, indices, params, w.shape))
     if w.multiplier is None:
         return changed
     exact = accumulator(base.dtype)
@@ -129,9 +129,9 @@ def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     w = w.resolved()
     codes, scales, table = w.with_plain_scales().parts
     axes = w.layout.axes
-    codes, labels = gather_labelled(codes, axes, indices, params, full)
+    codes, labels = gather_labeled(codes, axes, indices, params, full)
     under = tuple(axis for axis in axes if axis != ELEMENTS)
-    scales, _ = gather_labelled(scales, under, indices, params, full)
+    scales, _ = gather_labeled(scales, under, indices, params, full)
     at = labels.index(ELEMENTS)
     decode = dataclasses.replace(
         w.decoding, trailing=len(labels) - 1 - at, strides=(1,) * scales.ndim
@@ -154,7 +154,7 @@ def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     return jnp.where(inside, value, fill).astype(value.dtype)
 
 
-def gather_labelled(
+def gather_labeled(
     array: jax.Array,
     labels: Labels,
     indices: jax.Array,

@@ -1,6 +1,6 @@
 r"""A low-rank weight in flight: a dense base and two factors whose axes carry labels.
 
-$W[d] = \text{base}[d] + s \sum_r a[\cdot, r]\, b[\cdot, r]$. Each axis of a and b is labelled with
+$W[d] = \text{base}[d] + s \sum_r a[\cdot, r]\, b[\cdot, r]$. Each axis of a and b is labeled with
 the axis of the weight that it runs along, so a transpose renumbers labels and moves nothing. An
 axis that only a has is fan-in, one that only b has is fan-out, one that both have enumerates
 stacked weights, and one that neither has is constant along the delta. Products take whichever of
@@ -25,7 +25,7 @@ from lowrank_jax._primitives.contract import (
     accumulator,
     arrange,
     contract,
-    labelled_spec,
+    labeled_spec,
     reshape_groups,
 )
 from lowrank_jax._weights import convolution, lookup, products
@@ -35,7 +35,7 @@ from lowrank_jax._weights.regroup import regroup
 from lowrank_jax._weights.virtual import Virtual, reversing, slicing
 
 _STATIC = {"static": True}
-_LABELLED = ("a", "b", "key", "gain")  # arrays whose axes are labelled
+_LABELLED = ("a", "b", "key", "gain")  # arrays whose axes are labeled
 
 
 @jax.tree_util.register_dataclass
@@ -299,11 +299,11 @@ class LowRankWeight(Virtual):
         """PartitionSpecs of the arrays: each axis is split as the weight's axis of its label."""
         return self._on(
             self.base.specs(spec),
-            a=labelled_spec(spec, self.a_axes),
-            b=labelled_spec(spec, self.b_axes),
+            a=labeled_spec(spec, self.a_axes),
+            b=labeled_spec(spec, self.b_axes),
             multiplier=None if self.multiplier is None else type(spec)(),
-            key=None if self.key is None else labelled_spec(spec, self.key_axes),
-            gain=None if self.gain is None else labelled_spec(spec, self.gain_axes),
+            key=None if self.key is None else labeled_spec(spec, self.key_axes),
+            gain=None if self.gain is None else labeled_spec(spec, self.gain_axes),
         )
 
     # Verbs that consume the weight.

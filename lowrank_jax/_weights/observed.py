@@ -195,7 +195,7 @@ class Observed(LowRankWeight):
         others = [axis for axis in range(values.ndim) if axis not in numbers.offset_dims]
         place = dict(zip(kept, numbers.offset_dims, strict=True))
         place |= {("n", i): axis for i, axis in enumerate(others)}
-        a, labels = lookup.gather_labelled(self.a, self.a_axes, indices, params, self.shape)
+        a, labels = lookup.gather_labeled(self.a, self.a_axes, indices, params, self.shape)
         return self.replaced(a=a, a_axes=labels)._renumbered(place, DenseWeight(values))
 
     def _plainly(self, verb: str, *args: Any) -> Any:

@@ -23,7 +23,7 @@ from jax import lax
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._nodes.quantized import Decoding, Quantized
-from lowrank_jax._primitives.contract import labelled_spec
+from lowrank_jax._primitives.contract import labeled_spec
 from lowrank_jax._weights import decoded, restructure
 from lowrank_jax._weights.blocks import (
     BLOCKS,
@@ -32,6 +32,7 @@ from lowrank_jax._weights.blocks import (
     Layout,
     PickedDecoding,
     ThenDecoding,
+    decoded_shape,
     is_picked,
     is_run,
 )
@@ -51,7 +52,7 @@ class QuantizedWeight(Virtual):
       layout: the weight's axis that each axis of the decoded array is, or a label.
       decode: of parts, to an array whose axes `layout` labels.
       path: of the leaf; None where an adapter's weight, which has it, stands around this one.
-      picks: the entry, a number, of each axis of codes that is labelled (PICKED, n).
+      picks: the entry, a number, of each axis of codes that is labeled (PICKED, n).
     """
 
     parts: tuple[Any, ...]
@@ -113,9 +114,7 @@ class QuantizedWeight(Virtual):
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense weight, on this device where a mesh is manual."""
         decode, parts, layout = self.decoder
-        blocks = jax.eval_shape(
-            decode, *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts)
-        ).shape
+        blocks = decoded_shape(decode, *((part.shape, part.dtype) for part in parts))
         extent = dict(zip(layout.axes, blocks, strict=True)) | dict.fromkeys(layout.units, 1)
         if layout.blocked:
             first, *rest = layout.blocked
@@ -156,8 +155,7 @@ class QuantizedWeight(Virtual):
         """The weight led through one more operation once it is decoded."""
         weight = self.resolved()
         decode = ThenDecoding.of(weight.decode, weight.layout).then(name, *params)
-        shapes = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in weight.parts]
-        ndim = len(jax.eval_shape(decode, *shapes).shape)
+        ndim = len(decoded_shape(decode, *((part.shape, part.dtype) for part in weight.parts)))
         return weight.replaced(decode=decode, layout=Layout(tuple(range(ndim)), (), ()))
 
     # Structural operations
@@ -299,9 +297,9 @@ class QuantizedWeight(Virtual):
             labels = [*stack, None, None]
         codes = [None if label == ELEMENTS else label for label in labels]
         scales = [label for i, label in enumerate(codes) if i != self.cut_at]
-        whole = labelled_spec(spec, (*stack, None))
-        second = [whole, labelled_spec(spec, stack), whole]
-        parts = (labelled_spec(spec, codes), labelled_spec(spec, scales), empty)
+        whole = labeled_spec(spec, (*stack, None))
+        second = [whole, labeled_spec(spec, stack), whole]
+        parts = (labeled_spec(spec, codes), labeled_spec(spec, scales), empty)
         return self.replaced(parts=(*parts, *second[: len(self.parts) - 3]), picks=picks)
 
     def splittable(self, spec: Any) -> QuantizedWeight:

@@ -1,4 +1,4 @@
-"""How an array with labelled axes follows a reshape of the weight that its labels are of."""
+"""How an array with labeled axes follows a reshape of the weight that its labels are of."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ def refuse_malformed(nodes: dict[str, Any]) -> None:
 def _well_formed(node: LowRank) -> bool:
     """Whether the arrays of a node are those of one weight."""
     axes = node.stack + node.fan_in + node.fan_out
-    labelled = node.labelled
-    if not {*node.held} <= labelled.keys() <= {*node.held, "magnitude"}:
+    labeled = node.labeled
+    if not {*node.held} <= labeled.keys() <= {*node.held, "magnitude"}:
         return False
-    parts = [(getattr(node, name), labels) for name, labels in labelled.items()]
+    parts = [(getattr(node, name), labels) for name, labels in labeled.items()]
     # axes before those of the stack are of a stack of adapters
     many = node.adapters
     fits = all(part.ndim - len(labels) == many >= 0 for part, labels in parts)

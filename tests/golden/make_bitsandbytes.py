@@ -11,7 +11,7 @@ Made with Python 3.11 on an x86-64 CPU, in a fresh virtual environment, by
                 normal [96, 64]; bfloat16 [64, 65]; ragged [5, 30]; odd [3, 7]; zeros [5, 64] with
                 blocks of zeros among others; short [70], zero from 64 on; extreme [8, 64], a
                 magnitude a row; scales [128, 192], for double quantization; nf4_ties and fp4_ties
-                [4, 128], blocks (by 64) of which hold every midpoint * absmax and its neighbours
+                [4, 128], blocks (by 64) of which hold every midpoint * absmax and its neighbors
     nf4.npz, fp4.npz
                 NAME/BLOCK/packed uint8 [(n + 1) // 2]; NAME/BLOCK/absmax float32 [blocks];
                 NAME/BLOCK/decoded, sha256 of the float32 bytes, code * absmax (the default kernel);
@@ -58,7 +58,7 @@ def ties(format: str, rng: np.random.Generator) -> np.ndarray:
         at = (middles * absmax).astype(np.float32).view(np.int32)
         near = np.concatenate([at + ulps for ulps in (-2, -1, 0, 1)]).astype(np.int32)
         values = near.view(np.float32)
-        # FP4's midpoint of its two zeros is 0, whose neighbours are no numbers of interest
+        # FP4's midpoint of its two zeros is 0, whose neighbors are no numbers of interest
         values[~(np.abs(values) > 1e-6)] = 0
         blocks.append(np.append(np.resize(values, 63), absmax))
     return np.stack(blocks).astype(np.float32).reshape(4, 128)

@@ -1,0 +1,38 @@
+"""Where in nested equations an interpretation stands."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from lowrank_jax import _jaxprs
+
+
+@dataclasses.dataclass
+class Nesting:
+    """The equations that were entered.
+
+    Args:
+      frame: these equations, outermost first.
+    """
+
+    frame: tuple[Any, ...] = dataclasses.field(default=(), kw_only=True)
+
+    @contextlib.contextmanager
+    def inside(self, eqn: Any):
+        """Interpret the body of an equation: messages and uses know where they are."""
+        before = self.frame
+        self.frame = (*before, eqn)
+        try:
+            yield
+        finally:
+            self.frame = before
+
+    def chain(self, eqn: Any) -> list[Any]:
+        """An equation and those around it, innermost first."""
+        return [eqn, *reversed(self.frame)]
+
+    def line(self, eqn: Any) -> str:
+        """The user's source line of an equation; one inside a jit knows only that around it."""
+        return next(filter(None, map(_jaxprs.user_line, self.chain(eqn))), "an unknown line")
