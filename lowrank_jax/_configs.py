@@ -124,7 +124,9 @@ class LoraConfig:
     $W_\text{eff} = W + s\,a\,b$ with $s = \alpha / r$, or $\alpha / \sqrt{r}$ with `rslora`.
 
     Args:
-      rank: r, the inner dimension of the factors, at least 1.
+      rank: r, the inner dimension of the factors, at least 1. A leaf that "all-linear" alone
+        chooses and that is too narrow for it takes the largest rank it can have, and keeps the
+        scale of this one; a leaf that a pattern names is refused.
       alpha: the numerator of the scale; None means twice the rank of that leaf.
       targets: a pattern, a sequence of patterns, or "all-linear".
       exclude: patterns of leaves that are never adapted; they must match something.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._configs import LoraConfig
 from lowrank_jax._interpreter.flow import FLOW
 from lowrank_jax._interpreter.survey import Survey, Value, argument, is_number
 from lowrank_jax._interpreter.views import View
@@ -61,6 +63,12 @@ class Use:
         return matrix and not self.lookup and not self.final
 
     @property
+    def largest_rank(self) -> int:
+        """The largest rank that an adapter can have, the smaller of fan-in and fan-out; else 0."""
+        sizes = [math.prod(self.shape[a] for a in axes) for axes in (self.fan_in, self.fan_out)]
+        return min(sizes) if self.fan_in and self.fan_out else 0
+
+    @property
     def passed_over(self) -> bool:
         """Whether it reaches a product or an opaque call, but by operations no rule follows."""
         return bool(self.reason) and not (self.linear or self.lookup or self.final)
@@ -71,7 +79,8 @@ class Plan(Tabled):
 
     Leaves that differ only in the number of their layer share a row, `layers_{0..29}/w`. Under
     "all-linear" is "yes" where that word in `LoraConfig.targets` adapts the leaf. The notes name
-    leaves that reach a product, or an opaque call, by an operation that no rule follows.
+    leaves that reach a product, or an opaque call, by an operation that no rule follows, and the
+    largest rank of those that are too narrow for `LoraConfig`'s own default.
 
     Args:
       leaves: path -> Use.
@@ -89,6 +98,8 @@ class Plan(Tabled):
             notes = [n for n in ("tied", "final", "lookup") if getattr(use, n) and n != use.op]
             if use.op in PRODUCTS and not (use.fan_in and use.fan_out):
                 notes.append("no fan-out" if use.fan_in else "no fan-in")
+            if use.linear and use.largest_rank < LoraConfig().rank:
+                notes.append(f"rank {use.largest_rank} at most")
             if use.reason:
                 notes.append(f"not followed: {use.reason}")
             sizes = [

@@ -50,6 +50,7 @@ class LeafReport:
       uses: one Record for each equation that took it, in order.
       still: number of output features that are 0 and have DoRA's magnitude, so that nothing moves
         them; 0 where the values are not at hand.
+      full: whether rank is the largest that the leaf can have.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class LeafReport:
     bits: float
     uses: tuple[Record, ...] = ()
     still: int = 0
+    full: bool = False
 
     @property
     def how(self) -> str:
@@ -200,7 +202,8 @@ def _adapter(leaf: LeafReport) -> str:
     over = "" if leaf.format is None else f"{leaf.format}, {leaf.bits:.2f} bits"
     if leaf.rank is None:
         return over
-    return f"{leaf.kind} r={leaf.rank} s={leaf.scale:.4g}" + (f" on {over}" if over else "")
+    rank = f"{leaf.rank} (full)" if leaf.full else f"{leaf.rank}"
+    return f"{leaf.kind} r={rank} s={leaf.scale:.4g}" + (f" on {over}" if over else "")
 
 
 def _use_text(use: Record) -> str:
@@ -298,7 +301,7 @@ def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
     still = count_still(node.base, delta) if isinstance(node, Adapted) else 0
     numbers = delta.rank, delta.scale, count
-    return LeafReport(_kind(delta), shape, *numbers, format, bits, uses, still)
+    return LeafReport(_kind(delta), shape, *numbers, format, bits, uses, still, delta.is_full)
 
 
 def _kind(delta: Any) -> str:

@@ -49,10 +49,12 @@ def resolve(leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None) ->
         for pattern in getattr(config, name):
             if not any(matches(pattern, path) for path in chosen):
                 raise no_match(pattern, list(chosen), f"{name} (over the adapted leaves)")
+    named = [pattern for pattern in config.targets if pattern != ALL_LINEAR]
     targets, problems = {}, []
     for path in chosen:
+        by_name = any(matches(pattern, path) for pattern in named)
         try:
-            targets[path] = _target(path, leaves[path], config, plan)
+            targets[path] = _target(path, leaves[path], config, plan, by_name)
         except LowrankError as error:
             problems.append(error)
     if len(problems) == 1:
@@ -177,8 +179,12 @@ def _first(patterns: Mapping, path: str, default: Any) -> Any:
     return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
 
 
-def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None) -> Target:
-    """Axes from the plan (or [i, o] for a matrix), rank and scale from the configuration."""
+def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name: bool) -> Target:
+    """Axes from the plan (or [i, o] for a matrix), rank and scale from the configuration.
+
+    A leaf that no pattern names, chosen by "all-linear" alone, takes at most the rank it can have;
+    its scale stays that of the rank asked for.
+    """
     use = plan[path] if plan is not None else None
     if jnp.finfo(leaf.dtype).bits < 16:
         raise AxesError(
@@ -197,16 +203,21 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None) -> Targ
             f"{path!r} of shape {tuple(leaf.shape)} has no {'fan-in' if not fan_in else 'fan-out'} "
             "axes to put a low-rank product between; exclude it, or train it whole (train=...)"
         )
-    rank = _first(config.rank_pattern, path, config.rank)
+    own = _first(config.rank_pattern, path, None)
+    rank = config.rank if own is None else own
+    alpha = _first(config.alpha_pattern, path, config.alpha)
+    scale = config.scale_of(rank, alpha)
     sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (fan_in, fan_out)]
-    if rank > min(sizes) and config.method in ("lora", "loha"):
+    narrow = rank > min(sizes) and config.method in ("lora", "loha")
+    if narrow and min(sizes) and own is None and not by_name:
+        rank = min(sizes)
+    elif narrow:
         raise ConfigError(
             f"rank {rank} is larger than {path!r} can have: its fan-in is {sizes[0]} and its "
             f"fan-out {sizes[1]}; set rank_pattern={{{path!r}: {min(sizes)}}} or less, exclude it, "
             "or train it whole (train=...)"
         )
-    alpha = _first(config.alpha_pattern, path, config.alpha)
-    return Target(fan_in, fan_out, stack, rank, config.scale_of(rank, alpha), kind)
+    return Target(fan_in, fan_out, stack, rank, scale, kind)
 
 
 def axes_of(path: str, shape: tuple[int, ...], use: Use | None) -> tuple[Any, Any, Any, str]:

@@ -165,8 +165,8 @@ def dequantized_self(name):
     return run(base, lora)
 
 
-# what is kept for backward is looked at with both; values say no more
-SLOW = {"unrolled, remat": (pytest.mark.slow,)}
+# what is kept for backward is looked at with all; values of these say no more
+SLOW = dict.fromkeys(("unrolled, remat", "scan"), (pytest.mark.slow,))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in VARIANTS])

@@ -337,7 +337,7 @@ def settings(examples: int) -> Any:
     )
 
 
-PRODUCTS, LOOKUPS, CONVOLUTIONS = 32, 12, 12
+PRODUCTS, LOOKUPS, CONVOLUTIONS = 20, 8, 8
 
 
 @settings(PRODUCTS)

@@ -22,7 +22,7 @@ from lowrank_jax._primitives.contract import RANK, Labels, accumulator, arrange
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LowRank(Node):
     r"""Factors of one leaf: $\Delta W = s\,a\,b$, transposed back to the kernel's layout.
 
@@ -59,6 +59,18 @@ class LowRank(Node):
     def rank(self) -> int:
         """r, the inner dimension."""
         return self.a.shape[-1]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a and b have the largest rank that the weight can have."""
+        if self.a is None or any(RANK not in labels for labels in self.labels):
+            return False
+        at, columns = len(self.stacked), self.a.shape[-1]
+        return self.rank >= min(math.prod(f.shape[at:]) // columns for f in (self.a, self.b))
+
+    def _more(self) -> list[str]:
+        known = all(array is None or hasattr(array, "shape") for array in (self.a, self.b))
+        return [f"rank={self.rank}" + " (full)" * self.is_full] if known else []
 
     @property
     def labels(self) -> tuple[Labels, Labels]:
@@ -161,7 +173,7 @@ class LowRank(Node):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Normed(Node):
     r"""A frozen leaf and the squared norm of each output feature, which DoRA needs at every step.
 
@@ -224,7 +236,7 @@ def unnormed(leaf: Any) -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapted(Node):
     r"""A frozen leaf and its adapter: $W_\text{eff} = W + m\,(W' - W)$.
 

@@ -21,7 +21,7 @@ from lowrank_jax._primitives.contract import RANK, Labels
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LoHa(LowRank):
     r"""A Hadamard product: $\Delta W = s\,(a_1 b_1) \odot (a_2 b_2)$, of rank $r^2$.
 
@@ -48,7 +48,7 @@ class LoHa(LowRank):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class VeRA(LowRank):
     r"""Two vectors between fixed random matrices: $\Delta W = s\,A\,\Lambda_d\,B\,\Lambda_e$.
 
@@ -96,7 +96,7 @@ class VeRA(LowRank):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class IA3(LowRank):
     r"""One number for each output feature: $W_\text{eff} = W\,\Lambda_l$.
 
@@ -151,7 +151,7 @@ class IA3(LowRank):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Rows(LowRank):
     r"""Some rows of a table: $\Delta W_{row_k} = b_k$, and nothing elsewhere.
 

@@ -14,7 +14,7 @@ from lowrank_jax._nodes.serialization import Node
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Full(Node):
     r"""A leaf trained whole beside the adapters.
 

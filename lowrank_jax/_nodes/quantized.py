@@ -30,7 +30,7 @@ _STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Quantized(Node):
     r"""A frozen leaf in blocks: $W = \text{table}[\text{codes}] \cdot \text{scales}$, blockwise.
 

@@ -31,6 +31,23 @@ class Node:
             register(cls, to_state, from_state)
         return super().__new__(cls)
 
+    def __repr__(self) -> str:
+        """The shapes and dtypes of its arrays, and what differs from the defaults."""
+        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore
+        said = [f"{f.name}={_brief(v)}" for f, v in fields if v is not None and v != f.default]
+        return f"{type(self).__name__}({', '.join([*said, *self._more()])})"
+
+    def _more(self) -> list[str]:
+        """What else its repr says."""
+        return []
+
+
+def _brief(value: Any) -> str:
+    """An array as its dtype and shape: float32[4, 2]."""
+    if isinstance(value, Node) or not hasattr(value, "dtype"):
+        return repr(value)
+    return f"{value.dtype}{[*value.shape]}"
+
 
 def array_fields(node: Any) -> list[str]:
     """Names of the fields that hold arrays, or trees of them."""

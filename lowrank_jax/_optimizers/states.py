@@ -24,7 +24,7 @@ _STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Coded(Node):
     """A leaf of a state, as codes of the dynamic map.
 

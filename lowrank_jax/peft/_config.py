@@ -87,7 +87,7 @@ def to_json(
     if clash := sorted(set(extras) & OURS):
         raise ConfigError(f"extras has {clash}, which save writes from the adapter itself")
     rank, alpha = (
-        Counter(values).most_common(1)[0][0] if scales else DEFAULTS[field]
+        _commonest(values) if scales else DEFAULTS[field]
         for values, field in zip(_columns(scales.values()), ("r", "lora_alpha"), strict=True)
     )
     exactly = lambda module: "^" + re.escape(module)
@@ -106,6 +106,12 @@ def to_json(
         return json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"extras holds what JSON does not: {error}") from error
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    """The value that most have; of several the largest."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
 
 
 def _thawed(value: Any) -> Any:
