@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 class Net(nn.Module):
-    """A depthwise convolution, a router of eight experts, a head of one number, and a wide layer."""
+    """A depthwise convolution, a router of 8 experts, a wide layer, and a head of one number."""
 
     @nn.compact
     def __call__(self, x):
@@ -73,7 +73,7 @@ def test_plan_report_and_repr_say_so(net):
     ],
 )
 def test_a_leaf_or_a_rank_that_is_named_is_refused(net, options):
-    model, params, x, plan = net
+    _, params, _, plan = net
     with pytest.raises(lowrank.ConfigError, match=r"rank 16 is larger than 'params/router/kernel'"):
         lowrank.init(jax.random.key(1), params, lowrank.LoraConfig(**options), plan=plan)
 
