@@ -14,6 +14,7 @@ from lowrank_jax._errors import ConfigError
 from lowrank_jax._paths import ALL_LINEAR, Pattern, compile_pattern
 
 METHODS = ("lora", "loha", "vera", "ia3")
+_PATTERN_MAPS = ("rank_pattern", "alpha_pattern", "stack", "axes", "train_rows")
 
 
 class FrozenMapping(Mapping):
@@ -77,6 +78,18 @@ def _integers(name: str, values: Mapping, what: str) -> FrozenMapping:
     return FrozenMapping(found)
 
 
+def _pairs(name: str, values: Mapping) -> FrozenMapping:
+    """Normalize a mapping of patterns to (fan_in, fan_out)."""
+    found = {}
+    for pattern, pair in values.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ConfigError(f"{name}[{pattern!r}] takes (fan_in, fan_out), not {pair!r}")
+        named = {"fan_in": pair[0], "fan_out": pair[1]}
+        parts = _integers(f"{name}[{pattern!r}]", named, "axes")
+        found[pattern] = tuple(parts.values())
+    return FrozenMapping(found)
+
+
 def _check_rank(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}")
@@ -134,6 +147,9 @@ class LoraConfig:
       alpha_pattern: pattern -> alpha, the first match wins.
       stack: pattern -> axes of the leaf that enumerate independent weights, in place of what the
         plan takes for them (experts made by vmap look like heads).
+      axes: pattern -> (fan_in, fan_out), each an axis or several; the leaf's other axes enumerate
+        independent weights. It makes a target of a leaf whose use no rule can follow, such as the
+        experts of a kernel behind a custom_vjp, and stands before what the plan says of any leaf.
       rslora: divide alpha by the root of the rank (arXiv 2312.03732).
       dora: decompose into magnitude and direction (arXiv 2402.09353).
       method: "lora"; "loha", a Hadamard product of two low-rank products (arXiv 2108.06098);
@@ -166,6 +182,7 @@ class LoraConfig:
     rank_pattern: Mapping = dataclasses.field(default_factory=FrozenMapping)
     alpha_pattern: Mapping = dataclasses.field(default_factory=FrozenMapping)
     stack: Mapping = dataclasses.field(default_factory=FrozenMapping)
+    axes: Mapping = dataclasses.field(default_factory=FrozenMapping)
     rslora: bool = False
     dora: bool = False
     method: str = "lora"
@@ -184,13 +201,14 @@ class LoraConfig:
             put(name, _patterns(name, getattr(self, name)))
         if ALL_LINEAR in self.exclude + self.train:
             raise ConfigError('"all-linear" is a value of targets, not of exclude or train')
-        for name in ("rank_pattern", "alpha_pattern", "stack", "train_rows"):
+        for name in _PATTERN_MAPS:
             put(name, _pattern_map(name, getattr(self, name)))
         for pattern, value in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{pattern!r}]", value)
         for pattern, value in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{pattern!r}]", value)
         put("stack", _integers("stack", self.stack, "axes"))
+        put("axes", _pairs("axes", self.axes))
         put("train_rows", _integers("train_rows", self.train_rows, "rows"))
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
@@ -231,7 +249,7 @@ class LoraConfig:
             raise ConfigError(f"unknown LoraConfig keys {unknown}; known are {sorted(known)}")
         parsed = {}
         for name, value in values.items():
-            if name in ("rank_pattern", "alpha_pattern", "stack", "train_rows"):
+            if name in _PATTERN_MAPS:
                 pairs = value.items() if isinstance(value, Mapping) else value
                 parsed[name] = {_from_json(key): _from_json(item) for key, item in pairs}
             elif name == "extras":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,9 @@ class Use:
         soft-cap, structural operations or the ys of loops alone, while no product with another leaf
         depends on it (by its numbers: that a sampled token is fed back does not count).
       lookup: it is read by rows somewhere.
+      router: a choice of the largest (top_k) is made from one of its products.
+      shared: fan-out axes that the next product's weight has as stack axes, and that weight's path:
+        one a serves all that these axes enumerate; `LoraConfig.stack` gives each its own.
       reason: the equation by which it reaches the weight side of a product, or an opaque call,
         while no rule follows it; else empty.
       equations: one line for each use: the primitive and the user's source line.
@@ -53,6 +57,8 @@ class Use:
     tied: bool = False
     final: bool = False
     lookup: bool = False
+    router: bool = False
+    shared: tuple[tuple[int, str], ...] = ()
     reason: str = ""
     equations: tuple[str, ...] = ()
 
@@ -95,11 +101,13 @@ class Plan(Tabled):
         """One row for each leaf, or for leaves that differ only in the number of a layer."""
         rows = []
         for path, use in self.items():
-            notes = [n for n in ("tied", "final", "lookup") if getattr(use, n) and n != use.op]
+            names = ("tied", "final", "lookup", "router")
+            notes = [name for name in names if getattr(use, name) and name != use.op]
             if use.op in PRODUCTS and not (use.fan_in and use.fan_out):
                 notes.append("no fan-out" if use.fan_in else "no fan-in")
             if use.linear and use.largest_rank < LoraConfig().rank:
                 notes.append(f"rank {use.largest_rank} at most")
+            notes += [f"axis {axis} is a stack axis of {other}" for axis, other in use.shared]
             if use.reason:
                 notes.append(f"not followed: {use.reason}")
             sizes = [
@@ -154,6 +162,10 @@ def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
             survey.note(view.path, (i,), "return at the results", view.read(by_rows=True))
     final = _final(survey, outs)
     uses = {path: _use(path, leaf, survey, final) for path, leaf in leaves}
+    routers = {path for key in survey.routers for path in survey.leaves.get(key, ())}
+    uses |= {path: dataclasses.replace(uses[path], router=True) for path in routers}
+    for path, shared in _shared(survey, uses).items():
+        uses[path] = dataclasses.replace(uses[path], shared=shared)
     results = [var.aval for var in inner.outvars[: len(outs)] if is_number(var.aval.dtype)]
     scalar = bool(results) and not any(aval.ndim for aval in results)
     return Plan(uses, _SCALAR if scalar and not any(use.final for use in uses.values()) else "")
@@ -182,6 +194,22 @@ def _final(survey: Survey, outs: Sequence[Value]) -> dict[str, set[Any]]:
             if not later - {path}:
                 found.setdefault(path, set()).add(key)
     return found
+
+
+def _shared(survey: Survey, uses: Mapping[str, Use]) -> dict[str, tuple[tuple[int, str], ...]]:
+    """For each leaf, fan-out axes that are stack axes of a weight that multiplies its product."""
+    found: dict[str, dict[int, str]] = {}
+    for key, before in survey.before.items():
+        for other in survey.leaves[key]:
+            for path in set().union(*(survey.leaves[k] for k in before)) - {other}:
+                one, next_one = uses[path], uses[other]
+                sizes = Counter(next_one.shape[axis] for axis in next_one.stack)
+                sizes -= Counter(one.shape[axis] for axis in one.stack)  # both are in a loop
+                many = one.op in PRODUCTS and len(one.fan_out) > 1
+                axes = [a for a in one.fan_out if sizes[one.shape[a]] and one.shape[a] > 1]
+                if many and len(axes) == 1:  # two of one size cannot be told apart
+                    found.setdefault(path, {}).setdefault(axes[0], other)
+    return {path: tuple(sorted(axes.items())) for path, axes in found.items()}
 
 
 def _use(path: str, leaf: Any, survey: Survey, final: Mapping[str, set[Any]]) -> Use:

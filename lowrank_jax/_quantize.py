@@ -124,7 +124,9 @@ def targets_of(arrays: dict[str, Any], quant: QuantConfig, plan: Plan | None) ->
 def axes_of_blocks(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]:
     """The axes that blocks run along, and the stack axes."""
     use = plan[path] if plan is not None else None
-    fan_in, fan_out, stack, kind = axes_of(path, tuple(leaf.shape), use)
+    fan_in, fan_out, stack, kind = axes_of(
+        path, tuple(leaf.shape), use, "blocks run along the contracted axes"
+    )
     if kind != "lookup" and use is not None and use.lookup:
         kind = "lookup"  # rows are read somewhere: a row must hold whole blocks
         rows = min({*range(leaf.ndim)} - {*stack})

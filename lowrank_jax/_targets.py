@@ -21,7 +21,9 @@ from lowrank_jax._errors import (
     listing,
 )
 from lowrank_jax._paths import ALL_LINEAR, matches, no_match, select
-from lowrank_jax._plan import Plan, Use
+from lowrank_jax._plan import PRODUCTS, Plan, Use
+
+KINDS = (*PRODUCTS, "lookup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +40,18 @@ class Target:
 
 def resolve(leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
     """Map the path of each leaf to adapt to its Target; every bad leaf is listed in one error."""
-    chosen, linear = choose(leaves, config.targets, config.exclude, plan)
+    chosen, linear = choose(leaves, config.targets, config.exclude, plan, [*config.axes])
     ways = [{*chosen}, train_whole(leaves, config), {*train_rows(leaves, config)}]
     if clash := sorted(path for path in set().union(*ways) if sum(path in way for way in ways) > 1):
         raise ConfigError(
             f"{clash[0]!r} is to be trained in two ways, of targets, train and train_rows: exclude "
             "it from all but one"
         )
-    for name in ("rank_pattern", "alpha_pattern", "stack"):
+    for name in ("rank_pattern", "alpha_pattern", "stack", "axes"):
         for pattern in getattr(config, name):
             if not any(matches(pattern, path) for path in chosen):
                 raise no_match(pattern, list(chosen), f"{name} (over the adapted leaves)")
-    named = [pattern for pattern in config.targets if pattern != ALL_LINEAR]
+    named = [pattern for pattern in (*config.targets, *config.axes) if pattern != ALL_LINEAR]
     targets, problems = {}, []
     for path in chosen:
         by_name = any(matches(pattern, path) for pattern in named)
@@ -84,15 +86,23 @@ def _check_plan(leaves: Mapping[str, Any], plan: Plan) -> None:
 
 
 def choose(
-    leaves: Mapping[str, Any], targets: Sequence[Any], exclude: Sequence[Any], plan: Plan | None
+    leaves: Mapping[str, Any],
+    targets: Sequence[Any],
+    exclude: Sequence[Any],
+    plan: Plan | None,
+    axes: Sequence[Any] = (),
 ) -> tuple[list[str], bool]:
-    """Paths of the targets in the tree's order, and whether "all-linear" was among them."""
+    """Paths of the targets in the tree's order, and whether "all-linear" was among them.
+
+    Patterns of `axes` choose leaves beside those of targets.
+    """
     if plan is not None:
         _check_plan(leaves, plan)
     floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
     named = [pattern for pattern in targets if pattern != ALL_LINEAR]
     linear = len(named) < len(targets)
     chosen = set(_select(named, floating, leaves, "targets"))
+    chosen |= set(_select(axes, floating, leaves, "axes"))
     if linear:
         if plan is None:
             raise AxesError(
@@ -191,7 +201,13 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name
             f"{path!r} has dtype {leaf.dtype}: factors cast to 8 bits would lose the adapter; cast "
             "the leaf to bfloat16 first"
         )
-    fan_in, fan_out, stack, kind = axes_of(path, tuple(leaf.shape), use)
+    if (pair := _first(config.axes, path, None)) is not None:
+        fan_in, fan_out, stack = _named_axes(path, leaf.ndim, *pair)
+        kind = use.op if use is not None and use.op in KINDS else "dot"
+    else:
+        why = "a low-rank product needs fan-in and fan-out axes"
+        remedy = f"say which by LoraConfig(axes={{{path!r}: (fan_in, fan_out)}}), "
+        fan_in, fan_out, stack, kind = axes_of(path, tuple(leaf.shape), use, why, remedy)
     if (override := _first(config.stack, path, None)) is not None:
         stack = _stack(path, leaf.ndim, override)
         fan_in = tuple(axis for axis in fan_in if axis not in stack)
@@ -220,8 +236,25 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name
     return Target(fan_in, fan_out, stack, rank, scale, kind)
 
 
-def axes_of(path: str, shape: tuple[int, ...], use: Use | None) -> tuple[Any, Any, Any, str]:
-    """fan_in, fan_out, stack and kind of one leaf."""
+def _named_axes(
+    path: str, ndim: int, fan_in: Sequence[int], fan_out: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """fan_in and fan_out as they are given, and the axes that are left."""
+    both = [*fan_in, *fan_out]
+    inside = [axis % ndim for axis in both if -ndim <= axis < ndim]
+    if len({*inside}) < len(both) or not fan_in or not fan_out:
+        raise AxesError(
+            f"axes of {path!r} are fan_in={tuple(fan_in)}, fan_out={tuple(fan_out)}: the leaf has "
+            f"{ndim} axes; give one or more to each, none of them twice"
+        )
+    order = lambda axes: tuple(sorted(axis % ndim for axis in axes))
+    return order(fan_in), order(fan_out), order({*range(ndim)} - {*inside})
+
+
+def axes_of(
+    path: str, shape: tuple[int, ...], use: Use | None, why: str, remedy: str = ""
+) -> tuple[Any, Any, Any, str]:
+    """fan_in, fan_out, stack and kind of one leaf; why they are needed, for messages."""
     if use is not None and (use.fan_in or use.fan_out):
         return use.fan_in, use.fan_out, use.stack, use.op
     if len(shape) == 2:
@@ -233,8 +266,8 @@ def axes_of(path: str, shape: tuple[int, ...], use: Use | None) -> tuple[Any, An
         )
     found = "" if use is None else f", and the plan found no product that takes it (op {use.op!r})"
     raise AxesError(
-        f"{path!r} has shape {shape}{found}: a low-rank product needs a matrix; exclude it, or "
-        "train it whole (train=...)"
+        f"{path!r} has shape {shape}{found}: {why}; {remedy if len(shape) > 2 else ''}exclude it, "
+        "or train it whole (train=...)"
     )
 
 

@@ -35,8 +35,8 @@ def _other(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
         reached = survey.computed(eqn, ins)
         survey.pass_over(reached)
         if reached:
-            key = survey.register(eqn, [path for path, _ in reached], merge(ins).products)
-            moving, ins = fed, [*ins, Value(products=frozenset({key}))]
+            key = survey.register(eqn, [path for path, _ in reached], merge(ins))
+            moving, ins = fed, [*ins, Value(products=frozenset({key}), near=frozenset({key}))]
     sources = [value for value in ins if value.output] or ins
     out = merge(ins).replace(
         computed=() if moving else survey.computed(eqn, sources),
@@ -44,6 +44,12 @@ def _other(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
         direct=_direct(eqn, name, ins),
     )
     return [as_number(eqn, out, place) for place in range(len(eqn.outvars))]
+
+
+def _top_k(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
+    """A choice of the largest: what it is made from are the products of routers."""
+    survey.routers |= ins[0].near
+    return _other(survey, eqn, ins)
 
 
 def _direct(eqn: Any, name: str, ins: list[Value]) -> frozenset[Any]:
@@ -119,8 +125,8 @@ def _product(
         found += [view.path for view in value.views] + [path for path, _ in value.computed]
     out = merge(ins).replace(activation=fed, direct=frozenset())
     if found and fed:
-        survey.register(eqn, found, out.products)
-        return [out.replace(products=out.products | {key}, direct=frozenset({key}), output=False)]
+        own = frozenset({survey.register(eqn, found, out)})
+        return [out.replace(products=out.products | own, direct=own, near=own, output=False)]
     if not fed:
         out = out.replace(computed=survey.computed(eqn, ins, views=False), output=bool(found))
     return [out]
@@ -245,4 +251,5 @@ FLOW: dict[str, Rule] = {
 }
 FLOW |= dict.fromkeys(("jit", "closed_call", "core_call", "remat2", "checkpoint"), _call)
 FLOW |= {"shard_map": _shard_map}
+FLOW |= dict.fromkeys(("top_k", "approx_top_k"), _top_k)
 FLOW |= dict.fromkeys(_COLLECTIVES, _collective)

@@ -35,6 +35,7 @@ class Value:
       output: it is computed from a product of parameters alone, as learned queries are.
       products: products with leaves that it depends on by its numbers.
       direct: those that reach it by bias, scale, cast, soft-cap and structural operations.
+      near: those that reach it by any operations but products.
     """
 
     views: tuple[View, ...] = ()
@@ -44,6 +45,7 @@ class Value:
     output: bool = False
     products: frozenset[Key] = frozenset()
     direct: frozenset[Key] = frozenset()
+    near: frozenset[Key] = frozenset()
 
     @property
     def rank(self) -> int:
@@ -85,6 +87,8 @@ class Survey(Nesting):
         no rule follows it.
       leaves: product -> paths of the leaves that it takes.
       inputs: product -> the products that its operands depend on.
+      before: product -> those of them with no other product between.
+      routers: products that a choice of the largest (top_k) is made from.
       silent: nothing is noted: a loop is repeated until nothing changes.
       texts: equation -> the equation in words.
       constants_are_data: no argument is, so the function closes over its data.
@@ -95,6 +99,8 @@ class Survey(Nesting):
     unfollowed: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: dict[Key, set[str]] = dataclasses.field(default_factory=dict)
     inputs: dict[Key, frozenset[Key]] = dataclasses.field(default_factory=dict)
+    before: dict[Key, frozenset[Key]] = dataclasses.field(default_factory=dict)
+    routers: set[Key] = dataclasses.field(default_factory=set)
     silent: bool = False
     texts: dict[Key, str] = dataclasses.field(default_factory=dict)
     constants_are_data: bool = False
@@ -158,12 +164,13 @@ class Survey(Nesting):
             for path, why in pairs:
                 self.unfollowed.setdefault(path, why)
 
-    def register(self, eqn: Any, paths: Iterable[str], products: frozenset[Key]) -> Key:
-        """Note a product that takes leaves."""
+    def register(self, eqn: Any, paths: Iterable[str], operands: Value) -> Key:
+        """Note a product that takes leaves; operands: what is common to them."""
         key = self.key(eqn)
         if not self.silent:
             self.leaves.setdefault(key, set()).update(paths)
-            self.inputs[key] = self.inputs.get(key, frozenset()) | products
+            self.inputs[key] = self.inputs.get(key, frozenset()) | operands.products
+            self.before[key] = self.before.get(key, frozenset()) | operands.near
         return key
 
     def join(self, eqn: Any, values: Sequence[Value]) -> Value:
@@ -228,6 +235,7 @@ def merge(values: Sequence[Value]) -> Value:
         output=has("output"),
         products=union("products"),
         direct=union("direct"),
+        near=union("near"),
     )
 
 
@@ -235,7 +243,8 @@ def as_number(eqn: Any, value: Value, place: int = 0) -> Value:
     """A result by its dtype: to depend on an index or a mask is to depend on no number."""
     if is_number(getattr(eqn.outvars[place].aval, "dtype", jnp.int32)):
         return value
-    return value.replace(activation=False, products=frozenset(), direct=frozenset())
+    none: frozenset[Key] = frozenset()
+    return value.replace(activation=False, products=none, direct=none, near=none)
 
 
 def shape_of(eqn: Any) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from lowrank_jax._errors import AxesError, CheckpointError, LowrankError, forgot
 from lowrank_jax._nodes.full import Full, full_of
 from lowrank_jax._nodes.norms import dense_product, gain, norm, squared_norm
 from lowrank_jax._nodes.quantized import Quantized, dequantized
-from lowrank_jax._nodes.serialization import Node
+from lowrank_jax._nodes.serialization import Node, Wrapper
 from lowrank_jax._paths import flatten
 from lowrank_jax._primitives.contract import RANK, Labels, accumulator, arrange
 
@@ -174,7 +174,7 @@ class LowRank(Node):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Normed(Node):
+class Normed(Wrapper):
     r"""A frozen leaf and the squared norm of each output feature, which DoRA needs at every step.
 
     Args:
@@ -192,24 +192,9 @@ class Normed(Node):
     terms: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the leaf."""
-        return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the leaf."""
-        return self.value.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """Dtype of the leaf."""
-        return self.value.dtype
-
-    @property
-    def size(self) -> int:
-        """Number of elements of the leaf."""
-        return self.value.size
+    def inner(self) -> Any:
+        """The leaf."""
+        return self.value
 
     def __jax_array__(self):
         raise forgotten("a leaf with DoRA's norms")
@@ -237,7 +222,7 @@ def unnormed(leaf: Any) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Adapted(Node):
+class Adapted(Wrapper):
     r"""A frozen leaf and its adapter: $W_\text{eff} = W + m\,(W' - W)$.
 
     Args:
@@ -255,19 +240,9 @@ class Adapted(Node):
     rate: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight."""
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the dense weight."""
-        return self.base.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """Dtype of the dense weight."""
-        return self.base.dtype
+    def inner(self) -> Any:
+        """The frozen leaf."""
+        return self.base
 
     def __jax_array__(self):
         raise forgotten("an adapted weight")

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._errors import forgotten
-from lowrank_jax._nodes.serialization import Node
+from lowrank_jax._nodes.serialization import Wrapper
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Full(Node):
+class Full(Wrapper):
     r"""A leaf trained whole beside the adapters.
 
     It is trained in float32 where the leaf is narrower, for bfloat16 has no room for the steps of
@@ -30,19 +30,9 @@ class Full(Node):
     weight_dtype: str = dataclasses.field(default="", metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the leaf."""
-        return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the leaf."""
-        return self.value.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """Dtype that the leaf is trained in."""
-        return self.value.dtype
+    def inner(self) -> Any:
+        """The leaf as it is trained."""
+        return self.value
 
     @property
     def weight(self) -> Any:

@@ -42,6 +42,35 @@ class Node:
         return []
 
 
+class Wrapper(Node):
+    """A node around one array, or another node, whose shape and dtype it has."""
+
+    @property
+    def inner(self) -> Any:
+        """What it is around."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        return self.inner.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the leaf."""
+        return self.inner.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the leaf."""
+        return self.inner.size
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the leaf, as it is held."""
+        return self.inner.dtype
+
+
 def _brief(value: Any) -> str:
     """An array as its dtype and shape: float32[4, 2]."""
     if isinstance(value, Node) or not hasattr(value, "dtype"):
