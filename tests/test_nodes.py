@@ -1,7 +1,7 @@
 """The pytree law: every node goes where an array goes, and every array in it is real."""
 
-import dataclasses
 import copy
+import dataclasses
 import functools
 import os
 import pickle
