@@ -185,7 +185,37 @@ def mesh_of(array: Any) -> Any:
     """A context: the mesh that a concrete array lies on; where a tracer lies is known already."""
     if is_tracer(array):
         return contextlib.nullcontext()
-    return jax.set_mesh(array.sharding.mesh)
+    try:
+        return jax.set_mesh(array.sharding.mesh)
+    except ValueError:  # inside a trace that closes over the array
+        return jax.sharding.use_abstract_mesh(array.sharding.mesh.abstract_mesh)
+
+
+_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+
+def is_on_host(array: Any) -> bool:
+    """Whether an array is known to lie in the memory of the host, where nothing computes."""
+    kind = jax.Array if is_tracer(array) or isinstance(array, jax.Array) else ()
+    return isinstance(array, kind) and jax.typeof(array).memory_space == _HOST
+
+
+def on_device(tree: Any) -> Any:
+    """The tree with what lies in the memory of the host in that of the device."""
+    move = lambda leaf: jax.device_put(leaf, _DEVICE) if is_on_host(leaf) else leaf
+    return jax.tree.map(move, tree)
+
+
+def to_host(array: Any) -> Any:
+    """An array in the memory of the host."""
+    return array if is_on_host(array) else jax.device_put(array, _HOST)
+
+
+def is_host(target: Any) -> bool:
+    """Whether what device_put takes (a memory space, a sharding) is in the memory of the host."""
+    if isinstance(target, jax.memory.Space):
+        return target == _HOST
+    return getattr(target, "memory_kind", None) not in (None, "device")
 
 
 def by_the_compiler(fn: Callable, out_sharding: Any, *operands: Any) -> Any:

@@ -117,6 +117,8 @@ def trace(fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str]
 
     def flat(*leaves: Any) -> Any:
         nonlocal moved
+        pairs = zip(leaves, hosted, strict=True)
+        leaves = tuple(_jaxprs.to_host(leaf) if on_host else leaf for leaf, on_host in pairs)
         args, kwargs = call.arguments(leaves)
         out = fn(*args, **kwargs)
         after = [leaf for leaf in jax.tree.leaves((args, kwargs)) if is_array(leaf)]
@@ -132,9 +134,15 @@ def trace(fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str]
     for leaf, path in zip(dynamic, paths, strict=True):
         if is_node(leaf):
             check(leaf, path)
+    hosted = [is_node(leaf) and any(map(_jaxprs.is_on_host, _base(leaf))) for leaf in dynamic]
     avals = [jax.eval_shape(materialize, leaf) if is_node(leaf) else leaf for leaf in dynamic]
     jaxpr, (out, _) = jax.make_jaxpr(flat, return_shape=True)(*avals)
     return Traced(jaxpr, jax.tree.structure(out), moved)
+
+
+def _base(node: Any) -> list[Any]:
+    """The arrays of the frozen leaf of a node."""
+    return jax.tree.leaves(unnormed(node.base if isinstance(node, Adapted) else node))
 
 
 _IN_PLACE = (

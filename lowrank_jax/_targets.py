@@ -208,6 +208,8 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name
         why = "a low-rank product needs fan-in and fan-out axes"
         remedy = f"say which by LoraConfig(axes={{{path!r}: (fan_in, fan_out)}}), "
         fan_in, fan_out, stack, kind = axes_of(path, tuple(leaf.shape), use, why, remedy)
+        if by_name and leaf.ndim == 2 and not (fan_in and fan_out):
+            fan_in, fan_out, stack = (0,), (1,), ()  # built densely where it is used
     if (override := _first(config.stack, path, None)) is not None:
         stack = _stack(path, leaf.ndim, override)
         fan_in = tuple(axis for axis in fan_in if axis not in stack)

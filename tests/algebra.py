@@ -49,9 +49,8 @@ def derivatives(run: Program, f: Any) -> Any:
         return jnp.sum(out * weights), out
 
     def forward(lora: Any, s: Any) -> Any:
-        tangent = jax.tree.map(
-            lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), lora
-        )
+        wave = lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype)
+        tangent = jax.tree.map(wave, lora)
         pair = (lora, s), (tangent, jnp.float32(0.5))
         _, slope, out = jax.jvp(loss, *pair, has_aux=True)
         return out, slope
@@ -65,8 +64,8 @@ def derivatives(run: Program, f: Any) -> Any:
 
 def prepare(run: Program) -> tuple[Any, Verdict]:
     """The two sides of the law as one function of (base, adapter, s), and what falls back."""
-    fn = lambda tree, s: run.fn(tree["w"], s)
-    adapted = run.lora["w"] is not None
+    fn = run.fn
+    adapted = any(node is not None for node in run.lora.values())
     s = jnp.float32(1)
 
     def lifted(fallback: str) -> Any:
@@ -78,7 +77,7 @@ def prepare(run: Program) -> tuple[Any, Verdict]:
         return of
 
     report = lowrank.report(fn, lowrank.combine(run.base, run.lora) if adapted else run.base, s)
-    built = [use for use in report["w"].uses if use.how == "materialized"] if "w" in report else []
+    built = [use for leaf in report.values() for use in leaf.uses if use.how == "materialized"]
     fallbacks = tuple(f"{use.primitive}: {use.reason}" for use in built)
     verdict = Verdict(run.seed, run.text, fallbacks)
     try:
@@ -106,9 +105,10 @@ def differences(got: Any, want: Any, bound: float) -> str:
     names = ["result", *("derivative " + str(i) for i in range(20))]
     leaves = [jax.tree.leaves(side) for side in (got, want)]
     for name, one, other in zip(names, *leaves, strict=False):
+        own = max(bound, 2 * float(jnp.finfo(one.dtype).eps))
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
         largest = max(np.abs(other).max(initial=0), 1)
-        if one.shape != other.shape or not np.all(np.abs(one - other) <= bound * largest):
+        if one.shape != other.shape or not np.all(np.abs(one - other) <= own * largest):
             return f"{name}: {one.ravel()[:4]} where it is {other.ravel()[:4]}"
     return ""
 

@@ -33,7 +33,7 @@ FORMATS = {
     "int8": {"format": "int8", "double_quant": False},
     "double": {"format": "nf4", "double_quant": True},
 }
-# A program of the weight: (w, s) -> array, s being a traced scalar of value 1 and index 1.
+# Part of a program: (weight, s) -> array, s being a traced scalar of value 1 and index 1.
 Fn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -44,15 +44,16 @@ class Program:
     Args:
       seed: that makes it.
       text: the steps, for messages.
-      fn: (weight, s) -> array.
-      tree: {"w": the leaf combined with its adapter, or quantized alone}.
+      fn: ({"w": weight, maybe "v": another, joined to it}, s) -> array.
+      base, lora: the frozen leaves, and their adapters or None.
+      scale: of combine and merge.
       reverse: whether it has a reverse-mode derivative.
       coarse: whether the weight is rounded to bfloat16 on the way.
     """
 
     seed: int
     text: str
-    fn: Fn
+    fn: Callable[[dict[str, jax.Array], jax.Array], jax.Array]
     base: Any
     lora: Any
     scale: float
@@ -172,6 +173,7 @@ class Writer:
         """A product, or what else ends a program."""
         names = ["dot"] * 5 + ["lookup", "elementwise", "whole"] + ["conv"] * (len(shape) > 2)
         names += ["ragged"] * (len(shape) == 3 and "vmap" not in self.inside)
+        names += ["ragged_fan_in"] * (len(shape) == 2 and "vmap" not in self.inside)
         name = self.rng.choice(names)
         self.say(name, *shape)
         return getattr(self, name)(shape)
@@ -205,6 +207,14 @@ class Writer:
         x = self.numbers(5, fan_in)
         sizes = jnp.array([5 - (groups - 1), *(1 for _ in range(groups - 1))], jnp.int32)
         return lambda w, s: lax.ragged_dot(x * s, w.astype(jnp.float32), sizes)
+
+    def ragged_fan_in(self, shape: tuple[int, ...]) -> Fn:
+        """The groups are of the contracted axis, and the result has an axis of them."""
+        fan_in, _ = shape
+        self.reverse = False  # JAX has no transpose of it
+        x, sizes = self.numbers(3, fan_in), jnp.array([1, fan_in - 1], jnp.int32)
+        numbers = lax.RaggedDotDimensionNumbers((((1,), (0,)), ((), ())), (1,), ())
+        return lambda w, s: lax.ragged_dot_general(x * s, w.astype(jnp.float32), sizes, numbers)
 
     def conv(self, shape: tuple[int, ...]) -> Fn:
         axes = [*range(len(shape))]
@@ -406,8 +416,34 @@ def _convert(draw: Writer, shape: Any) -> Fn | None:
 
 
 def _scale(draw: Writer, shape: Any) -> Fn:
-    number = draw.rng.choice([0.5, -2.0])
+    number = draw.rng.choice([0.5, -2.0, 0.1])
     return draw.rng.choice([lambda w, s: w * number, lambda w, s: -w, lambda w, s: w / 2])
+
+
+def _there_and_back(draw: Writer, shape: Any) -> Fn | None:
+    """Beyond the range of float16, and back."""
+    if draw.rng.random() < 0.7:
+        return None
+    draw.coarse = True
+    number, cast = 2.0 ** draw.rng.choice([20, -20]), draw.rng.random() < 0.5
+    draw.say("after float16" * cast)
+    half = lambda w: w.astype(jnp.float16).astype(jnp.float32) if cast else w.astype(jnp.float32)
+    return lambda w, s: half(w) * number * (1 / number)
+
+
+def _short_loop(draw: Writer, shape: Any) -> Fn | None:
+    """The carry of a loop of no step, or of one that puts the weight into it."""
+    if draw.rng.random() < 0.7:
+        return None
+    length = draw.rng.randint(0, 1)
+    draw.say("steps", length)
+    x = draw.numbers(*shape)
+
+    def loop(w: Any, s: Any) -> Any:
+        start = (x * s).astype(w.dtype)
+        return lax.scan(lambda _, __: (w, None), start, None, length=length)[0]
+
+    return lambda w, s: jax.jit(loop)(w, s)
 
 
 STEPS: dict[str, Callable[[Writer, Any], Fn | None]] = {
@@ -432,6 +468,8 @@ STEPS: dict[str, Callable[[Writer, Any], Fn | None]] = {
     "pad": _pad,
     "convert": _convert,
     "scale": _scale,
+    "there_and_back": _there_and_back,
+    "short_loop": _short_loop,
 }
 
 
@@ -439,11 +477,33 @@ def program(seed: int) -> Program:
     """The random program of a seed."""
     draw = Writer(seed)
     rng = draw.rng
-    kind, form = rng.choice(KINDS), rng.choice([None, None, *FORMATS])
-    adapted = form is None or rng.random() < 0.7
+    kind = rng.choice(KINDS)
     ndim = 2 if kind == "rows" else rng.choice([2, 2, 3, 3, 4])
     shape = tuple(rng.choice(SIZES) for _ in range(ndim))
-    roles = ["i", "o", *(rng.choice("ios") for _ in range(ndim - 2))]
+    base, lora = {}, {}
+    base["w"], lora["w"] = _leaf(draw, kind, shape)
+    axis, joined = draw.axis(shape), rng.random() < 0.25
+    whole = shape
+    if joined:  # to another leaf, of another kind
+        size = rng.choice(SIZES)
+        other = (*shape[:axis], size, *shape[axis + 1 :])
+        draw.say("joined along", axis, "to")
+        base["v"], lora["v"] = _leaf(draw, rng.choice(KINDS[:4]), other)
+        whole = (*shape[:axis], shape[axis] + size, *shape[axis + 1 :])
+    then = draw.program(whole, rng.randint(1, 6), 2)
+    join = lambda tree: jnp.concatenate([tree["w"], tree["v"]], axis)
+    fn = lambda tree, s: then(join(tree) if joined else tree["w"], s)
+    multiplier = 0.5 if kind == "scaled" else 1.0
+    text = " ".join(draw.text)
+    return Program(seed, text, fn, base, lora, multiplier, draw.reverse, draw.coarse)
+
+
+def _leaf(draw: Writer, kind: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """A frozen leaf, and its adapter or None."""
+    rng = draw.rng
+    form = rng.choice([None, None, *FORMATS])
+    adapted = form is None or rng.random() < 0.7
+    roles = ["i", "o", *(rng.choice("ios") for _ in range(len(shape) - 2))]
     if kind != "rows":
         rng.shuffle(roles)
     axes = lambda role: tuple(axis for axis, own in enumerate(roles) if own == role)
@@ -457,11 +517,7 @@ def program(seed: int) -> Program:
         quant = lowrank.QuantConfig(targets="w", block_size=2, **FORMATS[form])
         # on the host, where nothing is compiled for one small leaf
         base, _ = quantized_on_host(base, quantized_shapes(base, along, stack, quant))
-    node = _node(draw, kind, shape, fan_in, fan_out, stack) if adapted else None
-    fn = draw.program(shape, rng.randint(1, 6), 2)
-    multiplier = 0.5 if kind == "scaled" else 1.0
-    text = " ".join(draw.text)
-    return Program(seed, text, fn, {"w": base}, {"w": node}, multiplier, draw.reverse, draw.coarse)
+    return base, _node(draw, kind, shape, fan_in, fan_out, stack) if adapted else None
 
 
 def _node(draw: Writer, kind: str, shape: Any, fan_in: Any, fan_out: Any, stack: Any) -> Any:
@@ -476,6 +532,9 @@ def _node(draw: Writer, kind: str, shape: Any, fan_in: Any, fan_out: Any, stack:
         draw.numbers(*size(stack), *size(fan_in), rank),
         draw.numbers(*size(stack), rank, *size(fan_out)),
     )
+    if draw.rng.random() < 0.2:  # eighths are numbers of narrow dtypes too
+        dtype = draw.rng.choice([jnp.bfloat16, jnp.float16])
+        a, b = a.astype(dtype), b.astype(dtype)
     magnitude = 1 + abs(draw.numbers(*size(stack), *size(fan_out))) if kind == "dora" else None
     make = LoHa if kind == "loha" else lowrank.LowRank
     return make(a, b, magnitude, fan_in, fan_out, stack, 1.5, "dot")

@@ -7,6 +7,8 @@ test says so.
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -200,7 +202,7 @@ def joined():
             yield pytest.param(name, kind, marks=slow, id=f"{kind}, {name}")
 
 
-@pytest.mark.parametrize(("name", "kind"), joined())
+@pytest.mark.parametrize(("name", "kind"), [*joined()])
 def test_joined_weights_stay_factored(name, kind):
     leaves = {k: normal(8, 8, seed=i, scale=0.4) for i, k in enumerate("qkv")}
     lora = {k: node((8, 8), (0,), (1,), seed=i, dora=kind == "DoRA") for i, k in enumerate("qkv")}
@@ -237,7 +239,7 @@ def kinds_with_and_without_remat():
             yield pytest.param(kind, remat, marks=slow)
 
 
-@pytest.mark.parametrize(("kind", "remat"), kinds_with_and_without_remat())
+@pytest.mark.parametrize(("kind", "remat"), [*kinds_with_and_without_remat()])
 def test_a_scan_over_the_middle_axis(kind, remat):
     leaf = normal(8, 3, 8, scale=0.4)
     options = {
@@ -475,3 +477,64 @@ def test_stacked_layers_on_one_input_have_masks_of_their_own(form, dora):
     ys = np.asarray(ys, np.float64)
     error = np.abs(ys.mean(0) - np.asarray(want))
     assert np.all(error <= 5 * ys.std(0) / np.sqrt(len(keys)) + 1e-5)
+
+
+# Found by reading: each is also a step or an end of the random programs (tests/programs.py)
+
+
+def test_joined_weights_in_a_ragged_product_over_the_contracted_axis():
+    numbers = lax.RaggedDotDimensionNumbers((((1,), (0,)), ((), ())), (1,), ())
+    sizes = jnp.array([3, 7, 6], jnp.int32)
+    for axis, width in ((0, 16), (1, 8)):
+        fn = lambda p, x, axis=axis: lax.ragged_dot_general(
+            x, jnp.concatenate([p["w"], p["v"]], axis), sizes, numbers
+        )
+        base = {name: quantized(normal(8, 8, seed=i), (0,)) for i, name in enumerate("wv")}
+        x = normal(3, width, seed=9)
+        live = lowrank.lift(fn, fallback="silent")
+        want = fn(lowrank.dequantize(base), x)
+        chex.assert_trees_all_close(live(base, x), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_loop_that_puts_a_weight_into_its_carry(length):
+    leaf = normal(8, 6)
+    loop = lambda w, c: lax.scan(lambda _, __: (w, None), c, None, length=length)[0]
+    fn = lambda p, x: x @ jax.jit(loop)(p["w"], jnp.ones((8, 6)))
+    got = assert_agrees(
+        fn, {"w": leaf}, {"w": node((8, 6), (0,), (1,))}, normal(3, 8), fallback="silent"
+    )
+    assert np.any(np.asarray(got[1]["w"].a)) == bool(length)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("number", [1e6, 1e-8, 0.1])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_scaled_weight_with_narrow_factors(dtype, number, traced):
+    own = node((8, 6), (0,), (1,))
+    lora = {"w": dataclasses.replace(own, a=own.a.astype(dtype), b=own.b.astype(dtype))}
+    base, x = {"w": normal(8, 6)}, normal(3, 8, seed=9)
+    fn = lambda p, x, s: ((x @ (p["w"] * s)) / s, x @ (p["w"] / s) * s)
+    wrap = lambda f: jax.jit(lambda lora, s: f(lora, x, s)) if traced else lambda l, s: f(l, x, s)
+    live = wrap(lambda lora, x, s: lowrank.lift(fn)(lowrank.combine(base, lora), x, s))
+    want = wrap(lambda lora, x, s: fn(lowrank.merge(base, lora), x, s))
+    s = jnp.float32(number)
+    chex.assert_trees_all_close(live(lora, s), want(lora, s), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1e6, 1e-8])
+@pytest.mark.parametrize("reshaped", [False, True])
+def test_codes_that_are_scaled_after_a_narrow_dtype(number, reshaped):
+    turn = lambda w: lax.rev(w, (0, 1)) if reshaped else w
+    fn = lambda p, x: x @ (turn(p["w"]).astype(jnp.float16).astype(jnp.float32) * number)
+    base, x = {"w": quantized(normal(8, 6), (0,))}, normal(3, 8, seed=9)
+    want = fn(lowrank.dequantize(base), x)
+    assert np.all(np.isfinite(want))
+    got = lowrank.lift(fn, fallback="silent")(base, x)
+    chex.assert_trees_all_close(got, want, rtol=1e-3)
+
+
+def test_nothing_of_a_weight_is_padded():
+    fn = lambda p, x: x @ jnp.pad(p["w"][:, :0], ((0, 0), (1, 2)), constant_values=0.5)
+    got = assert_agrees(fn, {"w": normal(8, 6)}, {"w": node((8, 6), (0,), (1,))}, normal(3, 8))
+    assert got[0][0].shape == (3, 3)

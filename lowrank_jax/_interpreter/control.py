@@ -82,7 +82,7 @@ def _jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     def call(run: Callable, operands: list[Any]) -> list[Any]:
         if entry.call is None:
             entry.call = _named_jit(run, eqn)
-        return entry.call(operands)
+        return _placed(entry.call(operands), eqn)
 
     outs = _reenter(entry.ctx, eqn, operands, call)
     ctx.records += [
@@ -95,16 +95,43 @@ def _jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 
 def _named_jit(run: Callable, eqn: Any) -> Callable:
-    """jax.jit under the user's own name and output shardings."""
+    """jax.jit under the user's own name."""
 
     def named(operands: list[Any]) -> list[Any]:
         return run(operands)
 
     named.__name__ = named.__qualname__ = eqn.params["name"]
-    shardings = [_jaxprs.specified(s) for s in eqn.params["out_shardings"]]
-    if any(sharding is not None for sharding in shardings):
-        return jax.jit(named, out_shardings=shardings)
     return jax.jit(named)
+
+
+def _placed(outs: list[Any], eqn: Any) -> list[Any]:
+    """The results of a jit as its out_shardings say; a weight's arrays by the axes they have."""
+    shardings = [_jaxprs.specified(sharding) for sharding in eqn.params["out_shardings"]]
+    pairs = [*zip(outs, shardings, strict=True)]
+    arrays = [i for i, (out, s) in enumerate(pairs) if s is not None and hasattr(out, "dtype")]
+    arrays = [i for i in arrays if not _is_weight(outs[i])]
+    if arrays:
+        place = jax.jit(lambda *arrays: arrays, out_shardings=tuple(shardings[i] for i in arrays))
+        placed = dict(zip(arrays, place(*(outs[i] for i in arrays)), strict=True))
+        outs = [placed.get(i, out) for i, out in enumerate(outs)]
+    return [
+        _laid_out(out, s) if _is_weight(out) else out
+        for out, s in zip(outs, shardings, strict=True)
+    ]
+
+
+def _laid_out(weight: Virtual, sharding: Any) -> Virtual:
+    """A weight whose arrays are split as its own sharding says, where whole parts can be."""
+    kind = jax.sharding.AxisType.Explicit
+    if not isinstance(sharding, jax.NamedSharding) or kind in sharding.mesh.axis_types:
+        return weight
+    found = weight.specs(sharding.spec)
+    if found is None or not _divides(sharding.mesh, weight, found):
+        return weight
+    split = lambda array, spec: lax.with_sharding_constraint(
+        array, jax.NamedSharding(sharding.mesh, spec)
+    )
+    return weight.reshard(sharding.spec, split) or weight
 
 
 def _checkpoint(ctx: Context, eqn: Any, values: list[Any]) -> Out:

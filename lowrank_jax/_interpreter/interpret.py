@@ -262,9 +262,10 @@ def _source_of(eqn: Any) -> list[_Source | None]:
         return _sources_of_shard_map(eqn.params)
     if name == "scan":
         consts, carries = _jaxprs.scan_split(eqn)
+        some = eqn.params["length"] > 0  # no step puts a constant into a carry
         carried: list[_Source | None] = [
             (consts + i if index == consts + i else index, tuple(range(len(var.aval.shape))))
-            if index is not None and (index < consts or index == consts + i)
+            if index is not None and ((some and index < consts) or index == consts + i)
             else None
             for i, (index, var) in enumerate(
                 zip(forwarded(eqn.params["jaxpr"])[:carries], eqn.outvars, strict=False)

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -131,7 +132,7 @@ def _pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         before, after = (list(weight.shape) for _ in "ab")
         before[axis], after[axis] = low, high
         parts = [lax.broadcast(value, before), weight, lax.broadcast(value, after)]
-        weight = JoinedWeight.of([part for part in parts if part.shape[axis]], axis)
+        weight = JoinedWeight.of(parts, axis)
     return [weight]
 
 
@@ -150,8 +151,16 @@ def _constraint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 
 def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    """A move of one weight is a move of its base."""
-    return _identity(ctx, eqn, values) if len(values) == 1 else None
+    """A move of one weight is a move of its base, to the memory of the host or of the device."""
+    if len(values) > 1:
+        return None
+    (weight,), (target,) = values, eqn.params["devices"]
+    if _jaxprs.is_host(target):
+        return _one(weight.put(_jaxprs.to_host))
+    moved = weight.put(_jaxprs.on_device)
+    if moved is None or isinstance(target, jax.memory.Space):
+        return _one(moved)
+    return _identity(ctx, eqn, [moved])
 
 
 def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax import _jaxprs
 from lowrank_jax._errors import AxesError, CheckpointError, LowrankError, forgotten
 from lowrank_jax._nodes.full import Full, full_of
 from lowrank_jax._nodes.norms import dense_product, gain, norm, squared_norm
@@ -282,11 +283,12 @@ def delta(node: LowRank, base: Any) -> jax.Array:
 def materialize(node: Any) -> Any:
     """The dense weight a node stands for: summed in float32, cast once to the base's dtype."""
     if isinstance(node, Quantized):
-        return dequantized(node)
+        return dequantized(_jaxprs.on_device(node))
     if isinstance(node, Normed):
         return materialize(node.value)
     if not is_node(node):
         return node
+    node = _jaxprs.on_device(node)
     if isinstance(node, Full):
         return node.weight
     if isinstance(node, Adapted) and isinstance(node.delta, Full) and node.multiplier is None:

@@ -169,9 +169,24 @@ def _updated(leaf: Any, update: Any) -> Any:
     return dataclasses.replace(still, delta=update)
 
 
-def _no_change(leaf: Any) -> jax.Array:
+@jax.tree_util.register_static
+class Unchanged:
+    """The update of a PRNG key, which has no zero: a key and this are that key."""
+
+    def __radd__(self, key: Any) -> Any:
+        return key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unchanged)
+
+    def __hash__(self) -> int:
+        return hash(Unchanged)
+
+
+def _no_change(leaf: Any) -> Any:
     """A scalar zero of the leaf's dtype: nothing of the leaf's size is made."""
-    return jnp.zeros((), jnp.result_type(leaf))
+    dtype = jnp.result_type(leaf)
+    return Unchanged() if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.zeros((), dtype)
 
 
 def lora_plus(

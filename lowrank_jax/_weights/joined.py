@@ -99,6 +99,10 @@ class JoinedWeight(Virtual):
         """Apply an identity of values to each part."""
         return self._joined([part.each(fn, base_only) for part in self.parts])
 
+    def put(self, fn: Any) -> JoinedWeight | None:
+        """Move each part."""
+        return self._joined([part.put(fn) for part in self.parts])
+
     def frozen(self) -> JoinedWeight | None:
         """lax.stop_gradient of each part."""
         return self._joined([part.frozen() for part in self.parts])
@@ -277,6 +281,8 @@ class JoinedWeight(Virtual):
 
     def _ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
         (lc, rc), (_, rb) = numbers.dot_dimension_numbers
+        if len(numbers.rhs_group_dimensions) != 1 or {*numbers.lhs_ragged_dimensions} & {*lc}:
+            return None  # the groups are of a contracted axis, and the result has an axis of them
         product = lambda part, x, options: part.ragged_dot(x, sizes, numbers, options)
         if self.axis in rc:
             return self._sum(product, other, lc[rc.index(self.axis)], options)

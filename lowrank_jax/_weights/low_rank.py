@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax import _jaxprs
 from lowrank_jax._nodes import Adapted, LowRank
 from lowrank_jax._primitives.contract import (
     RANK,
@@ -76,7 +77,7 @@ class LowRankWeight(Virtual):
     @classmethod
     def of(cls, node: Adapted, path: str) -> LowRankWeight:
         """The weight of a node with LowRank factors."""
-        base = weight_of(node.base)
+        base, node = weight_of(node.base), _jaxprs.on_device(node)
         assert isinstance(node.delta, LowRank)
         delta = node.delta.for_shape(base.shape)
         fan_in, fan_out, stack = delta.axes(base.ndim)
@@ -161,6 +162,10 @@ class LowRankWeight(Virtual):
             return self._on(base)
         parts = {name: fn(getattr(self, name)) for name in self._held("a", "b", "gain")}
         return self.replaced(base=base, **parts)
+
+    def put(self, fn: Any) -> LowRankWeight | None:
+        """Move the base; the factors are on the device."""
+        return self._on(self.base.put(fn))
 
     def _held(self, *names: str) -> list[str]:
         """Those of these fields that are there."""
@@ -266,8 +271,9 @@ class LowRankWeight(Virtual):
         return self._on(base, **parts)
 
     def multiply(self, scalar: Any, fn: Any) -> LowRankWeight | None:
-        """Scale the base and b."""
-        scaled = fn(self.b, jnp.asarray(scalar).astype(self.b.dtype))
+        """Scale the base, and b in a dtype as wide as the weight's."""
+        b = self.b.astype(accumulator(self.b.dtype, self.dtype))
+        scaled = fn(b, jnp.asarray(scalar).astype(b.dtype))
         return self._on(self.base.multiply(scalar, fn), b=scaled)
 
     def unstack(self) -> tuple[Any, Any] | None:

@@ -164,6 +164,10 @@ class QuantizedWeight(Virtual):
         """What is said of the dense array (a name, a layout) is not said of its blocks."""
         return self if base_only else None
 
+    def put(self, fn: Any) -> QuantizedWeight:
+        """Move all parts."""
+        return self.replaced(parts=tuple(map(fn, self.parts)))
+
     def astype(self, dtype: Any) -> QuantizedWeight | None:
         """One more cast after decoding."""
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -259,8 +263,14 @@ class QuantizedWeight(Virtual):
         return self.replaced(parts=(codes, scales, table))
 
     def multiply(self, scalar: Any, fn: Any) -> QuantizedWeight | None:
-        """Scale the scales, by a constant: derivatives do not reach them."""
-        if _jaxprs.is_tracer(scalar):
+        """Scale the scales, by a constant: derivatives do not reach them.
+
+        A cast to a dtype with fewer exponents stands after the scales.
+        """
+        casts = self.decode.casts if isinstance(self.decode, ThenDecoding) else ()
+        exponents = lambda dtype: jnp.finfo(dtype).nexp
+        narrow = min(map(exponents, (*self.decoding.casts, *casts)))
+        if _jaxprs.is_tracer(scalar) or narrow < exponents(jnp.float32):
             return None
         codes, scales, table = self.with_plain_scales().parts
         return self.replaced(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))

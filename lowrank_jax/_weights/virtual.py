@@ -88,6 +88,10 @@ class Virtual:
         """Apply an identity of values (a copy, a barrier, a name) to the arrays inside."""
         return None
 
+    def put(self, fn: Any) -> Virtual | None:
+        """fn, an identity that moves an array to another memory, of each array of the base."""
+        return self.each(fn, base_only=True)
+
     def frozen(self) -> Virtual | None:
         """lax.stop_gradient of the arrays inside."""
         return self.each(jax.lax.stop_gradient)
