@@ -420,6 +420,17 @@ def _scale(draw: Writer, shape: Any) -> Fn:
     return draw.rng.choice([lambda w, s: w * number, lambda w, s: -w, lambda w, s: w / 2])
 
 
+def _stretch(draw: Writer, shape: Any) -> Fn:
+    """Times, or divided by, numbers along one axis or two, which depend on the argument or not."""
+    axes = [draw.axis(shape) for _ in range(draw.rng.randint(1, 2))]
+    own = [size if axis in axes else 1 for axis, size in enumerate(shape)]
+    by = 1 + abs(draw.numbers(*own))
+    constant, divide = draw.rng.random() < 0.5, draw.rng.random() < 0.3
+    draw.say("along", *sorted({*axes}), "divided" * divide)
+    numbers = lambda w, s: (by if constant else by * s).astype(w.dtype)
+    return lambda w, s: w / numbers(w, s) if divide else w * numbers(w, s)
+
+
 def _there_and_back(draw: Writer, shape: Any) -> Fn | None:
     """Beyond the range of float16, and back."""
     if draw.rng.random() < 0.7:
@@ -468,6 +479,7 @@ STEPS: dict[str, Callable[[Writer, Any], Fn | None]] = {
     "pad": _pad,
     "convert": _convert,
     "scale": _scale,
+    "stretch": _stretch,
     "there_and_back": _there_and_back,
     "short_loop": _short_loop,
 }

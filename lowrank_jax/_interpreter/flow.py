@@ -86,15 +86,19 @@ def _collective(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
 
 
 def _scaled(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
-    """A weight times (or divided by) one number stays a weight."""
-    sizes = [atom.aval.size if hasattr(atom.aval, "size") else 1 for atom in eqn.invars]
-    at = 1 if sizes[0] == 1 and sizes[1] != 1 and eqn.primitive.name == "mul" else 0
-    weight, scalar = ins[at], ins[1 - at]
-    if sizes[1 - at] != 1 or not weight.views:
+    """A weight times (or divided by) a number, or numbers along some axes, stays a weight."""
+    shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in eqn.invars]
+    out_shape = shape_of(eqn)
+    at = int(math.prod(shapes[0]) < math.prod(shapes[1]) and eqn.primitive.name == "mul")
+    weight, other = ins[at], ins[1 - at]
+    axes = [axis for axis, size in enumerate(shapes[1 - at]) if size != 1]
+    mask = axes and len(axes) == len(out_shape)
+    if mask or not weight.views or math.prod(shapes[at]) != math.prod(out_shape):
         return _other(survey, eqn, ins)
-    survey.take(eqn, scalar.views)
-    out = weight.map(lambda view: view.reshape(shape_of(eqn)), scalar)
-    return [out.replace(products=weight.products | scalar.products)]
+    survey.take(eqn, other.views)
+    stretch = lambda view: view.stretch(out_shape, axes) if axes else view.reshape(out_shape)
+    out = weight.map(stretch, other)
+    return [out.replace(products=weight.products | other.products, near=weight.near | other.near)]
 
 
 # Products.
@@ -117,6 +121,7 @@ def _product(
             continue
         if mine is None:  # the input of a convolution, the rows of a ragged product
             value, mine = survey.compute(eqn, value), ((), (), ())
+        value = survey.compute(eqn, value, lambda v, mine=mine: v.is_masked(mine[0], mine[2]))
         for view in value.views:
             known = view.product(op, *mine, provisional=not fed)
             survey.note(view.path, key, survey.describe(eqn), None if at == input_is else known)

@@ -188,17 +188,25 @@ def _barrier(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 
 def _scaled(swap: bool) -> Rule:
-    """Multiplication or division of a weight by one number."""
+    """Multiplication or division of a weight by one number, or by numbers along some axes."""
 
     def rule(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         weight, other = values if isinstance(values[0], Virtual) else values[::-1]
-        if isinstance(other, Virtual) or any(size != 1 for size in other.shape):
+        if isinstance(other, Virtual) or tuple(weight.shape) != tuple(eqn.outvars[0].aval.shape):
             return None
         if not swap and not isinstance(values[0], Virtual):
             return None
         operation = lax.mul if swap else lax.div
-        apply = lambda array, scalar: operation(array, lax.broadcast(scalar, array.shape))
-        return _one(weight.multiply(other.reshape(()), apply))
+        axes = [axis for axis, size in enumerate(other.shape) if size != 1]
+        if not axes:
+            apply = lambda array, scalar: operation(array, lax.broadcast(scalar, array.shape))
+            scaled = weight.multiply(other.reshape(()), apply)
+            if scaled is not None:
+                return [scaled]
+        elif len(axes) == weight.ndim:
+            return None  # a mask, say: a number for each entry
+        numbers = other.reshape([other.shape[axis] for axis in axes])
+        return _one(weight.stretch(numbers, axes, operation))
 
     return rule
 

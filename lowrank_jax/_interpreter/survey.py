@@ -143,10 +143,15 @@ class Survey(Nesting):
             if not view.summed:  # else a product with another parameter has been noted
                 self.note(view.path, self.key(eqn), self.describe(eqn), view.read(by_rows))
 
-    def compute(self, eqn: Any, value: Value) -> Value:
-        """The value as an equation takes it that no rule follows."""
-        self.take(eqn, value.views, by_rows=False)
-        return value.replace(views=(), computed=self.computed(eqn, [value]))
+    def compute(
+        self, eqn: Any, value: Value, which: Callable[[View], bool] = lambda _: True
+    ) -> Value:
+        """The value as an equation takes it that no rule follows; which: of its views."""
+        taken = tuple(view for view in value.views if which(view))
+        self.take(eqn, taken, by_rows=False)
+        computed = self.computed(eqn, [value.replace(views=taken)])
+        kept = tuple(view for view in value.views if view not in taken)
+        return value.replace(views=kept, computed=computed)
 
     def computed(
         self, eqn: Any, values: Sequence[Value], views: bool = True

@@ -49,6 +49,7 @@ class View:
       chosen: those of them whose index depends on data.
       looked_up: axes read by an array of indices: stacked if a product follows, rows if none does.
       summed: axes contracted with another parameter.
+      stretched: for each array that the view was multiplied by, the axes that it runs along.
       slices: for each scan that the view is a slice of: its equation, and the axis it runs over.
     """
 
@@ -60,6 +61,7 @@ class View:
     chosen: Axes = NONE
     looked_up: Axes = NONE
     summed: Axes = NONE
+    stretched: tuple[Axes, ...] = ()
     slices: tuple[tuple[Any, tuple[Part, ...]], ...] = ()
 
     @classmethod
@@ -90,6 +92,16 @@ class View:
     def has_vectors(self) -> bool:
         """Whether the rows that are looked up are vectors, which no product takes as a weight."""
         return len(self.axes(range(len(self.shape))) - self.looked_up - self.selected) <= 1
+
+    def stretch(self, shape: Sequence[int], axes: Iterable[int]) -> View:
+        """The view times an array that runs along these of its axes."""
+        view = self.reshape(shape)
+        return dataclasses.replace(view, stretched=(*self.stretched, view.axes(axes)))
+
+    def is_masked(self, contracted: Iterable[int], free: Iterable[int]) -> bool:
+        """Whether an array that multiplied it runs along contracted and kept axes at once."""
+        both = self.axes(contracted), self.axes(free)
+        return any(axes & both[0] and axes & both[1] for axes in self.stretched)
 
     def place(self, shape: Sequence[int]) -> View:
         """The same axes of other sizes: the part on one device, or the whole of such parts."""

@@ -65,6 +65,10 @@ class DenseWeight(Virtual):
         """Multiply by a scalar."""
         return DenseWeight(fn(self.value, scalar))
 
+    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> DenseWeight:
+        """Multiply along axes."""
+        return DenseWeight(fn(self.value, lax.broadcast_in_dim(by, self.shape, axes)))
+
     def unstack(self) -> tuple[Any, Any]:
         """Slices along the leading axis."""
         return self.value, DenseWeight

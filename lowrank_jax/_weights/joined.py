@@ -66,22 +66,17 @@ class JoinedWeight(Virtual):
         return [part.shape[self.axis] for part in self.parts]
 
     def _cuts(self) -> list[tuple[int, int]]:
-        """Where each part begins and ends along the axis."""
+        """Where along the axis each part begins and ends."""
         return [*itertools.pairwise(itertools.accumulate(self._sizes, initial=0))]
 
     def leaves(self) -> tuple[Virtual, ...]:
         """The leaves of all parts that are not plain arrays."""
-        return tuple(
-            leaf
-            for part in self.parts
-            if not isinstance(part, DenseWeight)
-            for leaf in part.leaves()
-        )
+        return tuple(x for p in self.parts if not isinstance(p, DenseWeight) for x in p.leaves())
 
     def map_leaves(self, fn: Callable[[Any], Virtual]) -> JoinedWeight:
         """The same, with fn of each leaf."""
-        each = lambda part: part if isinstance(part, DenseWeight) else part.map_leaves(fn)
-        return JoinedWeight(tuple(map(each, self.parts)), self.axis)
+        one = lambda part: part if isinstance(part, DenseWeight) else part.map_leaves(fn)
+        return JoinedWeight(tuple(map(one, self.parts)), self.axis)
 
     def materialize(self) -> jax.Array:
         """The dense concatenation."""
@@ -89,9 +84,8 @@ class JoinedWeight(Virtual):
 
     def _joined(self, parts: Sequence[Any], axis: int | None = None) -> JoinedWeight | None:
         """These parts in place of its own, or None where one of them is."""
-        if any(part is None for part in parts):
-            return None
-        return JoinedWeight(tuple(parts), self.axis if axis is None else axis)
+        axis = self.axis if axis is None else axis
+        return None if any(part is None for part in parts) else JoinedWeight(tuple(parts), axis)
 
     # Structural operations
 
@@ -114,6 +108,14 @@ class JoinedWeight(Virtual):
     def multiply(self, scalar: Any, fn: Any) -> JoinedWeight | None:
         """Scale each part."""
         return self._joined([part.multiply(scalar, fn) for part in self.parts])
+
+    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> JoinedWeight | None:
+        """Each part by its own numbers."""
+        where = [i for i, axis in enumerate(axes) if axis == self.axis]
+        pieces = self._cut(by, *where) if where else [by] * len(self.parts)
+        return self._joined(
+            [p.stretch(b, axes, fn) for p, b in zip(self.parts, pieces, strict=True)]
+        )
 
     def transpose(self, order: Sequence[int]) -> JoinedWeight | None:
         """Permute the axes of each part."""

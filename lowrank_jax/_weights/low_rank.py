@@ -29,7 +29,7 @@ from lowrank_jax._primitives.contract import (
     labeled_spec,
     reshape_groups,
 )
-from lowrank_jax._weights import convolution, lookup, products
+from lowrank_jax._weights import convolution, lookup, products, scaling
 from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.magnitude import gain_of, weight_of
 from lowrank_jax._weights.regroup import regroup
@@ -159,19 +159,19 @@ class LowRankWeight(Virtual):
         """Apply an identity of values to the base, and to the factors unless base_only."""
         base = self.base.each(fn, base_only)
         if base is None or base_only:
-            return self._on(base)
+            return self.on(base)
         parts = {name: fn(getattr(self, name)) for name in self._held("a", "b", "gain")}
         return self.replaced(base=base, **parts)
 
     def put(self, fn: Any) -> LowRankWeight | None:
         """Move the base; the factors are on the device."""
-        return self._on(self.base.put(fn))
+        return self.on(self.base.put(fn))
 
     def _held(self, *names: str) -> list[str]:
         """Those of these fields that are there."""
         return [name for name in names if getattr(self, name) is not None]
 
-    def _on(self, base: Virtual | None, **changes: Any) -> LowRankWeight | None:
+    def on(self, base: Virtual | None, **changes: Any) -> LowRankWeight | None:
         """This weight on another base, or None where the base could not take part."""
         return None if base is None else self.replaced(base=base, **changes)
 
@@ -179,20 +179,20 @@ class LowRankWeight(Virtual):
         """Stop the gradients of the factors, of the gain and of the multiplier."""
         names = self._held("a", "b", "gain", "multiplier")
         parts = {n: lax.stop_gradient(getattr(self, n)) for n in names}
-        return self._on(self.base.frozen(), **parts)
+        return self.on(self.base.frozen(), **parts)
 
     def reshard(self, spec: Any, fn: Any) -> LowRankWeight | None:
         """Lay out the base by the spec, the factors by the axes that they have."""
         whole = self.specs(spec)
         names = self._held("a", "b", "multiplier", "key", "gain")
         parts = {n: fn(getattr(self, n), getattr(whole, n)) for n in names}
-        return self._on(self.base.reshard(spec, fn), **parts)
+        return self.on(self.base.reshard(spec, fn), **parts)
 
     def astype(self, dtype: Any) -> LowRankWeight | None:
         """Convert the base; the factors are cast to its dtype in the product."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return self._on(self.base.astype(dtype))
+        return self.on(self.base.astype(dtype))
 
     def transpose(self, order: Sequence[int]) -> LowRankWeight | None:
         """Permute the base; renumber the labels."""
@@ -203,7 +203,7 @@ class LowRankWeight(Virtual):
         self, place: dict[Any, int], base: Virtual | None, **changes: Any
     ) -> LowRankWeight | None:
         rename = lambda labels: tuple(place.get(label, label) for label in labels)
-        return self._on(
+        return self.on(
             base,
             a_axes=rename(self.a_axes),
             b_axes=rename(self.b_axes),
@@ -225,7 +225,7 @@ class LowRankWeight(Virtual):
             if found is None:
                 return None
             parts[name], parts[name + "_axes"] = found
-        return self._on(self.base.reshape(shape), **parts)
+        return self.on(self.base.reshape(shape), **parts)
 
     def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> LowRankWeight | None:
         """New axes, and axes of size 1 made longer, are constant along the delta."""
@@ -268,13 +268,15 @@ class LowRankWeight(Virtual):
             where = {axis: labels.index(axis) for axis in axes if axis in labels}
             if where:
                 parts[name] = fn(array, where)
-        return self._on(base, **parts)
+        return self.on(base, **parts)
 
     def multiply(self, scalar: Any, fn: Any) -> LowRankWeight | None:
-        """Scale the base, and b in a dtype as wide as the weight's."""
-        b = self.b.astype(accumulator(self.b.dtype, self.dtype))
-        scaled = fn(b, jnp.asarray(scalar).astype(b.dtype))
-        return self._on(self.base.multiply(scalar, fn), b=scaled)
+        """Scale the base and b."""
+        return scaling.multiply(self, scalar, fn)
+
+    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> LowRankWeight | None:
+        """Scale the base and one of the factors."""
+        return scaling.stretch(self, by, axes, fn)
 
     def unstack(self) -> tuple[Any, Any] | None:
         """Slices along the leading axis; what does not vary along it is closed over."""
@@ -303,7 +305,7 @@ class LowRankWeight(Virtual):
 
     def specs(self, spec: Any) -> LowRankWeight | None:
         """PartitionSpecs of the arrays: each axis is split as the weight's axis of its label."""
-        return self._on(
+        return self.on(
             self.base.specs(spec),
             a=labeled_spec(spec, self.a_axes),
             b=labeled_spec(spec, self.b_axes),

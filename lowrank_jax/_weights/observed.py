@@ -83,15 +83,19 @@ class Observed(LowRankWeight):
 
     def each(self, fn: Any, base_only: bool = False) -> Any:
         """Identities are of the base."""
-        return self._on(self.base.each(fn, base_only))
+        return self.on(self.base.each(fn, base_only))
 
     def frozen(self) -> Any:
         """A weight whose gradient is stopped has inputs all the same."""
-        return self._on(self.base.frozen())
+        return self.on(self.base.frozen())
 
     def multiply(self, scalar: Any, fn: Any) -> Any:
         """Scale the base."""
-        return self._on(self.base.multiply(scalar, fn))
+        return self.on(self.base.multiply(scalar, fn))
+
+    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> Any:
+        """Scale the base along other axes than fan-in, whose numbers are part of the input."""
+        return None if {*axes} & {*self.b_axes} else self.on(self.base.stretch(by, axes, fn))
 
     def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> Any:
         """Take a part of the stack or of fan-out, or reverse any axis."""
@@ -110,7 +114,7 @@ class Observed(LowRankWeight):
 
     def reshard(self, spec: Any, fn: Any) -> Any:
         """Lay out the base."""
-        return self._on(self.base.reshard(spec, fn))
+        return self.on(self.base.reshard(spec, fn))
 
     def specs(self, spec: Any) -> None:
         """In a shard_map one device cannot tell whether others see the same input."""

@@ -37,6 +37,8 @@ from lowrank_jax._weights.blocks import (
     is_run,
 )
 from lowrank_jax._weights.lookup import gather_blocks
+from lowrank_jax._weights.scaling import is_wide
+from lowrank_jax._weights.stretched import stretched
 from lowrank_jax._weights.virtual import Virtual
 
 _STATIC = {"static": True}
@@ -131,8 +133,13 @@ class QuantizedWeight(Virtual):
     @property
     def dtype(self) -> Any:
         """Dtype of the dense weight."""
-        casts = self.decode.casts if isinstance(self.decode, ThenDecoding) else ()
-        return jnp.dtype((*self.decoding.casts, *casts)[-1])
+        return jnp.dtype(self._casts[-1])
+
+    @property
+    def _casts(self) -> tuple[str, ...]:
+        """Names of the dtypes that the decoded weight is cast to, in order."""
+        then = self.decode.casts if isinstance(self.decode, ThenDecoding) else ()
+        return (*self.decoding.casts, *then)
 
     def materialize(self) -> jax.Array:
         """The dense weight, split as its codes are where their type says how."""
@@ -263,17 +270,15 @@ class QuantizedWeight(Virtual):
         return self.replaced(parts=(codes, scales, table))
 
     def multiply(self, scalar: Any, fn: Any) -> QuantizedWeight | None:
-        """Scale the scales, by a constant: derivatives do not reach them.
-
-        A cast to a dtype with fewer exponents stands after the scales.
-        """
-        casts = self.decode.casts if isinstance(self.decode, ThenDecoding) else ()
-        exponents = lambda dtype: jnp.finfo(dtype).nexp
-        narrow = min(map(exponents, (*self.decoding.casts, *casts)))
-        if _jaxprs.is_tracer(scalar) or narrow < exponents(jnp.float32):
+        """Scale the scales, before any cast, by a constant: derivatives do not reach them."""
+        if not is_wide(*self._casts) or _jaxprs.is_tracer(scalar):
             return None
         codes, scales, table = self.with_plain_scales().parts
         return self.replaced(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))
+
+    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> Virtual | None:
+        """Of what meets the codes."""
+        return stretched(self, by, axes, fn) if is_wide(*self._casts) else None
 
     def frozen(self) -> QuantizedWeight:
         """It is constant as it is."""

@@ -150,6 +150,10 @@ class Virtual:
         """fn(array, scalar), linear in the array: multiplication or division by a scalar."""
         return None
 
+    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> Virtual | None:
+        """fn(weight, by), lax.mul or lax.div: by has these axes of the weight, in order."""
+        return None
+
     def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any | None:
         """lax.dot_general with other, the weight on the left or the right."""
         return None
