@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from lowrank_jax import _codecs, _jaxprs
+from lowrank_jax._checks import checked, function_of_params, refuse_other_dtypes
 from lowrank_jax._errors import (
     ConfigError,
     LowrankError,
@@ -129,6 +130,7 @@ def trace(fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str]
         moved = tuple(i for i, (one, other) in pairs if one is not other)
         return out, [after[i] for i in moved]
 
+    refuse_other_dtypes(dynamic, paths)
     for leaf, path in zip(dynamic, paths, strict=True):
         if is_node(leaf):
             check(leaf, path)
@@ -260,6 +262,7 @@ def _enter(node: Any, path: str) -> Any:
     return materialize(node)
 
 
+@checked(fn=function_of_params)
 def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     r"""A function of the same signature whose array arguments may be adapted weights.
 
@@ -295,11 +298,6 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     """
     if fallback not in FALLBACKS:
         raise ConfigError(f"fallback is one of {FALLBACKS}, not {fallback!r}")
-    if not callable(fn):
-        raise ConfigError(
-            f"lift takes a function, not {type(fn).__name__}: pass model.apply, or a function of "
-            "(params, *args)"
-        )
     warned: set[tuple[Any, str]] = set()
 
     def run(call: Call, paths: tuple[str, ...], eager: bool, dynamic: Sequence[Any]) -> Any:

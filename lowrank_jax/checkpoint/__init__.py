@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_jax._checks import checked
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import AxesError, CheckpointError, TreeError
 from lowrank_jax._files.processes import by_the_first
@@ -65,6 +66,7 @@ class Checkpoint:
     extra: Any = None
 
 
+@checked(CheckpointError)
 def save(
     directory: str | os.PathLike,
     *,
@@ -120,6 +122,7 @@ def save(
     by_the_first(lambda: _write(directory, body, arrays))
 
 
+@checked(CheckpointError)
 def save_async(
     directory: str | os.PathLike,
     *,
@@ -206,6 +209,7 @@ def _write(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray])
         write_archive(directory, body, arrays)
 
 
+@checked(CheckpointError)
 def exists(directory: str | os.PathLike) -> bool:
     """Whether there is a checkpoint: False until the first save there has come to its end.
 
@@ -225,6 +229,7 @@ def exists(directory: str | os.PathLike) -> bool:
     return has_manifest(_path(directory))
 
 
+@checked(CheckpointError)
 def restore(
     directory: str | os.PathLike, *, base: Any = None, like: Any = None, check_base: bool = True
 ) -> Checkpoint:

@@ -8,8 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax._checks import checked, count
 from lowrank_jax._errors import ConfigError
-from lowrank_jax.initializers._random import Factors, Initializer
+from lowrank_jax.initializers._random import Factors, Initializer, of_leaf
 
 # In float32 whatever the backend's default: what a rounded product loses, the base loses for good.
 product = functools.partial(jnp.matmul, precision="highest")
@@ -46,6 +47,7 @@ def remainder(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> ja
     return weight - scale * product(a.astype(weight.dtype), b.astype(weight.dtype))
 
 
+@of_leaf
 def pissa(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
     r"""The factors take the weight's largest singular directions, the base keeps the others.
 
@@ -100,6 +102,7 @@ def leading(
     return product(q, u), sigma, vt
 
 
+@checked(iterations=count)
 def randomized_pissa(iterations: int = 4) -> Initializer:
     r"""PiSSA by a randomized SVD, which never holds more than r + 8 singular vectors.
 
@@ -123,11 +126,12 @@ def randomized_pissa(iterations: int = 4) -> Initializer:
     >>> bool(jnp.abs(base).max() < 1e-4)  # the weight is of rank 2
     True
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+    if iterations < 0:
         raise ConfigError(f"iterations must be an integer of at least 0, not {iterations!r}")
     return RandomizedPissa(iterations)
 
 
+@of_leaf
 def olora(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
     r"""The factors are the leading part of a QR decomposition, b with orthonormal rows.
 
