@@ -17,7 +17,6 @@ from lowrank_jax import bitsandbytes, checkpoint, huggingface, initializers, nam
 
 MODULES = (lowrank, peft, huggingface, bitsandbytes, checkpoint, initializers, names)
 CONFIGS = (lowrank.LoraConfig, lowrank.QuantConfig)
-DEFAULT = object()  # stands for an argument that the valid call leaves out
 
 
 def public_functions():
@@ -40,10 +39,10 @@ def users_function(params, x):
 
 
 def options_of(function):
-    """The names of the arguments that can be given by keyword, from the signature."""
+    """argument -> default, of those that can be given by keyword, from the signature."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found = inspect.signature(function).parameters.values()
-    return [parameter.name for parameter in found if parameter.kind not in kinds]
+    return {parameter.name: parameter.default for parameter in found if parameter.kind not in kinds}
 
 
 class Model:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from lowrank_jax._checks import anything, checked, rank
 from lowrank_jax._configs import QuantConfig
-from lowrank_jax._errors import ConfigError
 from lowrank_jax._nodes.quantized import dequantized, quantized
 from lowrank_jax._rounding import round_to
 from lowrank_jax.initializers._data import checked_arrays, same_fan_in, unit
@@ -107,8 +106,6 @@ def loftq(
     >>> a.shape, b.shape, kept.shape  # the base is `kept`, quantized
     ((64, 2), (2, 8), (64, 8))
     """
-    if iterations < 1:
-        raise ConfigError(f"iterations must be an integer of at least 1, not {iterations!r}")
     if covariances is None:
         return LoftQ(None, quant, iterations)
     data = checked_arrays("covariances", covariances, square=True)

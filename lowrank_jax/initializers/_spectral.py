@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._checks import checked, count
-from lowrank_jax._errors import ConfigError
 from lowrank_jax.initializers._random import Factors, Initializer, of_leaf
 
 # In float32 whatever the backend's default: what a rounded product loses, the base loses for good.
@@ -126,8 +125,6 @@ def randomized_pissa(iterations: int = 4) -> Initializer:
     >>> bool(jnp.abs(base).max() < 1e-4)  # the weight is of rank 2
     True
     """
-    if iterations < 0:
-        raise ConfigError(f"iterations must be an integer of at least 0, not {iterations!r}")
     return RandomizedPissa(iterations)
 
 
