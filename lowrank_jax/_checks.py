@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import operator
 import os
 import types
 import typing
@@ -110,7 +111,7 @@ def shown(value: Any) -> str:
 def kind_of(annotation: Any) -> Kind:
     """The Kind of the values that an annotation allows."""
     if annotation is None or annotation is types.NoneType:
-        return Kind(lambda value: value is None, "None")
+        return nothing
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         parts = [part for part in inner if part is not str or os.PathLike not in inner]
@@ -147,7 +148,10 @@ def is_index(value: Any) -> bool:
 
 def is_finite(value: Any) -> bool:
     """Whether a value is a number, not a bool, and finite in float32."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, np.generic):  # those of bfloat16 too
+        numeric = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating))
+    if not numeric:
         return False
     try:
         return math.isfinite(value) and abs(float(value)) <= float(np.finfo(np.float32).max)
@@ -170,6 +174,15 @@ def is_key(value: Any) -> bool:
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return value.shape == ()
     return value.dtype == np.uint32 and value.shape in ((2,), (4,))
+
+
+def _is_index_like(value: Any) -> bool:
+    """Whether a value is an integer, or an array of one, with a value."""
+    try:
+        operator.index(value)
+    except Exception:  # JAX's own of a tracer too
+        return False
+    return not isinstance(value, bool) and getattr(value, "dtype", None) != np.bool_
 
 
 def is_seed(value: Any) -> bool:
@@ -198,6 +211,13 @@ def _is_matrix(value: Any) -> bool:
     if not isinstance(value, jax.Array | np.ndarray) or value.ndim != 2 or not value.size:
         return False
     return value.dtype in (np.float32, np.float64)
+
+
+def _is_shape_of_matrix(value: Any) -> bool:
+    """Whether a value has the shape of a matrix, with an entry at least, and a floating dtype."""
+    if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return False
+    return len(value.shape) == 2 and value.size > 0 and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def is_scalar(value: Any) -> bool:
@@ -262,6 +282,9 @@ texts_mapping = Kind(
 )
 factor_scale = Kind(_is_factor_scale, "a finite number above 0")
 rate = Kind(is_scalar, "a finite number") | Kind(callable, "a schedule")
+nothing = Kind(lambda value: value is None, "None")
+integer_like = Kind(_is_index_like, "an integer")
+shape_of_matrix = Kind(_is_shape_of_matrix, "a floating matrix [fan-in, fan-out], or its shape")
 matrix = Kind(_is_matrix, "a float32 or float64 matrix [fan-in, fan-out]")
 rank = Kind(lambda value: is_index(value) and value > 0, "an integer of at least 1 and below 2**31")
 count = Kind(lambda value: is_index(value) and value >= 0, "an integer in [0, 2**31)")

@@ -215,6 +215,8 @@ def wrong_values():
         "scalar array": jnp.float32(0.5),
         "nan array": jnp.full((64, 4), jnp.nan),
         "empty array": np.ones((0, 4), np.float32),
+        "integer array": jnp.int32(3),
+        "bfloat16": np.ones((), jnp.bfloat16)[()],
         "text array": np.array(["a", "b"]),
         "object array": np.array([None, {}], object),
         "dates": np.array(["2020-01-01"], "datetime64[D]"),

@@ -30,9 +30,9 @@ FEW = (
     "text array", "key", "node",
 )  # fmt: skip
 
-NUMBERS = {"-1", "0", "3", "2**70", "-2**70", "1.5", "1e-60"}
-ABOVE_0 = {"3", "1.5", "1e-60"}
-SCALARS = ABOVE_0 | {"scalar array"}
+ABOVE_0 = {"3", "1.5", "bfloat16"}
+SCALARS = ABOVE_0 | {"1e-60", "scalar array", "integer array"}
+NUMBERS = SCALARS | {"-1", "0", "2**70", "-2**70"}
 BOOLS = {"True", "False"}
 KEYS = {"key", "old key"}
 PLACES = {"text", "glob", "path"}
@@ -41,7 +41,8 @@ EMPTY = {"list", "list of None", "list of list", "tuple", "dict", "dict of None"
 # trees whose leaves NumPy can save; a leaf that is not an array passes through everywhere
 ARRAYS = {
     "float16 array", "complex array", "bool array", "int array", "scalar array", "nan array",
-    "empty array", "key", "keys", "old key", "NumPy nan", "NumPy True", "dict of array",
+    "empty array", "integer array", "bfloat16", "key", "keys", "old key", "NumPy nan",
+    "NumPy True", "dict of array",
 }  # fmt: skip
 SAVED = EMPTY | ARRAYS | {"dict of number", "dict of True", "dict of nan", "keys None"}
 STATE = SAVED | BOOLS | {"-1", "0", "3", "1.5", "nan", "inf", "-inf", "1e-60", "1j"}
@@ -66,18 +67,18 @@ TAKEN = {
     "for_serving": BOOLS,
     "transpose": BOOLS,
     "check_base": BOOLS,
-    "scale": NUMBERS | {"scalar array"},
+    "scale": NUMBERS,
     "key": KEYS,
     "wrt": {"True"},
     "opt_state": STATE,
     "extra": STATE,
-    "step": {"-1", "0", "3", "2**70", "-2**70"},
+    "step": {"-1", "0", "3", "2**70", "-2**70", "integer array"},
     "weight": {"nan array"},
     "rank": {"3"},
     ("combine", "dropout"): {"0"},
     ("init", "key"): KEYS | {"0", "3"},
     ("init", "initializer"): {"dict", "dict of None"},
-    ("lora_plus", "learning_rate"): NUMBERS - {"2**70", "-2**70"} | {"function", "scalar array"},
+    ("lora_plus", "learning_rate"): NUMBERS - {"2**70", "-2**70"} | {"function"},
     ("lora_plus", "ratio"): SCALARS,
     ("quantize_state", "min_size"): {"0", "3"},
     ("partition", "tree"): PASSED | {"dict of text"},
@@ -93,10 +94,10 @@ TAKEN = {
     ("bitsandbytes.to_state_dict", "name"): TEXTS,
     ("checkpoint.save", "lora"): NODES,
     ("checkpoint.save_async", "lora"): NODES,
-    ("initializers.corda", "damping"): {"3", "2**70", "1.5"},
-    ("initializers.eva", "rho"): {"3", "2**70", "1.5"},
+    ("initializers.corda", "damping"): ABOVE_0 | {"2**70"},
+    ("initializers.eva", "rho"): ABOVE_0 | {"2**70"},
     ("initializers.loftq", "iterations"): {"3"},
-    ("initializers.lora_ga", "gamma"): {"3", "2**70", "1.5"},
+    ("initializers.lora_ga", "gamma"): ABOVE_0 | {"2**70"},
     ("initializers.lora_ga", "gradients"): {"dict of array"},
     ("initializers.randomized_pissa", "iterations"): {"0", "3"},
     ("names.parameter", "path"): TEXTS | {"empty text"},
@@ -105,8 +106,12 @@ TAKEN = {
     ("LoraConfig.from_dict", "values"): {"dict"},
     ("QuantConfig.from_dict", "values"): {"dict"},
 }
-for name in ("kaiming", "gaussian", "lookup", "orthogonal", "pissa", "olora"):
+for name in ("kaiming", "gaussian", "lookup", "orthogonal"):
+    TAKEN[f"initializers.{name}", "scale"] = SCALARS | {"None"}  # unused
+    TAKEN[f"initializers.{name}", "weight"] = {"float16 array", "nan array", "shape"}
+for name in ("pissa", "olora"):
     TAKEN[f"initializers.{name}", "scale"] = SCALARS
+    TAKEN[f"initializers.{name}", "key"] = KEYS | {"None"}  # unused
 
 
 @pytest.fixture(scope="module")

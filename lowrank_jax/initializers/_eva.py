@@ -83,7 +83,9 @@ def eva(
             f"covariances[{traced[0]!r}] is traced: ranks are static, so call eva outside of jit"
         )
     old = {path: _first(config.rank_pattern, path, config.rank) for path in data}
-    most = {path: min(round(old[path] * rho), array.shape[-1]) for path, array in data.items()}
+    most = {
+        path: min(round(old[path] * float(rho)), array.shape[-1]) for path, array in data.items()
+    }
     initializers, shares = {}, {}
     for path, array in data.items():
         initializers[path], shares[path] = _components(array, most[path])
