@@ -89,7 +89,7 @@ TAKEN = {
     ("specs", "tree"): {"dict of node"},
     ("specs", "dense_specs"): {"None", "spec"},
     ("huggingface.load", "dtype"): {"dtype"},
-    ("huggingface.load", "ignore"): {"list", "list of text", "tuple"},
+    ("huggingface.load", "ignore"): TEXTS | {"empty text", "list", "list of text", "tuple"},
     ("huggingface.save", "max_shard"): {"3", "2**70"},
     ("bitsandbytes.to_state_dict", "name"): TEXTS,
     ("checkpoint.save", "lora"): NODES,

@@ -53,7 +53,7 @@ def load(
     quant: QuantConfig | None = None,
     plan: Plan | None = None,
     dtype: Any = None,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
 ) -> Any:
     """Read a model's folder into a tree of parameters, quantized as it is read if so wished.
 
@@ -75,8 +75,8 @@ def load(
       plan: of the function that uses the parameters; quant with "all-linear" needs it, and so do
         leaves that are multiplied with from their other side (weights [out, in]).
       dtype: of the floating leaves, in place of like's.
-      ignore: globs of names of tensors that may be left over, "vision_tower.*" say. Buffers, as
-        masks and rotary frequencies are, always may.
+      ignore: a glob, or several, of names of tensors that may be left over, "vision_tower.*" say.
+        Buffers, as masks and rotary frequencies are, always may.
 
     Returns:
       The tree with jax.Arrays, and Quantized leaves. A leaf that is not floating and has a value,
@@ -101,7 +101,8 @@ def load(
     folder = Path(folder)
     leaves = _leaves(like, dtype)
     with _opened(folder) as (tensors, tied):
-        found = matched(tensors, leaves, names, plan, ignore, tied)
+        ignored = (ignore,) if isinstance(ignore, str) else ignore
+        found = matched(tensors, leaves, names, plan, ignored, tied)
         found.refuse(folder, names)
         blocks = {} if quant is None else _blocks(leaves, found.leaves, quant, plan)
         coded = in_four_bits(found.leaves, tensors, quant, blocks, folder)

@@ -99,7 +99,7 @@ def save(
     """
     if jax.process_count() > 1:
         raise CheckpointError("save works in a program of one process; this one has several")
-    if base is not None:
+    if base is not None and original is None:
         _refuse_other_base(nodes_of(lora), base)
     tensors, text = written(lora, config, base, original, plan, names, for_serving)
     write_folder(Path(directory), text, tensors)
