@@ -92,8 +92,8 @@ def init(
     >>> lora["dense"]["kernel"].a.shape, lora["dense"]["kernel"].scale, lora["dense"]["bias"]
     ((4, 2), 2.0, None)
     """
-    if is_seed(key):
-        key = jax.random.key(operator.index(key))
+    given: Any = key
+    root = jax.random.key(operator.index(given)) if is_seed(given) else typed_key(given)
     leaves, treedef = flatten(params, is_leaf=is_node)
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(
@@ -111,7 +111,7 @@ def init(
     for path, leaf in leaves:
         node, leaf = None, unnormed(leaf)
         if path in targets:
-            leaf_key = jax.random.fold_in(typed_key(key), path_hash(path))
+            leaf_key = jax.random.fold_in(root, path_hash(path))
             leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], chosen[path], config)
         elif path in whole:
             node = trained_whole(leaf)
@@ -286,6 +286,11 @@ def _factors(
             f"the initializer {name!r} returned a {a.shape[1:]} and b {b.shape[1:]}; expected "
             f"{expected[0][1:]} and {expected[1][1:]}"
         )
+    if residual is not None and residual.shape != weight.shape:
+        raise LowrankError(
+            f"the initializer {name!r} returned a residual {residual.shape[1:]}; expected that of "
+            f"the weight, {weight.shape[1:]}, or None"
+        )
     kept_a, kept_b = round_to(a, dtype), round_to(b, dtype)
     if residual is not None and (is_narrower(dtype, a.dtype) or is_narrower(dtype, b.dtype)):
         lost = _lost(a, b, kept_a, kept_b, weight.dtype)
@@ -301,7 +306,7 @@ def _factors(
 def _refuse_other_results(made: Any, name: str) -> None:
     """An initializer returns two arrays of floats, and a third or None."""
     parts = made if isinstance(made, tuple | list) and len(made) == 3 else ()
-    floating = lambda part: jnp.issubdtype(getattr(part, "dtype", None), jnp.floating)
+    floating = lambda part: jnp.issubdtype(getattr(part, "dtype", object), jnp.floating)
     if not parts or not all(map(floating, parts[: 2 + (parts[2] is not None)])):
         came = [shown(part) for part in made] if parts else shown(made)
         raise LowrankError(

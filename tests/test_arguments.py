@@ -301,6 +301,19 @@ def test_initializers_go_by_name_and_by_pattern():
         init({"a*": "loftq"})
 
 
+@pytest.mark.parametrize(
+    "made",
+    [None, 1.0, "abc", (), (None, None, None), (1.0, 2.0, None), (jnp.ones((6, 2)),) * 2,
+     (jnp.ones((6, 2)), jnp.ones((2, 4), int), None), (jnp.ones((6, 2)), jnp.ones((2, 4)), 0.0),
+     (jnp.ones((6, 2)), jnp.ones((2, 4)), jnp.ones(())), (jnp.ones(3), jnp.ones(3), None)],
+)  # fmt: skip
+def test_an_initializer_that_returns_something_else_is_named(made):
+    own = lambda key, weight, rank, scale: made
+    config = lowrank.LoraConfig(rank=2, targets="w")
+    with pytest.raises(lowrank.LowrankError, match=r"the initializer '<lambda>' returned"):
+        lowrank.init(0, {"w": jnp.ones((6, 4))}, config, initializer=own)
+
+
 def test_every_initializer_that_is_a_function_has_a_name():
     public = {name: getattr(lowrank.initializers, name) for name in lowrank.initializers.__all__}
     drawing = {name for name, own in public.items() if next(iter(options_of(own)), "") == "key"}

@@ -34,7 +34,7 @@ def checked_arrays(name: str, data: Any, square: bool) -> dict[str, jax.Array]:
             what = type(array).__name__ if found is None else f"of shape {tuple(found)}"
             problems.append(f"{path}: {what}, expected an array {shape}")
             continue
-        dtype = getattr(array, "dtype", None)
+        dtype = getattr(array, "dtype", object)
         if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
             problems.append(f"{path}: of dtype {dtype}, expected real numbers")
             continue
