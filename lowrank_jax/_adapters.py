@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax._checks import checked, key, number_like, shown, tree_of_arrays
 from lowrank_jax._errors import ConfigError, TreeError, listing
 from lowrank_jax._init import typed_key
 from lowrank_jax._nodes import (
@@ -23,6 +24,7 @@ from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._weights.magnitude import gain_of
 
 
+@checked(scale=number_like, key=key)
 def combine(
     base: Any, lora: Any, *, scale: Any = 1.0, dropout: float = 0.0, key: jax.Array | None = None
 ) -> Any:
@@ -90,6 +92,7 @@ def _multiplier(scale: Any) -> jax.Array | None:
     """The scale as a scalar array, or None for 1."""
     if isinstance(scale, int | float) and scale == 1:
         return None
+    scale = scale if hasattr(scale, "dtype") else float(scale)
     if jnp.shape(scale):
         raise ConfigError(
             f"scale is one number, not an array of shape {jnp.shape(scale)}; for a sweep, jax.vmap "
@@ -124,6 +127,8 @@ def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
             )
         if path not in arrays:
             problems.append(f"{path}: in the adapter, not in the base")
+        elif not hasattr(arrays[path], "shape"):
+            problems.append(f"{path}: {shown(arrays[path])} in the base, not an array")
         elif not node.fits(arrays[path].shape):
             problems.append(
                 f"{path}: the adapter is for shape {tuple(node.shape)}, the base has "
@@ -139,6 +144,7 @@ def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
     return nodes
 
 
+@checked(tree=tree_of_arrays)
 def partition(tree: Any) -> tuple[Any, Any]:
     """Take a combined tree apart into (base, lora): the inverse of combine.
 
@@ -166,6 +172,7 @@ def partition(tree: Any) -> tuple[Any, Any]:
     return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
 
 
+@checked(scale=number_like)
 def merge(base: Any, lora: Any, *, scale: Any = 1.0) -> Any:
     r"""Fold the adapter into dense weights: $W + m\,s\,a\,b$, added in float32 and cast once.
 
@@ -199,6 +206,7 @@ def merge(base: Any, lora: Any, *, scale: Any = 1.0) -> Any:
     return jax.tree.map(dense, combine(base, lora, scale=scale), is_leaf=is_node)
 
 
+@checked()
 def fold_norms(base: Any, lora: Any) -> Any:
     r"""Make DoRA as cheap as LoRA for inference: compute its norms once and for all.
 

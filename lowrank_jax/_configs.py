@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lowrank_jax._checks import is_finite, is_index, is_seed, rank
 from lowrank_jax._codecs import check_block_size, format_of
 from lowrank_jax._codecs.packing import PACKINGS
+from lowrank_jax._config_checks import check_choice, check_json, check_keys, check_scale, pairs_of
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._paths import ALL_LINEAR, Pattern, compile_pattern
 
 METHODS = ("lora", "loha", "vera", "ia3")
+FACTOR_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PATTERN_MAPS = ("rank_pattern", "alpha_pattern", "stack", "axes", "train_rows")
 
 
@@ -53,7 +56,7 @@ def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
         raise ConfigError(f"{name} takes a pattern or a sequence of patterns, not {value!r}")
     items = tuple(sorted(items, key=str) if isinstance(items, set | frozenset) else items)
     for item in items:
-        if item != ALL_LINEAR:
+        if not isinstance(item, str) or item != ALL_LINEAR:
             compile_pattern(item)
     return items
 
@@ -72,7 +75,7 @@ def _integers(name: str, values: Mapping, what: str) -> FrozenMapping:
     found = {}
     for pattern, value in values.items():
         items = (value,) if isinstance(value, int) else value
-        if not isinstance(items, tuple | list) or not all(isinstance(i, int) for i in items):
+        if not isinstance(items, tuple | list) or not all(map(is_index, items)):
             raise ConfigError(f"{name}[{pattern!r}] takes {what} (integers), not {value!r}")
         found[pattern] = tuple(items)
     return FrozenMapping(found)
@@ -91,13 +94,12 @@ def _pairs(name: str, values: Mapping) -> FrozenMapping:
 
 
 def _check_rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}")
+    if not isinstance(value, int) or not rank.holds(value):
+        raise ConfigError(f"{name} must be {rank.expected}, not {value!r}")
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not isinstance(value, int | float) or not is_finite(value) or value <= 0:
         raise ConfigError(f"{name} must be a finite number above 0, not {value!r}")
 
 
@@ -124,7 +126,10 @@ def _frozen(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     if isinstance(value, Mapping) and set(value) in ({"re"}, {"re", "flags"}):
-        return re.compile(value["re"], value.get("flags", 0))
+        try:
+            return re.compile(value["re"], value.get("flags", 0))
+        except (re.error, TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{dict(value)!r} is not a regex: {error}") from error
     if isinstance(value, list | tuple):
         return tuple(_from_json(item) for item in value)
     return value
@@ -214,20 +219,19 @@ class LoraConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._check_method()
-        if self.factor_dtype not in ("float32", "bfloat16", "float16", "float64"):
-            raise ConfigError(
-                "factor_dtype must be one of 'float32', 'bfloat16', 'float16', 'float64', not "
-                f"{self.factor_dtype!r}"
-            )
+        check_choice("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
         if not isinstance(self.extras, Mapping):
             raise ConfigError(f"extras takes a mapping of JSON values, not {self.extras!r}")
+        check_json("extras", self.extras)
         put("extras", _frozen(self.extras))
+        for size in {self.rank, *self.rank_pattern.values()}:
+            for alpha in {self.alpha, *self.alpha_pattern.values()}:
+                check_scale(f"alpha {alpha!r} and rank {size}", self.scale_of(size, alpha))
 
     def _check_method(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method must be one of {METHODS}, not {self.method!r}")
+        check_choice("method", self.method, METHODS)
         seed = self.projection_seed
-        if (self.method == "vera") != (isinstance(seed, int) and not isinstance(seed, bool)):
+        if not is_seed(seed) if self.method == "vera" else seed is not None:
             raise ConfigError(
                 "VeRA's random matrices are drawn from projection_seed: an integer with "
                 f'method="vera", and None without; it is {seed!r} with {self.method!r}'
@@ -243,14 +247,11 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
         """The configuration of the values of `to_dict`; an unknown key is refused by name."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(f"unknown LoraConfig keys {unknown}; known are {sorted(known)}")
+        check_keys(cls, values)
         parsed = {}
         for name, value in values.items():
             if name in _PATTERN_MAPS:
-                pairs = value.items() if isinstance(value, Mapping) else value
+                pairs = pairs_of(name, value)
                 parsed[name] = {_from_json(key): _from_json(item) for key, item in pairs}
             elif name == "extras":
                 parsed[name] = value
@@ -305,8 +306,7 @@ class QuantConfig:
         check_block_size(self.block_size)
         if not isinstance(self.double_quant, bool):
             raise ConfigError(f"double_quant must be True or False, not {self.double_quant!r}")
-        if self.packing not in PACKINGS:
-            raise ConfigError(f"packing must be one of {PACKINGS}, not {self.packing!r}")
+        check_choice("packing", self.packing, PACKINGS)
         for name in ("targets", "exclude"):
             put(name, _patterns(name, getattr(self, name)))
         if ALL_LINEAR in self.exclude:
@@ -320,7 +320,5 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
         """The configuration whose `to_dict` is values; an unknown key is refused by name."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"unknown QuantConfig keys {unknown}; known are {sorted(known)}")
+        check_keys(cls, values)
         return cls(**{name: _from_json(value) for name, value in values.items()})

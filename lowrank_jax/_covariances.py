@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import _lift
+from lowrank_jax._checks import checked, function_of_params
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import AxesError, ConfigError, LowrankError, TreeError, listing
 from lowrank_jax._interpreter.interpret import Context, Record, interpret
@@ -25,6 +26,7 @@ from lowrank_jax._weights.observed import Log, Observed, Sight
 from lowrank_jax._weights.virtual import Virtual
 
 
+@checked(fn=function_of_params)
 def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -> Callable:
     r"""Make the function that measures $C = \sum x x^\top$ at every target.
 
@@ -64,11 +66,6 @@ def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -
     Array([[ 1.,  2.],
            [ 2., 13.]], dtype=float32)
     """
-    if not callable(fn) or not isinstance(config, LoraConfig):
-        given = f"({type(fn).__name__}, {type(config).__name__})"
-        raise ConfigError(
-            f"covariances takes (fn, config): a function and a LoraConfig, not {given}"
-        )
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def run(call: _lift.Call, paths: tuple[str, ...], dynamic: list[Any]) -> dict[str, jax.Array]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax._checks import checked, shown, tree_of_arrays
 from lowrank_jax._errors import TreeError
 from lowrank_jax._files.processes import gathered
 from lowrank_jax._nodes import Normed, is_adapter, unnormed
@@ -45,12 +46,19 @@ class Fingerprint:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
         """The fingerprint of the values of `to_dict`."""
-        if values["algorithm"] != "sha256":
-            raise ValueError(f"fingerprints are by 'sha256', not {values['algorithm']!r}")
-        leaves = [
-            (str(path), tuple(int(size) for size in shape), str(dtype), str(sha))
-            for path, (shape, dtype, sha) in values["leaves"].items()
-        ]
+        try:
+            algorithm = values["algorithm"]
+            leaves = [
+                (str(path), tuple(int(size) for size in shape), str(dtype), str(sha))
+                for path, (shape, dtype, sha) in values["leaves"].items()
+            ]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise TreeError(
+                f"values is {shown(values)}, not a dictionary of Fingerprint.to_dict "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if algorithm != "sha256":
+            raise TreeError(f"fingerprints are by 'sha256', not {algorithm!r}")
         return cls(tuple(sorted(leaves)))
 
     def differences(self, other: Fingerprint) -> list[str]:
@@ -73,6 +81,7 @@ def differences(expected: Mapping[str, str], came: Mapping[str, str]) -> list[st
     return lines
 
 
+@checked(tree=tree_of_arrays)
 def fingerprint(tree: Any) -> Fingerprint:
     """Compute the identity of a base: path, shape, dtype and SHA-256 of the bytes of each leaf.
 
@@ -99,7 +108,8 @@ def fingerprint(tree: Any) -> Fingerprint:
     >>> fingerprint(params) == fingerprint({**params, "step": jnp.array(4)})
     False
     """
-    plain = jax.tree.map(unnormed, tree, is_leaf=lambda leaf: isinstance(leaf, Normed))
+    own, treedef = flatten(tree, is_leaf=lambda leaf: isinstance(leaf, Normed))
+    plain = jax.tree.unflatten(treedef, [unnormed(leaf) for _, leaf in own])
     leaves = flatten(plain, is_leaf=is_adapter)[0]
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(

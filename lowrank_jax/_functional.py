@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax._checks import anything, checked, shown
 from lowrank_jax._errors import StateError, TreeError, listing
 from lowrank_jax._interpreter.interpret import forwarded
 from lowrank_jax._jaxprs import is_tracer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # imported where it is used: the core does not depend on Flax
 Method = Callable[..., Any] | str
 
 
+@checked(TreeError, model=anything)
 def functional(
     model: nnx.Module, *, wrt: Any = None, method: Method | None = None
 ) -> tuple[Callable, Any]:
@@ -77,6 +79,7 @@ def functional(
     return fn, params
 
 
+@checked(TreeError, model=anything)
 def functional_with_state(
     model: nnx.Module, *, wrt: Any = None, method: Method | None = None
 ) -> tuple[Callable, Any, Any]:
@@ -143,6 +146,12 @@ class _Pure:
         if not isinstance(model, nnx.Module):
             raise _no_module(model)
         wrt = nnx.Param if wrt is None else wrt
+        try:
+            nnx.filterlib.to_predicate(wrt)
+        except (TypeError, ValueError) as error:
+            raise TreeError(
+                f"wrt is {shown(wrt)}; expected a filter of NNX, as nnx.Param or a tuple of types"
+            ) from error
         graphdef, params, state = nnx.split(model, wrt, ...)
         if not jax.tree.leaves(params):
             raise TreeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs, initializers
+from lowrank_jax._checks import anything, checked, is_seed, key_or_seed, shown
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import ConfigError, LowrankError, TreeError
 from lowrank_jax._nodes import (
@@ -27,7 +29,7 @@ from lowrank_jax._nodes import (
 from lowrank_jax._nodes.family import METHODS, start_rows
 from lowrank_jax._nodes.norms import sharding_of
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax._paths import flatten, path_hash
+from lowrank_jax._paths import Pattern, flatten, matches, no_match, path_hash
 from lowrank_jax._plan import Plan
 from lowrank_jax._primitives.contract import RANK, accumulator, labeled_spec
 from lowrank_jax._quantize import quantize_leaf, refuse_bad
@@ -39,13 +41,14 @@ from lowrank_jax._weights.magnitude import norms_of
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 
 
+@checked(key=key_or_seed, initializer=anything)
 def init(
-    key: jax.Array,
+    key: jax.Array | int,
     params: Any,
     config: LoraConfig,
     *,
     plan: Plan | None = None,
-    initializer: Initializer | Mapping[str, Initializer] | None = None,
+    initializer: Initializer | str | Mapping[Pattern, Initializer | str] | None = None,
 ) -> tuple[Any, Any]:
     r"""Make the adapter of a parameter tree.
 
@@ -55,17 +58,18 @@ def init(
     being that norm at first.
 
     Args:
-      key: PRNG key; a leaf's own key is fold_in(key, hash of its path), so that adding a target
-        changes no other adapter.
+      key: PRNG key, or an integer seed of one; a leaf's own key is fold_in(key, hash of its path),
+        so that adding a target changes no other adapter.
       params: any pytree of arrays.
       config: which leaves, of which rank and scale.
       plan: of the function that uses params; needed for "all-linear" and for leaves of more than
         two axes. Without it a matrix is taken as [i, o].
-      initializer: (key, weight [i, o] float32, rank, scale) -> (a, b, residual or None), or a
-        mapping of path -> initializer; None is kaiming, and `lookup` for tables read by rows. One
-        that brings data is a callable pytree, whose arrays have the leaf's stack axes first. A
-        float64 leaf's weight arrives as float64. What rounding the factors to `factor_dtype` takes
-        from a b is added to the residual, so that the function is kept.
+      initializer: (key, weight [i, o] float32, rank, scale) -> (a, b, residual or None), the name
+        of one ("pissa"), or a mapping of pattern -> either, in which a leaf's own path goes before
+        patterns; None is kaiming, and `lookup` for tables read by rows. A function that brings data
+        is a callable pytree, whose arrays have the leaf's stack axes first. A float64 leaf's weight
+        arrives as float64. What rounding the factors to `factor_dtype` takes from a b is added to
+        the residual, so that the function is kept.
 
     Returns:
       (base, lora). base is params itself, save where an initializer moved weight into the factors,
@@ -88,8 +92,8 @@ def init(
     >>> lora["dense"]["kernel"].a.shape, lora["dense"]["kernel"].scale, lora["dense"]["bias"]
     ((4, 2), 2.0, None)
     """
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"init takes (key, params, config): config is a {type(config).__name__}")
+    given: Any = key
+    root = jax.random.key(operator.index(given)) if is_seed(given) else typed_key(given)
     leaves, treedef = flatten(params, is_leaf=is_node)
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(
@@ -102,15 +106,13 @@ def init(
     warn_of_passed_over(plan, config.targets, targets, (*config.exclude, *whole, *rows))
     if config.method != "lora" and initializer is not None:
         raise ConfigError(f"an initializer is of LoRA's a and b; {config.method!r} has its own")
-    if isinstance(initializer, Mapping) and (unknown := sorted(set(initializer) - set(targets))):
-        raise ConfigError(f"initializer names {unknown[0]!r}, which is not among the targets")
+    chosen = _initializers(initializer, targets)
     base, lora = [], []
     for path, leaf in leaves:
         node, leaf = None, unnormed(leaf)
         if path in targets:
-            own = initializer.get(path) if isinstance(initializer, Mapping) else initializer
-            leaf_key = jax.random.fold_in(typed_key(key), path_hash(path))
-            leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], own, config)
+            leaf_key = jax.random.fold_in(root, path_hash(path))
+            leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], chosen[path], config)
         elif path in whole:
             node = trained_whole(leaf)
         elif path in rows:
@@ -118,6 +120,41 @@ def init(
         base.append(leaf)
         lora.append(node)
     return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
+
+
+def _initializers(given: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
+    """The initializer of each target, None where it is the default.
+
+    A target's own path goes before patterns, of which the first that matches wins: what is made
+    from data names each leaf, and a path may hold a "*".
+    """
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(targets, _initializer("initializer", given))
+    found: dict[str, Any] = {}
+    for pattern, value in given.items():
+        own = _initializer(f"initializer[{pattern!r}]", value)
+        if isinstance(pattern, str) and pattern in targets:
+            hits = [pattern]
+        else:
+            hits = [path for path in targets if matches(pattern, path) and path not in given]
+            if not any(matches(pattern, path) for path in targets):
+                raise no_match(pattern, list(targets), "initializer (over the adapted leaves)")
+        for path in hits:
+            found.setdefault(path, own)
+    return {path: found.get(path) for path in targets}
+
+
+def _initializer(name: str, value: Any) -> Any:
+    """The function of an initializer, which may be given by name."""
+    if value is None or (callable(value) and not isinstance(value, type)):
+        return value
+    if isinstance(value, str) and value in initializers.BY_NAME:
+        return initializers.BY_NAME[value]
+    raise ConfigError(
+        f"{name} is {shown(value)}; expected a function (key, weight, rank, scale) -> "
+        f"(a, b, residual), one of the names {sorted(initializers.BY_NAME)}, or a mapping of "
+        "pattern to either"
+    )
 
 
 def typed_key(key: jax.Array) -> jax.Array:
@@ -237,15 +274,22 @@ def _factors(
         own = form.value if callable(form.value) else jax.tree.unflatten(form.value, data)
         if hasattr(own, "rounded_to"):
             own = own.rounded_to(dtype)
-        return own(key, weight, target.rank, target.scale)
+        made = own(key, weight, target.rank, target.scale)
+        _refuse_other_results(made, name)
+        return made
 
+    name = getattr(form.value, "__name__", type(form.value).__name__)
     a, b, residual = jax.vmap(make)(keys, weight, data)
     expected = ((weight.shape[0], rows, target.rank), (weight.shape[0], target.rank, columns))
     if (a.shape, b.shape) != expected:
-        name = getattr(form.value, "__name__", str(form.value))
         raise LowrankError(
             f"the initializer {name!r} returned a {a.shape[1:]} and b {b.shape[1:]}; expected "
             f"{expected[0][1:]} and {expected[1][1:]}"
+        )
+    if residual is not None and residual.shape != weight.shape:
+        raise LowrankError(
+            f"the initializer {name!r} returned a residual {residual.shape[1:]}; expected that of "
+            f"the weight, {weight.shape[1:]}, or None"
         )
     kept_a, kept_b = round_to(a, dtype), round_to(b, dtype)
     if residual is not None and (is_narrower(dtype, a.dtype) or is_narrower(dtype, b.dtype)):
@@ -257,6 +301,18 @@ def _factors(
         residual = residual.reshape(stack + fan_in + fan_out)
         residual = jnp.transpose(residual, inverse(order))
     return a, b, residual
+
+
+def _refuse_other_results(made: Any, name: str) -> None:
+    """An initializer returns two arrays of floats, and a third or None."""
+    parts = made if isinstance(made, tuple | list) and len(made) == 3 else ()
+    floating = lambda part: jnp.issubdtype(getattr(part, "dtype", object), jnp.floating)
+    if not parts or not all(map(floating, parts[: 2 + (parts[2] is not None)])):
+        came = [shown(part) for part in made] if parts else shown(made)
+        raise LowrankError(
+            f"the initializer {name!r} returned {came}; expected (a, b, residual), floating "
+            "arrays, with None for a residual where the base stays as it is"
+        )
 
 
 def _lost(a: Any, b: Any, kept_a: Any, kept_b: Any, dtype: Any) -> jax.Array:

@@ -31,11 +31,40 @@ def flatten_with_keys(
     A wrapper is what Flax puts around an array: nnx.Variable, nn.Partitioned, nn.meta.AxisMetadata.
     A field that is called "value" in anything else is a key like any other.
     """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    try:
+        keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    except (TypeError, ValueError) as error:
+        _refuse_unsorted((), tree, is_leaf or (lambda _: False), error)
+        raise
     wrappers = _wrappers()
     if wrappers and any(_is_value(key) for keys, _ in keyed for key in keys):
         keyed = list(_unwrapped((), tree, is_leaf or (lambda _: False), wrappers))
     return keyed, treedef
+
+
+def _refuse_unsorted(
+    keys: tuple[Any, ...], tree: Any, is_leaf: Callable[[Any], bool], error: Exception
+) -> None:
+    """Raise where the keys of a dict cannot be sorted, as JAX must to flatten it."""
+    if is_leaf(tree):
+        return
+    if isinstance(tree, dict):
+        try:
+            sorted(tree)
+        except TypeError:
+            at = f"at {path_of(keys)!r}" if keys else "at its root"
+            kinds = " and ".join(sorted({type(key).__name__ for key in tree}))
+            raise TreeError(
+                f"a tree has a dict {at} whose keys are of types that cannot be sorted ({kinds}): "
+                "JAX flattens a dict by its sorted keys; make them of one type, text say"
+            ) from error
+        children = [((jax.tree_util.DictKey(key),), child) for key, child in tree.items()]
+    else:
+        below = lambda other: other is not tree
+        children = jax.tree_util.tree_leaves_with_path(tree, is_leaf=below)
+    for key, child in children:
+        if child is not tree:
+            _refuse_unsorted((*keys, *key), child, is_leaf, error)
 
 
 def _wrappers() -> tuple[type, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._checks import checked, function_of_params
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._interpreter.flow import FLOW
 from lowrank_jax._interpreter.survey import Survey, Value, argument, is_number
@@ -122,6 +123,7 @@ class Plan(Tabled):
         )
 
 
+@checked(fn=function_of_params)
 def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
     """Learn, without arithmetic, which equations of fn use each leaf of params, and by which axes.
 

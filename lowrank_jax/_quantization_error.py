@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._checks import checked
 from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._nodes import is_adapter, is_node, unnormed
 from lowrank_jax._nodes.quantized import Quantized, dequantized
@@ -65,6 +66,7 @@ class Deviations(Tabled):
         return Table(columns, alike, frozenset(columns[3:]))
 
 
+@checked()
 def quantization_error(dense: Any, frozen: Any) -> Deviations:
     r"""Measure what quantization did to each leaf.
 

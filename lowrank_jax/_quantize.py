@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._checks import checked, tree_of_arrays
 from lowrank_jax._configs import QuantConfig
 from lowrank_jax._donation import Donation
 from lowrank_jax._errors import ConfigError, PatternError, TreeError, listing
@@ -22,6 +23,7 @@ from lowrank_jax._specs import specs
 from lowrank_jax._targets import axes_of, choose, warn_of_passed_over, why_none
 
 
+@checked()
 def quantize(
     params: Any, quant: QuantConfig, *, plan: Plan | None = None, donate: bool = False
 ) -> Any:
@@ -65,8 +67,6 @@ def quantize(
     >>> frozen["w"].codes.shape, frozen["w"].codes.dtype.name, frozen["w"].shape
     ((2, 64, 4), 'uint4', (128, 4))
     """
-    if not isinstance(quant, QuantConfig):
-        raise ConfigError(f"quantize takes (params, quant): quant is a {type(quant).__name__}")
     leaves, treedef = flatten(params, is_leaf=is_node)
     if wrong := [path for path, leaf in leaves if is_node(leaf)]:
         kinds = {Quantized: "quantized leaves", Normed: "leaves with DoRA's norms"}
@@ -232,6 +232,7 @@ def refuse_bad(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> None:
         )
 
 
+@checked(frozen=tree_of_arrays)
 def dequantize(frozen: Any) -> Any:
     """The dense tree again: each quantized leaf decoded in float32 and cast once to its dtype.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from lowrank_jax._checks import checked, function_of_params, refuse_other_dtypes, tree_of_arrays
 from lowrank_jax._interpreter.interpret import Context, Record
 from lowrank_jax._interpreter.rules import RULES
 from lowrank_jax._lift import evaluate, split
@@ -211,6 +212,7 @@ def _use_text(use: Record) -> str:
     return f"{use.how} at {use.primitive}, {use.source}{layer}"
 
 
+@checked(fn=function_of_params, tree=tree_of_arrays)
 def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     """Count what is trained and what it costs, and say how fn uses every adapted weight.
 
@@ -250,6 +252,7 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     w     64×32  LoRA r=2 s=2      192  factored 1×
     """
     call, dynamic, paths = split((tree, *args), kwargs)
+    refuse_other_dtypes(dynamic, paths)
     ctx = Context(RULES, inline_jit=True)
     jax.eval_shape(lambda dynamic: evaluate(fn, call, dynamic, paths, ctx), dynamic)
     leaves = [(path, unnormed(leaf)) for path, leaf in flatten(tree, is_leaf=is_node)[0]]
@@ -258,9 +261,8 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     for record in ctx.records:
         uses.setdefault(record.path, []).append(record)
     leaves = {path: _leaf(node, tuple(uses.get(path, ()))) for path, node in nodes.items()}
-    frozen = jax.tree.map(
-        lambda leaf: leaf.base if isinstance(leaf, Adapted) else leaf, tree, is_leaf=is_node
-    )
+    base_of = lambda leaf: leaf.base if isinstance(leaf, Adapted) else leaf
+    frozen = jax.tree.map(base_of, tree, is_leaf=is_node)
     deltas = [
         node.delta if isinstance(node, Adapted) else node
         for node in nodes.values()
@@ -273,9 +275,8 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     ]
 
     def memory(size: Callable[[Any], int]) -> Memory:
-        return Memory(
-            _sum(size, frozen) - _sum(size, scales), _sum(size, deltas), _sum(size, scales)
-        )
+        base = _sum(size, frozen) - _sum(size, scales)
+        return Memory(base, _sum(size, deltas), _sum(size, scales))
 
     counted = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_node) if hasattr(leaf, "shape")]
     return Report(
@@ -290,8 +291,7 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
 def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     """What there is to say of one node."""
     shape, base = tuple(node.shape), unnormed(node.base if isinstance(node, Adapted) else node)
-    quantized = isinstance(base, Quantized)
-    format = base.format if quantized else None
+    format = base.format if isinstance(base, Quantized) else None
     bits = bits_of(base)
     if isinstance(node, Quantized):
         return LeafReport("frozen", shape, None, None, 0, format, bits, uses)

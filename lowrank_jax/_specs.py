@@ -11,6 +11,7 @@ from jax import NamedSharding
 from jax import P as PartitionSpec
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._checks import checked
 from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, unnormed
 from lowrank_jax._nodes.quantized import Quantized
@@ -20,6 +21,7 @@ from lowrank_jax._primitives.contract import RANK, labeled_spec
 Spec = PartitionSpec | NamedSharding
 
 
+@checked()
 def specs(tree: Any, dense_specs: Any) -> Any:
     """Give every array of a tree the PartitionSpec that follows from the dense parameter's.
 

@@ -136,7 +136,7 @@ def warn_of_passed_over(
             f" that no rule follows: {', '.join(names[:5])}{more}. Name a matrix in targets to have"
             " it adapted (and built densely at each use); exclude the leaves to end this warning",
             PlanWarning,
-            stacklevel=3,
+            stacklevel=4,  # past the wrapper that checks the arguments of init
         )
 
 

@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 
+from lowrank_jax._checks import checked
 from lowrank_jax._errors import CheckpointError
 
 KINDS = {
@@ -117,6 +118,7 @@ def _first(rules: list[tuple[re.Pattern, str]], path: str) -> str | None:
 Names = Mapping[str, str | Parameter] | Callable[[str], str | Parameter | None] | None
 
 
+@checked(CheckpointError)
 def parameter(path: str, names: Names = None) -> Parameter | None:
     """The torch parameter that the leaf at a path is.
 

@@ -321,7 +321,7 @@ def test_save_refuses_what_is_no_adapter(tmp_path):
         ({"base": base["params"]}, "does not fit the base"),
         ({"base": jax.eval_shape(lambda: base)}, "no.* array of numbers with values"),
         ({"config": config.to_dict()}, "config is a dict"),
-        ({"step": 1.5}, "step is 1.5"),
+        ({"step": 1.5}, "step is a float, 1.5; expected an integer"),
         ({"opt_state": {"a": "text"}}, "opt_state/a.* is str"),
         ({"lora": jax.eval_shape(lambda: lora)}, "is ShapeDtypeStruct"),
     ):

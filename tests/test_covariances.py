@@ -552,7 +552,7 @@ def test_errors_name_leaf_and_remedy():
         lowrank.AxesError, match=r"pass plan(.|\n)*w: no product contracts its axes"
     ):
         lowrank.covariances(lambda p, x: jnp.tanh(x @ p["w"].T), config)({"w": normal(6, 4)}, X)
-    with pytest.raises(lowrank.ConfigError, match=r"a function and a LoraConfig, not \(dict, "):
+    with pytest.raises(lowrank.ConfigError, match=r"fn is a dict; expected a function"):
         lowrank.covariances({"w": STACK}, config)
     params = {"w": normal(4, 6)}
     tree = lowrank.combine(*lowrank.init(jax.random.key(0), params, config))

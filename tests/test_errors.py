@@ -168,7 +168,7 @@ MISTAKES = {
     "config in the wrong place": (
         lambda: lowrank.init(KEY, lowrank.LoraConfig(), VARIABLES),
         lowrank.ConfigError,
-        r"init takes \(key, params, config\): config is a dict",
+        r"init takes \(key, params, config\): config is a dict; expected a LoraConfig",
     ),
     "initializing on a combined tree": (
         lambda: init(lowrank.combine(BASE, LORA), None, targets="**"),
@@ -192,8 +192,68 @@ MISTAKES = {
             lowrank.LoraConfig(rank=2, targets="w"),
             initializer={"v": lowrank.initializers.gaussian},
         ),
+        lowrank.PatternError,
+        r"initializer \(over the adapted leaves\) pattern 'v' matches none.*nearest paths are 'w'",
+    ),
+    "a wrong key": (
+        lambda: lowrank.init(True, VARIABLES, lowrank.LoraConfig(rank=2), plan=PLAN),
         lowrank.ConfigError,
-        r"initializer names 'v', which is not among the targets",
+        r"key is True; expected a PRNG key \(jax.random.key\(0\)\) or an integer seed in \[0, 2",
+    ),
+    "a plan that is a tree": (
+        lambda: init(plan=VARIABLES),
+        lowrank.ConfigError,
+        r"init: plan is a dict; expected a Plan or None",
+    ),
+    "an unknown name of an initializer": (
+        lambda: lowrank.init(
+            KEY,
+            {"w": jnp.ones((4, 3))},
+            lowrank.LoraConfig(rank=2, targets="w"),
+            initializer="pisa",
+        ),
+        lowrank.ConfigError,
+        r"initializer is a str, 'pisa'; expected a function .*, one of the names .*'pissa'",
+    ),
+    "keys that cannot be sorted": (
+        lambda: init({"params": {0: jnp.ones((4, 3)), "head": jnp.ones((3, 2))}}, None),
+        lowrank.TreeError,
+        r"a dict at 'params' whose keys are of types that cannot be sorted \(int and str\)",
+    ),
+    "a rank that no array has": (
+        lambda: lowrank.LoraConfig(rank=2**70),
+        lowrank.ConfigError,
+        r"rank must be an integer of at least 1 and below 2\*\*31, not 1180591620717411303424",
+    ),
+    "a bool for an axis": (
+        lambda: lowrank.LoraConfig(stack={"**/kernel": True}),
+        lowrank.ConfigError,
+        r"stack\['\*\*/kernel'\] takes axes \(integers\), not True",
+    ),
+    "an alpha whose scale is 0": (
+        lambda: lowrank.LoraConfig(rank=16, alpha=1e-38),
+        lowrank.ConfigError,
+        r"alpha 1e-38 and rank 16 give the scale 6.25e-40, which is 0 or infinite in float32",
+    ),
+    "NaN in extras": (
+        lambda: lowrank.LoraConfig(extras={"bias": [1.0, float("nan")]}),
+        lowrank.ConfigError,
+        r"extras\['bias'\]\[1\] is a float, nan, which is not a JSON value",
+    ),
+    "a configuration of wrong JSON": (
+        lambda: lowrank.LoraConfig.from_dict([1, 2]),
+        lowrank.ConfigError,
+        r"LoraConfig.from_dict takes a mapping, as to_dict returns it, not a list",
+    ),
+    "a scale of None": (
+        lambda: lowrank.combine(BASE, LORA, scale=None),
+        lowrank.ConfigError,
+        r"combine: scale is None; expected a finite number or an array of real numbers",
+    ),
+    "an Optax wrapper around a function": (
+        lambda: lowrank.only_adapters(optax.adam),
+        lowrank.ConfigError,
+        r"only_adapters takes \(tx\): tx is a function; expected an Optax transformation",
     ),
     "combine of swapped arguments": (
         lambda: lowrank.combine(LORA, BASE),
@@ -255,7 +315,7 @@ MISTAKES = {
     "lift of a module": (
         lambda: lowrank.lift({"model": Net()}),
         lowrank.ConfigError,
-        r"lift takes a function, not dict: pass model.apply",
+        r"lift takes \(fn\): fn is a dict; expected a function of \(params, \*args\): model.apply",
     ),
     "unknown fallback": (
         lambda: lowrank.lift(lambda p: p, fallback="ignore"),

@@ -352,7 +352,7 @@ MISTAKES = {
     "a number": (lambda p: load(FOLDERS / "llama", {"w": 3}), r"like holds int at 'w'"),
     "quant of another kind": (
         lambda p: load(FOLDERS / "llama", shapes(True), quant="nf4"),
-        r"quant is a str: pass a lowrank\.QuantConfig",
+        r"quant is a str, 'nf4'; expected a QuantConfig",
     ),
     "a quantized model": (
         lambda p: load(

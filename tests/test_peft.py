@@ -863,7 +863,7 @@ def test_names_decide_or_refuse(tmp_path):
         save(tmp_path, {**one(), "p": one()}, config, names=twice)
     with pytest.raises(lowrank.ConfigError, match=r"extras has \['r'\]"):
         save(tmp_path, one(), lowrank.LoraConfig(extras={"r": 4}))
-    with pytest.raises(lowrank.ConfigError, match="extras holds what JSON does not"):
+    with pytest.raises(lowrank.ConfigError, match="nan, which is not a JSON value"):
         save(tmp_path, one(), lowrank.LoraConfig(extras={"lora_dropout": math.nan}))
     save(tmp_path, one(), config, names={"layers/q/kernel": "deep.q"})
     assert config_of(tmp_path)["target_modules"] == ["deep.q"]

@@ -281,14 +281,21 @@ def test_all_kernels_of_a_cell_that_concatenates_them():
 
 OPAQUE = {
     "elementwise": lambda x, w: x @ jnp.tanh(w),
-    "normed": lambda x, w: x @ (w / jnp.linalg.norm(w, axis=0)),
+    "masked": lambda x, w: x @ (w * (w > 0)),
     "custom_vjp": lambda x, w: tenfold(x, w),
     "custom_jvp": lambda x, w: doubled(x, w),
     "callback": lambda x, w: jax.pure_callback(np.matmul, x[:, :3], x, w),
     "changed by a loop": lambda x, w: x @ lax.fori_loop(0, 2, lambda i, w: w * w, w),
 }
-NAMES = {"elementwise": "tanh", "normed": r"\w+", "custom_vjp": "custom_vjp_call"}
+NAMES = {"elementwise": "tanh", "masked": "mul", "custom_vjp": "custom_vjp_call"}
 NAMES |= {"custom_jvp": "custom_jvp_call", "callback": "pure_callback", "changed by a loop": "mul"}
+
+
+def test_a_weight_that_is_normed_is_adapted():
+    fn = lambda p, x: jnp.tanh(x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))) @ p["head"]
+    plan = lowrank.plan(fn, {"w": np.ones((6, 3)), "head": np.ones((3, 2))}, np.ones((2, 6)))
+    assert (plan["w"].op, plan["w"].fan_in, plan["w"].fan_out) == ("dot", (0,), (1,))
+    assert linear(plan) == {"w"}
 
 
 @pytest.mark.parametrize("way", OPAQUE)

@@ -110,14 +110,14 @@ FORMATS = {
 
 def format_of(name: str) -> Format:
     """The format of that name."""
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ConfigError(f"format must be one of {sorted(FORMATS)}, not {name!r}")
     return FORMATS[name]
 
 
 def check_block_size(size: int) -> None:
     """Refuse what bitsandbytes refuses."""
-    if size not in BLOCK_SIZES:
+    if isinstance(size, bool) or not isinstance(size, int) or size not in BLOCK_SIZES:
         raise ConfigError(
             f"a block is of {size!r} elements; block_size must be a power of two, one of "
             f"{BLOCK_SIZES}"

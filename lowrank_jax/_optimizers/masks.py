@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._errors import TreeError
+from lowrank_jax._checks import (
+    checked,
+    factor_scale,
+    function,
+    rate,
+    shown,
+    transformation,
+    tree_of_arrays,
+)
+from lowrank_jax._errors import ConfigError, TreeError
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._paths import flatten
@@ -18,6 +27,7 @@ if TYPE_CHECKING:  # imported where it is used: importing the library costs what
     import optax
 
 
+@checked(tree=tree_of_arrays)
 def trainable_mask(tree: Any) -> Any:
     """Mark what is trained: True at factors, magnitudes and Full leaves, False elsewhere.
 
@@ -51,9 +61,11 @@ def trainable_mask(tree: Any) -> Any:
             )
         return jax.tree.map(lambda _: is_adapter(node), node)
 
-    return jax.tree.map(mark, tree, is_leaf=is_node)
+    leaves, treedef = flatten(tree, is_leaf=is_node)
+    return jax.tree.unflatten(treedef, [mark(leaf) for _, leaf in leaves])
 
 
+@checked()
 def factor_labels(lora: Any) -> Any:
     """Name what is trained: "a", "b", "magnitude" or "full", for optax.partition.
 
@@ -90,9 +102,11 @@ def factor_labels(lora: Any) -> Any:
             f"{type(node).__name__}"
         )
 
-    return jax.tree.map(label, lora, is_leaf=is_node)
+    leaves, treedef = flatten(lora, is_leaf=is_node)
+    return jax.tree.unflatten(treedef, [label(leaf) for _, leaf in leaves])
 
 
+@checked(tx=transformation)
 def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Train the adapters of a combined tree and leave the rest alone.
 
@@ -189,6 +203,7 @@ def _no_change(leaf: Any) -> Any:
     return Unchanged() if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.zeros((), dtype)
 
 
+@checked(make_tx=function, learning_rate=rate, ratio=factor_scale)
 def lora_plus(
     make_tx: Callable[[Any], optax.GradientTransformation], learning_rate: Any, ratio: float = 16.0
 ) -> optax.GradientTransformation:
@@ -218,4 +233,8 @@ def lora_plus(
     if not callable(learning_rate):
         faster = ratio * learning_rate
     slow, fast = make_tx(learning_rate), make_tx(faster)
+    if not transformation.holds(slow):
+        raise ConfigError(
+            f"make_tx returned {shown(slow)}; expected {transformation.expected}: pass optax.adamw"
+        )
     return optax.partition({"a": slow, "full": slow, "b": fast, "magnitude": fast}, factor_labels)

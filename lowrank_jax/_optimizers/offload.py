@@ -10,6 +10,7 @@ from jax import NamedSharding
 from jax import P as PartitionSpec
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._checks import checked, transformation
 from lowrank_jax._errors import OffloadWarning
 
 if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
@@ -19,6 +20,7 @@ _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 _KIND = "pinned_host"  # what JAX takes for Space.Host
 
 
+@checked(tx=transformation)
 def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Keep the state of any optimizer in the pinned memory of the host.
 

@@ -11,6 +11,7 @@ from jax import NamedSharding, lax
 from jax import P as PartitionSpec
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._checks import checked, count, transformation
 from lowrank_jax._codecs import check_block_size
 from lowrank_jax._codecs.dynamic import decode, encode, tiling
 from lowrank_jax._errors import TreeError
@@ -43,6 +44,7 @@ class Coded(Node):
     dtype: str = dataclasses.field(metadata=_STATIC)
 
 
+@checked(tx=transformation, min_size=count)
 def quantize_state(
     tx: optax.GradientTransformation, *, block_size: int = 256, min_size: int = 4096
 ) -> optax.GradientTransformationExtraArgs:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax._checks import anything, checked, name_text, texts_mapping
 from lowrank_jax._codecs.packing import to_bnb_bytes, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP
 from lowrank_jax._errors import AxesError, CheckpointError, ConfigError, TreeError, listing
@@ -29,6 +30,7 @@ from lowrank_jax.bitsandbytes._quant_state import QuantState, read, write
 from lowrank_jax.bitsandbytes._tensors import StateTensors, refuse_other_models
 
 
+@checked(CheckpointError, tensors=texts_mapping, name=name_text)
 def from_state_dict(
     tensors: Mapping[str, Any], name: str, *, transpose: bool = True, packing: str = "uint4"
 ) -> Quantized:
@@ -98,6 +100,7 @@ def _node(state: QuantState, name: str, transpose: bool, packing: str) -> Quanti
     return laid_out(state, shape, (axis,), packing)
 
 
+@checked(node=anything, name=name_text)
 def to_state_dict(
     node: Quantized,
     name: str,
@@ -197,6 +200,7 @@ def _torch_shape(node: Quantized) -> tuple[int, int]:
     return node.size // fan_in, fan_in
 
 
+@checked(CheckpointError)
 def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, Any]:
     """Every tensor of a prequantized model's folder, as transformers' save_pretrained writes it.
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_jax._checks import checked, integer_like
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import AxesError, CheckpointError, TreeError
 from lowrank_jax._files.processes import by_the_first
@@ -65,6 +66,7 @@ class Checkpoint:
     extra: Any = None
 
 
+@checked(CheckpointError, step=integer_like)
 def save(
     directory: str | os.PathLike,
     *,
@@ -120,6 +122,7 @@ def save(
     by_the_first(lambda: _write(directory, body, arrays))
 
 
+@checked(CheckpointError, step=integer_like)
 def save_async(
     directory: str | os.PathLike,
     *,
@@ -178,10 +181,6 @@ def _contents(
     lora: Any, config: LoraConfig, base: Any, opt_state: Any, step: int | None, extra: Any
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The manifest's body and the arrays of what is to be saved, checked."""
-    if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"config is a {type(config).__name__}; pass the LoraConfig of lora")
-    if step is not None and (not hasattr(step, "__index__") or isinstance(step, bool)):
-        raise CheckpointError(f"step is {step!r}; pass an integer or None")
     arrays: dict[str, np.ndarray] = {}
     with _checkpoint_errors("nothing was written"):
         nodes = nodes_of(lora)
@@ -206,6 +205,7 @@ def _write(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray])
         write_archive(directory, body, arrays)
 
 
+@checked(CheckpointError)
 def exists(directory: str | os.PathLike) -> bool:
     """Whether there is a checkpoint: False until the first save there has come to its end.
 
@@ -225,6 +225,7 @@ def exists(directory: str | os.PathLike) -> bool:
     return has_manifest(_path(directory))
 
 
+@checked(CheckpointError)
 def restore(
     directory: str | os.PathLike, *, base: Any = None, like: Any = None, check_base: bool = True
 ) -> Checkpoint:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import checkpoint, peft
+from lowrank_jax._checks import checked, floating_dtype
 from lowrank_jax._configs import QuantConfig
-from lowrank_jax._errors import CheckpointError, ConfigError, TreeError
+from lowrank_jax._errors import CheckpointError, TreeError
 from lowrank_jax._files.gguf import SUFFIX, GgufTensors
 from lowrank_jax._files.safetensors import Tensors, open_folder
 from lowrank_jax._nodes import is_node, unnormed
@@ -43,6 +44,7 @@ from lowrank_jax.huggingface._writing import in_shards, outgoing
 from lowrank_jax.names import Names
 
 
+@checked(CheckpointError, dtype=floating_dtype)
 def load(
     folder: str | os.PathLike,
     like: Any,
@@ -51,7 +53,7 @@ def load(
     quant: QuantConfig | None = None,
     plan: Plan | None = None,
     dtype: Any = None,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
 ) -> Any:
     """Read a model's folder into a tree of parameters, quantized as it is read if so wished.
 
@@ -73,8 +75,8 @@ def load(
       plan: of the function that uses the parameters; quant with "all-linear" needs it, and so do
         leaves that are multiplied with from their other side (weights [out, in]).
       dtype: of the floating leaves, in place of like's.
-      ignore: globs of names of tensors that may be left over, "vision_tower.*" say. Buffers, as
-        masks and rotary frequencies are, always may.
+      ignore: a glob, or several, of names of tensors that may be left over, "vision_tower.*" say.
+        Buffers, as masks and rotary frequencies are, always may.
 
     Returns:
       The tree with jax.Arrays, and Quantized leaves. A leaf that is not floating and has a value,
@@ -98,10 +100,9 @@ def load(
     """
     folder = Path(folder)
     leaves = _leaves(like, dtype)
-    if quant is not None and not isinstance(quant, QuantConfig):
-        raise ConfigError(f"quant is a {type(quant).__name__}: pass a lowrank.QuantConfig")
     with _opened(folder) as (tensors, tied):
-        found = matched(tensors, leaves, names, plan, ignore, tied)
+        ignored = (ignore,) if isinstance(ignore, str) else ignore
+        found = matched(tensors, leaves, names, plan, ignored, tied)
         found.refuse(folder, names)
         blocks = {} if quant is None else _blocks(leaves, found.leaves, quant, plan)
         coded = in_four_bits(found.leaves, tensors, quant, blocks, folder)
@@ -133,6 +134,7 @@ def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
         yield StateTensors(tensors, folder) if prequantized else tensors, ties(config)
 
 
+@checked(CheckpointError)
 def save(
     folder: str | os.PathLike,
     params: Any,
@@ -179,6 +181,8 @@ def save(
     if max_shard < 1:
         raise CheckpointError(f"max_shard is {max_shard} bytes: pass 1 or more")
     leaves = {path: unnormed(leaf) for path, leaf in flatten(params, is_leaf=is_node)[0]}
+    if not leaves:
+        raise CheckpointError("params has no leaves: pass the tree of the model's parameters")
     origin = None if like_folder is None else Path(like_folder)
     if origin is not None and is_prequantized(origin, read_config(origin)):
         raise CheckpointError(
@@ -230,6 +234,7 @@ def _blocks(
     return blocks
 
 
+@checked(CheckpointError)
 def merge(
     base: str | os.PathLike,
     adapter: str | os.PathLike,

@@ -15,6 +15,12 @@ from lowrank_jax.initializers._random import Factors as Factors
 from lowrank_jax.initializers._random import gaussian, kaiming, lookup, orthogonal
 from lowrank_jax.initializers._spectral import olora, pissa, randomized_pissa
 
+# those that are functions (key, weight, rank, scale) themselves, by name
+BY_NAME = {
+    function.__name__: function
+    for function in (gaussian, kaiming, lookup, olora, orthogonal, pissa)
+}
+
 __all__ = [
     "corda",
     "eva",

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
+from lowrank_jax._checks import anything, checked, positive
 from lowrank_jax._errors import ConfigError
-from lowrank_jax.initializers._data import checked, damped, same_fan_in
+from lowrank_jax.initializers._data import checked_arrays, damped, same_fan_in
 from lowrank_jax.initializers._random import Factors, Initializer
 from lowrank_jax.initializers._spectral import balanced, product, remainder, svd
 
@@ -35,6 +36,7 @@ class Corda:
         return a, b, remainder(weight, a, b, scale)
 
 
+@checked(covariances=anything, damping=positive)
 def corda(
     covariances: Mapping[str, Any], mode: str = "ipm", damping: float = 0.01
 ) -> dict[str, Initializer]:
@@ -68,7 +70,5 @@ def corda(
     """
     if mode not in MODES:
         raise ConfigError(f"mode must be one of {MODES}, not {mode!r}")
-    if not damping > 0:
-        raise ConfigError(f"damping must be a number above 0, not {damping!r}")
-    data = checked("covariances", covariances, square=True)
+    data = checked_arrays("covariances", covariances, square=True)
     return {path: Corda(array, mode, float(damping)) for path, array in data.items()}

@@ -16,7 +16,7 @@ from lowrank_jax.initializers._spectral import product
 MOST_DAMPING = 4096.0
 
 
-def checked(name: str, data: Any, square: bool) -> dict[str, jax.Array]:
+def checked_arrays(name: str, data: Any, square: bool) -> dict[str, jax.Array]:
     """Data by path: arrays [*stack, rows, columns], finite where their values are known."""
     if not isinstance(data, Mapping) or not data:
         raise ConfigError(
@@ -26,10 +26,20 @@ def checked(name: str, data: Any, square: bool) -> dict[str, jax.Array]:
     shape = "[*stack, i, i]" if square else "[*stack, i, o]"
     problems, arrays = [], {}
     for path, array in data.items():
+        if not isinstance(path, str):
+            problems.append(f"{path!r}: a key that is not the path of a leaf")
+            continue
         found = getattr(array, "shape", None)
         if found is None or len(found) < 2 or (square and found[-1] != found[-2]):
             what = type(array).__name__ if found is None else f"of shape {tuple(found)}"
             problems.append(f"{path}: {what}, expected an array {shape}")
+            continue
+        dtype = getattr(array, "dtype", object)
+        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+            problems.append(f"{path}: of dtype {dtype}, expected real numbers")
+            continue
+        if isinstance(array, jax.ShapeDtypeStruct):
+            problems.append(f"{path}: a shape without values")
             continue
         arrays[path] = jnp.asarray(array, jnp.float32)  # in which large numbers are not finite
         if not _jaxprs.is_tracer(array) and not bool(jnp.all(jnp.isfinite(arrays[path]))):

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._checks import anything, checked
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import ConfigError, PatternError
 from lowrank_jax._paths import ALL_LINEAR, Pattern, matches
-from lowrank_jax.initializers._data import checked
+from lowrank_jax.initializers._data import checked_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
 
 
@@ -39,6 +40,7 @@ class Eva:
         return self.components[:, :rank], jnp.zeros((rank, weight.shape[1]), jnp.float32), None
 
 
+@checked(covariances=anything)
 def eva(
     covariances: Mapping[str, Any], config: LoraConfig, rho: float = 2.0
 ) -> tuple[dict[str, Initializer], LoraConfig]:
@@ -73,17 +75,17 @@ def eva(
     >>> dict(config.rank_pattern)
     {'p': 1, 'q': 3}
     """
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"eva takes (covariances, config): config is a {type(config).__name__}")
-    if not rho >= 1:
+    if rho < 1:
         raise ConfigError(f"rho must be a number of at least 1, not {rho!r}")
-    data = checked("covariances", covariances, square=True)
+    data = checked_arrays("covariances", covariances, square=True)
     if traced := [path for path, array in data.items() if _jaxprs.is_tracer(array)]:
         raise ConfigError(
             f"covariances[{traced[0]!r}] is traced: ranks are static, so call eva outside of jit"
         )
     old = {path: _first(config.rank_pattern, path, config.rank) for path in data}
-    most = {path: min(round(old[path] * rho), array.shape[-1]) for path, array in data.items()}
+    most = {
+        path: min(round(old[path] * float(rho)), array.shape[-1]) for path, array in data.items()
+    }
     initializers, shares = {}, {}
     for path, array in data.items():
         initializers[path], shares[path] = _components(array, most[path])

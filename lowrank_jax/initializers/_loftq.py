@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax._checks import anything, checked, rank
 from lowrank_jax._configs import QuantConfig
-from lowrank_jax._errors import ConfigError
 from lowrank_jax._nodes.quantized import dequantized, quantized
 from lowrank_jax._rounding import round_to
-from lowrank_jax.initializers._data import checked, same_fan_in, unit
+from lowrank_jax.initializers._data import checked_arrays, same_fan_in, unit
 from lowrank_jax.initializers._random import Factors, Initializer
 from lowrank_jax.initializers._spectral import balanced, nearest, product, remainder
 
@@ -73,6 +73,7 @@ class LoftQ:
         return functools.partial(product, root), solve
 
 
+@checked(iterations=rank, covariances=anything)
 def loftq(
     quant: QuantConfig, iterations: int = 5, covariances: Mapping[str, Any] | None = None
 ) -> Initializer | dict[str, Initializer]:
@@ -105,11 +106,7 @@ def loftq(
     >>> a.shape, b.shape, kept.shape  # the base is `kept`, quantized
     ((64, 2), (2, 8), (64, 8))
     """
-    if not isinstance(quant, QuantConfig):
-        raise ConfigError(f"loftq takes a QuantConfig, not {type(quant).__name__}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ConfigError(f"iterations must be an integer of at least 1, not {iterations!r}")
     if covariances is None:
         return LoftQ(None, quant, iterations)
-    data = checked("covariances", covariances, square=True)
+    data = checked_arrays("covariances", covariances, square=True)
     return {path: LoftQ(array, quant, iterations) for path, array in data.items()}

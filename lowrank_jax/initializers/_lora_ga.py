@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax._checks import anything, checked, positive, shown
 from lowrank_jax._errors import ConfigError
-from lowrank_jax.initializers._data import checked
+from lowrank_jax.initializers._data import checked_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
 from lowrank_jax.initializers._spectral import remainder, svd
 
@@ -50,6 +51,7 @@ class LoraGa:
         return a, b, remainder(weight, a, b, scale)
 
 
+@checked(gradients=anything, gamma=positive)
 def lora_ga(
     gradients: Mapping[str, Any],
     gamma: float = 16.0,
@@ -87,11 +89,9 @@ def lora_ga(
     >>> bool(jnp.abs(base + 0.5 * a @ b - weight).max() < 1e-5)
     True
     """
-    if not gamma > 0:
-        raise ConfigError(f"gamma must be a number above 0, not {gamma!r}")
     if form not in FORMS:
         raise ConfigError(f"form must be one of {FORMS}, not {form!r}")
-    data = checked("gradients", gradients, square=False)
+    data = checked_arrays("gradients", gradients, square=False)
     if plan is not None:
         data = {path: _grouped(path, array, plan) for path, array in data.items()}
     return {path: LoraGa(array, float(gamma), form) for path, array in data.items()}
@@ -99,6 +99,8 @@ def lora_ga(
 
 def _grouped(path: str, array: jax.Array, plan: Mapping[str, Any]) -> jax.Array:
     """A leaf's gradient as [*stack, i, o]."""
+    if path in plan and not hasattr(plan[path], "fan_in"):
+        raise ConfigError(f"plan[{path!r}] is {shown(plan[path])}, not a Use: pass lowrank.plan")
     if path not in plan or tuple(plan[path].shape) != array.shape:
         known = f"shape {tuple(plan[path].shape)}" if path in plan else "no such leaf"
         raise ConfigError(f"gradients[{path!r}] has shape {array.shape}, the plan has {known}")

@@ -8,13 +8,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax._checks import checked, factor_scale, key, nothing, rank, shape_of_matrix
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._rounding import round_to
 
 Factors = tuple[jax.Array, jax.Array, jax.Array | None]
 Initializer = Callable[[jax.Array, jax.Array, int, float], Factors]
 
+# checks the arguments of an initializer that looks at the shape of a weight alone
+of_shape = checked(key=key, weight=shape_of_matrix, rank=rank, scale=factor_scale | nothing)
 
+
+@of_shape
 def kaiming(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
     r"""The default: $a \sim U(-1/\sqrt{i},\, 1/\sqrt{i})$, $b = 0$.
 
@@ -40,6 +45,7 @@ def kaiming(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Facto
     return a, jnp.zeros((rank, fan_out), jnp.float32), None
 
 
+@of_shape
 def gaussian(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
     r"""$a \sim N(0, 1/r^2)$, $b = 0$.
 
@@ -64,6 +70,7 @@ def gaussian(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Fact
     return a, jnp.zeros((rank, fan_out), jnp.float32), None
 
 
+@of_shape
 def lookup(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
     r"""For tables read by rows: $a = 0$, $b \sim N(0, 1)$.
 
@@ -88,6 +95,7 @@ def lookup(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factor
     return jnp.zeros((rows, rank), jnp.float32), b, None
 
 
+@of_shape
 def orthogonal(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
     r"""Neither factor is zero, yet $a\,b = 0$: they live in orthogonal halves of the rank.
 

@@ -8,12 +8,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._errors import ConfigError
+from lowrank_jax._checks import checked, count, factor_scale, key, matrix, nothing, rank
 from lowrank_jax.initializers._random import Factors, Initializer
 
 # In float32 whatever the backend's default: what a rounded product loses, the base loses for good.
 product = functools.partial(jnp.matmul, precision="highest")
 svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+
+# checks the arguments of an initializer that draws nothing
+of_weight = checked(key=key | nothing, weight=matrix, rank=rank, scale=factor_scale)
 
 # Columns beyond the rank, from 5 to 10 by arXiv 0909.4061 section 4.2.
 OVERSAMPLING = 8
@@ -46,6 +49,7 @@ def remainder(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> ja
     return weight - scale * product(a.astype(weight.dtype), b.astype(weight.dtype))
 
 
+@of_weight
 def pissa(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
     r"""The factors take the weight's largest singular directions, the base keeps the others.
 
@@ -100,6 +104,7 @@ def leading(
     return product(q, u), sigma, vt
 
 
+@checked(iterations=count)
 def randomized_pissa(iterations: int = 4) -> Initializer:
     r"""PiSSA by a randomized SVD, which never holds more than r + 8 singular vectors.
 
@@ -123,11 +128,10 @@ def randomized_pissa(iterations: int = 4) -> Initializer:
     >>> bool(jnp.abs(base).max() < 1e-4)  # the weight is of rank 2
     True
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ConfigError(f"iterations must be an integer of at least 0, not {iterations!r}")
     return RandomizedPissa(iterations)
 
 
+@of_weight
 def olora(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
     r"""The factors are the leading part of a QR decomposition, b with orthonormal rows.
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax._checks import checked
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import CheckpointError, TreeError, listing
 from lowrank_jax._files.tensor_file import TensorFile
@@ -35,6 +36,7 @@ from lowrank_jax.peft._whole import match_tokens, match_whole
 from lowrank_jax.peft._writing import written
 
 
+@checked(CheckpointError)
 def save(
     directory: str | os.PathLike,
     lora: Any,
@@ -95,14 +97,15 @@ def save(
     >>> node.a.shape, node.scale, found.targets, found.extras["task_type"]
     ((4, 2), 2.0, ('layers_0/attn/query/kernel',), 'CAUSAL_LM')
     """
-    if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"config is a {type(config).__name__}; pass the LoraConfig of lora")
     if jax.process_count() > 1:
         raise CheckpointError("save works in a program of one process; this one has several")
+    if base is not None and original is None:
+        _refuse_other_base(nodes_of(lora), base)
     tensors, text = written(lora, config, base, original, plan, names, for_serving)
     write_folder(Path(directory), text, tensors)
 
 
+@checked()
 def servable(base: Any, lora: Any) -> tuple[Any, Any]:
     r"""Fold into the base what servers have no adapter for, and leave the rest as it is.
 
@@ -139,12 +142,7 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
             f"base holds a {type(leaves[wrong[0]]).__name__} at {wrong[0]!r}: pass the frozen "
             "tree, of arrays (lowrank.partition takes a combined one apart)"
         )
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items() if hasattr(leaf, "shape")}
-    if lost := [path for path, node in nodes.items() if shapes.get(path) != tuple(node.shape)]:
-        raise TreeError(
-            f"the adapter has {lost[0]!r} of shape {tuple(nodes[lost[0]].shape)}, and base "
-            f"{shapes.get(lost[0], 'no such leaf')}: pass both results of init"
-        )
+    _refuse_other_base(nodes, base)
     kept = {path: node for path, node in nodes.items() if not foreign(node)}
     folded = {
         path: folded_into(leaf, nodes[path]) if path in nodes.keys() - kept.keys() else leaf
@@ -153,11 +151,23 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
     return in_structure(base, folded, is_node), in_structure(base, kept, is_node)
 
 
+def _refuse_other_base(nodes: dict[str, Any], base: Any) -> None:
+    """The base has a leaf of the same shape for each node."""
+    leaves = flatten(base, is_leaf=is_node)[0]
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+    if lost := [path for path, node in nodes.items() if shapes.get(path) != tuple(node.shape)]:
+        raise TreeError(
+            f"the adapter has {lost[0]!r} of shape {tuple(nodes[lost[0]].shape)}, and base "
+            f"{shapes.get(lost[0], 'no such leaf')}: pass both results of init"
+        )
+
+
 def _is_shape(leaf: Any) -> bool:
     """Whether a leaf has no values."""
     return any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf))
 
 
+@checked(CheckpointError)
 def load(
     directory: str | os.PathLike, params: Any, *, plan: Plan | None = None, names: Names = None
 ) -> tuple[Any, Any, LoraConfig]:

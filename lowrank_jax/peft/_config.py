@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lowrank_jax._errors import ConfigError
+from lowrank_jax._config_checks import check_json
+from lowrank_jax._errors import CheckpointError, ConfigError
 
 # LoraConfig of peft 0.21.2, as save_pretrained writes it
 DEFAULTS: dict[str, Any] = {
@@ -139,4 +140,9 @@ def alpha_of(scale: float, rank: int, rslora: bool) -> float:
 def extras_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says besides: to be carried into the next."""
     differs = lambda field, value: field not in DEFAULTS or value != DEFAULTS[field]
-    return {k: v for k, v in values.items() if k not in OURS and differs(k, v)}
+    extras = {k: v for k, v in values.items() if k not in OURS and differs(k, v)}
+    try:
+        check_json("the configuration", extras)
+    except ConfigError as error:  # Python reads NaN and Infinity, which JSON has not
+        raise CheckpointError(str(error)) from error
+    return extras

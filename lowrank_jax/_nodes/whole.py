@@ -1,0 +1,91 @@
+"""Whether a node is whole: it has a base, and arrays that fit it and each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lowrank_jax import _codecs, _jaxprs
+from lowrank_jax._errors import TreeError
+from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, unnormed
+from lowrank_jax._nodes.family import Rows
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._primitives.contract import RANK
+
+
+def check(node: Any, path: str) -> None:
+    """A node is whole: it has a base, and factors that fit it and each other."""
+    if isinstance(node, LowRank):
+        raise TreeError(
+            f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
+            "the lifted function"
+        )
+    leaf = unnormed(node.base if isinstance(node, Adapted) else node)
+    if isinstance(leaf, Quantized):
+        _check_codes(leaf, path)
+    if not isinstance(node, Adapted):
+        return
+    delta = node.delta
+    if not isinstance(delta, LowRank | Full):
+        raise TreeError(f"{path!r} holds an Adapted node whose delta is {type(delta).__name__}")
+    if not delta.fits(node.base.shape):
+        raise TreeError(
+            f"{path!r}: the adapter is for shape {tuple(delta.shape)}, the base has "
+            f"{tuple(node.base.shape)}; it belongs to another model"
+        )
+    if isinstance(delta, LowRank):
+        _check_ranks(delta, path)
+        if delta.magnitude is not None:
+            _check_magnitude(node, delta, path)
+
+
+def _check_codes(leaf: Quantized, path: str) -> None:
+    """The blocks are where the leaf says: no axis but leading ones was taken from its codes."""
+    halved = _codecs.format_of(leaf.format).bits == 4 and leaf.packing == "uint8"
+    place, elements = leaf.leading + 1, leaf.block_size // (2 if halved else 1)
+    codes, blocks = tuple(leaf.codes.shape), -(-math.prod(leaf.blocked) // leaf.block_size)
+    fits = place > 0 and codes[place] == elements
+    if fits and not _jaxprs.is_manual():  # else a device has a part of the blocks
+        fits = codes[place - 1] == blocks
+    if not fits or tuple(leaf.scales.shape) != codes[:place] + codes[place + 1 :]:
+        raise TreeError(
+            f"{path!r}: codes of shape {codes} with {leaf.trailing} axes after those of blocks of "
+            f"{leaf.block_size} have no such blocks: a loop or vmap took away an axis of the "
+            "weight that is not its first; put the loop inside the lifted function"
+        )
+
+
+def _check_ranks(delta: LowRank, path: str) -> None:
+    """a and b are of one adapter, and of a table's rows each has its change."""
+    if isinstance(delta, Rows) and delta.b.shape[0] != delta.rank:
+        raise TreeError(
+            f"{path!r}: changes of shape {delta.b.shape} for {delta.rank} rows of a table; they "
+            "belong to different adapters"
+        )
+    axes = delta.labeled
+    if RANK not in axes.get("a", ()) or RANK not in axes.get("b", ()):
+        return
+    size = lambda array, labels: array.shape[labels.index(RANK) - len(labels)]
+    outer, inner = size(delta.a, axes["a"]), size(delta.b, axes["b"])
+    if inner != outer:
+        raise TreeError(
+            f"{path!r}: a of shape {delta.a.shape} has rank {outer}, but b of shape "
+            f"{delta.b.shape} has rank {inner}; they belong to different adapters"
+        )
+
+
+def _check_magnitude(node: Adapted, delta: LowRank, path: str) -> None:
+    """The magnitude is one number for each output feature, and the norm is of whole features."""
+    fan_in, fan_out, stack = delta.for_shape(node.base.shape).axes(node.base.ndim)
+    sizes = lambda axes: tuple(node.base.shape[axis] for axis in axes)
+    if tuple(delta.magnitude.shape) != sizes((*stack, *fan_out)):
+        raise TreeError(
+            f"{path!r}: DoRA's magnitude has shape {tuple(delta.magnitude.shape)}, but the output "
+            f"features of the base have {sizes((*stack, *fan_out))}; it belongs to another model"
+        )
+    if isinstance(node.base, Normed) and math.prod(sizes(fan_in)) != node.base.terms:
+        raise TreeError(
+            f"{path!r}: here are {math.prod(sizes(fan_in))} of the {node.base.terms} weights of "
+            "each output feature, and DoRA's norm is of all of them; inside shard_map split other "
+            "axes, or lift the function that shard_map returned"
+        )
