@@ -1,5 +1,7 @@
 """What the check of the built package finds wrong; `python tests/check_package.py` builds it."""
 
+import warnings
+
 import pytest
 from check_package import first_example, sources, wrong_names
 
@@ -31,3 +33,9 @@ def test_a_whole_package_passes():
 )
 def test_what_is_wrong_with_a_package_is_said(wheel, archive, said):
     assert any(said in problem for problem in wrong_names(wheel, archive, FILES))
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, FutureWarning])
+def test_deprecations_are_errors(kind):
+    with pytest.raises(kind):
+        warnings.warn("this will go", kind, stacklevel=1)
