@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -179,6 +179,11 @@ def parts_of(mesh: Any, entry: Any) -> int:
     """Into how many parts an entry of a PartitionSpec splits an axis."""
     names = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[name] for name in names)
+
+
+def manual_axes(params: Mapping[str, Any]) -> frozenset[str]:
+    """The axes that a shard_map's equation makes manual; JAX 0.10.2 renamed the parameter."""
+    return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
 
 
 def mesh_of(array: Any) -> Any:

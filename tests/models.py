@@ -438,7 +438,7 @@ class NnxStack(nnx.Module):
 
     def __init__(self, rngs):
         make = nnx.vmap(NnxBlock, in_axes=0, out_axes=0)
-        self.layers = make(rngs.fork(split=3))
+        self.layers = make(rngs.split(3))
         self.head = nnx.Linear(4, 3, rngs=rngs)
 
     def __call__(self, x):

@@ -590,10 +590,10 @@ def test_a_reader_that_meets_a_save_reads_the_new_one(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, lora=lora, config=config, step=1)
     read = checkpoint.read_archive
 
-    def late(directory, body):
+    def late(*args):
         monkeypatch.setattr(checkpoint, "read_archive", read)
         checkpoint.save(tmp_path, lora=lora, config=config, step=2)
-        return read(directory, body)
+        return read(*args)
 
     monkeypatch.setattr(checkpoint, "read_archive", late)
     assert checkpoint.restore(tmp_path).step == 2

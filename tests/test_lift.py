@@ -521,7 +521,7 @@ def test_nnx_jit_remat_and_scan_return_no_dense_stack():
 
     class Net(nnx.Module):
         def __init__(self, rngs):
-            self.blocks = nnx.vmap(lambda r: Block(r))(rngs.fork(split=3))
+            self.blocks = nnx.vmap(lambda r: Block(r))(rngs.split(3))
 
         def __call__(self, x):
             step = nnx.scan(

@@ -585,8 +585,8 @@ def test_fields_that_are_wrong_or_not_supported_are_named(field, tmp_path):
 
 
 def test_all_that_is_wrong_with_a_configuration_is_in_one_error(tmp_path):
-    text = refusal(rewritten(tmp_path, r=-3, kasa_config={"a": 1}, lora_bias=None, use_dora=1))
-    for said in ("r=-3", "kasa_config=", "lora_bias=None", "use_dora=1"):
+    text = refusal(rewritten(tmp_path, r=-3, kasa_config={"a": 1}, lora_bias="no", use_dora=1))
+    for said in (str(tmp_path / CONFIG), "r=-3", "kasa_config=", "lora_bias='no'", "use_dora=1"):
         assert said in text
 
 
@@ -703,24 +703,24 @@ def test_lora_bias_is_not_rounded_into_a_narrow_bias():
         load(FILES / "lora-bias", params, plan=plan_of(True), names=LLAMA)
 
 
-def test_grouped_convolutions_are_refused(tmp_path):
-    rewritten(
-        tmp_path,
-        lambda _: {
-            "base_model.model.c.lora_A.weight": np.ones((4, 3, 3), np.float32),
-            "base_model.model.c.lora_B.weight": np.ones((6, 2, 1), np.float32),
-        },
-        r=4,
-        target_modules=["c"],
-    )
+@pytest.mark.parametrize("dora", [False, True])
+def test_grouped_convolutions_are_refused(dora, tmp_path):
+    tensors = {
+        "base_model.model.c.lora_A.weight": np.ones((4, 3, 3), np.float32),
+        "base_model.model.c.lora_B.weight": np.ones((6, 2, 1), np.float32),
+    }
+    if dora:
+        tensors["base_model.model.c.lora_magnitude_vector"] = np.ones((1, 6, 1), np.float32)
+    rewritten(tmp_path, lambda _: tensors, r=4, target_modules=["c"], use_dora=dora)
     params = {"c": {"kernel": ones(3, 3, 6)}}
     conv = lambda p, x: jax.lax.conv_general_dilated(
         x, p["c"]["kernel"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"),
         feature_group_count=2,
     )  # fmt: skip
     plan = lowrank.plan(conv, params, ones(1, 5, 6))
-    with pytest.raises(lowrank.CheckpointError, match="is of a grouped convolution"):
+    with pytest.raises(lowrank.CheckpointError, match="is of a grouped convolution") as error:
         load(tmp_path, params, plan=plan)
+    assert len(str(error.value).splitlines()) == 2  # the file, and the one thing wrong with it
 
 
 def test_quantized_and_abstract_params(tmp_path):

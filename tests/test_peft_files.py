@@ -5,6 +5,7 @@ import os
 import random
 import string
 import struct
+import tracemalloc
 from pathlib import Path
 
 import chex
@@ -247,6 +248,28 @@ def test_every_dtype_and_shape_is_read_as_it_was_written(tmp_path):
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
             assert found.tobytes() == tensor.tobytes()
             assert found.flags.writeable
+
+
+@pytest.mark.parametrize("shape", [(3, 1000), (1000, 3), (300, 600), (600, 300), (1, 5), (0, 3)])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int8])
+def test_transposes_are_written_in_blocks(shape, dtype, tmp_path):
+    values = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    with (tmp_path / "file").open("wb") as file:
+        write_tensors(file, {"turned": values.T, "half": values.T[::2]})
+    with TensorFile(tmp_path / "file") as file:
+        assert file.read("turned").tobytes() == values.T.tobytes()
+        assert file.read("half").tobytes() == values.T[::2].tobytes()
+
+
+def test_saving_copies_one_tensor_at_a_time(tmp_path):
+    node = lambda: lowrank.LowRank(jnp.ones((4096, 16)), jnp.ones((16, 4096)))
+    lora = {f"q_{i}": {"kernel": node()} for i in range(32)}
+    tracemalloc.start()
+    lowrank.peft.save(tmp_path, lora, lowrank.LoraConfig(rank=16))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(lora))
+    assert peak < size / 4, f"{peak} bytes for an adapter of {size}"
 
 
 # Bytes that anyone may have sent

@@ -83,7 +83,7 @@ class Layout:
         return (1, self.ends[1], *ones) if self.kind == "conv" else (self.ends[1],)
 
     def to_factors(self, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-        """Part -> torch's tensor."""
+        """Part -> torch's tensor, where possible a view."""
         rank = a.shape[-1]
         names = self.factor_shapes(rank)
         if self._turned:
@@ -94,7 +94,7 @@ class Layout:
         else:
             first, second = a.reshape(-1, rank).T, b.reshape(rank, -1).T
         pairs = zip(names.items(), (first, second), strict=True)
-        return {name: np.ascontiguousarray(x.reshape(shape)) for (name, shape), x in pairs}
+        return {name: x.reshape(shape) for (name, shape), x in pairs}
 
     def from_factors(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """a and b of torch's tensors, in the order of factor_shapes."""

@@ -163,7 +163,7 @@ def _shard_map(ctx: Context, eqn: Any, values: list[Any]) -> Out:
             in_specs=tuple(specs),
             out_specs=list(params["out_specs"]),
             check_vma=params["check_vma"],
-            axis_names=params["newly_manual_axes"],
+            axis_names=_jaxprs.manual_axes(params),
         )
         return mapped(*operands)
 

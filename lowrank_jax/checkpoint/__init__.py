@@ -315,9 +315,15 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
             else:
                 trees[what] = None if leaves is None else nested(leaves)
     with _checkpoint_errors(f"the arrays at {directory} could not be read"):
-        arrays = read_archive(directory, body)
-        load = lambda entry: loaded(entry, arrays[entry.name], shardings.get(entry.name))
-        trees = jax.tree.map(load, trees)
+        entries = {entry.name: entry for entry in jax.tree.leaves(trees)}
+
+        def make(name: str, array: np.ndarray) -> Any:
+            if name in entries:
+                # once it is ready, nothing holds the array that it was made of
+                return jax.block_until_ready(loaded(entries[name], array, shardings.get(name)))
+
+        leaves = read_archive(directory, body, make)
+        trees = jax.tree.map(lambda entry: leaves[entry.name], trees)
     return Checkpoint(**trees, config=config, step=step, fingerprint=trained_on)
 
 

@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._fingerprint import differences, sha256
+from lowrank_jax.checkpoint._orbax import (
+    make_checkpointer,
+    parts_of_sizes,
+    read_arrays,
+    write_arrays,
+)
 
 # An archive is a directory: a manifest, and the one folder of arrays (Orbax's) that it names.
 # checkpoint.save says why its replacement is atomic.
@@ -44,22 +51,18 @@ def write_archive(directory: Path, body: dict[str, Any], arrays: dict[str, np.nd
 
 def _commit(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write a whole new folder and manifest; the last rename makes them the archive."""
-    import orbax.checkpoint as ocp
-
     folder = directory / f"arrays-{uuid.uuid4().hex}"
-    with _checkpointer() as checkpointer:
-        # Orbax refuses arrays of no elements: their shape in the manifest is all there is
-        kept = {name: _bytes(array) for name, array in arrays.items() if array.size}
-        checkpointer.save(folder, ocp.args.PyTreeSave(kept))
-    files = {}
-    for name, path in _files(folder).items():
-        files[name] = [path.stat().st_size, _file_hash(path)]
-        _flush(path)
-    for parent, _, _ in os.walk(folder):
-        _flush(Path(parent))
-    described = {
-        name: [list(array.shape), array.dtype.name, sha256(array)] for name, array in arrays.items()
-    }
+    with _hashers() as pool:
+        hashes = pool.map(sha256, arrays.values())  # while Orbax writes
+        write_arrays(folder, arrays)
+        found = _files(folder)
+        files = dict(zip(found, pool.map(_flushed, found.values()), strict=True))
+        for parent, _, _ in os.walk(folder):
+            _flush(Path(parent))
+        described = {
+            name: [list(array.shape), array.dtype.name, sha]
+            for (name, array), sha in zip(arrays.items(), hashes, strict=True)
+        }
     head = {"format": _FORMAT, "version": _VERSION}
     body = {**head, **body, "arrays": described, "folder": folder.name, "files": files}
     _flush(directory)
@@ -129,10 +132,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     raise CheckpointError(f"{path} is damaged ({why}): restore another copy, or save anew")
 
 
-def read_archive(directory: Path, body: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays by name: files are verified before Orbax parses them, and arrays after."""
-    import orbax.checkpoint as ocp
+def read_archive(
+    directory: Path, body: dict[str, Any], make: Callable[[str, np.ndarray], Any]
+) -> dict[str, Any]:
+    """What `make` makes of each array, by name: few arrays are on the host at one time.
 
+    Files are verified before Orbax parses them, and each array before it is made into something.
+    """
     folder, sizes = verify_files(directory, body)
     described = {
         name: (tuple(shape), jnp.dtype(dtype), expected)
@@ -141,7 +147,7 @@ def read_archive(directory: Path, body: dict[str, Any]) -> dict[str, np.ndarray]
     plain = lambda dtype: jnp.dtype(np.uint8) if dtype.itemsize == 1 else dtype
     claimed = {n: (s, plain(dtype)) for n, (s, dtype, _) in described.items() if 0 not in s}
     claims = sum(math.prod(shape) * dtype.itemsize for shape, dtype in claimed.values())
-    with _checkpointer() as checkpointer:
+    with make_checkpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         stored = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in stored.items()}
         problems = differences(_shown(claimed), _shown(stored))
@@ -150,15 +156,26 @@ def read_archive(directory: Path, body: dict[str, Any]) -> dict[str, np.ndarray]
             problems.append(f"files of {sizes} bytes cannot hold arrays of {claims} bytes")
         if problems:
             raise _damaged(directory, problems)
-        options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in claimed}
-        arrays = checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=options))
-    for name, (shape, dtype, expected) in described.items():
-        arrays[name] = np.zeros(shape, dtype) if 0 in shape else arrays[name].view(dtype)
-        if sha256(arrays[name]) != expected:
-            problems.append(f"{name}: its SHA-256 is not the one in the manifest")
+        found: dict[str, Any] = {}
+        with _hashers() as pool:
+            nbytes = {
+                name: math.prod(s) * dtype.itemsize for name, (s, dtype, _) in described.items()
+            }
+            for part in parts_of_sizes(nbytes):
+                read = read_arrays(checkpointer, folder, [name for name in part if name in claimed])
+                for name in part:
+                    shape, dtype, _ = described[name]
+                    read[name] = np.zeros(shape, dtype) if 0 in shape else read[name].view(dtype)
+                hashes = pool.map(sha256, [read[name] for name in part])
+                for name, sha in zip(part, hashes, strict=True):
+                    array = read.pop(name)
+                    if sha != described[name][2]:
+                        problems.append(f"{name}: its SHA-256 is not the one in the manifest")
+                    elif not problems:
+                        found[name] = make(name, array)
     if problems:
         raise _damaged(directory, problems)
-    return arrays
+    return found
 
 
 def verify_files(directory: Path, body: dict[str, Any]) -> tuple[Path, int]:
@@ -169,7 +186,8 @@ def verify_files(directory: Path, body: dict[str, Any]) -> tuple[Path, int]:
     folder, wanted = directory / body["folder"], body["files"]
     found = {} if folder.is_symlink() else _files(folder)
     problems = [f"{name}: unexpected: remove it" for name in sorted(found.keys() - wanted.keys())]
-    for name, (size, expected) in wanted.items():
+    whole: dict[str, Path] = {}
+    for name, (size, _) in wanted.items():
         path = found.get(name)
         if path is None:
             problems.append(f"{name}: missing")
@@ -177,8 +195,12 @@ def verify_files(directory: Path, body: dict[str, Any]) -> tuple[Path, int]:
             problems.append(f"{name}: a link or a device: put the file itself there")
         elif (came := path.stat().st_size) != size:
             problems.append(f"{name}: {came} bytes, expected {size}")
-        elif _file_hash(path) != expected:
-            problems.append(f"{name}: its SHA-256 is not the one in the manifest")
+        else:
+            whole[name] = path
+    with _hashers() as pool:
+        for name, sha in zip(whole, pool.map(_file_hash, whole.values()), strict=True):
+            if sha != wanted[name][1]:
+                problems.append(f"{name}: its SHA-256 is not the one in the manifest")
     if problems:
         raise _damaged(directory, problems, folder.name)
     return folder, sum(path.stat().st_size for path in found.values())
@@ -206,25 +228,6 @@ def _files(folder: Path) -> dict[str, Path]:
 def _shown(arrays: dict[str, Any]) -> dict[str, str]:
     """Shapes and dtypes of arrays, as text."""
     return {name: f"{dtype}{list(shape)}" for name, (shape, dtype) in arrays.items()}
-
-
-def _checkpointer() -> Any:
-    """Orbax's checkpointer; uncompressed, so that sizes on disk bound those in memory."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    # this process works alone, whatever the others do
-    own = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
-    )
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """An array in a dtype that TensorStore knows: it has no uint4, so one-byte items are bytes."""
-    return array.view(np.uint8) if array.dtype.itemsize == 1 else array
 
 
 def _clean(directory: Path) -> None:
@@ -278,6 +281,17 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _flushed(path: Path) -> list[Any]:
+    """Size and SHA-256 of a file that is on disk."""
+    _flush(path)
+    return [path.stat().st_size, _file_hash(path)]
+
+
+def _hashers() -> ThreadPoolExecutor:
+    """Threads that hash: hashlib releases the GIL."""
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1))
 
 
 def _file_hash(path: Path) -> str:

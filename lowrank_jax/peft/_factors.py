@@ -26,12 +26,13 @@ def match_factors(matching: Matching, place: Place) -> Callable[[], LowRank] | N
         return matching.drop(place, f"{place.path!r}: factors of a leaf that is no matrix")
     before = len(matching.problems)
     keys, scales = {}, {}
-    for index, module in place.modules.items():
-        if matching.adapts(module) and (taken := _take(matching, place, layout, module)):
+    adapted = {i: module for i, module in place.modules.items() if matching.adapts(module)}
+    for index, module in adapted.items():
+        if taken := _take(matching, place, layout, module):
             keys[index], scales[index] = taken
     if len(matching.problems) == before and (other := matching.tied(place, layout)):
         _take_tied(matching, place, layout, other, keys[()], scales[()])
-    if matching.config["use_dora"] and len(keys) < len(place.modules):
+    if matching.config["use_dora"] and len(adapted) < len(place.modules):
         matching.problems.append(
             f"{place.path!r}: DoRA on some layers of a stack only; params whose layers are not "
             "stacked can hold it"

@@ -122,7 +122,7 @@ def parse(text: bytes, where: str) -> AdapterConfig:
         raise CheckpointError(f"{where} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds {type(values).__name__}, not an object")
-    if values.get("peft_type") != "LORA":
+    if values.get("peft_type", "") not in ("LORA", None):
         raise CheckpointError(
             f"{where} is of peft_type {str(values.get('peft_type'))[:40]!r}; only 'LORA' is read"
         )
@@ -137,9 +137,12 @@ def parse(text: bytes, where: str) -> AdapterConfig:
         for field, value in values.items()
         if field not in DEFAULTS and field not in ("runtime_config", "merge_weights") and value
     ]
-    values = {**DEFAULTS, **values}
+    given = values
+    # null is a field's default: other programs write it for what they were not told
+    values = {**DEFAULTS, **{field: value for field, value in given.items() if value is not None}}
+    values |= {field: _as_integers(values[field]) for field in _INTEGERS}
     problems += [
-        f"{field}={_short(values[field])}: expected {kind}"
+        f"{field}={_short(given.get(field, values[field]))}: expected {kind}"
         for field, (kind, right) in _CHECKS.items()
         if not right(values[field])
     ]
@@ -161,6 +164,15 @@ def parse(text: bytes, where: str) -> AdapterConfig:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _as_integers(value: Any, depth: int = 2) -> Any:
+    """Floats of integral value as integers, within lists and objects too."""
+    if depth and isinstance(value, list):
+        return [_as_integers(item, depth - 1) for item in value]
+    if depth and isinstance(value, dict):
+        return {key: _as_integers(item, depth - 1) for key, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_rank(value: Any) -> bool:
@@ -187,6 +199,7 @@ def _maps(right: Any, value: Any) -> bool:
     return isinstance(value, dict) and all(map(right, value.values()))
 
 
+_INTEGERS = ("r", "rank_pattern", "layers_to_transform", "trainable_token_indices")
 _NAMES = "a list of names", lambda x: x is None or _are(str, x)
 _PATTERN = "a list of names or a regex", lambda x: x is None or isinstance(x, str) or _are(str, x)
 _FLAG = "true or false", lambda x: isinstance(x, bool)

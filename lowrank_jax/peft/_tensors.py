@@ -66,5 +66,4 @@ def tied_factors(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             "DoRA on a table that is also a projection: PEFT normalizes the two over other axes"
         )
     first, second = parts["lora_embedding_A"], parts["lora_embedding_B"]
-    turned = {"lora_A.weight": second.T, "lora_B.weight": first.T}
-    return {part: np.ascontiguousarray(tensor) for part, tensor in turned.items()}
+    return {"lora_A.weight": second.T, "lora_B.weight": first.T}
