@@ -42,6 +42,7 @@ from lowrank_jax._nodes.family import VeRA as VeRA
 from lowrank_jax._nodes.quantized import Quantized as Quantized
 from lowrank_jax._optimizers.masks import factor_labels as factor_labels
 from lowrank_jax._optimizers.masks import lora_plus as lora_plus
+from lowrank_jax._optimizers.masks import map_adapters as map_adapters
 from lowrank_jax._optimizers.masks import only_adapters as only_adapters
 from lowrank_jax._optimizers.masks import trainable_mask as trainable_mask
 from lowrank_jax._optimizers.offload import offload_state as offload_state

@@ -244,3 +244,50 @@ def test_lora_plus_trains_rows_of_a_table_at_the_base_rate(rate):
     assert (updates["table"].b == -0.5).all()
     assert (updates["g"].value == -0.5).all()
     assert (updates["w"].b == -2.0).all()
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_schedule_free_is_evaluated_in_either_form(jit):
+    apply, base, lora = setup()
+    tx, wrap = optax.contrib.schedule_free_sgd(0.1), jax.jit if jit else lambda f: f
+    averaged = optax.contrib.schedule_free_eval_params
+    one = lowrank.only_adapters(tx)
+    tree = lowrank.combine(base, lora)
+
+    def two_trees(lora, state):
+        gradient = jax.grad(lambda l: mse(apply(lowrank.combine(base, l), X)))(lora)
+        updates, state = tx.update(gradient, state, lora)
+        return optax.apply_updates(lora, updates), state
+
+    def one_tree(tree, state):
+        gradient = jax.grad(lambda t: mse(apply(t, X)))(tree)
+        updates, state = one.update(gradient, state, tree)
+        return optax.apply_updates(tree, updates), state
+
+    states = tx.init(lora), one.init(tree)
+    for _ in range(3):
+        lora, two = wrap(two_trees)(lora, states[0])
+        tree, single = wrap(one_tree)(tree, states[1])
+        states = two, single
+    want = averaged(states[0], lora)
+    got = lowrank.map_adapters(lambda nodes: averaged(states[1], nodes), tree)
+    chex.assert_trees_all_close(lowrank.partition(got)[1], want, rtol=1e-5, atol=1e-6)
+    assert mse(apply(got, X)) < mse(apply(lowrank.combine(*setup()[1:]), X))
+
+
+def test_adapters_of_other_paths_are_refused():
+    _, base, lora = setup()
+    with pytest.raises(lowrank.TreeError, match=r"map_adapters takes .*expected a dict of the"):
+        lowrank.map_adapters(lambda nodes: {}, lowrank.combine(base, lora))
+
+
+def test_labels_of_a_module_for_optax():
+    net = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    _, lora = lowrank.init(0, net, lowrank.LoraConfig(rank=2, targets="kernel"))
+    assert callable(lora)
+    tx = optax.partition({"a": optax.sgd(0.0), "b": optax.sgd(1.0)}, lowrank.factor_labels)
+    ones = jax.tree.map(jnp.ones_like, lora)
+    updates, _ = tx.update(ones, tx.init(lora), lora)
+    (node,) = jax.tree.leaves(updates, is_leaf=lambda leaf: isinstance(leaf, lowrank.LowRank))
+    assert not np.any(node.a)
+    assert np.all(node.b == -1)

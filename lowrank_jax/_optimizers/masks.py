@@ -69,7 +69,9 @@ def trainable_mask(tree: Any) -> Any:
 def factor_labels(lora: Any) -> Any:
     """Name what is trained: "a", "b", "magnitude" or "full", for optax.partition.
 
-    "full" is what is trained itself and by no product: Full leaves, and rows of a table.
+    Give optax.partition this function itself: labels in the form of an nnx.Module can be called,
+    and optax would call them. "full" is what is trained itself and by no product: Full leaves, and
+    rows of a table.
 
     Args:
       lora: an adapter.
@@ -162,6 +164,53 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
         return jax.tree.unflatten(treedef, full), state
 
     return optax.GradientTransformationExtraArgs(start, update)
+
+
+@checked(fn=function, tree=tree_of_arrays)
+def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: Any) -> Any:
+    """Change the adapters of a combined tree: $a_p \\to fn(a)_p$ for each path p.
+
+    They are as the transformation within `only_adapters` has them, so that what optax makes of its
+    state and of parameters can be made of these: the weights that schedule-free evaluates, say.
+
+    Args:
+      fn: takes a dict of path -> adapter and returns such a dict, of the same paths.
+      tree: a combined tree.
+
+    Returns:
+      The tree with these adapters.
+
+    Raises:
+      TreeError: the tree holds no adapters, or fn returns other paths.
+
+    Source: schedule-free learning, arXiv 2405.15682.
+
+    >>> import lowrank_jax as lowrank, optax
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
+    >>> tree = lowrank.combine(base, lora)
+    >>> state = only_adapters(optax.contrib.schedule_free_sgd(0.1)).init(tree)
+    >>> averaged = lambda nodes: optax.contrib.schedule_free_eval_params(state, nodes)
+    >>> map_adapters(averaged, tree)["w"].delta.a.shape
+    (2, 1)
+    """
+    nodes = _nodes(tree)
+    if not nodes:
+        raise TreeError("map_adapters takes (fn, tree): tree holds no adapters; pass combine(...)")
+    changed = fn(nodes)
+    if not isinstance(changed, dict) or set(changed) != set(nodes):
+        raise TreeError(
+            f"map_adapters takes (fn, tree): fn returned {shown(changed)}; expected a dict of the "
+            f"{len(nodes)} paths of adapters it was given"
+        )
+    leaves, treedef = flatten(tree, is_leaf=is_node)
+
+    def put(leaf: Any, node: Any) -> Any:
+        return dataclasses.replace(leaf, delta=node) if isinstance(leaf, Adapted) else node
+
+    return jax.tree.unflatten(
+        treedef, [put(leaf, changed[path]) if path in changed else leaf for path, leaf in leaves]
+    )
 
 
 def _nodes(tree: Any) -> dict[str, Any]:
