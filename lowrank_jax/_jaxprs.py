@@ -186,6 +186,11 @@ def manual_axes(params: Mapping[str, Any]) -> frozenset[str]:
     return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
 
 
+def runs_at_once() -> bool:
+    """Whether operations run as they are called, under grad or vmap too: no jit traces them."""
+    return not is_tracer(jax.numpy.zeros(()))
+
+
 def mesh_of(array: Any) -> Any:
     """A context: the mesh that a concrete array lies on; where a tracer lies is known already."""
     if is_tracer(array):

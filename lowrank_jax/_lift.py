@@ -151,20 +151,34 @@ _IN_PLACE = (
 )
 
 
+class ClosesOverTracers(Exception):
+    """A function closes over tracers: what is traced of it is of no use later."""
+
+
 def evaluate(
     fn: Callable,
     call: Call,
     dynamic: Sequence[Any],
     paths: Sequence[str],
     ctx: Context,
-    eager: bool = False,
+    known: Sequence[bool] | None = None,
 ) -> Any:
-    """Trace fn once and evaluate what was traced with the nodes in place of their dense weights."""
+    """Trace fn once and evaluate what was traced with the nodes in place of their dense weights.
+
+    known: for each of `dynamic`, whether the caller has its value, where this is itself traced to
+    be kept.
+
+    Raises:
+      ClosesOverTracers: it is to be kept, and fn closes over tracers, of another trace next time.
+    """
     traced = trace(fn, call, dynamic, paths)
+    if known is not None and any(map(_jaxprs.is_tracer, _jaxprs.opened(traced.jaxpr)[1])):
+        raise ClosesOverTracers
     # an argument without nodes that was made in the caller's own trace is the caller's business: an
     # nnx.Rngs of a key for this call, say
     adapted = {call.owners[i] for i, leaf in enumerate(dynamic) if is_node(leaf)}
-    kept = lambda i: call.owners[i] in adapted or eager or not _jaxprs.is_tracer(dynamic[i])
+    has_value = known or [not _jaxprs.is_tracer(leaf) for leaf in dynamic]
+    kept = lambda i: call.owners[i] in adapted or has_value[i]
     if changed := [paths[i] for i in traced.changed if kept(i)]:
         raise StateError(f"the function changes its arguments: {_IN_PLACE}:\n{listing(changed)}")
     for i, (leaf, path) in enumerate(zip(dynamic, paths, strict=True)):
@@ -205,7 +219,8 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
 
     Returns:
       The lifted function. It composes with jit, grad, jvp, vmap, checkpoint, scan, pmap and
-      shard_map, inside and outside. Eager calls run through one jax.jit that it holds.
+      shard_map, inside and outside. Calls outside of any jit, under grad and vmap too, run through
+      one jax.jit that it holds, unless fn closes over tracers.
 
     Raises:
       ConfigError: fallback is none of the three.
@@ -226,10 +241,13 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     if fallback not in FALLBACKS:
         raise ConfigError(f"fallback is one of {FALLBACKS}, not {fallback!r}")
     warned: set[tuple[Any, str]] = set()
+    opens: list[bool] = []  # whether fn was seen to close over tracers
 
-    def run(call: Call, paths: tuple[str, ...], eager: bool, dynamic: Sequence[Any]) -> Any:
+    def run(
+        call: Call, paths: tuple[str, ...], known: tuple[bool, ...] | None, dynamic: Sequence[Any]
+    ) -> Any:
         ctx = Context(RULES, refuse=fallback == "raise")
-        out = evaluate(fn, call, dynamic, paths, ctx, eager)
+        out = evaluate(fn, call, dynamic, paths, ctx, known)
         if fallback == "warn":
             _warn(ctx.records, warned)
         return out
@@ -241,24 +259,32 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
         call, dynamic, paths = split(args, kwargs)
         if not any(is_node(leaf) for leaf in dynamic):
             return fn(*args, **kwargs)
-        if any(_jaxprs.is_tracer(leaf) for leaf in jax.tree.leaves(dynamic)):
-            return run(call, tuple(paths), False, dynamic)
-        _check_hashable(call)
-        return jitted(call, tuple(paths), True, dynamic)
+        traced = any(_jaxprs.is_tracer(leaf) for leaf in jax.tree.leaves(dynamic))
+        unhashable = [item.value for item in call.static if not _is_hashable(item.value)]
+        if traced and (opens or unhashable or not _jaxprs.runs_at_once()):
+            return run(call, tuple(paths), None, dynamic)
+        if unhashable:
+            raise LowrankError(
+                f"the argument {unhashable[0]!r} is neither an array nor hashable, so the lifted "
+                "function cannot be compiled for it: pass an array, or close over it"
+            )
+        known = tuple(not _jaxprs.is_tracer(leaf) for leaf in dynamic)
+        try:
+            return jitted(call, tuple(paths), known, dynamic)
+        except ClosesOverTracers:
+            opens.append(True)
+        return run(call, tuple(paths), None, dynamic)
 
     return lifted
 
 
-def _check_hashable(call: Call) -> None:
-    """Static arguments of an eager call are part of a cache key."""
-    for item in call.static:
-        try:
-            hash(item.value)
-        except TypeError:
-            raise LowrankError(
-                f"the argument {item.value!r} is neither an array nor hashable, so the lifted "
-                "function cannot be compiled for it: pass an array, or close over it"
-            ) from None
+def _is_hashable(value: Any) -> bool:
+    """Whether a static argument can be part of a cache key."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _warn(records: Sequence[Record], warned: set[tuple[Any, str]]) -> None:

@@ -81,6 +81,7 @@ TAKEN = {
     ("lora_plus", "learning_rate"): NUMBERS - {"2**70", "-2**70"} | {"function"},
     ("lora_plus", "ratio"): SCALARS,
     ("quantize_state", "min_size"): {"0", "3"},
+    ("map_adapters", "tree"): {"node"},
     ("partition", "tree"): PASSED | {"dict of text"},
     ("trainable_mask", "tree"): PASSED | NODES,
     ("fingerprint", "tree"): SAVED,
