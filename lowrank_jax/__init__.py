@@ -55,6 +55,7 @@ from lowrank_jax._quantization_error import Deviations as Deviations
 from lowrank_jax._quantization_error import quantization_error as quantization_error
 from lowrank_jax._quantize import dequantize as dequantize
 from lowrank_jax._quantize import quantize as quantize
+from lowrank_jax._remat import checkpoint_policy as checkpoint_policy
 from lowrank_jax._report import LeafReport as LeafReport
 from lowrank_jax._report import Memory as Memory
 from lowrank_jax._report import Report as Report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +26,8 @@ from lowrank_jax._interpreter.rules import RULES
 from lowrank_jax._nodes import Adapted, Full, is_node, materialize, unnormed
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.whole import check
-from lowrank_jax._paths import flatten_with_keys, path_of
-from lowrank_jax._statics import Static
+from lowrank_jax._paths import flatten_with_keys, flattened, keys_of, path_of
+from lowrank_jax._statics import Static, is_plain
 from lowrank_jax._weights.low_rank import LowRankWeight
 from lowrank_jax._weights.magnitude import weight_of
 from lowrank_jax._weights.virtual import Virtual
@@ -38,14 +39,14 @@ FALLBACKS = ("warn", "raise", "silent")
 class Call:
     """The arguments of one call, flattened: arrays and nodes in `dynamic`, the rest in `static`.
 
-    `owners` names, for each of the dynamic ones, the argument that it is in. As part of a cache key
-    calls are told apart by the types and bits of what is static, in `treedef` too.
+    `owners` has, for each of the dynamic ones, the number of the argument that it is in. As part of
+    a cache key calls are told apart by the types and bits of what is static, in `treedef` too.
     """
 
     treedef: Static
     places: tuple[bool, ...]
     static: tuple[Static, ...]
-    owners: tuple[Any, ...]
+    owners: tuple[int, ...]
 
     def arguments(self, dynamic: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """args and kwargs with these values for the arrays."""
@@ -63,15 +64,32 @@ def is_array(value: Any) -> bool:
     )
 
 
-def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any], list[str]]:
+def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any], tuple[str, ...]]:
     """Flatten arguments into a Call, its arrays and nodes, and the path of each."""
-    keyed, treedef = flatten_with_keys((args, kwargs), is_node)
-    dynamic = [leaf for _, leaf in keyed if is_array(leaf)]
-    paths = [_argument_path(keys) for keys, leaf in keyed if is_array(leaf)]
-    static = tuple(Static(leaf) for _, leaf in keyed if not is_array(leaf))
-    owners = tuple(tuple(keys[:2]) for keys, leaf in keyed if is_array(leaf))
-    places = tuple(is_array(leaf) for _, leaf in keyed)
+    leaves, treedef = flattened(jax.tree.flatten, (args, kwargs), is_node)
+    if is_plain(treedef):
+        named = _named_of(treedef)
+    else:
+        keyed, treedef = flatten_with_keys((args, kwargs), is_node)
+        leaves, named = [leaf for _, leaf in keyed], _named([keys for keys, _ in keyed])
+    places = tuple(map(is_array, leaves))
+    dynamic = list(itertools.compress(leaves, places))
+    static = tuple(Static(leaf) for leaf, place in zip(leaves, places, strict=True) if not place)
+    paths, owners = (tuple(itertools.compress(names, places)) for names in named)
     return Call(Static(treedef), places, static, owners), dynamic, paths
+
+
+def _named(keyed: Sequence[Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The path of each leaf of (args, kwargs), and the number of the argument that it is in."""
+    numbers: dict[Any, int] = {}
+    owners = [numbers.setdefault(tuple(keys[:2]), len(numbers)) for keys in keyed]
+    return tuple(map(_argument_path, keyed)), tuple(owners)
+
+
+@functools.lru_cache(maxsize=1024)
+def _named_of(treedef: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The same of a plain structure."""
+    return _named(keys_of(treedef))
 
 
 def _argument_path(keys: Sequence[Any]) -> str:
@@ -257,12 +275,12 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     @functools.wraps(fn, updated=())
     def lifted(*args: Any, **kwargs: Any) -> Any:
         call, dynamic, paths = split(args, kwargs)
-        if not any(is_node(leaf) for leaf in dynamic):
+        if not any(map(is_node, dynamic)):
             return fn(*args, **kwargs)
-        traced = any(_jaxprs.is_tracer(leaf) for leaf in jax.tree.leaves(dynamic))
+        traced = any(map(_jaxprs.is_tracer, jax.tree.leaves(dynamic)))
         unhashable = [item.value for item in call.static if not _is_hashable(item.value)]
         if traced and (opens or unhashable or not _jaxprs.runs_at_once()):
-            return run(call, tuple(paths), None, dynamic)
+            return run(call, paths, None, dynamic)
         if unhashable:
             raise LowrankError(
                 f"the argument {unhashable[0]!r} is neither an array nor hashable, so the lifted "
@@ -270,10 +288,10 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
             )
         known = tuple(not _jaxprs.is_tracer(leaf) for leaf in dynamic)
         try:
-            return jitted(call, tuple(paths), known, dynamic)
+            return jitted(call, paths, known, dynamic)
         except ClosesOverTracers:
             opens.append(True)
-        return run(call, tuple(paths), None, dynamic)
+        return run(call, paths, None, dynamic)
 
     return lifted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 
 from lowrank_jax._errors import CheckpointError, PatternError, TreeError, listing
+from lowrank_jax._statics import is_plain
 
 ALL_LINEAR = "all-linear"
 
@@ -31,11 +33,10 @@ def flatten_with_keys(
     A wrapper is what Flax puts around an array: nnx.Variable, nn.Partitioned, nn.meta.AxisMetadata.
     A field that is called "value" in anything else is a key like any other.
     """
-    try:
-        keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    except (TypeError, ValueError) as error:
-        _refuse_unsorted((), tree, is_leaf or (lambda _: False), error)
-        raise
+    leaves, treedef = flattened(jax.tree.flatten, tree, is_leaf)
+    if is_plain(treedef):
+        return [*zip(keys_of(treedef), leaves, strict=True)], treedef
+    keyed, treedef = flattened(jax.tree_util.tree_flatten_with_path, tree, is_leaf)
     wrappers = _wrappers()
     if wrappers and any(_is_value(key) for keys, _ in keyed for key in keys):
         keyed = list(_unwrapped((), tree, is_leaf or (lambda _: False), wrappers))
@@ -65,6 +66,39 @@ def _refuse_unsorted(
     for key, child in children:
         if child is not tree:
             _refuse_unsorted((*keys, *key), child, is_leaf, error)
+
+
+def flattened(flatten: Callable, tree: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
+    """jax's own flattening; keys that it cannot sort are refused by path."""
+    try:
+        return flatten(tree, is_leaf=is_leaf)
+    except (TypeError, ValueError) as error:
+        _refuse_unsorted((), tree, is_leaf or (lambda _: False), error)
+        raise
+
+
+@functools.lru_cache(maxsize=1024)
+def keys_of(treedef: Any) -> tuple[tuple[Any, ...], ...]:
+    """The keys of each leaf of a structure without wrappers."""
+    numbers = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    return tuple(keys for keys, _ in jax.tree_util.tree_leaves_with_path(numbers))
+
+
+@functools.lru_cache(maxsize=1024)
+def _paths_of(treedef: Any) -> tuple[str, ...]:
+    """The path of each leaf of a structure without wrappers."""
+    return _told_apart([path_of(keys) for keys in keys_of(treedef)])
+
+
+def _told_apart(paths: Sequence[str]) -> tuple[str, ...]:
+    """The paths, no two of which are alike."""
+    if len({*paths}) != len(paths):
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise TreeError(
+            f"two leaves share the path {twice[0]!r}: keys that print alike, or keys with '/' in "
+            "them, cannot be told apart by path; rename one of them"
+        )
+    return tuple(paths)
 
 
 def _wrappers() -> tuple[type, ...]:
@@ -106,16 +140,12 @@ def flatten(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[str, Any]], Any]:
     """Flatten into [(path, leaf)] and the treedef; two leaves of one path are refused."""
+    leaves, treedef = flattened(jax.tree.flatten, tree, is_leaf)
+    if is_plain(treedef):
+        return [*zip(_paths_of(treedef), leaves, strict=True)], treedef
     keyed, treedef = flatten_with_keys(tree, is_leaf)
-    leaves = [(path_of(keys), leaf) for keys, leaf in keyed]
-    if len({path for path, _ in leaves}) != len(leaves):
-        paths = [path for path, _ in leaves]
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        raise TreeError(
-            f"two leaves share the path {twice[0]!r}: keys that print alike, or keys with '/' in "
-            "them, cannot be told apart by path; rename one of them"
-        )
-    return leaves, treedef
+    paths = _told_apart([path_of(keys) for keys, _ in keyed])
+    return [(path, leaf) for path, (_, leaf) in zip(paths, keyed, strict=True)], treedef
 
 
 def renamed(saved: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import struct
@@ -53,10 +54,24 @@ def key_of(value: Any) -> Hashable:
     if isinstance(value, Mapping):
         return kind, tuple((key_of(name), key_of(item)) for name, item in value.items())
     if isinstance(value, jax.tree_util.PyTreeDef):
-        return kind, _key_of_structure(value)
+        return kind, value if is_plain(value) else _key_of_structure(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return kind, value, _keys_of_fields(value)
     return kind, value
+
+
+@functools.lru_cache(maxsize=4096)
+def is_plain(treedef: Any) -> bool:
+    """Whether a pytree structure is of containers whose keys are texts: its own `==` is exact."""
+    node = treedef.node_data()
+    if node is None:
+        return True
+    kind, static = node
+    if kind in (dict, collections.OrderedDict):
+        known = {*map(type, static)} <= {str}
+    else:
+        known = kind in (list, tuple, type(None)) or hasattr(kind, "_fields")
+    return known and all(map(is_plain, treedef.children()))
 
 
 def _key_of_structure(treedef: Any) -> Hashable:

@@ -106,6 +106,7 @@ class Model:
             "factor_labels": lambda: {"lora": self.lora},
             "trainable_mask": lambda: {"tree": self.tree},
             "lora_plus": lambda: {"make_tx": optax.sgd, "learning_rate": 0.1},
+            "checkpoint_policy": lambda: {"policy": jax.checkpoint_policies.dots_saveable},
             "map_adapters": lambda: {"fn": lambda nodes: nodes, "tree": self.tree},
             "only_adapters": lambda: {"tx": optax.sgd(0.1)},
             "offload_state": lambda: {"tx": optax.sgd(0.1)},

@@ -11,6 +11,7 @@ from jax import lax
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._interpreter.interpret import Context, Rule, forwarded, forwarded_by, interpret
+from lowrank_jax._remat import SeenAsDots
 from lowrank_jax._weights.virtual import Virtual, single_paths
 
 Out = Sequence[Any] | None
@@ -135,7 +136,9 @@ def _laid_out(weight: Virtual, sharding: Any) -> Virtual:
 
 
 def _checkpoint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
+    if options["policy"] is not None:
+        options["policy"] = SeenAsDots(options["policy"])
     return _reenter(ctx, eqn, values, lambda run, v: jax.checkpoint(run, **options)(v))
 
 

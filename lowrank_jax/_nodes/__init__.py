@@ -166,7 +166,7 @@ class LowRank(Node):
                 f"stack={self.stack} stands at a weight of {ndim} axes; a vmapped or stacked "
                 "adapter is to be used under jax.vmap"
             )
-        node = self._without(sorted(self.stack)[:gone])
+        node = self._without(sorted(self.stack)[:gone]) if gone else self
         return node.fan_in, node.fan_out, node.stack
 
     def __jax_array__(self):
@@ -251,7 +251,10 @@ class Adapted(Wrapper):
 
 def is_node(value: Any) -> bool:
     """Whether a value is one of the library's nodes: the `is_leaf` for trees that hold them."""
-    return isinstance(value, LowRank | Full | Adapted | Normed | Quantized)
+    return isinstance(value, _NODES)
+
+
+_NODES = LowRank, Full, Adapted, Normed, Quantized
 
 
 def is_adapter(value: Any) -> bool:

@@ -74,6 +74,13 @@ class _Transposed:
     shape: tuple[int, ...]
     dtype: Any
 
+    is_mapped = False
+
+    @property
+    def inner(self) -> Op:
+        """The op."""
+        return self.op
+
     def __call__(self, ct: jax.Array, w: jax.Array) -> jax.Array:
         return self._run(self.op, ct, w)
 
@@ -92,6 +99,16 @@ class _Mapped:
 
     fn: Callable
     axes: tuple[int | None, ...]
+
+    @property
+    def inner(self) -> Callable:
+        """The function of one entry."""
+        return self.fn
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether all arrays are mapped, so that the axis is one of a batch."""
+        return None not in self.axes
 
     def __call__(self, *args: jax.Array) -> jax.Array:
         return jax.vmap(self.fn, self.axes)(*args)

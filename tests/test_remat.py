@@ -1,0 +1,91 @@
+"""Rematerialization policies take products of quantized weights for products."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import checkpoint_policies as policies
+from jax import lax
+from models import normal
+
+import lowrank_jax as lowrank
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+X = normal(3, 64)
+QUANT = lowrank.QuantConfig(targets="*", packing="uint8", double_quant=False)
+
+
+def decodes(jaxpr):
+    """Products with codes in a jaxpr, those of inner jaxprs included."""
+    inner = [getattr(v, "jaxpr", v) for eqn in jaxpr.eqns for v in eqn.params.values()]
+    own = sum(eqn.primitive.name == "lowrank_tied" for eqn in jaxpr.eqns)
+    return own + sum(decodes(j) for j in inner if hasattr(j, "eqns"))
+
+
+def layers(p, x):
+    return jnp.tanh(jnp.tanh(x @ p["w"]) @ p["v"])
+
+
+def batched(p, x):
+    split = lambda w: w.reshape(4, 16, 64)
+    return jnp.tanh(jnp.einsum("bei,eio->beo", x.reshape(3, 4, 16), split(p["w"]))) @ p["v"]
+
+
+def convolved(p, x):
+    kernel = p["w"].reshape(4, 16, 64)
+    y = lax.conv_general_dilated(
+        x.reshape(3, 4, 16), kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    return jnp.tanh(y) @ p["v"]
+
+
+def counted(fn, policy, where, targets="*"):
+    """The decodes of a gradient of fn rematerialized, inside the lifted function or around it."""
+    params = {"w": normal(64, 64), "v": normal(64, 64, seed=1)}
+    base = lowrank.quantize(params, QUANT)
+    base, lora = lowrank.init(0, base, lowrank.LoraConfig(rank=2, targets=targets))
+
+    def loss(lora):
+        if where == "inside":
+            call = lowrank.lift(lambda p, x: jax.checkpoint(fn, policy=policy)(p, x))
+            return call(lowrank.combine(base, lora), X).sum()
+        live = lambda lora: lowrank.lift(fn)(lowrank.combine(base, lora), X).sum()
+        own = None if policy is None else lowrank.checkpoint_policy(policy)
+        return jax.checkpoint(live, policy=own)(lora)
+
+    return decodes(jax.make_jaxpr(jax.grad(loss))(lora).jaxpr)
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+@pytest.mark.parametrize(
+    ("policy", "count"),
+    [
+        (None, 5),
+        (policies.nothing_saveable, 5),
+        (policies.dots_saveable, 3),
+        (policies.dots_with_no_batch_dims_saveable, 3),
+        (policies.everything_saveable, 3),
+        (policies.save_only_these_names("none"), 5),
+    ],
+)
+def test_each_product_that_a_policy_saves_is_decoded_for_once(where, policy, count):
+    assert counted(layers, policy, where) == count
+
+
+def test_a_policy_sees_the_batch_and_the_kind_of_a_product():
+    seen = []
+
+    def policy(primitive, *avals, **params):
+        numbers = params.get("dimension_numbers")
+        if primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
+            batched = primitive is lax.dot_general_p and bool(numbers[1][0])
+            seen.append((primitive.name, batched, avals[0].shape))
+        return False
+
+    for fn, name, batch, shape in (
+        (layers, "dot_general", False, (3, 64)),
+        (batched, "dot_general", True, (3, 4, 16)),
+        (convolved, "conv_general_dilated", False, (3, 4, 16)),
+    ):
+        seen.clear()
+        counted(fn, policy, "around", targets="v")
+        assert (name, batch, shape) in seen
