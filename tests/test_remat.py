@@ -26,8 +26,9 @@ def layers(p, x):
 
 
 def batched(p, x):
-    split = lambda w: w.reshape(4, 16, 64)
-    return jnp.tanh(jnp.einsum("bei,eio->beo", x.reshape(3, 4, 16), split(p["w"]))) @ p["v"]
+    heads = jnp.broadcast_to(x[:, None], (3, 4, 64))
+    y = jnp.einsum("bei,ieo->beo", heads, p["w"].reshape(64, 4, 16))
+    return jnp.tanh(y).reshape(3, 64) @ p["v"]
 
 
 def convolved(p, x):
@@ -83,7 +84,7 @@ def test_a_policy_sees_the_batch_and_the_kind_of_a_product():
 
     for fn, name, batch, shape in (
         (layers, "dot_general", False, (3, 64)),
-        (batched, "dot_general", True, (3, 4, 16)),
+        (batched, "dot_general", True, (3, 4, 64)),
         (convolved, "conv_general_dilated", False, (3, 4, 16)),
     ):
         seen.clear()
