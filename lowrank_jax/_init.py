@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import math
 import operator
+import types
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -240,7 +242,8 @@ def _laid_out_factors(
             f"its initializer holds an array of shape {wrong[0]}, but the leaf's stack "
             f"axes, which are to lead it, have sizes {stack}"
         )
-    make = lambda key, leaf, data: _factors(key, leaf, data, target, Static(form), dtype)
+    run = _compiled(form)
+    make = lambda key, leaf, data: run(key, leaf, data, target, dtype)
     sharding = sharding_of(leaf)
     if sharding is None:
         return make(key, leaf, data)
@@ -256,9 +259,23 @@ def _laid_out_factors(
         return _jaxprs.by_the_compiler(make, out, key, leaf, data)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+_by_function: weakref.WeakKeyDictionary[Any, Callable] = weakref.WeakKeyDictionary()
+
+
+def _compiled(form: Any) -> Callable:
+    """`_factors` of an initializer; what is compiled for a function is freed with it."""
+    if not isinstance(form, types.FunctionType | functools.partial):  # these are equal to no other
+        own = Static(form)
+        return lambda *args: _of_structure(own, *args)
+    if form not in _by_function:
+        known = weakref.ref(form)
+        run = lambda *args: _factors(Static(known()), *args)
+        _by_function[form] = jax.jit(run, static_argnums=(3, 4))
+    return _by_function[form]
+
+
 def _factors(
-    key: jax.Array, leaf: jax.Array, data: Any, target: Target, form: Static, dtype: str
+    form: Static, key: jax.Array, leaf: jax.Array, data: Any, target: Target, dtype: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """a, b and the residual in the leaf's own layout: groups flattened, stacks vmapped."""
     order = target.stack + target.fan_in + target.fan_out
@@ -313,6 +330,9 @@ def _refuse_other_results(made: Any, name: str) -> None:
             f"the initializer {name!r} returned {came}; expected (a, b, residual), floating "
             "arrays, with None for a residual where the base stays as it is"
         )
+
+
+_of_structure = jax.jit(_factors, static_argnums=(0, 4, 5))
 
 
 def _lost(a: Any, b: Any, kept_a: Any, kept_b: Any, dtype: Any) -> jax.Array:

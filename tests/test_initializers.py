@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import math
 import re
+import weakref
 from pathlib import Path
 
 import chex
@@ -784,3 +786,20 @@ def test_eva_is_refused_under_jit():
     config = lowrank.LoraConfig(rank=1)
     with pytest.raises(lowrank.ConfigError, match="ranks are static, so call eva outside of jit"):
         jax.jit(lambda c: initializers.eva({"w": c}, config)[0]["w"].components)(covariance(8, 8))
+
+
+def test_what_is_compiled_for_an_initializer_is_freed_with_it():
+    class Big:
+        def __call__(self, x):
+            return x
+
+    def start(big):
+        own = lambda key, w, rank, scale: (big(w[:, :rank]), jnp.zeros((rank, w.shape[1])), None)
+        config = lowrank.LoraConfig(rank=2, targets="w")
+        for part in (own, functools.partial(own)):
+            lowrank.init(0, {"w": jnp.ones((4, 3))}, config, initializer=part)
+        return weakref.ref(big)
+
+    ref = start(Big())
+    gc.collect()
+    assert ref() is None
