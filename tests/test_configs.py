@@ -53,7 +53,7 @@ def test_scale():
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"rank": 0}, "rank must be an integer of at least 1, not 0"),
+        ({"rank": 0}, r"rank must be an integer of at least 1 and below 2\*\*31, not 0"),
         ({"rank": 2.0}, "not 2.0"),
         ({"rank": True}, "not True"),
         ({"alpha": 0}, "alpha must be a finite number above 0"),

@@ -89,7 +89,7 @@ def on_both_bases():
         yield pytest.param(name, lowrank.QuantConfig(), marks=slow, id=f"{name} on codes")
 
 
-@pytest.mark.parametrize(("name", "quant"), on_both_bases())
+@pytest.mark.parametrize(("name", "quant"), [*on_both_bases()])
 def test_the_laws_hold(name, quant):
     """lift(f)(combine) == f(merge), values and gradients, in scan, remat, n-D, jit and vmap."""
     base, fresh = adapted(name, quant)
