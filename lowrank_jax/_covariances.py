@@ -75,7 +75,7 @@ def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -
 
     def measure(params: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         call, dynamic, paths = _lift.split((params, *args), kwargs)
-        _lift._check_hashable(call)
+        _lift.check_hashable(call)
         return run(call, tuple(paths), dynamic)
 
     return measure

@@ -75,8 +75,10 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any
     places = tuple(map(is_array, leaves))
     dynamic = list(itertools.compress(leaves, places))
     static = tuple(Static(leaf) for leaf, place in zip(leaves, places, strict=True) if not place)
-    paths, owners = (tuple(itertools.compress(names, places)) for names in named)
-    return Call(Static(treedef), places, static, owners), dynamic, paths
+    paths, owners = named
+    owners = tuple(itertools.compress(owners, places))
+    call = Call(Static(treedef), places, static, owners)
+    return call, dynamic, tuple(itertools.compress(paths, places))
 
 
 def _named(keyed: Sequence[Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -278,14 +280,9 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
         if not any(map(is_node, dynamic)):
             return fn(*args, **kwargs)
         traced = any(map(_jaxprs.is_tracer, jax.tree.leaves(dynamic)))
-        unhashable = [item.value for item in call.static if not _is_hashable(item.value)]
-        if traced and (opens or unhashable or not _jaxprs.runs_at_once()):
+        if traced and (opens or _unhashable(call) or not _jaxprs.runs_at_once()):
             return run(call, paths, None, dynamic)
-        if unhashable:
-            raise LowrankError(
-                f"the argument {unhashable[0]!r} is neither an array nor hashable, so the lifted "
-                "function cannot be compiled for it: pass an array, or close over it"
-            )
+        check_hashable(call)
         known = tuple(not _jaxprs.is_tracer(leaf) for leaf in dynamic)
         try:
             return jitted(call, paths, known, dynamic)
@@ -296,13 +293,24 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     return lifted
 
 
-def _is_hashable(value: Any) -> bool:
-    """Whether a static argument can be part of a cache key."""
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+def _unhashable(call: Call) -> list[Any]:
+    """Static arguments that cannot be part of a cache key."""
+    found = []
+    for item in call.static:
+        try:
+            hash(item.value)
+        except TypeError:
+            found.append(item.value)
+    return found
+
+
+def check_hashable(call: Call) -> None:
+    """Static arguments of a call that is compiled are part of a cache key."""
+    if found := _unhashable(call):
+        raise LowrankError(
+            f"the argument {found[0]!r} is neither an array nor hashable, so the lifted function "
+            "cannot be compiled for it: pass an array, or close over it"
+        )
 
 
 def _warn(records: Sequence[Record], warned: set[tuple[Any, str]]) -> None:

@@ -35,7 +35,7 @@ class SeenAsDots:
 
 
 @checked(policy=function)
-def checkpoint_policy(policy: Callable[..., Any]) -> SeenAsDots:
+def checkpoint_policy(policy: Callable[..., Any]) -> Callable[..., Any]:
     """Make a policy of jax.checkpoint take products of quantized weights for products.
 
     They are a primitive of their own, which `jax.checkpoint_policies.dots_saveable` and its like do
@@ -48,6 +48,8 @@ def checkpoint_policy(policy: Callable[..., Any]) -> SeenAsDots:
 
     Returns:
       The policy.
+
+    Source: jax.checkpoint_policies, whose policies know primitives by name.
 
     >>> import jax, lowrank_jax as lowrank
     >>> policy = lowrank.checkpoint_policy(jax.checkpoint_policies.dots_saveable)

@@ -22,6 +22,7 @@ FLOORS = [
     {"_config_checks", "_paths", "_codecs", "_primitives", "names"},
     {"_configs", "_donation", "_nodes"},
     {"_weights", "_files", "_optimizers", "_specs", "initializers"},
+    {"_remat"},
     {"_interpreter", "_fingerprint", "bitsandbytes"},
     {"_lift", "checkpoint"},
     {"_plan", "_functional", "_report"},
