@@ -178,3 +178,35 @@ def test_routers_and_experts_that_share_their_input_factor_are_noted(fn, layers)
     lora = random_like(lora)
     got = lowrank.lift(fn, fallback="raise")(lowrank.combine(base, lora), x)
     np.testing.assert_allclose(got, fn(lowrank.merge(base, lora), x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_named_matrix_whose_reshape_mixes_its_axes_is_built():
+    fn = lambda p, x: jnp.tanh(x @ p["w"].reshape(8, 3))
+    params, x = random_like({"w": jnp.zeros((6, 4))}), random_like(jnp.zeros((2, 8)))
+    plan = lowrank.plan(fn, params, x)
+    config = lowrank.LoraConfig(rank=2, targets="w")
+    base, lora = lowrank.init(jax.random.key(0), params, config, plan=plan)
+    assert (lora["w"].fan_in, lora["w"].fan_out) == ((0,), (1,))
+    check(fn, base, lora, x)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("on_codes", [False, True])
+def test_vmapped_kernels_of_convolutions(shared, on_codes):
+    def fn(p, x):
+        own = lambda w, x: lax.conv_general_dilated(x, w, (1, 1), "SAME")
+        return jnp.tanh(jax.vmap(own, (0, None if shared else 0))(p["w"], x))
+
+    params = random_like({"w": jnp.zeros((3, 5, 8, 2, 2))})
+    x = random_like(jnp.zeros((1, 8, 4, 4) if shared else (3, 1, 8, 4, 4)))
+    plan = lowrank.plan(fn, params, x)
+    assert (plan["w"].op, plan["w"].fan_in) == ("conv", (2, 3, 4))
+    base = params
+    if on_codes:
+        quant = lowrank.QuantConfig(targets="w", block_size=32, packing="uint8")
+        base = lowrank.quantize(params, quant, plan=plan)
+    config = lowrank.LoraConfig(rank=2, targets="w")
+    base, lora = lowrank.init(jax.random.key(0), base, config, plan=plan)
+    lora = random_like(lora)
+    got = lowrank.lift(fn, fallback="raise")(lowrank.combine(base, lora), x)
+    np.testing.assert_allclose(got, fn(lowrank.merge(base, lora), x), rtol=1e-4, atol=1e-5)

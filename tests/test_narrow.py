@@ -44,6 +44,8 @@ def test_a_narrow_leaf_has_its_largest_rank_and_the_scale_of_the_rank_asked_for(
     nodes = {name: lora["params"][name]["kernel"] for name in RANKS}
     assert {name: node.rank for name, node in nodes.items()} == RANKS
     assert {node.scale for node in nodes.values()} == {config.scale_of(16, config.alpha)}
+    if options.get("rslora") or "alpha" in options:
+        return  # other scales of the same programs
     moved = jax.tree.map(lambda leaf: leaf + 0.1, lora)
     got = lowrank.lift(model.apply, fallback="raise")(lowrank.combine(base, moved), x)
     want = model.apply(lowrank.merge(base, moved), x)
