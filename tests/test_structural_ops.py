@@ -538,3 +538,12 @@ def test_nothing_of_a_weight_is_padded():
     fn = lambda p, x: x @ jnp.pad(p["w"][:, :0], ((0, 0), (1, 2)), constant_values=0.5)
     got = assert_agrees(fn, {"w": normal(8, 6)}, {"w": node((8, 6), (0,), (1,))}, normal(3, 8))
     assert got[0][0].shape == (3, 3)
+
+
+def test_padding_alone_is_left_of_a_weight():
+    def fn(p, x):
+        padded = jnp.pad(jnp.pad(p["w"][:, :2], ((1, 0), (0, 0))), ((0, 0), (0, 1)))
+        return x[:, :3] * jnp.split(padded, [1])[0], jnp.split(padded, [1])[0]
+
+    got = assert_agrees(fn, {"w": normal(8, 6)}, {"w": node((8, 6), (0,), (1,))}, normal(3, 8))
+    assert not any(map(np.any, jax.tree.leaves(got[0])))

@@ -114,6 +114,8 @@ class Context(Nesting):
         """The dense array of a weight that no rule serves here, said aloud."""
         if not isinstance(value, Virtual):
             return value
+        if not value.leaves():  # of joined weights nothing but plain arrays is left
+            return value.materialize()
         if self.refuse:
             line, layer = self.where(eqn)
             where = f" (in {layer})" if layer else ""
@@ -128,7 +130,7 @@ class Context(Nesting):
 
     def returned(self, weight: Virtual) -> Any:
         """The dense array of a weight that is a result of the whole function."""
-        if self.refuse:
+        if self.refuse and weight.leaves():
             raise MaterializeError(
                 f"the function returns the weight {self.names_of(weight)} itself, which would be "
                 "built densely; return what you need of it, or lift with fallback='warn'"
