@@ -61,10 +61,13 @@ def make_checkpointer() -> Any:
     )
     # nothing changes the arrays while they are written: Orbax need not copy them
     arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
     handler = ocp.PyTreeCheckpointHandler(
         use_compression=False,
         multiprocessing_options=alone,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, arrays)),
+        type_handler_registry=registry,
     )
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
