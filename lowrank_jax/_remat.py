@@ -24,13 +24,14 @@ class SeenAsDots:
         if primitive is not tied_p:
             return self.policy(primitive, *avals, **params)
         op, mapped = params["op"], False
-        while not isinstance(op, Dot | Conv) and hasattr(op, "inner"):
+        while hasattr(op, "inner"):
             mapped, op = mapped or op.is_mapped, op.inner
         if isinstance(op, Conv):
             return self.policy(lax.conv_general_dilated_p, *avals[:2], **dict(op.options))
-        batch = ((0,), (0,)) if mapped else getattr(op, "numbers", (None, ((), ())))[1]
+        if not isinstance(op, Dot):  # a ragged product, which JAX does not take for a dot either
+            return self.policy(primitive, *avals, **params)
+        numbers = (((), ()), ((0,), (0,)) if mapped else op.numbers[1])
         plain = {"precision": None, "preferred_element_type": None, "out_sharding": None}
-        numbers = (((), ()), batch)
         return self.policy(lax.dot_general_p, *avals[:2], dimension_numbers=numbers, **plain)
 
 

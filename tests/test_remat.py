@@ -90,3 +90,17 @@ def test_a_policy_sees_the_batch_and_the_kind_of_a_product():
         seen.clear()
         counted(fn, policy, "around", targets="v")
         assert (name, batch, shape) in seen
+
+
+@pytest.mark.parametrize(
+    ("policy", "count"), [(policies.dots_saveable, 3), (policies.everything_saveable, 2)]
+)
+def test_ragged_products_are_asked_about_as_they_are(policy, count):
+    """No policy of JAX's own saves a plain one as a dot."""
+    params = {"w": normal(2, 64, 64)}
+    fn = lambda p, x: jnp.sin(lax.ragged_dot(jnp.sin(x), p["w"], jnp.array([1, 2])))
+    quant = lowrank.QuantConfig(targets="w", packing="uint8", double_quant=False)
+    base = lowrank.quantize(params, quant, plan=lowrank.plan(fn, params, X))
+    call = lowrank.lift(lambda p, x: jax.checkpoint(fn, policy=policy)(p, x), fallback="raise")
+    slope = jax.make_jaxpr(jax.grad(lambda x: call(base, x).sum()))(X)
+    assert decodes(slope.jaxpr) == count
