@@ -211,7 +211,7 @@ def is_on_host(array: Any) -> bool:
 
 
 def on_device(tree: Any) -> Any:
-    """The tree with what lies in the memory of the host in that of the device."""
+    """The tree with all its arrays in the memory of the device."""
     move = lambda leaf: jax.device_put(leaf, _DEVICE) if is_on_host(leaf) else leaf
     return jax.tree.map(move, tree)
 

@@ -108,17 +108,14 @@ def _named_jit(run: Callable, eqn: Any) -> Callable:
 def _placed(outs: list[Any], eqn: Any) -> list[Any]:
     """The results of a jit as its out_shardings say; a weight's arrays by the axes they have."""
     shardings = [_jaxprs.specified(sharding) for sharding in eqn.params["out_shardings"]]
-    pairs = [*zip(outs, shardings, strict=True)]
-    arrays = [i for i, (out, s) in enumerate(pairs) if s is not None and hasattr(out, "dtype")]
-    arrays = [i for i in arrays if not _is_weight(outs[i])]
-    if arrays:
-        place = jax.jit(lambda *arrays: arrays, out_shardings=tuple(shardings[i] for i in arrays))
-        placed = dict(zip(arrays, place(*(outs[i] for i in arrays)), strict=True))
-        outs = [placed.get(i, out) for i, out in enumerate(outs)]
-    return [
-        _laid_out(out, s) if _is_weight(out) else out
-        for out, s in zip(outs, shardings, strict=True)
-    ]
+    outs = [_laid_out(o, s) if _is_weight(o) else o for o, s in zip(outs, shardings, strict=True)]
+    plain = lambda i: shardings[i] is not None and hasattr(outs[i], "dtype")
+    arrays = [i for i in range(len(outs)) if plain(i) and not _is_weight(outs[i])]
+    if not arrays:
+        return outs
+    place = jax.jit(lambda *arrays: arrays, out_shardings=tuple(shardings[i] for i in arrays))
+    placed = dict(zip(arrays, place(*(outs[i] for i in arrays)), strict=True))
+    return [placed.get(i, out) for i, out in enumerate(outs)]
 
 
 def _laid_out(weight: Virtual, sharding: Any) -> Virtual:

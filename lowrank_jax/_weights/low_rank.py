@@ -36,7 +36,7 @@ from lowrank_jax._weights.regroup import regroup
 from lowrank_jax._weights.virtual import Virtual, reversing, slicing
 
 _STATIC = {"static": True}
-_LABELLED = ("a", "b", "key", "gain")  # arrays whose axes are labeled
+_LABELED = ("a", "b", "key", "gain")  # arrays whose axes are labeled
 
 
 @jax.tree_util.register_dataclass
@@ -219,7 +219,7 @@ class LowRankWeight(Virtual):
         groups = reshape_groups(self.shape, shape)
         sizes = dict(enumerate(shape))
         parts = {}
-        for name in self._held(*_LABELLED):
+        for name in self._held(*_LABELED):
             array, labels = getattr(self, name), getattr(self, name + "_axes")
             found = regroup(array, labels, groups, sizes)
             if found is None:
@@ -236,7 +236,7 @@ class LowRankWeight(Virtual):
     def _dropped(self, gone: set[int]) -> LowRankWeight:
         """Forget labels of axes of size 1."""
         parts = {}
-        for name in self._held(*_LABELLED):
+        for name in self._held(*_LABELED):
             array, labels = getattr(self, name), getattr(self, name + "_axes")
             at = [i for i, label in enumerate(labels) if label in gone]
             if not at:
@@ -263,7 +263,7 @@ class LowRankWeight(Virtual):
     def _indexed(self, base: Virtual | None, fn: Any, axes: Sequence[int]) -> LowRankWeight | None:
         """On a part of the base, what fn takes from each array along the axes that it has."""
         parts = {}
-        for name in self._held(*_LABELLED):
+        for name in self._held(*_LABELED):
             array, labels = getattr(self, name), getattr(self, name + "_axes")
             where = {axis: labels.index(axis) for axis in axes if axis in labels}
             if where:
@@ -283,14 +283,14 @@ class LowRankWeight(Virtual):
         stacked = self.base.unstack()
         if stacked is None:
             return None
-        names = [n for n in self._held(*_LABELLED) if 0 in getattr(self, n + "_axes")]
+        names = [n for n in self._held(*_LABELED) if 0 in getattr(self, n + "_axes")]
         arrays = {n: _front(getattr(self, n), getattr(self, n + "_axes").index(0)) for n in names}
         arrays["base"], rebuild_base = stacked
         place = {axis: axis - 1 for axis in range(1, self.ndim)}
         labels = {}
         for name in names:
             labels[name + "_axes"] = tuple(x for x in getattr(self, name + "_axes") if x != 0)
-        for name in {*_LABELLED} - {*self._held(*_LABELLED)}:
+        for name in {*_LABELED} - {*self._held(*_LABELED)}:
             labels[name + "_axes"] = ()
 
         def rebuild(slices: dict[str, Any]) -> LowRankWeight | None:
