@@ -46,14 +46,18 @@ def tolerance(dtype: Any, chains: int = 1) -> float:
     return chains * ROUNDINGS[dtype] * float(jnp.finfo(dtype).eps)
 
 
-def assert_close(got: Any, want: Any, dtype: Any, chains: int = 1) -> None:
-    """Same structure, shapes and dtypes; each leaf within rounding of its largest entry."""
+def assert_close(got: Any, want: Any, dtype: Any, chains: int = 1, terms: Any = None) -> None:
+    """Same structure, shapes and dtypes; each leaf within rounding of its largest entry.
+
+    Of a leaf that is a sum which cancels, `terms` has the magnitudes of what is summed.
+    """
     chex.assert_trees_all_equal_structs(got, want)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    terms = want if terms is None else terms
+    for x, y, z in zip(*map(jax.tree.leaves, (got, want, terms)), strict=True):
         if jnp.issubdtype(y.dtype, jnp.floating):
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-            largest = max(np.abs(y).max(initial=0.0), 1e-30)
+            largest = max(*(np.abs(v).max(initial=0.0) for v in (y, np.asarray(z))), 1e-30)
             chex.assert_trees_all_close(
                 x / largest, y / largest, rtol=0, atol=tolerance(dtype, chains)
             )
@@ -147,6 +151,38 @@ class Case:
     def gradient_of_merged(self, lora: Any) -> Any:
         return self.reference(lora)[0]
 
+    def assert_gradient_close(self, got: Any, lora: Any) -> None:
+        """Against the merged model's; of a magnitude relative to the terms that it sums.
+
+        m's gradient is sum(W_eff * G, fan-in) / m, G the gradient of the dense weight; a model that
+        norms its weight or its activations makes that sum zero, but for rounding.
+        """
+        want, _, merged = self.reference(lora)
+        terms = self.terms(want, lora, merged) if self.row.name in NORMED else want
+        assert_close(got, want, self.row.dtype, terms=terms)
+
+    def terms(self, gradient: Any, lora: Any, merged: Any) -> Any:
+        """The gradient with the magnitudes of its terms in place of each magnitude's."""
+        weights = nodes_of_dense(merged)
+        slopes = nodes_of_dense(self.slopes(merged))
+        adapters = nodes(lora)
+
+        def summed(path: str, node: Any) -> Any:
+            if node.magnitude is None:
+                return node
+            sums = np.abs(np.asarray(weights[path], np.float64) * slopes[path])
+            sums = sums.sum(node.fan_in).reshape(node.magnitude.shape)
+            return dataclasses.replace(node, magnitude=sums / np.abs(adapters[path].magnitude))
+
+        put = lambda keys, node: summed(path_of(keys), node) if is_node(node) else node
+        return jax.tree_util.tree_map_with_path(put, gradient, is_leaf=is_node)
+
+    @functools.cached_property
+    def slopes(self) -> Callable:
+        """The gradient of the dense model."""
+        loss = loss_of(lambda params: self.fn(params, *self.args))
+        return jax.jit(jax.grad(loss, allow_int=True), compiler_options=LOOPS)
+
 
 class QuantizedCase(Case):
     """The same model on a base of 4-bit codes, in blocks of two: these models are small.
@@ -236,9 +272,10 @@ TRANSFORMED = {
 }
 
 
-# With DoRA, these say what others say: of a weight that the model norms itself the gradient of the
-# magnitude is zero but for rounding, and in bfloat16 it is a sum that cancels.
-NOT_WITH_DORA = {"weight_norm", "linen_attention_bfloat16_masked"}
+# Models that norm what DoRA scales: their magnitudes' gradients are sums that cancel.
+NORMED = {"conv_batch_norm_mutable", "weight_norm"}
+# In bfloat16 even the factors' gradients are sums that cancel, in the merged model too.
+NOT_WITH_DORA = {"linen_attention_bfloat16_masked"}
 
 
 def with_dora(few: set[str], more: str = "", wanted: Callable[[Row], bool] = lambda row: True):
@@ -307,7 +344,10 @@ def any_case(request) -> Case:
 # Rows whose weight is computed, where XLA fuses that into the product in one program alone: without
 # fusion, below.
 FUSED = {"weight_elementwise", "weight_tied_transposed" + DORA}
-FUSED |= {"scan_over_indices" + DORA, "while_loop" + DORA}
+FUSED |= {"scan_over_indices" + DORA, "while_loop" + DORA, "conv_batch_norm_mutable" + DORA}
+# XLA of jaxlib 0.10, without its pass named fusion, compiles even the plain model of these wrongly.
+PARTLY_FUSED = {"xla_disable_hlo_passes": "small-while-loop-hoisting,cpu-instruction-fusion"}
+MISCOMPILED = {"moe_ragged_dot", "moe_ragged_dot" + DORA}
 # The rows tried with all of XLA's optimizations too; the rest are tried by `pytest -m slow`.
 OPTIMIZED = {"dense_mixed", "conv_strided", "linen_scan_remat", "linen_scan_remat" + DORA} | FUSED
 
@@ -323,8 +363,11 @@ def part(tree: Any, i: int) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[i], tree)
 
 
+def is_node(x: Any) -> bool:
+    return isinstance(x, lowrank.LowRank | lowrank.Full)
+
+
 def nodes(lora: Any) -> dict[str, lowrank.LowRank]:
-    is_node = lambda x: isinstance(x, lowrank.LowRank | lowrank.Full)
     keyed = jax.tree_util.tree_leaves_with_path(lora, is_leaf=is_node)
     return {path_of(keys): node for keys, node in keyed}
 
@@ -356,19 +399,20 @@ def test_exact_at_step_0(name):
 def test_exact_at_step_0_with_all_optimizations(name, full_compile):
     """Bit for bit, where XLA rounds both programs alike: what it fuses it may round once less."""
     case = built(name)
+    options = PARTLY_FUSED if name in MISCOMPILED else UNFUSED
     live = lambda base, lora: case.lifted(lowrank.combine(base, lora), *case.args)
-    got = jax.jit(live, compiler_options=UNFUSED)(case.base, case.fresh)
+    got = jax.jit(live, compiler_options=options)(case.base, case.fresh)
     dense = lambda params: case.fn(params, *case.args)
-    want = jax.jit(dense, compiler_options=UNFUSED)(case.params)
+    want = jax.jit(dense, compiler_options=options)(case.params)
     chex.assert_trees_all_equal(got, want)
 
 
 def test_value_and_gradient(any_case):
     case = any_case
     gradient, got = case.lively(case.base, case.lora)
-    reference, want, _ = case.reference(case.lora)
+    want = case.reference(case.lora)[1]
     assert_close(got, want, case.row.dtype)
-    assert_close(gradient, reference, case.row.dtype)
+    case.assert_gradient_close(gradient, case.lora)
     for path, node in nodes(gradient).items():
         assert np.any(node.a), f"no gradient for a of {path}"
         assert np.any(node.b), f"no gradient for b of {path}"
@@ -407,7 +451,7 @@ def test_checkpoint_under_vmap_over_adapters(name):
     else:
         got = stacked(list(map(jax.jit(gradient), loras)))
     for i, lora in enumerate(loras):
-        assert_close(part(got, i), case.gradient_of_merged(lora), case.row.dtype)
+        case.assert_gradient_close(part(got, i), lora)
 
 
 @pytest.mark.parametrize("name", rows_for_transformations(lambda row: row.forward))

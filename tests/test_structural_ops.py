@@ -210,14 +210,17 @@ def test_joined_weights_stay_factored(name, kind):
     assert_agrees(JOINED[name], base, lora, normal(4, 8, seed=9))
 
 
-def test_joined_experts_and_kernels():
+@pytest.mark.parametrize("dora", [False, True])
+def test_joined_experts_and_kernels(dora):
+    options = {"dora": dora}
     experts = {k: normal(3, 4, 6, seed=i) for i, k in enumerate("gu")}
-    lora = {k: node((3, 4, 6), (1,), (2,), (0,), seed=i) for i, k in enumerate("gu")}
+    lora = {k: node((3, 4, 6), (1,), (2,), (0,), seed=i, **options) for i, k in enumerate("gu")}
     sizes = jnp.array([2, 0, 3], jnp.int32)
     fn = lambda p, x: lax.ragged_dot(x, jnp.concatenate([p["g"], p["u"]], 2), sizes)
     assert_agrees(fn, experts, lora, normal(5, 4, seed=9))
     kernels = {k: normal(3, 4, 6, seed=i) for i, k in enumerate("gu")}
-    lora = {k: node((3, 4, 6), (0, 1), (2,), kind="conv", seed=i) for i, k in enumerate("gu")}
+    options["kind"] = "conv"
+    lora = {k: node((3, 4, 6), (0, 1), (2,), seed=i, **options) for i, k in enumerate("gu")}
 
     def conv(p, x):
         kernel = jnp.concatenate([p["g"], p["u"]], 2)
@@ -226,6 +229,38 @@ def test_joined_experts_and_kernels():
         )
 
     assert_agrees(conv, kernels, lora, normal(2, 5, 4, seed=9))
+
+
+def test_of_joined_weights_the_base_is_one_product_with_dora_too():
+    """[4, 8] times [8, 24], and for each part two thin ones."""
+    leaves = {k: normal(8, 8, seed=i, scale=0.4) for i, k in enumerate("qkv")}
+    lora = {k: node((8, 8), (0,), (1,), seed=i, dora=True) for i, k in enumerate("qkv")}
+    tree, x = lowrank.combine(leaves, lora), normal(4, 8, seed=9)
+    text = jax.jit(lowrank.lift(JOINED["along fan-out"])).lower(tree, x).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert sum("-> tensor<4x24xf32>" in line for line in dots) == 1
+    assert not any("tensor<4x8xf32>, tensor<8x8xf32>" in line for line in dots)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_joined_weights_have_the_masks_of_each(dora):
+    leaves = {k: normal(8, 8, seed=i, scale=0.4) for i, k in enumerate("qk")}
+    lora = {k: node((8, 8), (0,), (1,), seed=i, dora=dora) for i, k in enumerate("qk")}
+    key, x = jax.random.key(5), normal(4, 8, seed=9)
+    apart = lambda p, x: jnp.concatenate([x @ p["q"], x @ p["k"]], 1)
+    joined = lambda p, x: x @ jnp.concatenate([p["q"], p["k"]], 1)
+    summed = lambda p, x: x @ p["q"] + x @ p["k"]
+    along_fan_in = lambda p, x: jnp.tile(x, 2) @ jnp.concatenate([p["q"], p["k"]], 0)
+
+    def run(fn, lora):
+        tree = lowrank.combine(leaves, lora, scale=0.7, dropout=0.5, key=key)
+        return lowrank.lift(fn, fallback="raise")(tree, x)
+
+    both = jax.jit(lambda lora: [run(fn, lora) for fn in (joined, apart, along_fan_in, summed)])
+    joined, apart, along_fan_in, summed = both(lora)
+    chex.assert_trees_all_close(joined, apart, atol=TOLERANCE)
+    chex.assert_trees_all_close(along_fan_in, summed, atol=TOLERANCE)
+    assert np.abs(joined - x @ jnp.hstack([*leaves.values()])).max() > 0.1
 
 
 # Loops over any stack axis

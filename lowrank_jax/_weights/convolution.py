@@ -28,7 +28,7 @@ def conv(w: Any, other: Any, params: dict[str, Any]) -> jax.Array | None:
         return None
     if {*w.gain_axes} - narrow - {out_axis}:
         return None
-    squeezed = w.replaced(a=a, a_axes=a_axes, b=b, b_axes=b_axes)._dropped(narrow - {out_axis})
+    squeezed = w.replaced(a=a, a_axes=a_axes, b=b, b_axes=b_axes).dropped(narrow - {out_axis})
     return _conv(squeezed, other, params, groups)
 
 

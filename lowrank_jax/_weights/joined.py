@@ -10,7 +10,6 @@ The parts stay what they are, low-rank or quantized. With W = [W_1 W_2] along an
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,13 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._primitives.bilinear import product_dtype
-from lowrank_jax._primitives.contract import accumulator, reshape_groups
-from lowrank_jax._weights import convolution
+from lowrank_jax._primitives.contract import reshape_groups
+from lowrank_jax._weights import convolution, joined_products
 from lowrank_jax._weights.dense import DenseWeight
-from lowrank_jax._weights.low_rank import LowRankWeight
 from lowrank_jax._weights.virtual import JointPath, Virtual, single_paths
-from lowrank_jax._weights.zero import ZeroWeight
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +108,7 @@ class JoinedWeight(Virtual):
     def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> JoinedWeight | None:
         """Each part by its own numbers."""
         where = [i for i, axis in enumerate(axes) if axis == self.axis]
-        pieces = self._cut(by, *where) if where else [by] * len(self.parts)
+        pieces = self.cut(by, *where) if where else [by] * len(self.parts)
         return self._joined(
             [p.stretch(b, axes, fn) for p, b in zip(self.parts, pieces, strict=True)]
         )
@@ -222,90 +218,17 @@ class JoinedWeight(Virtual):
 
     # Products
 
-    def _apart(self) -> tuple[DenseWeight, JoinedWeight] | None:
-        """The bases joined and the deltas joined, where the bases are dense and nothing norms them.
-
-        The base's product is then one product, as the model has it, to the bit.
-        """
-        bases, deltas = [], []
-        for part in self.parts:
-            nothing = ZeroWeight(part.shape, part.dtype)
-            if isinstance(part, DenseWeight):
-                bases.append(part.value)
-                deltas.append(nothing)
-            elif type(part) is LowRankWeight and part.gain is None:
-                if not isinstance(part.base, DenseWeight):
-                    return None
-                bases.append(part.base.value)
-                deltas.append(part.replaced(base=nothing))
-            else:
-                return None
-        whole = DenseWeight(lax.concatenate(bases, self.axis))
-        return whole, JoinedWeight(tuple(deltas), self.axis)
-
     def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
         """lax.dot_general."""
-        return self._product("_dot", "dot", other, numbers, on_left, options)
+        return joined_products.dot(self, other, numbers, on_left, options)
 
     def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
         """lax.ragged_dot_general; weights of different groups are not joined."""
-        return self._product("_ragged_dot", "ragged_dot", other, sizes, numbers, options)
+        return joined_products.ragged_dot(self, other, sizes, numbers, options)
 
     def conv(self, other: Any, params: dict[str, Any]) -> Any:
         """lax.conv_general_dilated of kernels joined along output or input features."""
-        return self._product("_conv", "conv", other, convolution.conv_options(params))
-
-    def _product(self, own: str, verb: str, *args: Any) -> Any:
-        """The product of each part; of dense bases one product, and of each part its delta's."""
-        apart = self._apart()
-        if apart is None:
-            return getattr(self, own)(*args)
-        base, deltas = apart
-        change = getattr(deltas, own)(*args)
-        if change is None:
-            return None
-        y = getattr(base, verb)(*args)
-        return y + change.astype(y.dtype)
-
-    def _dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
-        (lc, rc), (lb, rb) = numbers
-        mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
-        product = lambda part, x, options: part.dot(x, numbers, on_left, options)
-        if self.axis in mine[0]:
-            at = theirs[0][mine[0].index(self.axis)]
-            return self._sum(product, other, at, options)
-        if self.axis in mine[1]:
-            at = theirs[1][mine[1].index(self.axis)]
-            return self._join(product, self._cut(other, at), mine[1].index(self.axis), options)
-        free = [axis for axis in range(self.ndim) if axis not in (*mine[0], *mine[1])]
-        ahead = len(lb) + (0 if on_left else other.ndim - len(theirs[0]) - len(theirs[1]))
-        return self._join(product, [other], ahead + free.index(self.axis), options)
-
-    def _ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
-        (lc, rc), (_, rb) = numbers.dot_dimension_numbers
-        if len(numbers.rhs_group_dimensions) != 1 or {*numbers.lhs_ragged_dimensions} & {*lc}:
-            return None  # the groups are of a contracted axis, and the result has an axis of them
-        product = lambda part, x, options: part.ragged_dot(x, sizes, numbers, options)
-        if self.axis in rc:
-            return self._sum(product, other, lc[rc.index(self.axis)], options)
-        bound = (*rc, *rb, *numbers.rhs_group_dimensions)
-        if self.axis in bound:
-            return None
-        free = [axis for axis in range(self.ndim) if axis not in bound]
-        ahead = other.ndim - len(lc)
-        return self._join(product, [other], ahead + free.index(self.axis), options)
-
-    def _conv(self, other: Any, params: dict[str, Any]) -> Any:
-        numbers = params["dimension_numbers"]
-        out_axis, in_axis, *_ = numbers.rhs_spec
-        product = lambda part, x, params: part.conv(x, params)
-        if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
-            return None
-        if self.axis == in_axis:
-            return self._sum(product, other, numbers.lhs_spec[1], params)
-        if self.axis != out_axis:
-            return None
-        return self._join(product, [other], numbers.out_spec[1], params)
+        return joined_products.conv(self, other, convolution.conv_options(params))
 
     def gather(self, indices: Any, params: dict[str, Any]) -> Any:
         """lax.gather that reads the axis joined along whole."""
@@ -324,27 +247,6 @@ class JoinedWeight(Virtual):
             return JoinedWeight.of(parts, at)
         return lax.concatenate(parts, at)
 
-    def _cut(self, other: jax.Array, axis: int) -> list[jax.Array]:
+    def cut(self, other: jax.Array, axis: int) -> list[jax.Array]:
         """The other operand, along the axis that meets the one joined along."""
         return [lax.slice_in_dim(other, *cut, axis=axis) for cut in self._cuts()]
-
-    def _join(self, product: Any, pieces: list[Any], at: int, options: dict[str, Any]) -> Any:
-        """The results of all parts, joined along an axis; one piece meets them all."""
-        if options.get("out_sharding") is not None:
-            return None
-        pieces = pieces * len(self.parts) if len(pieces) == 1 else pieces
-        pairs = zip(self.parts, pieces, strict=True)
-        results = [product(part, piece, options) for part, piece in pairs]
-        return None if any(y is None for y in results) else lax.concatenate(results, at)
-
-    def _sum(self, product: Any, other: jax.Array, at: int, options: dict[str, Any]) -> Any:
-        """The results of all parts, summed before they are rounded to the product's dtype."""
-        if options.get("out_sharding") is not None:
-            return None
-        wanted = options.get("preferred_element_type") or product_dtype(other.dtype, self.dtype)
-        exact = {**options, "preferred_element_type": accumulator(wanted)}
-        pairs = zip(self.parts, self._cut(other, at), strict=True)
-        results = [product(part, piece, exact) for part, piece in pairs]
-        if any(y is None for y in results):
-            return None
-        return functools.reduce(jnp.add, results).astype(wanted)

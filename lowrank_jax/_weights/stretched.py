@@ -16,38 +16,30 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._primitives.contract import accumulator, labeled_spec, reshape_groups
+from lowrank_jax._primitives.contract import accumulator, reshape_groups
 from lowrank_jax._weights.gain import times
+from lowrank_jax._weights.labeled import LabeledWeight
 from lowrank_jax._weights.products import operand_labels
-from lowrank_jax._weights.regroup import regroup
 from lowrank_jax._weights.scaling import is_wide
-from lowrank_jax._weights.virtual import Virtual, reversing, slicing
+from lowrank_jax._weights.virtual import Virtual
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class StretchedWeight(Virtual):
+class StretchedWeight(LabeledWeight):
     """A weight times an array.
 
     Args:
       base: the weight.
       by: the array, whose axes run along some of the weight's.
-      axes: which, for each axis of `by`.
+      by_axes: which, for each axis of `by`.
     """
 
     base: Virtual
     by: Any
-    axes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    by_axes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
 
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Shape of the weight."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:  # type: ignore[override]
-        """Dtype of the weight."""
-        return self.base.dtype
+    labeled = ("by",)
 
     @property
     def path(self) -> Any:  # type: ignore[override]
@@ -61,7 +53,7 @@ class StretchedWeight(Virtual):
 
     def materialize(self) -> jax.Array:
         """The dense product."""
-        return times(self.base.materialize(), tuple(range(self.ndim)), self.by, self.axes)
+        return times(self.base.materialize(), tuple(range(self.ndim)), self.by, self.by_axes)
 
     def leaves(self) -> tuple[Virtual, ...]:
         """Those of the weight."""
@@ -69,134 +61,53 @@ class StretchedWeight(Virtual):
 
     def map_leaves(self, fn: Callable[[Any], Virtual]) -> StretchedWeight:
         """The same, with fn of each leaf."""
-        return dataclasses.replace(self, base=self.base.map_leaves(fn))
+        return self.replaced(base=self.base.map_leaves(fn))
 
     def for_use(self, number: int) -> StretchedWeight:
         """The weight for this use."""
-        return dataclasses.replace(self, base=self.base.for_use(number))
-
-    def _on(self, base: Virtual | None, **changes: Any) -> StretchedWeight | None:
-        """On another base, or None where that could not take part."""
-        return None if base is None else dataclasses.replace(self, base=base, **changes)
+        return self.replaced(base=self.base.for_use(number))
 
     # Structural operations
 
     def each(self, fn: Any, base_only: bool = False) -> StretchedWeight | None:
         """Apply an identity of values."""
         changes = {} if base_only else {"by": fn(self.by)}
-        return self._on(self.base.each(fn, base_only), **changes)
-
-    def put(self, fn: Any) -> StretchedWeight | None:
-        """Move the weight."""
-        return self._on(self.base.put(fn))
+        return self.on(self.base.each(fn, base_only), **changes)
 
     def frozen(self) -> StretchedWeight | None:
         """Stop the gradients of both."""
-        return self._on(self.base.frozen(), by=lax.stop_gradient(self.by))
+        return self.on(self.base.frozen(), by=lax.stop_gradient(self.by))
 
     def astype(self, dtype: Any) -> StretchedWeight | None:
         """Convert the weight, to a dtype whose range holds what the product may be."""
         if not jnp.issubdtype(dtype, jnp.floating) or not is_wide(dtype):
             return None
-        return self._on(self.base.astype(dtype))
-
-    def transpose(self, order: Sequence[int]) -> StretchedWeight | None:
-        """Permute the weight; renumber the labels."""
-        place = {old: new for new, old in enumerate(order)}
-        return self._renumbered(place, self.base.transpose(order))
-
-    def _renumbered(
-        self, place: dict[int, int], base: Virtual | None, **changes: Any
-    ) -> StretchedWeight | None:
-        axes = tuple(place.get(axis, axis) for axis in changes.pop("axes", self.axes))
-        return self._on(base, axes=axes, **changes)
+        return self.on(self.base.astype(dtype))
 
     def reshape(self, shape: Sequence[int]) -> StretchedWeight | None:
         """Split or merge axes; the array then has all of those that it had a part of."""
         if 0 in self.shape:
             return None
         groups = reshape_groups(self.shape, shape)
-        held = {a for old, _ in groups if {*old} & {*self.axes} for a in old} | {*self.axes}
+        held = {a for old, _ in groups if {*old} & {*self.by_axes} for a in old} | {*self.by_axes}
         axes = tuple(sorted(held))
         sizes = [self.shape[axis] for axis in axes]
         if math.prod(sizes) == math.prod(self.shape) and len(axes) > 1:
             return None  # a number for each entry
-        place = [axes.index(axis) for axis in self.axes]
+        place = [axes.index(axis) for axis in self.by_axes]
         order = sorted(range(len(place)), key=place.__getitem__)
         by = lax.transpose(self.by, order)
         by = lax.broadcast_in_dim(by, sizes, [place[i] for i in order])
-        found = regroup(by, axes, groups, dict(enumerate(shape)))
-        if found is None:
-            return None
-        return self._on(self.base.reshape(shape), by=found[0], axes=found[1])
-
-    def broadcast(
-        self, shape: Sequence[int], axes: Sequence[int], fn: Any
-    ) -> StretchedWeight | None:
-        """The array has none of the new axes, nor of those made longer."""
-        place = dict(enumerate(axes))
-        kept = [i for i, axis in enumerate(self.axes) if self.shape[axis] == shape[place[axis]]]
-        gone = tuple(i for i in range(len(self.axes)) if i not in kept)
-        changes = {"by": jnp.squeeze(self.by, gone), "axes": tuple(self.axes[i] for i in kept)}
-        return self._renumbered(place, self.base.broadcast(shape, axes, fn), **changes)
-
-    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> StretchedWeight | None:
-        """Take the part fn takes."""
-        return self._indexed(self.base.index(fn, sizes, axes), fn, axes)
-
-    def slice(
-        self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
-    ) -> StretchedWeight | None:
-        """lax.slice."""
-        take, sizes = slicing(self.shape, starts, limits, strides)
-        return self._indexed(self.base.slice(starts, limits, strides), take, list(sizes))
-
-    def rev(self, axes: Sequence[int]) -> StretchedWeight | None:
-        """lax.rev."""
-        return self._indexed(self.base.rev(axes), reversing(axes), axes)
-
-    def _indexed(
-        self, base: Virtual | None, fn: Any, axes: Sequence[int]
-    ) -> StretchedWeight | None:
-        where = {axis: self.axes.index(axis) for axis in axes if axis in self.axes}
-        return self._on(base, by=fn(self.by, where) if where else self.by)
+        return super(StretchedWeight, self.replaced(by=by, by_axes=axes)).reshape(shape)
 
     def multiply(self, scalar: Any, fn: Any) -> StretchedWeight:
         """fn of the array, in float32 at least."""
         by = self.by.astype(accumulator(self.by.dtype, self.dtype))
-        return dataclasses.replace(self, by=fn(by, jnp.asarray(scalar).astype(by.dtype)))
+        return self.replaced(by=fn(by, jnp.asarray(scalar).astype(by.dtype)))
 
     def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> StretchedWeight:
         """Times another array."""
         return stretched(self, by, axes, fn)
-
-    def unstack(self) -> tuple[Any, Any] | None:
-        """Slices along the leading axis."""
-        stacked = self.base.unstack()
-        if stacked is None:
-            return None
-        arrays, rebuild = stacked
-        down = {axis: axis - 1 for axis in range(1, self.ndim)}
-        if 0 not in self.axes:
-            return arrays, lambda base: self._renumbered(down, rebuild(base))
-        front = jnp.moveaxis(self.by, self.axes.index(0), 0)
-        axes = tuple(axis for axis in self.axes if axis != 0)
-        return (arrays, front), lambda pair: self._renumbered(
-            down, rebuild(pair[0]), by=pair[1], axes=axes
-        )
-
-    def splittable(self, spec: Any) -> StretchedWeight:
-        """The weight may have to prepare."""
-        return dataclasses.replace(self, base=self.base.splittable(spec))
-
-    def specs(self, spec: Any) -> StretchedWeight | None:
-        """PartitionSpecs of the arrays."""
-        return self._on(self.base.specs(spec), by=labeled_spec(spec, self.axes))
-
-    def reshard(self, spec: Any, fn: Any) -> StretchedWeight | None:
-        """Lay both out."""
-        by = fn(self.by, labeled_spec(spec, self.axes))
-        return self._on(self.base.reshard(spec, fn), by=by)
 
     # Products
 
@@ -227,13 +138,13 @@ class StretchedWeight(Virtual):
 
     def _of_rows(self, group: int, row: Any, sizes: Any, count: int) -> StretchedWeight:
         """Numbers of each group as numbers of its rows."""
-        if group not in self.axes:
+        if group not in self.by_axes:
             return self
         ends = jnp.cumsum(sizes)
         groups = jnp.searchsorted(ends, jnp.arange(count, dtype=ends.dtype), side="right")
-        by = jnp.take(self.by, groups, axis=self.axes.index(group), mode="clip")
-        axes = tuple(row if axis == group else axis for axis in self.axes)
-        return dataclasses.replace(self, by=by, axes=axes)
+        by = jnp.take(self.by, groups, axis=self.by_axes.index(group), mode="clip")
+        axes = tuple(row if axis == group else axis for axis in self.by_axes)
+        return self.replaced(by=by, by_axes=axes)
 
     def conv(self, other: Any, params: dict[str, Any]) -> Any:
         """lax.conv_general_dilated, of numbers along input or output features."""
@@ -249,12 +160,12 @@ class StretchedWeight(Virtual):
 
     def _product(self, run: Any, x: Any, labels: Any, out: Any) -> Any:
         """run(x), the array acting on x or on the result, whichever has its axes."""
-        if {*self.axes} <= {*out}:
+        if {*self.by_axes} <= {*out}:
             y = run(x)
-            stretch = lambda y, by: times(y, out, by, self.axes)
+            stretch = lambda y, by: times(y, out, by, self.by_axes)
             return None if y is None else _jaxprs.laid_out_like(y, stretch, y, self.by)
-        if {*self.axes} <= {*labels}:
-            stretch = lambda x, by: times(x, labels, by, self.axes)
+        if {*self.by_axes} <= {*labels}:
+            stretch = lambda x, by: times(x, labels, by, self.by_axes)
             return run(_jaxprs.laid_out_like(x, stretch, x, self.by))
         return None
 
