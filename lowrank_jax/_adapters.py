@@ -17,11 +17,11 @@ from lowrank_jax._nodes import (
     LowRank,
     Normed,
     is_node,
-    materialize,
     normed,
 )
 from lowrank_jax._paths import flatten, path_hash
 from lowrank_jax._weights.magnitude import gain_of
+from lowrank_jax._weights.materialize import materialize
 
 
 @checked(scale=number_like, key=key)

@@ -13,9 +13,9 @@ from lowrank_jax._codecs import check_block_size, format_of
 from lowrank_jax._codecs.packing import PACKINGS
 from lowrank_jax._config_checks import check_choice, check_json, check_keys, check_scale, pairs_of
 from lowrank_jax._errors import ConfigError
+from lowrank_jax._nodes.methods import find_method, method_names
 from lowrank_jax._paths import ALL_LINEAR, Pattern, compile_pattern
 
-METHODS = ("lora", "loha", "vera", "ia3")
 FACTOR_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PATTERN_MAPS = ("rank_pattern", "alpha_pattern", "stack", "axes", "train_rows")
 
@@ -229,15 +229,17 @@ class LoraConfig:
                 check_scale(f"alpha {alpha!r} and rank {size}", self.scale_of(size, alpha))
 
     def _check_method(self) -> None:
-        check_choice("method", self.method, METHODS)
-        seed = self.projection_seed
-        if not is_seed(seed) if self.method == "vera" else seed is not None:
+        check_choice("method", self.method, method_names())
+        method, seed = find_method(self.method), self.projection_seed
+        if not is_seed(seed) if method.is_seeded else seed is not None:
             raise ConfigError(
                 "VeRA's random matrices are drawn from projection_seed: an integer with "
                 f'method="vera", and None without; it is {seed!r} with {self.method!r}'
             )
-        if self.method == "ia3" and (self.dora or self.rslora):
-            raise ConfigError("(IA)^3 has no factors and no norm: dora and rslora are not for it")
+        if not method.has_norm and (self.dora or self.rslora):
+            raise ConfigError(
+                f"{method.label} has no factors and no norm: dora and rslora are not for it"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; a regex becomes {"re": "..."}."""
@@ -261,8 +263,9 @@ class LoraConfig:
 
     def scale_of(self, rank: int, alpha: float | None) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rslora; alpha None is twice the rank."""
-        if self.method == "vera" and alpha is None:
-            return 1.0
+        own = find_method(self.method).scale
+        if own is not None and alpha is None:
+            return own
         alpha = 2.0 * rank if alpha is None else float(alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 

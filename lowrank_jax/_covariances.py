@@ -16,7 +16,7 @@ from lowrank_jax._checks import checked, function_of_params
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import AxesError, ConfigError, LowrankError, TreeError, listing
 from lowrank_jax._interpreter.interpret import Context, Record, interpret
-from lowrank_jax._interpreter.rules import RULES
+from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._nodes import is_adapter, is_node
 from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
@@ -142,7 +142,7 @@ def _measure(
 ) -> dict[str, jax.Array]:
     """The derivative, by totals of zeros, of a number that depends on all results of fn."""
     traced = _lift.trace(fn, call, dynamic, paths)
-    watch = _Watch(RULES, inline_jit=True)
+    watch = _Watch(OPERATIONS, inline_jit=True)
     at = {paths.index(path): path for path in targets}  # params are the first argument
     logs = {path: Log() for path in targets}  # one product may be with several, joined
     shape = {}

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from lowrank_jax._checks import anything, checked, shown
 from lowrank_jax._errors import StateError, TreeError, listing
-from lowrank_jax._interpreter.interpret import forwarded
+from lowrank_jax._interpreter.operation import find_forwarded
+from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jaxprs import is_tracer
 from lowrank_jax._lift import is_array, split, trace
 from lowrank_jax._nodes import forgotten, is_node
@@ -218,7 +219,7 @@ class _Pure:
             map(_leaves(*self.call(params, state, args, kwargs)[1]).get, both)
         )
         call, dynamic, paths = split((params, state), {})
-        through = forwarded(trace(run, call, dynamic, paths).jaxpr)
+        through = find_forwarded(OPERATIONS, trace(run, call, dynamic, paths).jaxpr)
         entered = [path for path, leaf in before.items() if is_array(leaf)]
         pairs = zip(both, through[: len(both)], strict=True)
         return found + [path for path, i in pairs if i is None or entered[i] != path]

@@ -20,20 +20,20 @@ from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import ConfigError, LowrankError, TreeError
 from lowrank_jax._nodes import (
     LowRank,
-    inverse,
+    as_dense,
     is_adapter,
     is_node,
-    materialize,
     normed,
     trained_whole,
     unnormed,
 )
-from lowrank_jax._nodes.family import METHODS, start_rows
+from lowrank_jax._nodes.family import start_rows
+from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._nodes.norms import sharding_of
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import Pattern, flatten, matches, no_match, path_hash
 from lowrank_jax._plan import Plan
-from lowrank_jax._primitives.contract import RANK, accumulator, labeled_spec
+from lowrank_jax._primitives.contract import RANK, accumulator, inverse, labeled_spec
 from lowrank_jax._quantize import quantize_leaf, refuse_bad
 from lowrank_jax._rounding import is_narrower, round_to
 from lowrank_jax._statics import Static
@@ -106,7 +106,7 @@ def init(
     targets = resolve(arrays, config, plan)
     whole, rows = train_whole(arrays, config), train_rows(arrays, config)
     warn_of_passed_over(plan, config.targets, targets, (*config.exclude, *whole, *rows))
-    if config.method != "lora" and initializer is not None:
+    if find_method(config.method).start and initializer is not None:
         raise ConfigError(f"an initializer is of LoRA's a and b; {config.method!r} has its own")
     chosen = _initializers(initializer, targets)
     base, lora = [], []
@@ -181,8 +181,8 @@ def _init_leaf(
     key: jax.Array, path: str, leaf: Any, target: Target, initializer: Any, config: LoraConfig
 ) -> tuple[Any, LowRank]:
     """The base that is left of one leaf, and its adapter."""
-    if config.method != "lora":
-        return _normed(leaf, METHODS[config.method](key, leaf, target, config), config)
+    if start := find_method(config.method).start:
+        return _normed(leaf, start(key, leaf, target, config), config)
     if initializer is None:
         initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
     quant = getattr(initializer, "quant", None)
@@ -282,7 +282,7 @@ def _factors(
     sizes = lambda axes: tuple(leaf.shape[axis] for axis in axes)
     stack, fan_in, fan_out = sizes(target.stack), sizes(target.fan_in), sizes(target.fan_out)
     rows, columns = math.prod(fan_in), math.prod(fan_out)
-    weight = jnp.transpose(materialize(leaf), order).astype(accumulator(leaf.dtype))
+    weight = jnp.transpose(as_dense(leaf), order).astype(accumulator(leaf.dtype))
     weight = weight.reshape(-1, rows, columns)
     keys = jax.random.split(key, weight.shape[0]) if stack else key[None]
     data = [array.reshape(-1, *array.shape[len(stack) :]) for array in data]

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,24 +77,6 @@ class _Both:
     def __exit__(self, *exc: Any):
         self.second.__exit__(*exc)
         return self.first.__exit__(*exc)
-
-
-def scan_split(eqn: Any) -> tuple[int, int]:
-    """Numbers of constants and carries of a scan: sequences have one axis more outside the body."""
-    inner, _ = opened(eqn.params["jaxpr"])
-    ndim = lambda atoms: [len(atom.aval.shape) for atom in atoms]
-
-    def sequences(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-        count = 0
-        for a, b in zip(reversed(ndim(outside)), reversed(ndim(inside)), strict=True):
-            if a != b + 1:
-                break
-            count += 1
-        return count
-
-    carries = len(eqn.outvars) - sequences(eqn.outvars, inner.outvars)
-    consts = len(eqn.invars) - sequences(eqn.invars, inner.invars) - carries
-    return consts, carries
 
 
 def specified(sharding: Any) -> Any:
@@ -179,11 +161,6 @@ def parts_of(mesh: Any, entry: Any) -> int:
     """Into how many parts an entry of a PartitionSpec splits an axis."""
     names = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[name] for name in names)
-
-
-def manual_axes(params: Mapping[str, Any]) -> frozenset[str]:
-    """The axes that a shard_map's equation makes manual; JAX 0.10.2 renamed the parameter."""
-    return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
 
 
 def runs_at_once() -> bool:

@@ -21,15 +21,17 @@ from lowrank_jax._errors import (
     StateError,
     listing,
 )
-from lowrank_jax._interpreter.interpret import Context, Record, forwarded, interpret
-from lowrank_jax._interpreter.rules import RULES
-from lowrank_jax._nodes import Adapted, Full, is_node, materialize, unnormed
+from lowrank_jax._interpreter.interpret import Context, Record, interpret
+from lowrank_jax._interpreter.operation import find_forwarded
+from lowrank_jax._interpreter.table import OPERATIONS
+from lowrank_jax._nodes import Adapted, Full, is_node, unnormed
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.whole import check
 from lowrank_jax._paths import flatten_with_keys, flattened, keys_of, path_of
 from lowrank_jax._statics import Static, is_plain
 from lowrank_jax._weights.low_rank import LowRankWeight
 from lowrank_jax._weights.magnitude import weight_of
+from lowrank_jax._weights.materialize import materialize
 from lowrank_jax._weights.virtual import Virtual
 
 FALLBACKS = ("warn", "raise", "silent")
@@ -125,7 +127,7 @@ class Traced:
         nnx.jit, nnx.remat and nnx.scan hand every variable on as another array, the same or not:
         the jaxpr tells.
         """
-        through = forwarded(self.jaxpr)[self.out_tree.num_leaves :]
+        through = find_forwarded(OPERATIONS, self.jaxpr)[self.out_tree.num_leaves :]
         return [i for i, source in zip(self.moved, through, strict=True) if source != i]
 
 
@@ -266,7 +268,7 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     def run(
         call: Call, paths: tuple[str, ...], known: tuple[bool, ...] | None, dynamic: Sequence[Any]
     ) -> Any:
-        ctx = Context(RULES, refuse=fallback == "raise")
+        ctx = Context(OPERATIONS, refuse=fallback == "raise")
         out = evaluate(fn, call, dynamic, paths, ctx, known)
         if fallback == "warn":
             _warn(ctx.records, warned)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from lowrank_jax import _jaxprs
 from lowrank_jax._checks import checked, function_of_params
 from lowrank_jax._configs import LoraConfig
-from lowrank_jax._interpreter.flow import FLOW
 from lowrank_jax._interpreter.survey import Survey, Value, argument, is_number
+from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._interpreter.views import View
 from lowrank_jax._lift import is_array, split, trace
 from lowrank_jax._nodes import is_node
@@ -153,7 +153,7 @@ def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
     traced = trace(fn, call, dynamic, paths)
     inner, _ = _jaxprs.opened(traced.jaxpr)
     given = [var.aval for var in inner.invars[len(leaves) :]]
-    survey = Survey(FLOW, constants_are_data=not any(aval.ndim for aval in given))
+    survey = Survey(OPERATIONS, constants_are_data=not any(aval.ndim for aval in given))
     values = [
         _parameter(path, var.aval) if i < len(leaves) else argument(var.aval)
         for i, (path, var) in enumerate(zip(paths, inner.invars, strict=True))

@@ -14,7 +14,7 @@ from lowrank_jax._checks import checked, tree_of_arrays
 from lowrank_jax._configs import QuantConfig
 from lowrank_jax._donation import Donation
 from lowrank_jax._errors import ConfigError, PatternError, TreeError, listing
-from lowrank_jax._nodes import Normed, is_adapter, is_node, materialize
+from lowrank_jax._nodes import Normed, as_dense, is_adapter, is_node
 from lowrank_jax._nodes.host import count_bad, quantized_on_host
 from lowrank_jax._nodes.quantized import Axes, Quantized, quantized
 from lowrank_jax._paths import flatten
@@ -257,5 +257,5 @@ def dequantize(frozen: Any) -> Any:
             f"{adapted[0]!r} is adapted: lowrank.merge(base, lora) gives dense weights, adapters "
             "folded in"
         )
-    dense = [materialize(leaf) for _, leaf in leaves]
+    dense = [as_dense(leaf) for _, leaf in leaves]
     return jax.tree.unflatten(treedef, dense)

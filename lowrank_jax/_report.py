@@ -13,9 +13,10 @@ import jax
 
 from lowrank_jax._checks import checked, function_of_params, refuse_other_dtypes, tree_of_arrays
 from lowrank_jax._interpreter.interpret import Context, Record
-from lowrank_jax._interpreter.rules import RULES
+from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._lift import evaluate, split
 from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node, unnormed
+from lowrank_jax._nodes.methods import label_of
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._table import Table, Tabled, bytes_text, collapsed, shape_text
@@ -253,7 +254,7 @@ def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
     """
     call, dynamic, paths = split((tree, *args), kwargs)
     refuse_other_dtypes(dynamic, paths)
-    ctx = Context(RULES, inline_jit=True)
+    ctx = Context(OPERATIONS, inline_jit=True)
     jax.eval_shape(lambda dynamic: evaluate(fn, call, dynamic, paths, ctx), dynamic)
     leaves = [(path, unnormed(leaf)) for path, leaf in flatten(tree, is_leaf=is_node)[0]]
     nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
@@ -301,15 +302,7 @@ def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
     still = count_still(node.base, delta) if isinstance(node, Adapted) else 0
     numbers = delta.rank, delta.scale, count
-    return LeafReport(_kind(delta), shape, *numbers, format, bits, uses, still, delta.is_full)
-
-
-def _kind(delta: Any) -> str:
-    """What people call the adapter."""
-    if not delta.rank:
-        return "(IA)^3"
-    name = type(delta).__name__.replace("LowRank", "LoRA").replace("Rows", "rows")
-    return name if delta.magnitude is None else f"DoRA of {name}".replace("DoRA of LoRA", "DoRA")
+    return LeafReport(label_of(delta), shape, *numbers, format, bits, uses, still, delta.is_full)
 
 
 def bits_of(leaf: Any) -> float:

@@ -20,6 +20,7 @@ from lowrank_jax._errors import (
     TreeError,
     listing,
 )
+from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._paths import ALL_LINEAR, matches, no_match, select
 from lowrank_jax._plan import PRODUCTS, Plan, Use
 
@@ -226,7 +227,7 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name
     alpha = _first(config.alpha_pattern, path, config.alpha)
     scale = config.scale_of(rank, alpha)
     sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (fan_in, fan_out)]
-    narrow = rank > min(sizes) and config.method in ("lora", "loha")
+    narrow = rank > min(sizes) and find_method(config.method).rank_is_bounded
     if narrow and min(sizes) and own is None and not by_name:
         rank = min(sizes)
     elif narrow:

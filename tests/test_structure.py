@@ -18,9 +18,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Folders, and files beside them: each imports from floors below its own, and from within itself.
 FLOORS = [
     {"_errors", "_jaxprs", "_rounding", "_statics", "_table"},
-    {"_checks"},
+    {"_checks", "_equations"},
     {"_config_checks", "_paths", "_codecs", "_primitives", "names"},
-    {"_configs", "_donation", "_nodes"},
+    {"_nodes"},
+    {"_configs", "_donation"},
     {"_weights", "_files", "_optimizers", "_specs", "initializers"},
     {"_remat"},
     {"_interpreter", "_fingerprint", "bitsandbytes"},

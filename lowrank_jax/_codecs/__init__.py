@@ -47,14 +47,21 @@ class Format:
 
     Args:
       name: what a configuration calls it.
-      bits: the width of a code.
+      bits: the width of a code, 4 or 8.
       table: float32 [2**bits], the value of each code; None for the signed integers
-        -limit .. limit, whose value is code / limit.
+        -limit .. limit in two's complement, whose value is code / limit.
+      bitsandbytes: whether bitsandbytes' files have it, under the same name.
     """
 
     name: str
     bits: int
     table: np.ndarray | None = None
+    bitsandbytes: bool = False
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether codes are half a byte, stored as `packing` says."""
+        return self.bits == 4
 
     @property
     def limit(self) -> int:
@@ -74,20 +81,46 @@ class Format:
         return midpoints(self.table[self.order])
 
     @property
+    def has_two_zeros(self) -> bool:
+        """Whether the code of 0 tells the side from which a value was rounded to it."""
+        return self.table is not None and bool(np.count_nonzero(self.table == 0) > 1)
+
+    @property
     def zero(self) -> int:
         """The code that 0 gets."""
         return 0 if self.table is None else int(self.order[np.sum(self.midpoints < 0)])
 
     def encode(self, ratios: jax.Array) -> jax.Array:
-        """Codes of x / absmax: uint8, or int8 of the integers."""
+        """Codes of x / absmax: uint8, or int8 of integers of 8 bits."""
         if self.table is None:
             scaled = lax.round(ratios * self.limit, lax.RoundingMethod.TO_NEAREST_EVEN)
-            return scaled.astype(jnp.int8)
+            codes = scaled.astype(jnp.int8)
+            return (codes & 15).astype(jnp.uint8) if self.is_packed else codes
         # A chain of selects fuses to one loop on every backend; searchsorted is a loop of gathers.
         codes = jnp.full(ratios.shape, self.order[0], jnp.uint8)
         for midpoint, code in zip(self.midpoints, self.order[1:], strict=True):
             codes = jnp.where(ratios > midpoint, code, codes)
         return codes
+
+    def numbers(self, codes: jax.Array, table: jax.Array | np.ndarray | None = None) -> jax.Array:
+        """float32: the values of codes in the table (its own, or one passed), or the integers."""
+        if self.table is not None:
+            return lookup(codes, self.table if table is None else table)
+        if self.is_packed:  # the sign is the highest of four bits
+            codes = (codes.astype(jnp.int8) ^ 8) - 8
+        return codes.astype(jnp.float32)
+
+    def numpy_codes(self, ratios: np.ndarray) -> np.ndarray:
+        """`encode` of a NumPy array."""
+        if self.table is None:
+            codes = np.rint(ratios * np.float32(self.limit)).astype(np.int8)
+            return (codes & 15).astype(np.uint8) if self.is_packed else codes
+        place = np.zeros(ratios.shape, np.uint8)
+        above = np.empty(ratios.shape, bool)
+        for midpoint in self.midpoints:
+            place += np.greater(ratios, midpoint, out=above).view(np.uint8)
+        ordered = np.array_equal(self.order, np.arange(self.order.size))
+        return place if ordered else self.order[place]
 
 
 def midpoints(values: np.ndarray) -> np.ndarray:
@@ -99,9 +132,12 @@ def midpoints(values: np.ndarray) -> np.ndarray:
 FORMATS = {
     row.name: row
     for row in (
-        Format("nf4", 4, np.array(_NF4.split(), np.float32)),
+        Format("nf4", 4, np.array(_NF4.split(), np.float32), bitsandbytes=True),
         Format(
-            "fp4", 4, np.array([*_FP4, 0, *(-v for v in _FP4[1:])], np.float32) / np.float32(12)
+            "fp4",
+            4,
+            np.array([*_FP4, 0, *(-v for v in _FP4[1:])], np.float32) / np.float32(12),
+            bitsandbytes=True,
         ),
         Format("int8", 8),
     )
@@ -260,24 +296,22 @@ def normalize_flat(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     return ratios, absmax
 
 
-def lookup(codes: jax.Array, table: jax.Array | np.ndarray | None) -> jax.Array:
+def lookup(codes: jax.Array, table: jax.Array | np.ndarray) -> jax.Array:
     """table[codes], by a tree of selects.
 
     Accelerators gather badly, and fuse selects into the product. Pass the table as a traced array
     where this runs in a loop: XLA hoists a constant's entries as full arrays each.
 
     Args:
-      codes: integers of any shape; int8 codes stand for themselves.
-      table: [2**bits], or None for int8.
+      codes: integers of any shape.
+      table: [2**bits].
 
     Returns:
-      The table's dtype, or float32.
+      The table's dtype.
 
     >>> lookup(jnp.array([3, 0], jnp.uint8), jnp.array([1.0, 2.0, 4.0, 8.0]))
     Array([8., 1.], dtype=float32)
     """
-    if codes.dtype == jnp.int8 or table is None:
-        return codes.astype(jnp.float32)
     codes, table = codes.astype(jnp.uint8), jnp.asarray(table)
     values = [lax.index_in_dim(table, i, keepdims=False) for i in range(table.size)]
     for bit in range(table.size.bit_length() - 1):
@@ -309,12 +343,12 @@ def decode(
     >>> decode(*encode(x, "fp4"), "fp4")[0, :4]
     Array([ 0.  , -0.5 ,  1.  ,  0.25], dtype=float32)
     """
-    values = lookup(codes, format_of(format).table if table is None else table)
+    values = format_of(format).numbers(codes, table)
     return (values * jnp.expand_dims(unit(absmax, format), axis)).astype(dtype)
 
 
 def unit(absmax: jax.Array, format: str) -> jax.Array:
-    """What a `lookup` is multiplied by: absmax, or absmax * (1 / limit) for integers; float32."""
+    """What numbers of codes are multiplied by: absmax, of integers absmax * (1 / limit)."""
     spec = format_of(format)
     absmax = absmax.astype(jnp.float32)
     return absmax * (np.float32(1) / np.float32(spec.limit)) if spec.table is None else absmax

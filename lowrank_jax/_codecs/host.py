@@ -26,8 +26,9 @@ def encode(x: np.ndarray, format: str, axis: int = -1) -> tuple[np.ndarray, np.n
       ConfigError: the format is unknown, or the axis is not of a block's size.
     """
     check_block_size(x.shape[axis])
-    ratios, absmax = _normalized(np.asarray(x, np.float32), axis, exact=format == "fp4")
-    return _codes(ratios, format), absmax.squeeze(axis)
+    row = format_of(format)
+    ratios, absmax = _normalized(np.asarray(x, np.float32), axis, exact=row.has_two_zeros)
+    return row.numpy_codes(ratios), absmax.squeeze(axis)
 
 
 def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +40,7 @@ def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray
     if full < x.size:
         ratios, last = _short(np.asarray(x[full:], np.float32))
         ratios = np.pad(ratios, (0, full + block_size - x.size))
-        codes = np.concatenate([codes, _codes(ratios, format)])
+        codes = np.concatenate([codes, format_of(format).numpy_codes(ratios)])
         absmax = np.append(absmax, last)
     return codes, absmax
 
@@ -103,19 +104,6 @@ def _normalized(x: np.ndarray, axis: int, exact: bool) -> tuple[np.ndarray, np.n
         _flushed(ratios)
     absmax[absmax < _TINY] = 0
     return ratios, absmax
-
-
-def _codes(ratios: np.ndarray, format: str) -> np.ndarray:
-    """The nearest of a format's values: uint8, or int8 of the integers."""
-    spec = format_of(format)
-    if spec.table is None:
-        return np.rint(ratios * np.float32(spec.limit)).astype(np.int8)
-    place = np.zeros(ratios.shape, np.uint8)
-    above = np.empty(ratios.shape, bool)
-    for midpoint in spec.midpoints:
-        place += np.greater(ratios, midpoint, out=above).view(np.uint8)
-    ordered = np.array_equal(spec.order, np.arange(spec.order.size))
-    return place if ordered else spec.order[place]
 
 
 def _short(x: np.ndarray) -> tuple[np.ndarray, Any]:

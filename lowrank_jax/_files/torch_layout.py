@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._nodes import LowRank, inverse
+from lowrank_jax._nodes import LowRank
+from lowrank_jax._primitives.contract import inverse
 from lowrank_jax.names import Names, Parameter, parameter
 
 

@@ -1,4 +1,4 @@
-"""Rules of control flow: re-enter by JAX's public functions, weights crossing as pytrees."""
+"""Evaluation of control flow: re-enter by JAX's public functions, weights crossing as pytrees."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import jax
 from jax import lax
 
-from lowrank_jax import _jaxprs
-from lowrank_jax._interpreter.interpret import Context, Rule, forwarded, forwarded_by, interpret
+from lowrank_jax import _equations, _jaxprs
+from lowrank_jax._equations import Jit, Scan, ShardMap, While
+from lowrank_jax._interpreter.interpret import Context, interpret
+from lowrank_jax._interpreter.operation import find_forwarded, find_forwarded_by
 from lowrank_jax._remat import SeenAsDots
 from lowrank_jax._weights.virtual import Virtual, single_paths
 
@@ -21,13 +23,9 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, Virtual)
 
 
-def _body(eqn: Any) -> Any:
-    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-
-
 def _reenter(ctx: Context, eqn: Any, values: list[Any], call: Callable) -> list[Any]:
     """Evaluate the body through call(run, values); a weight returned unchanged stays outside."""
-    body, through = _body(eqn), forwarded_by(eqn)
+    body, through = _equations.body(eqn), find_forwarded_by(ctx.operations, eqn)
     kept = {i: values[j] for i, j in enumerate(through) if j is not None and _is_weight(values[j])}
 
     def run(operands: list[Any]) -> list[Any]:
@@ -39,7 +37,7 @@ def _reenter(ctx: Context, eqn: Any, values: list[Any], call: Callable) -> list[
     return [kept.get(i, out) for i, out in enumerate(outs)]
 
 
-def _inline(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_call(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return _reenter(ctx, eqn, values, lambda run, operands: run(operands))
 
 
@@ -58,10 +56,10 @@ class _Jitted:
     call: Callable | None = None
 
 
-def _jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """One jax.jit for each (body, structure of weights): equal blocks trace and compile once."""
     if ctx.inline_jit:
-        return _inline(ctx, eqn, values)
+        return evaluate_call(ctx, eqn, values)
     slots: dict[Any, _Slot] = {}  # path outside -> slot
 
     def enter(leaf: Any) -> Virtual:
@@ -73,9 +71,9 @@ def _jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     paths = {slot: path for path, slot in slots.items()}
     ctx.count(slots)
     structure = tuple(jax.tree.structure(v) if _is_weight(v) else None for v in operands)
-    name = (id(eqn.params["jaxpr"]), structure)
+    name = (id(Jit.of(eqn).jaxpr), structure)
     if name not in ctx.memo:
-        ctx.memo[name] = _Jitted(Context(ctx.rules, ctx.refuse, memo=ctx.memo))
+        ctx.memo[name] = _Jitted(Context(ctx.operations, ctx.refuse, memo=ctx.memo))
     entry = ctx.memo[name]
     entry.ctx.names = {slot: ctx.name_of(path) for slot, path in paths.items()}
     entry.ctx.frame = ctx.frame
@@ -101,13 +99,13 @@ def _named_jit(run: Callable, eqn: Any) -> Callable:
     def named(operands: list[Any]) -> list[Any]:
         return run(operands)
 
-    named.__name__ = named.__qualname__ = eqn.params["name"]
+    named.__name__ = named.__qualname__ = Jit.of(eqn).name
     return jax.jit(named)
 
 
 def _placed(outs: list[Any], eqn: Any) -> list[Any]:
     """The results of a jit as its out_shardings say; a weight's arrays by the axes they have."""
-    shardings = [_jaxprs.specified(sharding) for sharding in eqn.params["out_shardings"]]
+    shardings = Jit.of(eqn).out_shardings
     outs = [_laid_out(o, s) if _is_weight(o) else o for o, s in zip(outs, shardings, strict=True)]
     plain = lambda i: shardings[i] is not None and hasattr(outs[i], "dtype")
     arrays = [i for i in range(len(outs)) if plain(i) and not _is_weight(outs[i])]
@@ -132,21 +130,21 @@ def _laid_out(weight: Virtual, sharding: Any) -> Virtual:
     return weight.reshard(sharding.spec, split) or weight
 
 
-def _checkpoint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
+def evaluate_remat(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    options = _equations.remat_options(eqn)
     if options["policy"] is not None:
         options["policy"] = SeenAsDots(options["policy"])
     return _reenter(ctx, eqn, values, lambda run, v: jax.checkpoint(run, **options)(v))
 
 
-def _shard_map(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    params = eqn.params
+def evaluate_shard_map(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    mapping = ShardMap.of(eqn)
     specs, parts = [], []
-    for value, spec in zip(values, params["in_specs"], strict=True):
+    for value, spec in zip(values, mapping.in_specs, strict=True):
         if _is_weight(value):
             whole = value.splittable(spec)
             found = whole.specs(spec)
-            if found is None or not _divides(params["mesh"], whole, found):
+            if found is None or not _divides(mapping.mesh, whole, found):
                 value = ctx.dense(value, eqn, "it cannot be split so")
             else:
                 value, spec = whole, found
@@ -159,11 +157,11 @@ def _shard_map(ctx: Context, eqn: Any, values: list[Any]) -> Out:
                 None if out is None else ctx.dense(out, eqn, "a weight leaves a shard_map changed")
                 for out in run(list(operands))
             ],
-            mesh=params["mesh"],
+            mesh=mapping.mesh,
             in_specs=tuple(specs),
-            out_specs=list(params["out_specs"]),
-            check_vma=params["check_vma"],
-            axis_names=_jaxprs.manual_axes(params),
+            out_specs=list(mapping.out_specs),
+            check_vma=mapping.check_vma,
+            axis_names=mapping.axis_names,
         )
         return mapped(*operands)
 
@@ -180,12 +178,11 @@ def _divides(mesh: Any, weight: Virtual, specs: Any) -> bool:
     return jax.tree.all(jax.tree.map(fits, weight, specs))
 
 
-def _scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Weights scanned over give slices; carried unchanged they are constants; else built."""
-    params, body = eqn.params, eqn.params["jaxpr"]
-    n_consts, n_carry = _jaxprs.scan_split(eqn)
-    through = forwarded(body)
-    first = n_consts + n_carry
+    loop = Scan.of(eqn)
+    n_consts, n_carry, first = loop.consts, loop.carries, loop.first_slice
+    through = find_forwarded(ctx.operations, loop.jaxpr)
     fixed: dict[int, Virtual] = {}  # inputs of the body that are weights closed over
     carry: list[Any] = []
     for i, value in enumerate(values[:first]):
@@ -212,7 +209,7 @@ def _scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         full = {**fixed, **dict(zip(moving, carried, strict=True))}
         for i, x in enumerate(xs, first):
             full[i] = rebuild[i](x) if i in rebuild else x
-        outs = interpret(ctx, body, [full[i] for i in range(len(values))])
+        outs = interpret(ctx, loop.jaxpr, [full[i] for i in range(len(values))])
         outs = [
             None
             if i in kept or (i < n_carry and i + n_consts in fixed)
@@ -226,9 +223,9 @@ def _scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
             step,
             carry,
             slices,
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
+            length=loop.length,
+            reverse=loop.reverse,
+            unroll=loop.unroll,
         )
     final = {**fixed, **dict(zip(moving, carried, strict=True))}
     return [final[i] for i in range(n_consts, first)] + [
@@ -236,13 +233,16 @@ def _scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     ]
 
 
-def _while(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    params = eqn.params
-    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
-    carry = values[n_cond + n_body :]
-    through = forwarded(params["body_jaxpr"])
-    fixed = {i: v for i, v in enumerate(carry) if _is_weight(v) and through[i] == n_body + i}
+def evaluate_while(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    loop = While.of(eqn)
+    cond_consts = values[: loop.cond_consts]
+    body_consts, carry = values[loop.cond_consts : loop.first_carry], values[loop.first_carry :]
+    through = find_forwarded(ctx.operations, loop.body)
+    fixed = {
+        i: value
+        for i, value in enumerate(carry)
+        if _is_weight(value) and through[i] == loop.body_consts + i
+    }
     moving = [i for i in range(len(carry)) if i not in fixed]
 
     def full(carried: list[Any]) -> list[Any]:
@@ -250,10 +250,10 @@ def _while(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         return [values[i] for i in range(len(carry))]
 
     def condition(carried: list[Any]) -> Any:
-        return interpret(ctx, params["cond_jaxpr"], [*cond_consts, *full(carried)])[0]
+        return interpret(ctx, loop.cond, [*cond_consts, *full(carried)])[0]
 
     def step(carried: list[Any]) -> list[Any]:
-        outs = interpret(ctx, params["body_jaxpr"], [*body_consts, *full(carried)])
+        outs = interpret(ctx, loop.body, [*body_consts, *full(carried)])
         return [ctx.dense(outs[i], eqn, "the loop changes it") for i in moving]
 
     with ctx.inside(eqn):
@@ -261,10 +261,10 @@ def _while(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         return full(lax.while_loop(condition, step, start))
 
 
-def _cond(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_cond(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     index, *operands = values
-    branches = eqn.params["branches"]
-    through = [forwarded(branch) for branch in branches]
+    branches = _equations.branches(eqn)
+    through = [find_forwarded(ctx.operations, branch) for branch in branches]
     kept = {
         i: operands[js[0]]
         for i, js in enumerate(zip(*through, strict=True))
@@ -288,16 +288,3 @@ def _cond(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     with ctx.inside(eqn):
         outs = lax.switch(index, [branch(body) for body in branches], *arrays)
     return [kept.get(i, out) for i, out in enumerate(outs)]
-
-
-CONTROL: dict[str, Rule] = {
-    "jit": _jit,
-    "closed_call": _inline,
-    "core_call": _inline,
-    "remat2": _checkpoint,
-    "checkpoint": _checkpoint,
-    "shard_map": _shard_map,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-}

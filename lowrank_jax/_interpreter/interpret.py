@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._errors import MaterializeError
 from lowrank_jax._interpreter.nesting import Nesting
+from lowrank_jax._interpreter.operation import OTHER, Table
 from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.virtual import Virtual, single_paths
-
-Rule = Callable[["Context", Any, list[Any]], Sequence[Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +44,17 @@ class Record:
 
 @dataclasses.dataclass
 class Context(Nesting):
-    """What one interpretation shares: rules, policy, what was recorded, the re-entered jits.
+    """What one interpretation shares: operations, policy, what was recorded, the re-entered jits.
 
     Args:
-      rules: primitive name -> rule.
+      operations: the table.
       refuse: raise where a weight would be materialized.
       records: what happened, in order.
       uses: path -> number of products so far, so that each use has its own dropout mask.
       inline_jit: evaluate inner jits in place (a dry run needs no memo).
     """
 
-    rules: dict[str, Rule]
+    operations: Table
     refuse: bool = False
     records: list[Record] = dataclasses.field(default_factory=list)
     uses: dict[Any, int] = dataclasses.field(default_factory=dict)
@@ -164,7 +163,7 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 
 def _apply(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any]:
     """Apply the rule of an equation that meets weights, or bind it on their dense arrays."""
-    rule = ctx.rules.get(eqn.primitive.name)
+    rule = ctx.operations.get(eqn.primitive.name, OTHER).evaluate
     try:
         if rule is not None:
             with _jaxprs.in_context(eqn):
@@ -208,94 +207,3 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
                 seen.add(atom)
                 last.setdefault(number, []).append(atom)
     return last
-
-
-def forwarded(jaxpr: Any) -> list[int | None]:
-    """For each result of a jaxpr, the input that it is, unchanged, or None.
-
-    NNX returns its parameters from jit, remat and scan; knowing that they are the ones that came in
-    keeps a stack of weights from being written again.
-    """
-    return _unmoved(_sources(jaxpr))
-
-
-def forwarded_by(eqn: Any) -> list[int | None]:
-    """For each result of an equation, the operand that it is, unchanged, or None."""
-    return _unmoved(_source_of(eqn))
-
-
-def _unmoved(sources: list[_Source | None]) -> list[int | None]:
-    """The numbers of those that are not transposed."""
-    return [
-        found[0] if found is not None and found[1] == tuple(range(len(found[1]))) else None
-        for found in sources
-    ]
-
-
-# An input by number and the order of its axes: a scan over another axis than the first transposes
-# before and after.
-_Source = tuple[int, tuple[int, ...]]
-
-
-def _sources(jaxpr: Any) -> list[_Source | None]:
-    """For each result of a jaxpr, the input that it is but for a transposition, or None."""
-    inner, _ = _jaxprs.opened(jaxpr)
-    whole = lambda var: tuple(range(len(var.aval.shape)))
-    source: dict[Any, _Source] = {var: (i, whole(var)) for i, var in enumerate(inner.invars)}
-    known = lambda atom: None if isinstance(atom, _jaxprs.Literal) else source.get(atom)
-    for eqn in inner.eqns:
-        for var, found in zip(eqn.outvars, _source_of(eqn), strict=True):
-            before = None if found is None else known(eqn.invars[found[0]])
-            if found is not None and before is not None:
-                source[var] = (before[0], tuple(before[1][axis] for axis in found[1]))
-    return [known(atom) for atom in inner.outvars]
-
-
-def _source_of(eqn: Any) -> list[_Source | None]:
-    """For each result of an equation, the operand that it is but for a transposition, or None."""
-    name = eqn.primitive.name
-    if name == "transpose":
-        return [(0, tuple(eqn.params["permutation"]))]
-    if name in ("jit", "remat2", "checkpoint", "closed_call", "core_call"):
-        body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-        if body is not None:
-            return _sources(body)
-    if name == "shard_map":
-        return _sources_of_shard_map(eqn.params)
-    if name == "scan":
-        consts, carries = _jaxprs.scan_split(eqn)
-        some = eqn.params["length"] > 0  # no step puts a constant into a carry
-        carried: list[_Source | None] = [
-            (consts + i if index == consts + i else index, tuple(range(len(var.aval.shape))))
-            if index is not None and ((some and index < consts) or index == consts + i)
-            else None
-            for i, (index, var) in enumerate(
-                zip(forwarded(eqn.params["jaxpr"])[:carries], eqn.outvars, strict=False)
-            )
-        ]
-        slices = [
-            (found[0], (0, *(axis + 1 for axis in found[1])))
-            if found is not None and found[0] >= consts + carries
-            else None
-            for found in _sources(eqn.params["jaxpr"])[carries:]
-        ]
-        return carried + slices
-    return [None] * len(eqn.outvars)
-
-
-def _sources_of_shard_map(params: Any) -> list[_Source | None]:
-    """Those of its body; what is put together otherwise than it was split is another array."""
-    found = []
-    for source, spec in zip(_sources(params["jaxpr"]), params["out_specs"], strict=True):
-        if source is not None:
-            number, order = source
-            entries = dict(enumerate(params["in_specs"][number]))
-            if [entries.get(axis) for axis in order] != _entries(spec, len(order)):
-                source = None
-        found.append(source)
-    return found
-
-
-def _entries(spec: Any, ndim: int) -> list[Any]:
-    """The entries of a PartitionSpec, one for each axis."""
-    return [*spec, *(None for _ in range(ndim - len(spec)))]

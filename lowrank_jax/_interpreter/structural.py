@@ -1,52 +1,160 @@
-"""The rules of a dry run for structural operations: each view is rearranged, the rest stays."""
+"""Structural operations: elements of the operands rearranged.
+
+A weight that is evaluated and a view that is surveyed have methods of the same names, so that most
+operations are one function of (equation, weight or view). Of a weight None says that no rule serves
+and that it is built densely; of a view, that no element of the leaf is left in the result.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
-from lowrank_jax._interpreter.survey import Rule, Survey, Value, as_number, merge, shape_of
-from lowrank_jax._interpreter.views import View
+from lowrank_jax import _equations, _jaxprs
+from lowrank_jax._equations import Slice, Split
+from lowrank_jax._interpreter.interpret import Context
+from lowrank_jax._interpreter.operation import Operation, Table
+from lowrank_jax._interpreter.survey import Survey, Value, as_number, merge
+from lowrank_jax._weights.joined import JoinedWeight
+from lowrank_jax._weights.virtual import Virtual
 
-Out = Sequence[Value]
-
-
-def _structural(arrange: Callable[[Any, View], View | None]) -> Rule:
-    """Of one array; further operands are indices."""
-    return lambda survey, eqn, ins: [ins[0].map(lambda view: arrange(eqn, view), *ins[1:])]
-
-
-def _identity(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
-    """Each result is an operand."""
-    return ins
+Out = Sequence[Any] | None
 
 
-def _convert(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
+def one_or_none(result: Any) -> Out:
+    """The one result of an equation, or None."""
+    return None if result is None else [result]
+
+
+def all_or_none(results: list[Any]) -> Out:
+    """The results, or None where one of them is."""
+    return None if any(result is None for result in results) else results
+
+
+def is_first_alone(values: list[Any]) -> bool:
+    """Whether the first operand is the only weight."""
+    return isinstance(values[0], Virtual) and not any(isinstance(v, Virtual) for v in values[1:])
+
+
+def structural(arrange: Callable[[Any, Any], Any], **more: Any) -> Operation:
+    """An operation on one operand: arrange(equation, weight or view)."""
+
+    def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+        return one_or_none(arrange(eqn, values[0])) if len(values) == 1 else None
+
+    def survey(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+        return [ins[0].map(lambda view: arrange(eqn, view), *ins[1:])]
+
+    return Operation("structural", evaluate, survey, **more)
+
+
+def divided(arrange: Callable[[Any, Any], list[Any]]) -> Operation:
+    """An operation on one operand with several results: arrange(equation, weight or view)."""
+
+    def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+        return all_or_none(arrange(eqn, values[0]))
+
+    def survey(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+        take = lambda view, at: arrange(eqn, view)[at]
+        return [ins[0].map(lambda view, at=at: take(view, at)) for at in range(len(eqn.outvars))]
+
+    return Operation("structural", evaluate, survey)
+
+
+# One function of (equation, weight or view) each
+
+
+def _transpose(eqn: Any, w: Any) -> Any:
+    return w.transpose(_equations.permutation(eqn))
+
+
+def _source_of_transpose(table: Table, eqn: Any) -> list[Any]:
+    return [(0, _equations.permutation(eqn))]
+
+
+def _reshape(eqn: Any, w: Any) -> Any:
+    order = _equations.reshape_order(eqn)
+    w = w if order is None else w.transpose(order)
+    return w if w is None else w.reshape(_equations.result_shape(eqn))
+
+
+def _with_or_without_ones(eqn: Any, w: Any) -> Any:
+    return w.reshape(_equations.result_shape(eqn))
+
+
+def _broadcast_in_dim(eqn: Any, w: Any) -> Any:
+    bound = lambda array: _jaxprs.bind(eqn, [array])[0]
+    return w.broadcast(_equations.result_shape(eqn), _equations.broadcast_dimensions(eqn), bound)
+
+
+def _slice(eqn: Any, w: Any) -> Any:
+    return w.slice(*Slice.of(eqn))
+
+
+def _rev(eqn: Any, w: Any) -> Any:
+    return w.rev(_equations.reversed_axes(eqn))
+
+
+def _split(eqn: Any, w: Any) -> list[Any]:
+    axis, sizes = Split.of(eqn)
+    edges = itertools.accumulate(sizes, initial=0)
+    return [w.slice_axis(axis, *cut) for cut in itertools.pairwise(edges)]
+
+
+def _unstack(eqn: Any, w: Any) -> list[Any]:
+    axis = _equations.stacked_axis(eqn)
+    return [w.take_index(axis, number) for number in range(w.shape[axis])]
+
+
+# Operations with further operands, or that differ between a weight and a view
+
+
+def _evaluate_convert(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return one_or_none(values[0].astype(_equations.new_dtype(eqn)))
+
+
+def _survey_convert(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Only casts among floating dtypes leave a weight a weight."""
-    if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+    if jnp.issubdtype(_equations.new_dtype(eqn), jnp.floating):
         return ins
     return [as_number(eqn, survey.compute(eqn, ins[0]))]
 
 
-def _slice(eqn: Any, view: View) -> View | None:
-    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * len(starts)
-    for axis, cut in enumerate(zip(starts, limits, strides, strict=True)):
-        if cut == (0, view.shape[axis], 1):
-            continue
-        if (part := view.slice(axis, *cut)) is None:
-            return None
-        view = part
-    return view
+def _evaluate_dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    if not is_first_alone(values):
+        return None
+    weight, starts = values[0], values[1 : 1 + values[0].ndim]
+    sizes = _equations.slice_sizes(eqn)
+    parts = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
+
+    def take(array: Any, where: dict[int, int]) -> Any:
+        for axis in parts:
+            if axis in where:
+                array = _take_dynamic_slice(array, starts[axis], sizes[axis], where[axis])
+        return array
+
+    return one_or_none(weight.index(take, {axis: sizes[axis] for axis in parts}, parts))
 
 
-def _dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
+def _take_dynamic_slice(array: Any, start: Any, size: int, axis: int) -> Any:
+    """A slice of one axis, its start clamped as the primitive clamps it: none is from the end."""
+    sizes = [size if i == axis else full for i, full in enumerate(array.shape)]
+    zero = jnp.zeros((), start.dtype)
+    start = lax.clamp(zero, start, zero + (array.shape[axis] - size))
+    starts = [start if i == axis else zero for i in range(array.ndim)]
+    return lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False)
+
+
+def _survey_dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     data = any(start.data for start in ins[1:])
 
-    def cut(view: View) -> View:
-        for axis, size in enumerate(eqn.params["slice_sizes"]):
+    def cut(view: Any) -> Any:
+        for axis, size in enumerate(_equations.slice_sizes(eqn)):
             if size != view.shape[axis]:
                 view = view.dynamic_slice(axis, size, data)
         return view
@@ -54,110 +162,152 @@ def _dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
     return [ins[0].map(cut, *ins[1:])]
 
 
-def _split(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
-    axis, outs, start = eqn.params["axis"], [], 0
-    for size in eqn.params["sizes"]:
-        cut = lambda view, start=start, size=size: view.slice(axis, start, start + size)
-        outs.append(ins[0].map(cut))
-        start += size
-    return outs
+def _evaluate_concatenate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return [JoinedWeight.of(values, _equations.joined_axis(eqn))]
 
 
-def _unstack(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
-    axis = eqn.params["axis"]
-
-    def take(view: View, place: int) -> View | None:
-        one = view.slice(axis, place, place + 1)
-        return None if one is None else one.reshape(view.shape[:axis] + view.shape[axis + 1 :])
-
-    return [
-        ins[0].map(lambda view, place=place: take(view, place)) for place in range(len(eqn.outvars))
-    ]
+def _survey_concatenate(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    axis, shape, offset, parts = _equations.joined_axis(eqn), _equations.result_shape(eqn), 0, []
+    for value, atom in zip(ins, eqn.invars, strict=True):
+        place = lambda view, offset=offset: view.join(axis, shape, offset)
+        parts.append(value.map(place))
+        offset += atom.aval.shape[axis]
+    return _join(survey, eqn, ins, parts)
 
 
-def _joined(survey: Survey, eqn: Any, ins: list[Value], parts: list[Value]) -> Out:
+def _join(survey: Survey, eqn: Any, ins: list[Value], parts: list[Value]) -> list[Value]:
     """Parts beside each other: each leaf is followed; an activation among them makes one of all."""
     if any(value.moves for value in ins):
-        return [_mix(survey, eqn, ins)]
+        for value in ins:
+            survey.take(eqn, value.views)
+        return [merge(ins).replace(activation=True)]
     views = tuple(view for value in parts for view in value.views)
     return [merge(ins).replace(views=views, computed=survey.computed(eqn, ins, views=False))]
 
 
-def _mix(survey: Survey, eqn: Any, ins: list[Value]) -> Value:
-    """Elements of several operands, one of which at least is an activation."""
-    for value in ins:
-        survey.take(eqn, value.views)
-    return merge(ins).replace(activation=True)
-
-
-def _concatenate(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
-    axis, offset, parts = eqn.params["dimension"], 0, []
-    for value, atom in zip(ins, eqn.invars, strict=True):
-        place = lambda view, offset=offset: view.join(axis, shape_of(eqn), offset)
-        parts.append(value.map(place))
-        offset += atom.aval.shape[axis]
-    return _joined(survey, eqn, ins, parts)
-
-
-def _stack(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
+def _evaluate_stack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """jnp.stack from JAX 0.12 on."""
-    axis, shape = eqn.params["axis"], shape_of(eqn)
+    axis, shape = _equations.stacked_axis(eqn), list(values[0].shape)
+    slices = all_or_none([value.reshape([*shape[:axis], 1, *shape[axis:]]) for value in values])
+    return slices and [JoinedWeight.of(slices, axis)]
+
+
+def _survey_stack(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    axis, shape = _equations.stacked_axis(eqn), _equations.result_shape(eqn)
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     kept = [i for i in range(len(shape)) if i != axis]
     parts = [
         value.map(lambda view, at=at: view.broadcast(one, kept).join(axis, shape, at))
         for at, value in enumerate(ins)
     ]
-    return _joined(survey, eqn, ins, parts)
+    return _join(survey, eqn, ins, parts)
 
 
-def _pad(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
-    parts = [ins[0].map(lambda view: view.pad(eqn.params["padding_config"])), Value()]
+def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """Padding around a weight is joined to it."""
+    edges = _equations.padding(eqn)
+    if not is_first_alone(values) or any(min(edge) < 0 or edge[2] for edge in edges):
+        return None
+    weight, value = values
+    for axis, (low, high, _) in enumerate(edges):
+        before, after = (list(weight.shape) for _ in "ab")
+        before[axis], after[axis] = low, high
+        parts = [lax.broadcast(value, before), weight, lax.broadcast(value, after)]
+        weight = JoinedWeight.of(parts, axis)
+    return [weight]
+
+
+def _survey_pad(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    parts = [ins[0].map(lambda view: view.pad(_equations.padding(eqn))), Value()]
     survey.take(eqn, ins[1].views)
-    return _joined(survey, eqn, [ins[0], ins[1].replace(views=())], parts)
+    return _join(survey, eqn, [ins[0], ins[1].replace(views=())], parts)
 
 
-def _gather(survey: Survey, eqn: Any, ins: list[Value]) -> Out:
-    """Rows of a table, one index of a stack, or many of them."""
-    table, indices = ins
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    many = len(eqn.invars[1].aval.shape) > 1
-    take = lambda view: view.gather(numbers, sizes, shape_of(eqn), indices.data, many)
-    out = table.map(take, indices)
-    # the rows of a matrix are vectors: no product can take them as a weight
-    rows = [view for view in out.views if view.looked_up and view.has_vectors()]
-    if rows:
-        survey.take(eqn, rows)
-        rest = tuple(view for view in out.views if view not in rows)
-        out = out.replace(views=rest, activation=out.activation or indices.data)
-    return [out]
+# Operations that keep every element where it is
 
 
-_shaped = _structural(lambda eqn, view: view.reshape(shape_of(eqn)))
-_IDENTITIES = (
-    *("copy", "name", "device_put", "sharding_constraint", "layout_constraint", "reshard"),
-    *("pvary", "reduced_vary_cast", "stop_gradient", "reduce_precision", "optimization_barrier"),
-)
+def _same(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Each result is an operand."""
+    return ins
 
 
-STRUCTURAL: dict[str, Rule] = {
-    **dict.fromkeys(_IDENTITIES, _identity),
-    "convert_element_type": _convert,
-    "transpose": _structural(lambda eqn, view: view.transpose(eqn.params["permutation"])),
-    "reshape": _shaped,
-    "squeeze": _shaped,
-    "expand_dims": _shaped,
-    "broadcast_in_dim": _structural(
-        lambda eqn, view: view.broadcast(shape_of(eqn), eqn.params["broadcast_dimensions"])
-    ),
-    "slice": _structural(_slice),
-    "dynamic_slice": _dynamic_slice,
-    "split": _split,
-    "unstack": _unstack,
-    "stack": _stack,
-    "concatenate": _concatenate,
-    "pad": _pad,
-    "rev": _structural(lambda eqn, view: view.reverse(eqn.params["dimensions"])),
-    "neg": _structural(lambda eqn, view: view),
-    "gather": _gather,
+def _identity(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """Copies, names and sharding constraints say something of the base alone."""
+    moved = values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0], base_only=True)
+    return one_or_none(moved)
+
+
+def _constraint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """What is said of how the whole lies is not said of the parts of joined weights."""
+    return values if isinstance(values[0], JoinedWeight) else _identity(ctx, eqn, values)
+
+
+def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """A move of one weight is a move of its base, to the memory of the host or of the device."""
+    if len(values) > 1:
+        return None
+    (weight,), (target,) = values, _equations.devices(eqn)
+    if _jaxprs.is_host(target):
+        return one_or_none(weight.put(_jaxprs.to_host))
+    moved = weight.put(_jaxprs.on_device)
+    if moved is None or isinstance(target, jax.memory.Space):
+        return one_or_none(moved)
+    return _identity(ctx, eqn, [moved])
+
+
+def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """Each array is laid out as the axes of the weight that it runs along."""
+    wanted = _equations.new_sharding(eqn)
+
+    def move(array: Any, spec: Any) -> Any:
+        sharding = type(wanted)(wanted.mesh, spec, memory_kind=wanted.memory_kind)
+        return _equations.resharded(eqn, array, sharding)
+
+    return one_or_none(values[0].reshard(wanted.spec, move))
+
+
+def _stop_gradient(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return one_or_none(values[0].frozen())
+
+
+def _everywhere(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    """reduce_precision acts on the base and on the factors."""
+    return one_or_none(values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0]))
+
+
+def _barrier(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return list(lax.optimization_barrier(tuple(values)))
+
+
+def _negate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return one_or_none(values[0].multiply(-1.0, lambda array, scalar: array * scalar))
+
+
+STRUCTURAL: dict[str, Operation] = {
+    "transpose": structural(_transpose, sources=_source_of_transpose),
+    "reshape": structural(_reshape),
+    "squeeze": structural(_with_or_without_ones),
+    "expand_dims": structural(_with_or_without_ones),
+    "broadcast_in_dim": structural(_broadcast_in_dim),
+    "slice": structural(_slice),
+    "rev": structural(_rev),
+    "split": divided(_split),
+    "unstack": divided(_unstack),
+    "convert_element_type": Operation("structural", _evaluate_convert, _survey_convert),
+    "dynamic_slice": Operation("structural", _evaluate_dynamic_slice, _survey_dynamic_slice),
+    "concatenate": Operation("structural", _evaluate_concatenate, _survey_concatenate),
+    "stack": Operation("structural", _evaluate_stack, _survey_stack),
+    "pad": Operation("structural", _evaluate_pad, _survey_pad),
+    "copy": Operation("structural", _identity, _same),
+    "name": Operation("structural", _identity, _same),
+    "pvary": Operation("structural", _identity, _same),
+    "reduced_vary_cast": Operation("structural", _identity, _same),
+    "sharding_constraint": Operation("structural", _constraint, _same),
+    "layout_constraint": Operation("structural", _constraint, _same),
+    "device_put": Operation("structural", _device_put, _same),
+    "reshard": Operation("structural", _reshard, _same),
+    "stop_gradient": Operation("structural", _stop_gradient, _same),
+    "reduce_precision": Operation("structural", _everywhere, _same),
+    "optimization_barrier": Operation("structural", _barrier, _same),
+    "neg": Operation("structural", _negate, _same),
 }

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._interpreter.nesting import Nesting
+from lowrank_jax._interpreter.operation import OTHER, Table
 from lowrank_jax._interpreter.views import Roles, View
 
 Key = tuple[int, ...]  # an equation, and those that it is nested in
-Rule = Callable[["Survey", Any, list["Value"]], Sequence["Value"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Survey(Nesting):
     """What a dry run found.
 
     Args:
-      rules: primitive name -> rule.
+      operations: the table.
       uses: path -> equation -> the roles of the leaf's axes in it, and the equation in words.
       unfollowed: path -> the equation by which the leaf reaches a product or an opaque call while
         no rule follows it.
@@ -94,7 +94,7 @@ class Survey(Nesting):
       constants_are_data: no argument is, so the function closes over its data.
     """
 
-    rules: dict[str, Rule]
+    operations: Table
     uses: dict[str, dict[Key, tuple[list[Roles], str]]] = dataclasses.field(default_factory=dict)
     unfollowed: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: dict[Key, set[str]] = dataclasses.field(default_factory=dict)
@@ -113,8 +113,9 @@ class Survey(Nesting):
         values = [*map(constant, binders[: len(consts)]), *args]
         env = dict(zip(binders, values, strict=True))
         read = lambda atom: Value() if isinstance(atom, _jaxprs.Literal) else env[atom]
+        otherwise: Any = self.operations[""].survey
         for eqn in inner.eqns:
-            rule = self.rules.get(eqn.primitive.name, self.rules[""])
+            rule = self.operations.get(eqn.primitive.name, OTHER).survey or otherwise
             outs = rule(self, eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in inner.outvars]
@@ -250,8 +251,3 @@ def as_number(eqn: Any, value: Value, place: int = 0) -> Value:
         return value
     none: frozenset[Key] = frozenset()
     return value.replace(activation=False, products=none, direct=none, near=none)
-
-
-def shape_of(eqn: Any) -> tuple[int, ...]:
-    """The shape of the first result."""
-    return tuple(eqn.outvars[0].aval.shape)

@@ -131,8 +131,8 @@ class View:
                 dims[axis] = own
         return self.arrange(shape, dims, spans)
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int]) -> View:
-        """lax.broadcast_in_dim: axis i becomes axis axes[i] of shape; new axes are of no leaf."""
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any = None) -> View:
+        """lax.broadcast_in_dim, which fn is: axis i becomes axis axes[i] of shape."""
         dims: list[Any] = [((-1, size),) for size in shape]
         spans = [(0, size) for size in shape]
         for old, new in enumerate(axes):
@@ -140,7 +140,23 @@ class View:
                 dims[new], spans[new] = self.dims[old], self.spans[old]
         return self.arrange(shape, dims, spans)
 
-    def slice(self, axis: int, start: int, stop: int, step: int = 1) -> View | None:
+    def slice(
+        self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
+    ) -> View | None:
+        """lax.slice, or None where no element of the leaf is in it."""
+        view: View | None = self
+        for axis, cut in enumerate(zip(starts, limits, strides, strict=True)):
+            if view is not None and cut != (0, view.shape[axis], 1):
+                view = view.slice_axis(axis, *cut)
+        return view
+
+    def take_index(self, axis: int, number: int) -> View | None:
+        """One entry of an axis, which is then gone; None where no element of the leaf is in it."""
+        one = self.slice_axis(axis, number, number + 1)
+        rest = self.shape[:axis] + self.shape[axis + 1 :]
+        return None if one is None else one.reshape(rest)
+
+    def slice_axis(self, axis: int, start: int, stop: int, step: int = 1) -> View | None:
         """Part of one axis, or None where no element of the leaf is in it."""
         size = max(0, -(-(stop - start) // step))
         low, high = self.spans[axis]
@@ -165,8 +181,8 @@ class View:
             selected=self.selected | (self.axes([axis]) if one else NONE),
         )
 
-    def reverse(self, axes: Sequence[int]) -> View:
-        """Flip axes."""
+    def rev(self, axes: Sequence[int]) -> View:
+        """lax.rev: flip axes."""
         spans = [
             (size - stop, size - start) if axis in axes else (start, stop)
             for axis, (size, (start, stop)) in enumerate(zip(self.shape, self.spans, strict=True))

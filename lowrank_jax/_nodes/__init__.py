@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._errors import AxesError, CheckpointError, LowrankError, forgotten
+from lowrank_jax._errors import AxesError, CheckpointError, forgotten
 from lowrank_jax._nodes.full import Full, full_of
-from lowrank_jax._nodes.norms import dense_product, gain, norm, squared_norm
+from lowrank_jax._nodes.norms import squared_norm
 from lowrank_jax._nodes.quantized import Quantized, dequantized
 from lowrank_jax._nodes.serialization import Node, Wrapper
 from lowrank_jax._paths import flatten
-from lowrank_jax._primitives.contract import RANK, Labels, accumulator, arrange
+from lowrank_jax._primitives.contract import RANK, Labels
 
 
 @jax.tree_util.register_dataclass
@@ -211,7 +211,7 @@ def normed(leaf: Any, node: LowRank) -> Normed:
 
 def trained_whole(leaf: Any) -> Full:
     """The node that trains a leaf whole, in arrays of its own: it may be donated."""
-    dense = jnp.asarray(materialize(leaf))
+    dense = jnp.asarray(as_dense(leaf))
     dtype = jnp.promote_types(dense.dtype, jnp.float32)
     return full_of(jnp.array(dense, dtype, copy=True), dense.dtype)
 
@@ -262,68 +262,13 @@ def is_adapter(value: Any) -> bool:
     return isinstance(value, LowRank | Full | Adapted)
 
 
-def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
-    """The permutation that undoes another."""
-    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
-
-
-def delta(node: LowRank, base: Any) -> jax.Array:
-    """s·a·b in the base's layout, in float32 (float64 where base or factors are)."""
-    node = node.for_shape(base.shape)
-    fan_in, fan_out, stack = node.axes(base.ndim)
-    count = len(stack)
-    dtype = accumulator(node.dtype, base.dtype)
-    a, b = (factor.astype(dtype) for factor in node.factors())
-    product = lax.dot_general(
-        a,
-        b,
-        (((a.ndim - 1,), (count,)), (tuple(range(count)), tuple(range(count)))),
-        precision=lax.Precision.HIGHEST,
-    )
-    return jnp.transpose(product * node.scale, inverse(stack + fan_in + fan_out))
-
-
-def materialize(node: Any) -> Any:
-    """The dense weight a node stands for: summed in float32, cast once to the base's dtype."""
-    if isinstance(node, Quantized):
-        return dequantized(_jaxprs.on_device(node))
-    if isinstance(node, Normed):
-        return materialize(node.value)
-    if not is_node(node):
-        return node
-    node = _jaxprs.on_device(node)
-    if isinstance(node, Full):
-        return node.weight
-    if isinstance(node, Adapted) and isinstance(node.delta, Full) and node.multiplier is None:
-        return node.delta.value.astype(node.base.dtype)  # whatever the base is
-    if isinstance(node, LowRank):
-        raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
-    base = materialize(node.base)
-    whole = base.astype(accumulator(base.dtype))
-    if isinstance(node.delta, Full):
-        changed = node.delta.value.astype(whole.dtype)
-    else:
-        changed = whole + delta(node.delta, base)
-        if node.delta.magnitude is not None:
-            changed = _renormed(node, base, changed)
-    if node.multiplier is not None:
-        changed = whole + (changed - whole) * jnp.asarray(node.multiplier, whole.dtype)
-    return changed.astype(base.dtype)
-
-
-def _renormed(node: Adapted, base: jax.Array, changed: jax.Array) -> jax.Array:
-    """DoRA's weight: each output feature of W + s a b brought to its magnitude."""
-    assert isinstance(node.delta, LowRank)
-    lora = node.delta.for_shape(base.shape)
-    fan_in, fan_out, stack = lora.axes(base.ndim)
-    gains = lora.magnitude
-    if not lora.folded:
-        own = node.base if isinstance(node.base, Normed) else normed(node.base, lora)
-        product = dense_product(base, fan_in, stack, changed.dtype)
-        a, b = (factor.astype(base.dtype) for factor in lora.factors())
-        gains = gain(lora.magnitude, norm(own.squares, product, a, b, lora.scale, len(stack)))
-    sizes: dict[Any, int] = dict(enumerate(base.shape))
-    return changed * arrange(gains, (*stack, *fan_out), tuple(range(base.ndim)), sizes)
+def as_dense(leaf: Any) -> Any:
+    """The dense array of a leaf that has no adapter: quantized, trained whole, or an array."""
+    if isinstance(leaf, Quantized):
+        return dequantized(_jaxprs.on_device(leaf))
+    if isinstance(leaf, Normed):
+        return as_dense(leaf.value)
+    return _jaxprs.on_device(leaf).weight if isinstance(leaf, Full) else leaf
 
 
 def nodes_of(lora: Any) -> dict[str, Any]:

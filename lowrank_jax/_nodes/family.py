@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -222,9 +222,6 @@ def start_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
     return Rows(b=changes, fan_in=(0,), fan_out=fan_out, **options)
 
 
-Start = Callable[..., LowRank]
-
-
 def start_loha(key: Any, leaf: Any, target: Any, config: Any) -> LoHa:
     """a_2 = 0, so that nothing changes at first; the rest as in LyCORIS."""
     stack, fan_in, fan_out = sizes(leaf, target)
@@ -249,9 +246,6 @@ def start_ia3(key: Any, leaf: Any, target: Any, config: Any) -> IA3:
     r"""l = 1, so that nothing changes at first."""
     stack, fan_in, fan_out = sizes(leaf, target)
     return IA3(magnitude=jnp.ones((*stack, *fan_out)), **axes(target), inputs=fan_in)
-
-
-METHODS: dict[str, Start] = {"loha": start_loha, "vera": start_vera, "ia3": start_ia3}
 
 
 def sizes(leaf: Any, target: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._codecs import host
+from lowrank_jax._codecs import format_of, host
 from lowrank_jax._nodes.quantized import Quantized, flat_order
 
 PIECE = 1 << 18  # values that a thread works on
@@ -110,7 +110,7 @@ def _fill_flat(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
 
 def _store(node: Quantized, cut: tuple[slice, ...], codes: np.ndarray, axis: int) -> None:
     """Write codes into their place; an integer of 4 bits has a byte of its own."""
-    if node.format != "int8":
+    if format_of(node.format).is_packed:
         codes = host.pack(codes, axis, node.packing)
     node.codes.view(codes.dtype)[cut] = codes
 

@@ -98,16 +98,6 @@ def _at_least(norms: jax.Array) -> jax.Array:
     return jnp.where(norms <= 0, 1, norms)  # a NaN stays one
 
 
-def dense_product(
-    weight: jax.Array, fan_in: Sequence[int], stack: Sequence[int], dtype: Any
-) -> Callable[[jax.Array], jax.Array]:
-    """a -> a^T W for a dense weight."""
-    numbers = product_numbers(fan_in, stack)
-    return lambda a: lax.dot_general(
-        a, weight, numbers, precision=_EXACT, preferred_element_type=dtype
-    )
-
-
 def product_numbers(fan_in: Sequence[int], stack: Sequence[int]) -> Any:
     """Dimension numbers of a^T W."""
     lead = tuple(range(len(stack)))

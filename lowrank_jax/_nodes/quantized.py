@@ -183,7 +183,7 @@ class Decoding:
         axis = codes.ndim - 1 - self.trailing
         if second:
             scales = self.scales(scales, *second)
-        if self.format != "int8":
+        if _codecs.format_of(self.format).is_packed:
             codes = unpack(codes, axis, self.packing)
         out = _codecs.decode(codes, scales, self.format, axis, table=table)
         for dtype in self.casts:
@@ -298,7 +298,7 @@ def _quantized(
         codes, scales = _codecs.encode(leaf.reshape(cut), format, first + 1)
         trailing, place = len(shape) - last - 1, None
         strides = _strides(scales.shape, first, [a for a in fan_in if a < first])
-    if format != "int8":
+    if _codecs.format_of(format).is_packed:
         codes = pack(codes, codes.ndim - 1 - trailing, packing)
     node = Quantized(
         codes, scales, **options, blocked=blocked, trailing=trailing, order=place,

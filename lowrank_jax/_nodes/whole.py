@@ -41,7 +41,7 @@ def check(node: Any, path: str) -> None:
 
 def _check_codes(leaf: Quantized, path: str) -> None:
     """The blocks are where the leaf says: no axis but leading ones was taken from its codes."""
-    halved = _codecs.format_of(leaf.format).bits == 4 and leaf.packing == "uint8"
+    halved = _codecs.format_of(leaf.format).is_packed and leaf.packing == "uint8"
     place, elements = leaf.leading + 1, leaf.block_size // (2 if halved else 1)
     codes, blocks = tuple(leaf.codes.shape), -(-math.prod(leaf.blocked) // leaf.block_size)
     fits = place > 0 and codes[place] == elements

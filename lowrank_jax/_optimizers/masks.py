@@ -20,7 +20,7 @@ from lowrank_jax._checks import (
 )
 from lowrank_jax._errors import ConfigError, TreeError
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
-from lowrank_jax._nodes.family import Rows
+from lowrank_jax._nodes.methods import method_of
 from lowrank_jax._paths import flatten
 
 if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
@@ -93,7 +93,7 @@ def factor_labels(lora: Any) -> Any:
 
     def label(node: Any) -> Any:
         if isinstance(node, LowRank):
-            whole = isinstance(node, Rows)  # rows are trained themselves, by no product
+            whole = method_of(node).is_direct
             return dataclasses.replace(
                 node, **{name: "full" if whole else name for name in node.labeled}
             )

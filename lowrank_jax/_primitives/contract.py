@@ -115,3 +115,8 @@ def accumulator(*dtypes: Any) -> Any:
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         return jnp.dtype(jnp.complex128 if wide else jnp.complex64)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes another."""
+    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))

@@ -13,12 +13,12 @@ from lowrank_jax._primitives.contract import RANK, arrange
 from lowrank_jax._weights.gain import apply, times
 
 
-def conv(w: Any, other: Any, params: dict[str, Any]) -> jax.Array | None:
+def conv(w: Any, other: Any, options: dict[str, Any]) -> jax.Array | None:
     """Convolve with a to r channels, then mix channels with b; grouped kernels group a too."""
-    numbers = params["dimension_numbers"]
+    numbers = options["dimension_numbers"]
     out_axis, in_axis, *window = numbers.rhs_spec
-    groups = params["feature_group_count"]
-    if params["batch_group_count"] != 1:
+    groups = options["feature_group_count"]
+    if options["batch_group_count"] != 1:
         return None
     a, a_axes, b, b_axes = w.a, w.a_axes, w.b, w.b_axes
     if out_axis in a_axes:
@@ -29,12 +29,12 @@ def conv(w: Any, other: Any, params: dict[str, Any]) -> jax.Array | None:
     if {*w.gain_axes} - narrow - {out_axis}:
         return None
     squeezed = w.replaced(a=a, a_axes=a_axes, b=b, b_axes=b_axes).dropped(narrow - {out_axis})
-    return _conv(squeezed, other, params, groups)
+    return _conv(squeezed, other, options, groups)
 
 
-def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Array | None:
+def _conv(w: Any, x: jax.Array, options: dict[str, Any], groups: int) -> jax.Array | None:
     """A kernel whose a has the window and in axes and whose b has the out axis."""
-    numbers = params["dimension_numbers"]
+    numbers = options["dimension_numbers"]
     out_axis, *taps = numbers.rhs_spec
     rank = w.a.shape[w.a_axes.index(RANK)]
     fan_in = math.prod(w.shape[axis] for axis in taps)
@@ -42,8 +42,7 @@ def _conv(w: Any, x: jax.Array, params: dict[str, Any], groups: int) -> jax.Arra
     cheap = fan_in * outputs <= rank * (fan_in * groups + outputs)
     if groups > 1 and cheap and w.key is None:
         # a grouped kernel this small is cheaper to add to than to convolve beside
-        return lax.conv_general_dilated(x, w.materialize(), **conv_options(params))
-    options = conv_options(params)
+        return lax.conv_general_dilated(x, w.materialize(), **options)
     thin = {name: value for name, value in options.items() if name != "out_sharding"}
 
     def base(x: jax.Array) -> Any:
@@ -79,20 +78,3 @@ def _branch(w: Any, x: jax.Array, numbers: Any, groups: int, options: dict[str, 
     mixed = jnp.moveaxis(mixed, -1, 1)
     mixed = mixed.reshape(outputs, *mixed.shape[2:])
     return jnp.moveaxis(mixed, 0, feature)
-
-
-def conv_options(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the equation that lax.conv_general_dilated takes."""
-    names = (
-        "window_strides",
-        "padding",
-        "lhs_dilation",
-        "rhs_dilation",
-        "dimension_numbers",
-        "feature_group_count",
-        "batch_group_count",
-        "precision",
-        "preferred_element_type",
-        "out_sharding",
-    )
-    return {name: params[name] for name in names if params.get(name) is not None}

@@ -39,11 +39,11 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     return _product(w, like, op, GroupedDecoding(decode), other, *parts, sizes)
 
 
-def conv(w: Any, other: Any, params: dict[str, Any]) -> Any:
+def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
     """lax.conv_general_dilated."""
     decode, parts, layout = w.decoder
-    op = Conv(_here(w, layout), without_layout(params))
-    like = lambda w, other: w.conv(other, params)
+    op = Conv(_here(w, layout), without_layout(options))
+    like = lambda w, other: w.conv(other, options)
     return _product(w, like, op, decode, other, *parts)
 
 

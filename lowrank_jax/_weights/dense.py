@@ -88,12 +88,10 @@ class DenseWeight(Virtual):
         """lax.ragged_dot_general."""
         return lax.ragged_dot_general(other, self.value, sizes, numbers, **options)
 
-    def conv(self, other: Any, params: dict[str, Any]) -> jax.Array:
+    def conv(self, other: Any, options: dict[str, Any]) -> jax.Array:
         """lax.conv_general_dilated."""
-        return lax.conv_general_dilated(other, self.value, **params)
+        return lax.conv_general_dilated(other, self.value, **options)
 
-    def gather(self, indices: Any, params: dict[str, Any]) -> jax.Array:
+    def gather(self, indices: Any, options: dict[str, Any]) -> jax.Array:
         """lax.gather."""
-        names = ("dimension_numbers", "slice_sizes", "unique_indices", "indices_are_sorted")
-        options = {name: params[name] for name in (*names, "mode", "fill_value")}
         return lax.gather(self.value, indices, **options)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._primitives.contract import reshape_groups
-from lowrank_jax._weights import convolution, joined_products
+from lowrank_jax._weights import joined_products
 from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.virtual import JointPath, Virtual, single_paths
 
@@ -226,13 +226,13 @@ class JoinedWeight(Virtual):
         """lax.ragged_dot_general; weights of different groups are not joined."""
         return joined_products.ragged_dot(self, other, sizes, numbers, options)
 
-    def conv(self, other: Any, params: dict[str, Any]) -> Any:
+    def conv(self, other: Any, options: dict[str, Any]) -> Any:
         """lax.conv_general_dilated of kernels joined along output or input features."""
-        return joined_products.conv(self, other, convolution.conv_options(params))
+        return joined_products.conv(self, other, options)
 
-    def gather(self, indices: Any, params: dict[str, Any]) -> Any:
+    def gather(self, indices: Any, options: dict[str, Any]) -> Any:
         """lax.gather that reads the axis joined along whole."""
-        numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+        numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
         gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
         if self.axis in (*numbers.start_index_map, *gone) or sizes[self.axis] != sum(self._sizes):
             return None
@@ -240,7 +240,7 @@ class JoinedWeight(Virtual):
         at, parts = numbers.offset_dims[kept.index(self.axis)], []
         for part, size in zip(self.parts, self._sizes, strict=True):
             own = (*sizes[: self.axis], size, *sizes[self.axis + 1 :])
-            parts.append(part.gather(indices, {**params, "slice_sizes": own}))
+            parts.append(part.gather(indices, {**options, "slice_sizes": own}))
         if any(part is None for part in parts):
             return None
         if any(isinstance(part, Virtual) for part in parts):

@@ -54,9 +54,9 @@ class MultipliedWeight(DenseWeight):
         known = other is self.operand
         return self.product if known else super().ragged_dot(other, sizes, numbers, options)
 
-    def conv(self, other: Any, params: dict[str, Any]) -> jax.Array:
+    def conv(self, other: Any, options: dict[str, Any]) -> jax.Array:
         """lax.conv_general_dilated."""
-        return self.product if other is self.operand else super().conv(other, params)
+        return self.product if other is self.operand else super().conv(other, options)
 
 
 def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
@@ -89,18 +89,18 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     return _join(w, product, other, None, other.ndim - len(lc) + free.index(w.axis), options)
 
 
-def conv(w: Any, other: Any, params: dict[str, Any]) -> Any:
+def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
     """lax.conv_general_dilated."""
-    numbers = params["dimension_numbers"]
+    numbers = options["dimension_numbers"]
     out_axis, in_axis, *_ = numbers.rhs_spec
-    product = lambda part, x, params: part.conv(x, params)
-    if params.get("feature_group_count", 1) != 1 or params.get("batch_group_count", 1) != 1:
+    product = lambda part, x, options: part.conv(x, options)
+    if options.get("feature_group_count", 1) != 1 or options.get("batch_group_count", 1) != 1:
         return None
     if w.axis == in_axis:
-        return _sum(w, product, other, numbers.lhs_spec[1], params)
+        return _sum(w, product, other, numbers.lhs_spec[1], options)
     if w.axis != out_axis:
         return None
-    return _join(w, product, other, None, numbers.out_spec[1], params)
+    return _join(w, product, other, None, numbers.out_spec[1], options)
 
 
 def _join(

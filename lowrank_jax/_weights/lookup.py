@@ -18,14 +18,14 @@ from lowrank_jax._weights.gain import times
 from lowrank_jax._weights.virtual import Virtual
 
 
-def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
+def gather(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
     """Read rows: gather from the factors too; along stack axes alone it stays a weight."""
-    numbers = params["dimension_numbers"]
+    numbers = options["dimension_numbers"]
     indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
-    sliced = {d for d in range(w.ndim) if params["slice_sizes"][d] != w.shape[d]}
+    sliced = {d for d in range(w.ndim) if options["slice_sizes"][d] != w.shape[d]}
     if sliced - indexed:
         return None
-    base = w.base.gather(indices, params)
+    base = w.base.gather(indices, options)
     if base is None:
         return None
     offset, batch = numbers.offset_dims, range(indices.ndim - 1)
@@ -37,15 +37,15 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     rows = iter(("n", i) for i in batch)
     at = dict(zip(offset, kept, strict=True))
     out = tuple(at[i] if i in at else next(rows) for i in range(base.ndim))
-    a, a_labels = gather_labeled(w.a, w.a_axes, indices, params, w.shape)
-    b, b_labels = gather_labeled(w.b, w.b_axes, indices, params, w.shape)
+    a, a_labels = gather_labeled(w.a, w.a_axes, indices, options, w.shape)
+    b, b_labels = gather_labeled(w.b, w.b_axes, indices, options, w.shape)
     if indexed <= {*w.a_axes} & {*w.b_axes}:
         place = {label: i for i, label in enumerate(out)}
         parts = {"a": a, "b": b, "a_axes": a_labels, "b_axes": b_labels}
         for name in ("key", "gain"):
             array, labels = getattr(w, name), getattr(w, name + "_axes")
             if array is not None:
-                array, labels = gather_labeled(array, labels, indices, params, w.shape)
+                array, labels = gather_labeled(array, labels, indices, options, w.shape)
             parts |= {name: array, name + "_axes": labels}
         moved = w.replaced(**parts)
         return moved._renumbered(place, base if isinstance(base, Virtual) else DenseWeight(base))
@@ -54,14 +54,14 @@ def gather(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     scaled = w.scaled if w.gain is None else w.replaced(multiplier=None).scaled
     branch, labels = contract(scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
     branch = arrange(branch, labels, out, sizes).astype(base.dtype)
-    ids, id_labels = _inside(indices, params, w.shape), tuple(("n", i) for i in batch)
+    ids, id_labels = _inside(indices, options, w.shape), tuple(("n", i) for i in batch)
     inside = arrange(ids, id_labels, out, sizes)
-    if params["mode"] == _FILL and w.gain is not None:
+    if options["mode"] == _FILL and w.gain is not None:
         # what is read beyond the table is no row of it, and NaN: no derivative may meet it
-        changed = _regained(w, jnp.where(inside, base, 0), branch, out, indices, params)
+        changed = _regained(w, jnp.where(inside, base, 0), branch, out, indices, options)
         return jnp.where(inside, changed, base)
-    changed = _regained(w, base, branch, out, indices, params)
-    if params["mode"] != lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+    changed = _regained(w, base, branch, out, indices, options)
+    if options["mode"] != lax.GatherScatterMode.PROMISE_IN_BOUNDS:
         return changed
     places = [out.index(label) for label in id_labels]
     drop = lambda rows, ids: _without_cotangents(rows, ids, places)
@@ -72,13 +72,13 @@ _FILL = lax.GatherScatterMode.FILL_OR_DROP
 
 
 def _regained(
-    w: Any, base: jax.Array, branch: jax.Array, out: Labels, indices: Any, params: dict[str, Any]
+    w: Any, base: jax.Array, branch: jax.Array, out: Labels, indices: Any, options: dict[str, Any]
 ) -> jax.Array:
     """Rows of the base and of the delta, times the gain of the features or rows that have one."""
     changed = base + branch
     if w.gain is None:
         return changed
-    changed = times(changed, out, *gather_labeled(w.gain, w.gain_axes, indices, params, w.shape))
+    changed = times(changed, out, *gather_labeled(w.gain, w.gain_axes, indices, options, w.shape))
     if w.multiplier is None:
         return changed
     exact = accumulator(base.dtype)
@@ -86,10 +86,10 @@ def _regained(
     return w.multiplied(plain, changed.astype(exact), plain).astype(base.dtype)
 
 
-def _inside(indices: jax.Array, params: dict[str, Any], shape: Sequence[int]) -> jax.Array:
+def _inside(indices: jax.Array, options: dict[str, Any], shape: Sequence[int]) -> jax.Array:
     """Whether each index is of a slice that there is: bool of indices' shape but for the last."""
-    sizes = params["slice_sizes"]
-    mapped = params["dimension_numbers"].start_index_map
+    sizes = options["slice_sizes"]
+    mapped = options["dimension_numbers"].start_index_map
     last = jnp.array([shape[axis] - sizes[axis] for axis in mapped], jnp.int32)
     return jnp.all((indices >= 0) & (indices <= last.astype(indices.dtype)), -1)
 
@@ -118,20 +118,20 @@ def _without_cotangents(rows: jax.Array, kept: jax.Array, axes: Sequence[int]) -
     return jnp.moveaxis(read, range(count), axes)
 
 
-def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
+def gather_blocks(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
     """The rows of a quantized weight, alone decoded."""
-    numbers = params["dimension_numbers"]
+    numbers = options["dimension_numbers"]
     indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
     full = w.shape
-    cut = {d for d in range(w.ndim) if params["slice_sizes"][d] != full[d]}
+    cut = {d for d in range(w.ndim) if options["slice_sizes"][d] != full[d]}
     if not w.in_blocks or cut - indexed or indexed & {*w.layout.blocked, *w.layout.units}:
         return None
     w = w.resolved()
     codes, scales, table = w.with_plain_scales().parts
     axes = w.layout.axes
-    codes, labels = gather_labeled(codes, axes, indices, params, full)
+    codes, labels = gather_labeled(codes, axes, indices, options, full)
     under = tuple(axis for axis in axes if axis != ELEMENTS)
-    scales, _ = gather_labeled(scales, under, indices, params, full)
+    scales, _ = gather_labeled(scales, under, indices, options, full)
     at = labels.index(ELEMENTS)
     decode = dataclasses.replace(
         w.decoding, trailing=len(labels) - 1 - at, strides=(1,) * scales.ndim
@@ -146,11 +146,11 @@ def gather_blocks(w: Any, indices: Any, params: dict[str, Any]) -> Any | None:
     extent |= {axis: full[axis] for axis in w.layout.blocked}
     value = arrange(blocks, labels, w.layout.expand(out), extent)
     value = value.reshape([extent[label] for label in out])
-    if params["mode"] != _FILL:
+    if options["mode"] != _FILL:
         return value
-    fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
+    fill = jnp.nan if options["fill_value"] is None else options["fill_value"]
     row_labels = tuple(("n", i) for i in range(indices.ndim - 1))
-    inside = arrange(_inside(indices, params, full), row_labels, tuple(out), extent)
+    inside = arrange(_inside(indices, options, full), row_labels, tuple(out), extent)
     return jnp.where(inside, value, fill).astype(value.dtype)
 
 
@@ -158,7 +158,7 @@ def gather_labeled(
     array: jax.Array,
     labels: Labels,
     indices: jax.Array,
-    params: dict[str, Any],
+    options: dict[str, Any],
     shape: Sequence[int],
 ) -> tuple[jax.Array, Labels]:
     """Gather from an array along the axes it has of a weight of this shape; rows come first.
@@ -166,7 +166,7 @@ def gather_labeled(
     Other labels than the weight's axes (the rank, the elements of a block) are read whole.
     Beyond the table zeros are read: the delta of no row.
     """
-    numbers = params["dimension_numbers"]
+    numbers = options["dimension_numbers"]
     array, labels = _in_order(array, labels)
     at = labels.index
     mapped = [i for i, axis in enumerate(numbers.start_index_map) if axis in labels]
@@ -186,9 +186,9 @@ def gather_labeled(
         start_indices_batching_dims=tuple(place for _, place in batching),
     )
     full = dict(zip(labels, array.shape, strict=True))
-    whole = lambda x: isinstance(x, str) or params["slice_sizes"][x] == shape[x]
-    sizes = tuple(full[x] if whole(x) else params["slice_sizes"][x] for x in labels)
-    mode = {**params, "fill_value": 0}
+    whole = lambda x: isinstance(x, str) or options["slice_sizes"][x] == shape[x]
+    sizes = tuple(full[x] if whole(x) else options["slice_sizes"][x] for x in labels)
+    mode = {**options, "fill_value": 0}
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         mode = {**mode, "mode": "clip", "fill_value": None}
     if len(mapped) < indices.shape[-1]:  # a part of an index may repeat
@@ -208,7 +208,7 @@ def _in_order(array: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
 
 
 def _lax_gather(
-    array: jax.Array, indices: jax.Array, numbers: Any, sizes: Any, params: dict[str, Any]
+    array: jax.Array, indices: jax.Array, numbers: Any, sizes: Any, options: dict[str, Any]
 ) -> jax.Array:
     """lax.gather with the equation's own mode and promises."""
     return lax.gather(
@@ -216,8 +216,8 @@ def _lax_gather(
         indices,
         dimension_numbers=numbers,
         slice_sizes=sizes,
-        unique_indices=params["unique_indices"],
-        indices_are_sorted=params["indices_are_sorted"],
-        mode=params["mode"],
-        fill_value=params["fill_value"],
+        unique_indices=options["unique_indices"],
+        indices_are_sorted=options["indices_are_sorted"],
+        mode=options["mode"],
+        fill_value=options["fill_value"],
     )

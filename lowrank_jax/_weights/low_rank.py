@@ -74,7 +74,7 @@ class LowRankWeight(LabeledWeight):
         return "" if self.key is None or not self.rate else "; its dropout is left out"
 
     @classmethod
-    def of(cls, node: Adapted, path: str) -> LowRankWeight:
+    def of(cls, node: Adapted, path: Any) -> LowRankWeight:
         """The weight of a node with LowRank factors."""
         base, node = weight_of(node.base), _jaxprs.on_device(node)
         assert isinstance(node.delta, LowRank)
@@ -110,7 +110,7 @@ class LowRankWeight(LabeledWeight):
 
     def materialize(self) -> jax.Array:
         """The dense weight, summed in float32 and cast once."""
-        dtype = accumulator(self.dtype)
+        dtype = accumulator(self.dtype, self.a.dtype)
         axes = tuple(range(self.ndim))
         change, labels = contract(
             self.a.astype(dtype),
@@ -192,13 +192,13 @@ class LowRankWeight(LabeledWeight):
         """lax.ragged_dot_general."""
         return products.ragged_dot(self, other, sizes, numbers, options)
 
-    def conv(self, other: Any, params: dict[str, Any]) -> Any:
+    def conv(self, other: Any, options: dict[str, Any]) -> Any:
         """lax.conv_general_dilated."""
-        return convolution.conv(self, other, params)
+        return convolution.conv(self, other, options)
 
-    def gather(self, indices: Any, params: dict[str, Any]) -> Any:
+    def gather(self, indices: Any, options: dict[str, Any]) -> Any:
         """lax.gather."""
-        return lookup.gather(self, indices, params)
+        return lookup.gather(self, indices, options)
 
 
 def _fold(key: jax.Array, number: int) -> jax.Array:

@@ -20,7 +20,7 @@ from jax import lax
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract
-from lowrank_jax._weights import convolution, lookup, products
+from lowrank_jax._weights import lookup, products
 from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.low_rank import LowRankWeight
 from lowrank_jax._weights.virtual import Virtual, slicing
@@ -159,13 +159,12 @@ class Observed(LowRankWeight):
 
         return self._observing(y, covariance, other, self.b, sizes)
 
-    def conv(self, other: Any, params: dict[str, Any]) -> Any:
+    def conv(self, other: Any, options: dict[str, Any]) -> Any:
         """lax.conv_general_dilated: the tokens are patches, those of every group."""
-        numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+        numbers, groups = options["dimension_numbers"], options["feature_group_count"]
         _, *taps = numbers.rhs_spec
-        if params["batch_group_count"] != 1 or self._stacked():
+        if options["batch_group_count"] != 1 or self._stacked():
             return None
-        options = convolution.conv_options(params)
         y = self._plainly("conv", other, options)
         if not self._contracted(taps):
             return y
@@ -184,14 +183,14 @@ class Observed(LowRankWeight):
 
         return self._observing(y, covariance, other, self.b)
 
-    def gather(self, indices: Any, params: dict[str, Any]) -> Any:
+    def gather(self, indices: Any, options: dict[str, Any]) -> Any:
         """lax.gather: of stacked weights it is a weight; a look-up has no input to observe."""
-        numbers = params["dimension_numbers"]
+        numbers = options["dimension_numbers"]
         indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
-        values = self._plainly("gather", indices, params)
+        values = self._plainly("gather", indices, options)
         if indices.ndim > 1 and not indexed <= {*self.a_axes}:
             return values
-        cut = {d for d in range(self.ndim) if params["slice_sizes"][d] != self.shape[d]}
+        cut = {d for d in range(self.ndim) if options["slice_sizes"][d] != self.shape[d]}
         if (cut | indexed) & {*self.b_axes} or cut - indexed:
             return None
         gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -199,7 +198,7 @@ class Observed(LowRankWeight):
         others = [axis for axis in range(values.ndim) if axis not in numbers.offset_dims]
         place = dict(zip(kept, numbers.offset_dims, strict=True))
         place |= {("n", i): axis for i, axis in enumerate(others)}
-        a, labels = lookup.gather_labeled(self.a, self.a_axes, indices, params, self.shape)
+        a, labels = lookup.gather_labeled(self.a, self.a_axes, indices, options, self.shape)
         return self.replaced(a=a, a_axes=labels)._renumbered(place, DenseWeight(values))
 
     def _plainly(self, verb: str, *args: Any) -> Any:

@@ -341,10 +341,10 @@ class QuantizedWeight(Virtual):
         """lax.ragged_dot_general."""
         return decoded.ragged_dot(self, other, sizes, numbers, options)
 
-    def conv(self, other: Any, params: dict[str, Any]) -> Any:
+    def conv(self, other: Any, options: dict[str, Any]) -> Any:
         """lax.conv_general_dilated."""
-        return decoded.conv(self, other, params)
+        return decoded.conv(self, other, options)
 
-    def gather(self, indices: Any, params: dict[str, Any]) -> Any:
+    def gather(self, indices: Any, options: dict[str, Any]) -> Any:
         """Decode only the rows that are read."""
-        return gather_blocks(self, indices, params)
+        return gather_blocks(self, indices, options)

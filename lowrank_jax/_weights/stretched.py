@@ -146,16 +146,16 @@ class StretchedWeight(LabeledWeight):
         axes = tuple(row if axis == group else axis for axis in self.by_axes)
         return self.replaced(by=by, by_axes=axes)
 
-    def conv(self, other: Any, params: dict[str, Any]) -> Any:
+    def conv(self, other: Any, options: dict[str, Any]) -> Any:
         """lax.conv_general_dilated, of numbers along input or output features."""
-        numbers = params["dimension_numbers"]
+        numbers = options["dimension_numbers"]
         out_axis, in_axis, *_ = numbers.rhs_spec
-        if params["batch_group_count"] != 1:
+        if options["batch_group_count"] != 1:
             return None
         at = lambda spec, axis: tuple(axis if i == spec[1] else None for i in range(other.ndim))
-        grouped = params["feature_group_count"] != 1
+        grouped = options["feature_group_count"] != 1
         labels = () if grouped else at(numbers.lhs_spec, in_axis)
-        run = lambda x: self.base.conv(x, params)
+        run = lambda x: self.base.conv(x, options)
         return self._product(run, other, labels, at(numbers.out_spec, out_axis))
 
     def _product(self, run: Any, x: Any, labels: Any, out: Any) -> Any:

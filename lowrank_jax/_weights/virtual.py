@@ -164,11 +164,11 @@ class Virtual:
         """lax.ragged_dot_general with the weight on the right."""
         return None
 
-    def conv(self, other: Any, params: dict[str, Any]) -> Any | None:
+    def conv(self, other: Any, options: dict[str, Any]) -> Any | None:
         """lax.conv_general_dilated with the weight as the kernel."""
         return None
 
-    def gather(self, indices: Any, params: dict[str, Any]) -> Any | None:
+    def gather(self, indices: Any, options: dict[str, Any]) -> Any | None:
         """lax.gather from the weight."""
         return None
 

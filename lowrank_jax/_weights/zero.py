@@ -34,9 +34,9 @@ class ZeroWeight(Virtual):
         """lax.ragged_dot_general."""
         return self._product("ragged_dot", other, sizes, numbers, options)
 
-    def conv(self, other: Any, params: dict[str, Any]) -> jax.Array:
+    def conv(self, other: Any, options: dict[str, Any]) -> jax.Array:
         """lax.conv_general_dilated."""
-        return self._product("conv", other, params)
+        return self._product("conv", other, options)
 
     def _product(self, verb: str, other: Any, *args: Any) -> jax.Array:
         product = lambda other: getattr(DenseWeight(self.materialize()), verb)(other, *args)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._checks import anything, checked, name_text, texts_mapping
+from lowrank_jax._codecs import FORMATS
 from lowrank_jax._codecs.packing import to_bnb_bytes, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP
 from lowrank_jax._errors import AxesError, CheckpointError, ConfigError, TreeError, listing
@@ -144,10 +145,10 @@ def to_state_dict(
     """
     if not isinstance(node, Quantized):
         raise TreeError(f"{name}: to_state_dict takes a Quantized leaf, not {type(node).__name__}")
-    if node.format == "int8":
+    if not FORMATS[node.format].bitsandbytes:
         raise ConfigError(
-            f"{name} is in int8 blocks, which bitsandbytes has no file for: quantize the dense "
-            'weight with format="nf4" or "fp4"'
+            f"{name} is in {node.format} blocks, which bitsandbytes has no file for: quantize the "
+            'dense weight with format="nf4" or "fp4"'
         )
     stack = node.scales.shape[: node.stacked]
     if name.count("{}") != len(stack):

@@ -24,7 +24,7 @@ from lowrank_jax._errors import CheckpointError, ConfigError, listing
 
 DTYPES = ("bfloat16", "float16", "float32")
 STORAGES = ("uint8", *DTYPES)
-_TABLES = {format: np.array(FORMATS[format].table) for format in ("nf4", "fp4")}
+_TABLES = {row.name: np.array(row.table) for row in FORMATS.values() if row.bitsandbytes}
 _SINGLE = ("absmax", "quant_map")
 _DOUBLE = ("nested_absmax", "nested_quant_map")
 SIDES = (*_SINGLE, *_DOUBLE)

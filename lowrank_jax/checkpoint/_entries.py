@@ -18,10 +18,10 @@ from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.processes import gathered, placed
 from lowrank_jax._fingerprint import Fingerprint, to_host
 from lowrank_jax._nodes import Full, LowRank
-from lowrank_jax._nodes.family import IA3, LoHa, Rows, VeRA
+from lowrank_jax._nodes.family import IA3
+from lowrank_jax._nodes.methods import METHODS
 from lowrank_jax._paths import flatten
 
-_NODES: dict[str, Any] = {kind.__name__: kind for kind in (LowRank, LoHa, VeRA, IA3, Rows, Full)}
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}
 _PRNGS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
@@ -148,9 +148,14 @@ def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str,
     }
 
 
+def node_types() -> dict[str, Any]:
+    """The classes of nodes that are saved, by their names in the manifest."""
+    return {kind.__name__: kind for kind in (*(row.node for row in METHODS), Full)}
+
+
 def read_node(entry: Mapping, body: Mapping) -> Any:
     """The node of an entry, holding arrays not yet read."""
-    path, kind = "/".join(entry["path"]), _NODES[entry["type"]]
+    path, kind = "/".join(entry["path"]), node_types()[entry["type"]]
     known = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("static")}
     # a field that a file of before does not have takes its default
     static: dict[str, Any] = {

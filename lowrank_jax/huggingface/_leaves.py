@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.torch_layout import Layout, layout_of, misnumbered, numbered, stack_axes
-from lowrank_jax._nodes import inverse
+from lowrank_jax._primitives.contract import inverse
 from lowrank_jax.names import Parameter
 
 Shape = tuple[int, ...]

@@ -15,7 +15,7 @@ from lowrank_jax._files.safetensors import SINGLE, Tensors
 from lowrank_jax._files.tensor_file import DTYPES
 from lowrank_jax._files.torch_layout import known_names, use_of
 from lowrank_jax._fingerprint import to_host
-from lowrank_jax._nodes import is_adapter, materialize
+from lowrank_jax._nodes import as_dense, is_adapter
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._plan import Plan
 from lowrank_jax.huggingface._folder import Lazy
@@ -97,9 +97,9 @@ def _differences(tensors: Mapping[str, Lazy], original: Tensors) -> list[str]:
 def _read(leaf: Any, place: Lying, index: tuple[int, ...]) -> np.ndarray:
     """One tensor: one layer goes to the host."""
     if isinstance(leaf, Quantized) and place.layout.stack != tuple(range(leaf.stacked)):
-        leaf = materialize(leaf)
+        leaf = as_dense(leaf)
     if isinstance(leaf, Quantized):
-        layer = materialize(_layer(leaf, index, ()))
+        layer = as_dense(_layer(leaf, index, ()))
     elif isinstance(leaf, jax.Array):
         layer = _layer(leaf, index, place.layout.stack) if index else leaf
     else:

@@ -11,17 +11,17 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._fingerprint import to_host
-from lowrank_jax._nodes import Adapted, Full, LowRank, materialize, normed
+from lowrank_jax._nodes import Adapted, Full, LowRank, normed
+from lowrank_jax._nodes.methods import label_of
+from lowrank_jax._weights.materialize import materialize
 
 
 def foreign(node: Any) -> str:
     """What a node is that servers have not, or ""."""
     if isinstance(node, Full):
         return "trained whole"
-    if node.magnitude is not None:
-        return "DoRA" if node.rank else "(IA)^3"
-    if type(node) is not LowRank:
-        return type(node).__name__
+    if (label := label_of(node)) != "LoRA":
+        return label
     return "a convolution" if node.kind == "conv" else ""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.torch_layout import Layout
 from lowrank_jax._fingerprint import to_host
-from lowrank_jax._nodes import Full, materialize
+from lowrank_jax._nodes import Full, as_dense
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.full import full_of
 from lowrank_jax.peft._matching import Matching, Place
@@ -123,7 +123,7 @@ def _rows(matching: Matching, place: Place, key: str, rows: list[int]) -> Rows:
     """What is to be added to the table's rows, in ascending order, for the file's to come out."""
     order = np.argsort(rows)
     ascending = tuple(rows[i] for i in order)
-    base = to_host(place.path, materialize(place.leaf)[jnp.asarray(ascending)])
+    base = to_host(place.path, as_dense(place.leaf)[jnp.asarray(ascending)])
     change = matching.read(key)[order].astype(np.float32) - base.astype(np.float32)
     fan_out = tuple(range(1, place.leaf.ndim))
     axes = {"fan_in": (0,), "fan_out": fan_out, "kind": "lookup"}

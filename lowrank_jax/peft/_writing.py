@@ -12,8 +12,9 @@ from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listin
 from lowrank_jax._files.tensor_file import DTYPES
 from lowrank_jax._files.torch_layout import Layout, known_names, layout_of, numbered, use_of
 from lowrank_jax._fingerprint import to_host
-from lowrank_jax._nodes import Full, LowRank, is_node, materialize, nodes_of, unnormed
+from lowrank_jax._nodes import Full, LowRank, as_dense, is_node, nodes_of, unnormed
 from lowrank_jax._nodes.family import Rows
+from lowrank_jax._nodes.methods import label_of, method_of
 from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
 from lowrank_jax.names import Names, Parameter
@@ -83,7 +84,7 @@ class _Writing:
                 "pass base"
             )
         rows = list(node.rows)
-        base = to_host(path, materialize(self.bases[path]))[rows]
+        base = to_host(path, as_dense(self.bases[path]))[rows]
         changed = base.astype(np.float32) + node.scale * _host(path, node.b)
         self.tokens[name.module] = rows
         self._enter(name.module, {TOKENS: changed.astype(base.dtype)})
@@ -178,7 +179,7 @@ def _with_siblings(
 ) -> dict[str, Any]:
     """The nodes, and the frozen leaves of modules that are saved whole; None: not at hand."""
     siblings = {
-        path: Full(materialize(bases[path])) if path in bases else None
+        path: Full(as_dense(bases[path])) if path in bases else None
         for path, name in named.items()
         if name.module in whole and path not in nodes
     }
@@ -194,11 +195,10 @@ def _refuse(path: str, node: Any, name: Parameter) -> None:
         )
     if isinstance(node, Full):
         return
-    if type(node) not in (LowRank, Rows) or not node.rank:
-        kind = type(node).__name__ if node.rank else "(IA)^3"
+    if not method_of(node).in_peft:
         raise CheckpointError(
-            f"{path!r}: {kind} is no product that a LoRA file holds; save the merged weights "
-            "(lowrank.merge)"
+            f"{path!r}: {label_of(node)} is no product that a LoRA file holds; save the merged "
+            "weights (lowrank.merge)"
         )
     if node.folded:
         raise CheckpointError(f"{path!r}: save the adapter before lowrank.fold_norms")
@@ -254,7 +254,7 @@ def _relative(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -> di
         leaf, old = unnormed(leaf), unnormed(old)
         if leaf is old or isinstance(node, Full) or not hasattr(leaf, "dtype"):
             continue
-        new_, old_ = to_host(path, materialize(leaf)), to_host(path, materialize(old))
+        new_, old_ = to_host(path, as_dense(leaf)), to_host(path, as_dense(old))
         if np.array_equal(new_, old_):
             continue
         if node is None:

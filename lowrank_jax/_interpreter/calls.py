@@ -1,0 +1,129 @@
+"""Equations that hold jaxprs: how each is surveyed, and which of its results are operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowrank_jax import _equations, _jaxprs
+from lowrank_jax._equations import Scan, ShardMap, While
+from lowrank_jax._interpreter import control
+from lowrank_jax._interpreter.operation import (
+    Operation,
+    Source,
+    Table,
+    find_forwarded,
+    find_sources,
+)
+from lowrank_jax._interpreter.survey import Survey, Value
+
+# Calls
+
+
+def _survey_call(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    with survey.inside(eqn):
+        return survey.run(_equations.body(eqn), ins)
+
+
+def _sources_of_call(table: Table, eqn: Any) -> list[Source | None]:
+    return find_sources(table, _equations.body(eqn))
+
+
+def _survey_shard_map(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Inside, arrays are the parts on one device."""
+    inner, _ = _jaxprs.opened(ShardMap.of(eqn).jaxpr)
+    placed = lambda values, atoms: [
+        value.map(lambda view, atom=atom: view.place(atom.aval.shape))
+        for value, atom in zip(values, atoms, strict=True)
+    ]
+    return placed(_survey_call(survey, eqn, placed(ins, inner.invars)), eqn.outvars)
+
+
+def _sources_of_shard_map(table: Table, eqn: Any) -> list[Source | None]:
+    """Those of its body; what is put together otherwise than it was split is another array."""
+    mapping, found = ShardMap.of(eqn), []
+    for source, spec in zip(find_sources(table, mapping.jaxpr), mapping.out_specs, strict=True):
+        if source is not None:
+            number, order = source
+            entries = dict(enumerate(mapping.in_specs[number]))
+            if [entries.get(axis) for axis in order] != _entries(spec, len(order)):
+                source = None
+        found.append(source)
+    return found
+
+
+def _entries(spec: Any, ndim: int) -> list[Any]:
+    """The entries of a PartitionSpec, one for each axis."""
+    return [*spec, *(None for _ in range(ndim - len(spec)))]
+
+
+# Loops and branches
+
+
+def _survey_scan(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    loop, key = Scan.of(eqn), survey.key(eqn)
+    fixed = ins[: loop.consts]
+    slices = [value.map(lambda view: view.step(key)) for value in ins[loop.first_slice :]]
+    through = find_forwarded(survey.operations, loop.jaxpr)[: loop.carries]
+    constant = [source == loop.consts + i for i, source in enumerate(through)]
+    with survey.inside(eqn):
+        step = lambda carry: survey.run(loop.jaxpr, [*fixed, *carry, *slices])
+        carry, ys = survey.repeat(eqn, ins[loop.consts : loop.first_slice], constant, step)
+    return [*carry, *(y.map(lambda view: view.collect(key, loop.length)) for y in ys)]
+
+
+def _sources_of_scan(table: Table, eqn: Any) -> list[Source | None]:
+    loop = Scan.of(eqn)
+    inner = find_sources(table, loop.jaxpr)
+    some = loop.length > 0  # no step puts a constant into a carry
+    carried: list[Source | None] = []
+    unmoved = find_forwarded(table, loop.jaxpr)[: loop.carries]
+    for i, (index, var) in enumerate(zip(unmoved, eqn.outvars, strict=False)):
+        source = None
+        if index is not None and ((some and index < loop.consts) or index == loop.consts + i):
+            source = index, tuple(range(len(var.aval.shape)))
+        carried.append(source)
+    slices: list[Source | None] = []
+    for found in inner[loop.carries :]:
+        source = None
+        if found is not None and found[0] >= loop.first_slice:
+            source = found[0], (0, *(axis + 1 for axis in found[1]))
+        slices.append(source)
+    return carried + slices
+
+
+def _survey_while(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    loop = While.of(eqn)
+    fixed = ins[loop.cond_consts : loop.first_carry]
+    through = find_forwarded(survey.operations, loop.body)
+    constant = [source == loop.body_consts + i for i, source in enumerate(through)]
+    with survey.inside(eqn):
+        step = lambda carry: survey.run(loop.body, [*fixed, *carry])
+        carry, _ = survey.repeat(eqn, ins[loop.first_carry :], constant, step)
+        survey.run(loop.cond, [*ins[: loop.cond_consts], *carry])
+    return carry
+
+
+def _survey_cond(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    with survey.inside(eqn):
+        branches = [survey.run(branch, ins[1:]) for branch in _equations.branches(eqn)]
+    outs = [survey.join(eqn, values) for values in zip(*branches, strict=True)]
+    return [out.replace(data=out.data or ins[0].data) for out in outs]
+
+
+_JIT = Operation("control", control.evaluate_jit, _survey_call, _sources_of_call)
+_CALL = Operation("control", control.evaluate_call, _survey_call, _sources_of_call)
+_REMAT = Operation("control", control.evaluate_remat, _survey_call, _sources_of_call)
+
+CALLS: dict[str, Operation] = {
+    "jit": _JIT,
+    "closed_call": _CALL,
+    "core_call": _CALL,
+    "remat2": _REMAT,
+    "checkpoint": _REMAT,
+    "shard_map": Operation(
+        "control", control.evaluate_shard_map, _survey_shard_map, _sources_of_shard_map
+    ),
+    "scan": Operation("control", control.evaluate_scan, _survey_scan, _sources_of_scan),
+    "while": Operation("control", control.evaluate_while, _survey_while),
+    "cond": Operation("control", control.evaluate_cond, _survey_cond),
+}

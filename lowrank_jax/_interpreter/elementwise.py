@@ -1,0 +1,152 @@
+"""Operations element by element, and those that no rule follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from lowrank_jax import _equations, _jaxprs
+from lowrank_jax._interpreter.interpret import Context
+from lowrank_jax._interpreter.operation import Operation, kind_of
+from lowrank_jax._interpreter.structural import one_or_none
+from lowrank_jax._interpreter.survey import Survey, Value, as_number, merge
+from lowrank_jax._weights.virtual import Virtual
+
+Out = Sequence[Any] | None
+
+
+def _evaluate_scaled(operation: Callable) -> Callable:
+    """lax.mul or lax.div of a weight and one number, or numbers along some of its axes."""
+
+    def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+        weight, other = values if isinstance(values[0], Virtual) else values[::-1]
+        if isinstance(other, Virtual) or tuple(weight.shape) != _equations.result_shape(eqn):
+            return None
+        if operation is lax.div and not isinstance(values[0], Virtual):
+            return None
+        axes = [axis for axis, size in enumerate(other.shape) if size != 1]
+        if not axes:
+            apply = lambda array, scalar: operation(array, lax.broadcast(scalar, array.shape))
+            scaled = weight.multiply(other.reshape(()), apply)
+            if scaled is not None:
+                return [scaled]
+        elif len(axes) == weight.ndim:
+            return None  # a mask, say: a number for each entry
+        numbers = other.reshape([other.shape[axis] for axis in axes])
+        return one_or_none(weight.stretch(numbers, axes, operation))
+
+    return evaluate
+
+
+def _survey_scaled(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    """A weight times (or divided by) a number, or numbers along some axes, stays a weight."""
+    shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in eqn.invars]
+    out_shape = _equations.result_shape(eqn)
+    at = int(math.prod(shapes[0]) < math.prod(shapes[1]) and eqn.primitive.name == "mul")
+    weight, other = ins[at], ins[1 - at]
+    axes = [axis for axis, size in enumerate(shapes[1 - at]) if size != 1]
+    mask = axes and len(axes) == len(out_shape)
+    if mask or not weight.views or math.prod(shapes[at]) != math.prod(out_shape):
+        return survey_other(survey, eqn, ins)
+    survey.take(eqn, other.views)
+    stretch = lambda view: view.stretch(out_shape, axes) if axes else view.reshape(out_shape)
+    out = weight.map(stretch, other)
+    return [out.replace(products=weight.products | other.products, near=weight.near | other.near)]
+
+
+def survey_any(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Any equation: one that holds a jaxpr is looked into, as a function of plain arrays.
+
+    A function with a derivative of its own, say.
+    """
+    for body in _equations.bodies(eqn):
+        taken = [survey.compute(eqn, value) for value in ins]
+        with survey.inside(eqn):
+            return survey.run(body, taken)
+    return survey_other(survey, eqn, ins)
+
+
+def survey_other(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    """An equation that holds no jaxpr: parameters meet in it element by element, or whole."""
+    moving = [value for value in ins if value.moves]
+    for value in ins:
+        survey.take(eqn, value.views, by_rows=bool(moving))
+    fed = moving or [value for value in ins if value.data and value.empty]
+    if fed and _is_opaque(survey, eqn, ins):
+        reached = survey.computed(eqn, ins)
+        survey.pass_over(reached)
+        if reached:
+            key = survey.register(eqn, [path for path, _ in reached], merge(ins))
+            moving, ins = fed, [*ins, Value(products=frozenset({key}), near=frozenset({key}))]
+    sources = [value for value in ins if value.output] or ins
+    out = merge(ins).replace(
+        computed=() if moving else survey.computed(eqn, sources),
+        activation=bool(moving),
+        direct=_find_direct(survey, eqn, ins),
+    )
+    return [as_number(eqn, out, place) for place in range(len(eqn.outvars))]
+
+
+def _find_direct(survey: Survey, eqn: Any, ins: list[Value]) -> frozenset[Any]:
+    """The products that still reach the result directly."""
+    kind = kind_of(survey.operations, eqn)
+    if kind == "mix":
+        return merge(ins).direct
+    moving = [value for value in ins if value.moves]
+    zero = lambda atom: isinstance(atom, _jaxprs.Literal) and np.all(np.asarray(atom.val) == 0)
+    if eqn.primitive.name in ("max", "min") and any(map(zero, eqn.invars)):
+        return frozenset()  # relu
+    if kind == "unary" or (kind == "shift" and len(moving) == 1):
+        return merge(moving).direct
+    return frozenset()
+
+
+def _is_opaque(survey: Survey, eqn: Any, ins: list[Value]) -> bool:
+    """Whether a primitive may do anything with the parameters it takes, products too."""
+    kind = kind_of(survey.operations, eqn)
+    if kind == "opaque":
+        return True
+    if kind in ("mix", "shift") or eqn.primitive.name.startswith(("scatter", "reduce", "select")):
+        return False
+    shapes = [
+        tuple(atom.aval.shape)
+        for atom, value in zip(eqn.invars, ins, strict=True)
+        if value.views or value.computed
+    ]
+    whole = _equations.result_shape(eqn) if eqn.outvars else None
+    return whole is not None and any(shape != whole for shape in shapes if shape)
+
+
+def _survey_top_k(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    """A choice of the largest: what it is made from are the products of routers."""
+    survey.routers |= ins[0].near
+    return survey_other(survey, eqn, ins)
+
+
+def _survey_collective(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Each result is an operand and what other devices have of it."""
+    return [survey.compute(eqn, value) for value in ins]
+
+
+_SHIFTS = ("add", "sub", "max", "min", "add_any", "clamp", "scatter-add")
+_MIXES = ("select_n", "dynamic_update_slice", "scatter", "sort")
+_OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "triangular_solve")
+_COLLECTIVES = (
+    *("psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_to_all", "reduce_scatter"),
+    *("all_gather", "all_gather_invariant"),
+)
+
+ELEMENTWISE: dict[str, Operation] = {
+    "mul": Operation("shift", _evaluate_scaled(lax.mul), _survey_scaled),
+    "div": Operation("shift", _evaluate_scaled(lax.div), _survey_scaled),
+    "tanh": Operation("unary"),
+    **dict.fromkeys(_SHIFTS, Operation("shift")),
+    **dict.fromkeys(_MIXES, Operation("mix")),
+    **dict.fromkeys(("top_k", "approx_top_k"), Operation("mix", survey=_survey_top_k)),
+    **dict.fromkeys(_OPAQUE, Operation("opaque")),
+    **dict.fromkeys(_COLLECTIVES, Operation("other", survey=_survey_collective)),
+}

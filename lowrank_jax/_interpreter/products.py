@@ -1,0 +1,194 @@
+"""Operations that multiply a weight or read its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from lowrank_jax import _equations
+from lowrank_jax._equations import Dot, RaggedDot
+from lowrank_jax._interpreter.interpret import Context
+from lowrank_jax._interpreter.operation import Operation
+from lowrank_jax._interpreter.structural import is_first_alone, one_or_none
+from lowrank_jax._interpreter.survey import Survey, Value, merge
+from lowrank_jax._weights.virtual import Virtual
+
+Out = Sequence[Any] | None
+
+
+# Evaluation
+
+
+def _keep_larger(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
+    """Of two weights that meet, build the smaller: the only way, and so not a fallback."""
+    left, right = values[:2]
+    if isinstance(left, Virtual) and isinstance(right, Virtual):
+        if math.prod(left.shape) <= math.prod(right.shape):
+            left = ctx.built(left, eqn)
+        else:
+            right = ctx.built(right, eqn)
+    return [left, right, *values[2:]]
+
+
+def _recorded(ctx: Context, eqn: Any, weight: Virtual, out: Any) -> Out:
+    """The result of a product, noted for the report."""
+    if out is not None and not isinstance(out, Virtual):
+        for leaf in weight.leaves():
+            ctx.record(leaf, eqn, leaf.how)
+    return one_or_none(out)
+
+
+def _evaluate_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    left, right = _keep_larger(ctx, eqn, values)
+    on_left = isinstance(left, Virtual)
+    weight, other = (left, right) if on_left else (right, left)
+    numbers, options = Dot.of(eqn)
+    return _recorded(ctx, eqn, weight, ctx.use(weight).dot(other, numbers, on_left, options))
+
+
+def _evaluate_ragged_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    left, right, sizes = _keep_larger(ctx, eqn, values)
+    numbers, options, group_offset = RaggedDot.of(eqn)
+    if not isinstance(right, Virtual) or isinstance(sizes, Virtual) or group_offset is not None:
+        return None
+    out = ctx.use(right).ragged_dot(left, sizes, numbers, options)
+    return _recorded(ctx, eqn, right, out)
+
+
+def _evaluate_conv(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    left, right = _keep_larger(ctx, eqn, values)
+    if not isinstance(right, Virtual):
+        return None
+    return _recorded(ctx, eqn, right, ctx.use(right).conv(left, _equations.conv_options(eqn)))
+
+
+def _evaluate_gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    if not is_first_alone(values):
+        return None
+    weight, options = values[0], _equations.gather_options(eqn)
+    indices, options = _without_whole_axes(weight.shape, values[1], options)
+    if not indices.shape[-1]:  # nothing is chosen: as many copies as there are indices
+        shape = _equations.result_shape(eqn)
+        axes = [*map(int, options["dimension_numbers"].offset_dims)]
+        bound = lambda array: lax.broadcast_in_dim(array, shape, axes)
+        return one_or_none(weight.broadcast(shape, axes, bound))
+    return _recorded(ctx, eqn, weight, weight.gather(indices, options))
+
+
+def _without_whole_axes(
+    shape: Sequence[int], indices: Any, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Leave out of the indices those of axes that are read whole, which are clamped to 0.
+
+    Such are in the index of a dynamic_slice under vmap, which names every axis.
+    """
+    numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
+    mapped = numbers.start_index_map
+    kept = [i for i, axis in enumerate(mapped) if sizes[axis] != shape[axis] or sizes[axis] == 1]
+    clamped = lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    if len(kept) == len(mapped) or options["mode"] not in clamped:
+        return indices, options
+    if not kept and numbers.operand_batching_dims:
+        return indices, options
+    numbers = numbers._replace(start_index_map=tuple(mapped[i] for i in kept))
+    chosen = indices[..., np.array(kept, int)]
+    # the rest of an index may repeat, in any order
+    more = {"unique_indices": False, "indices_are_sorted": False}
+    return chosen, {**options, "dimension_numbers": numbers, **more}
+
+
+# Survey
+
+Roles = tuple[Sequence[int], Sequence[int], Sequence[int]]  # contracted, batch and free axes
+
+
+def _survey_product(
+    survey: Survey, eqn: Any, ins: Sequence[Value], roles: Sequence[Roles | None], op: str = "dot"
+) -> list[Value]:
+    """A product whose operands have these roles; None: that operand is no weight."""
+    left, right = ins
+    fed = max(left.rank, right.rank) > 0  # by data, not by parameters alone
+    sizes = [math.prod(atom.aval.shape) for atom in eqn.invars]
+    # of two parameters the smaller is as the input, if no product with data follows
+    input_is = None if fed or right.empty or left.empty else sizes[0] > sizes[1]
+    key, found = survey.key(eqn), []
+    for at, (value, mine) in enumerate(zip(ins, roles, strict=True)):
+        other = ins[1 - at]
+        if value.rank > other.rank and not other.empty:
+            survey.take(eqn, value.views)
+            continue
+        if mine is None:  # the input of a convolution, the rows of a ragged product
+            value, mine = survey.compute(eqn, value), ((), (), ())
+        value = survey.compute(eqn, value, lambda v, mine=mine: v.is_masked(mine[0], mine[2]))
+        for view in value.views:
+            known = view.product(op, *mine, provisional=not fed)
+            survey.note(view.path, key, survey.describe(eqn), None if at == input_is else known)
+        if fed:
+            survey.pass_over(value.computed)
+        found += [view.path for view in value.views] + [path for path, _ in value.computed]
+    out = merge(ins).replace(activation=fed, direct=frozenset())
+    if found and fed:
+        own = frozenset({survey.register(eqn, found, out)})
+        return [out.replace(products=out.products | own, direct=own, near=own, output=False)]
+    if not fed:
+        out = out.replace(computed=survey.computed(eqn, ins, views=False), output=bool(found))
+    return [out]
+
+
+def _survey_dot(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    (lc, rc), (lb, rb) = Dot.of(eqn).numbers
+    ndims = [len(atom.aval.shape) for atom in eqn.invars]
+    free = lambda ndim, *used: [axis for axis in range(ndim) if axis not in {*used}]
+    lf, rf = free(ndims[0], *lc, *lb), free(ndims[1], *rc, *rb)
+    (out,) = _survey_product(survey, eqn, ins, [(lc, lb, lf), (rc, rb, rf)])
+    if out.activation:
+        return [out]
+    # of parameters alone: each is followed on, to a product with data
+    shape = _equations.result_shape(eqn)
+    left = ins[0].map(lambda v: v.contract(shape, [*lb, *lf, *(None for _ in rf)], lc))
+    right = ins[1].map(lambda v: v.contract(shape, [*rb, *(None for _ in lf), *rf], rc))
+    views = tuple(dict.fromkeys((*left.views, *right.views)))
+    return [out.replace(views=views)]
+
+
+def _survey_ragged_dot(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    numbers = RaggedDot.of(eqn).numbers
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    batch = (*batch, *numbers.rhs_group_dimensions)
+    ndim = len(eqn.invars[1].aval.shape)
+    free = [axis for axis in range(ndim) if axis not in (*contracted, *batch)]
+    return _survey_product(survey, eqn, ins[:2], [None, (contracted, batch, free)])
+
+
+def _survey_conv(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    """The window and the input features are contracted."""
+    out, *taps = _equations.conv_options(eqn)["dimension_numbers"].rhs_spec
+    return _survey_product(survey, eqn, ins, [None, (taps, (), (out,))], "conv")
+
+
+def _survey_gather(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Rows of a table, one index of a stack, or many of them."""
+    table, indices = ins
+    options, shape = _equations.gather_options(eqn), _equations.result_shape(eqn)
+    numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
+    many = len(eqn.invars[1].aval.shape) > 1
+    out = table.map(lambda view: view.gather(numbers, sizes, shape, indices.data, many), indices)
+    # the rows of a matrix are vectors: no product can take them as a weight
+    rows = [view for view in out.views if view.looked_up and view.has_vectors()]
+    if rows:
+        survey.take(eqn, rows)
+        rest = tuple(view for view in out.views if view not in rows)
+        out = out.replace(views=rest, activation=out.activation or indices.data)
+    return [out]
+
+
+PRODUCTS: dict[str, Operation] = {
+    "dot_general": Operation("product", _evaluate_dot, _survey_dot),
+    "ragged_dot_general": Operation("product", _evaluate_ragged_dot, _survey_ragged_dot),
+    "conv_general_dilated": Operation("product", _evaluate_conv, _survey_conv),
+    "gather": Operation("product", _evaluate_gather, _survey_gather),
+}
