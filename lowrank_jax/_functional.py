@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._checks import anything, checked, shown
-from lowrank_jax._errors import StateError, TreeError, listing
+from lowrank_jax._errors import StateError, TreeError, forgotten, listing
 from lowrank_jax._interpreter.operation import find_forwarded
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jaxprs import is_tracer
 from lowrank_jax._lift import is_array, split, trace
-from lowrank_jax._nodes import forgotten, is_node
+from lowrank_jax._nodes import is_node
 from lowrank_jax._paths import flatten, in_structure
 
 if TYPE_CHECKING:  # imported where it is used: the core does not depend on Flax
