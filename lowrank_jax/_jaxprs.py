@@ -81,7 +81,7 @@ class _Both:
 
 def specified(sharding: Any) -> Any:
     """A sharding or layout that a user gave, or None."""
-    return None if type(sharding).__name__ == "UnspecifiedValue" else sharding
+    return sharding if isinstance(sharding, jax.sharding.Sharding) else None
 
 
 _INTERNAL = tuple(

@@ -9,7 +9,7 @@ from typing import Any
 from jax import lax
 
 from lowrank_jax._checks import checked, function
-from lowrank_jax._primitives.tied import tied_p
+from lowrank_jax._primitives.quantized_dot import quantized_dot_p
 from lowrank_jax._weights.blocks import Conv, Dot
 
 
@@ -21,7 +21,7 @@ class SeenAsDots:
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
         """What the other says."""
-        if primitive is not tied_p:
+        if primitive is not quantized_dot_p:
             return self.policy(primitive, *avals, **params)
         op, mapped = params["op"], False
         while hasattr(op, "inner"):

@@ -246,7 +246,11 @@ def test_initializers_that_move_weight_keep_the_function():
 def products(fn, *args):
     """How many products a traced function has, loops counted once."""
     text = str(jax.make_jaxpr(fn)(*args))
-    return text.count("dot_general") + text.count("lowrank_bilinear") + text.count("lowrank_tied")
+    return (
+        text.count("dot_general")
+        + text.count("lowrank_bilinear")
+        + text.count("lowrank_quantized_dot")
+    )
 
 
 @pytest.mark.parametrize("quant", [None, BLOCKS], ids=["dense", "codes"])
@@ -307,7 +311,7 @@ def test_no_loop_takes_the_norm_again(quant):
         return [body for body in bodies if "tanh" in body or "bilinear" in body]
 
     count = lambda texts: [
-        sum(t.count(n) for n in ("dot_general[", "lowrank_bilinear[", "lowrank_tied["))
+        sum(t.count(n) for n in ("dot_general[", "lowrank_bilinear[", "lowrank_quantized_dot["))
         for t in texts
     ]
     assert count(in_loops(lora)) == count(in_loops(plain))

@@ -17,7 +17,7 @@ QUANT = lowrank.QuantConfig(targets="*", packing="uint8", double_quant=False)
 def decodes(jaxpr):
     """Products with codes in a jaxpr, those of inner jaxprs included."""
     inner = [getattr(v, "jaxpr", v) for eqn in jaxpr.eqns for v in eqn.params.values()]
-    own = sum(eqn.primitive.name == "lowrank_tied" for eqn in jaxpr.eqns)
+    own = sum(eqn.primitive.name == "lowrank_quantized_dot" for eqn in jaxpr.eqns)
     return own + sum(decodes(j) for j in inner if hasattr(j, "eqns"))
 
 

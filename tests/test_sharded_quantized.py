@@ -145,7 +145,7 @@ def test_values_and_gradients_are_those_of_one_device(case):
     got, text = run(step_of(model), lora, base, tokens)
     assert_close(got, want)
     # in the traced program no weight is dense, nor kept for backward
-    assert "lowrank_tied" in text
+    assert "lowrank_quantized_dot" in text
     assert not [shape for shape in ("f32[512,256]", "f32[16,32,256]") if shape in text]
     apply = lambda tree, tokens: model.apply({"params": tree}, tokens)
     report = lowrank.report(apply, lowrank.combine(base, lora), tokens)
@@ -236,7 +236,7 @@ def test_every_layout(kind, double_quant, layout):
         loss = lambda l, b, x: jnp.sin(live(l, b, x)).sum()
         got, text = run(jax.value_and_grad(loss, (0, 2)), lora, base, x)
         assert_close(got, want)
-        assert "lowrank_tied" in text
+        assert "lowrank_quantized_dot" in text
         if kind == AxisType.Explicit:
             assert_placed_alike(got[1], (lora, x))
             y = jax.eval_shape(live, lora, base, x)

@@ -23,6 +23,7 @@ from lowrank_jax._codecs.packing import pack, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK, decode_scales, encode_scales
 from lowrank_jax._errors import AxesError, LowrankError, TreeError
 from lowrank_jax._nodes.serialization import Node
+from lowrank_jax._primitives.quantized_dot import Form
 
 Axes = tuple[int, ...]
 
@@ -158,7 +159,7 @@ class Quantized(Node):
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class Decoding(Form):
     """Decodes parts of a Quantized leaf into its blocks, [*leading, blocks, block, *trailing].
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax import lax
 from lowrank_jax._nodes.quantized import Decoding, unflattened
 from lowrank_jax._primitives.bilinear import Labels, dot_of_labels, flat_dot_of_labels
 from lowrank_jax._primitives.contract import arrange
+from lowrank_jax._primitives.quantized_dot import Form
 
 BLOCKS, ELEMENTS = "blocks", "elements"
 PICKED = "picked"  # labels (PICKED, n) of axes of codes of which one entry is taken
@@ -93,7 +94,7 @@ def without_layout(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dot:
+class Dot(Form):
     """lax.dot_general of an activation and decoded blocks, linear in the activation."""
 
     layout: Layout
@@ -105,9 +106,10 @@ class Dot:
         """The product, in the order of axes that the user's equation has."""
         return self._run(dot_of_labels, x, w)
 
-    def on_cpu(self, x: jax.Array, w: jax.Array) -> jax.Array:
+    @property
+    def on_cpu(self) -> Callable:
         """As a product of two matrices."""
-        return self._run(flat_dot_of_labels, x, w)
+        return functools.partial(self._run, flat_dot_of_labels)
 
     def _run(self, product: Any, x: jax.Array, w: jax.Array) -> jax.Array:
         layout = self.layout
@@ -149,7 +151,7 @@ class Dot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Conv:
+class Conv(Form):
     """lax.conv_general_dilated with a decoded kernel."""
 
     layout: Layout
@@ -161,7 +163,7 @@ class Conv:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ragged:
+class Ragged(Form):
     """lax.ragged_dot_general with a decoded weight for each group of rows."""
 
     layout: Layout
@@ -176,7 +178,7 @@ class Ragged:
 
 
 @dataclasses.dataclass(frozen=True)
-class PickedDecoding:
+class PickedDecoding(Form):
     """Decodes one entry of a stack whose axis is not the first of its codes.
 
     The last parts are the numbers of the entries: a loop over such a stack closes over the whole of
@@ -191,7 +193,7 @@ class PickedDecoding:
     places: tuple[int, ...]
 
     @property
-    def anchor(self) -> int:
+    def anchor(self) -> int:  # type: ignore[override]
         """The part to tie to the activation: a number of the last ones, not all of the codes."""
         return -1
 
@@ -223,7 +225,7 @@ class PickedDecoding:
 
 
 @dataclasses.dataclass(frozen=True)
-class ThenDecoding:
+class ThenDecoding(Form):
     """Decodes a weight and leads it through structural operations that its blocks cannot follow.
 
     Args:
@@ -232,7 +234,7 @@ class ThenDecoding:
       operations: (name, *parameters) of each, in order.
     """
 
-    decoding: Any
+    decoding: Form
     layout: Layout
     operations: tuple[tuple[Any, ...], ...] = ()
 
@@ -252,9 +254,9 @@ class ThenDecoding:
         return tuple(params[0] for name, *params in self.operations if name == "astype")
 
     @property
-    def anchor(self) -> int:
+    def anchor(self) -> int:  # type: ignore[override]
         """The part to tie to the activation."""
-        return getattr(self.decoding, "anchor", 0)
+        return self.decoding.anchor
 
     @property
     def on_tpu(self) -> ThenDecoding:
@@ -292,10 +294,10 @@ def _entry(array: jax.Array, number: jax.Array, axis: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedDecoding:
+class GroupedDecoding(Form):
     """Decodes all parts but the last, the sizes of the groups, which go along."""
 
-    decode: Any
+    decode: Form
 
     def __call__(self, *parts: Any) -> tuple[jax.Array, jax.Array]:
         """The decoded blocks, and the sizes as they came."""
@@ -303,9 +305,9 @@ class GroupedDecoding:
         return self.decode(*own), sizes
 
     @property
-    def anchor(self) -> int:
+    def anchor(self) -> int:  # type: ignore[override]
         """The part to tie to the activation."""
-        own = getattr(self.decode, "anchor", 0)
+        own = self.decode.anchor
         return own - 1 if own < 0 else own
 
     @property
@@ -315,7 +317,7 @@ class GroupedDecoding:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlatDecoding:
+class FlatDecoding(Form):
     """Decodes a leaf kept flat into its dense shape: blocks that straddle its rows."""
 
     decoding: Decoding

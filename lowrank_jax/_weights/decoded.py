@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
-from lowrank_jax._primitives.tied import tied
+from lowrank_jax._primitives.quantized_dot import quantized_dot
 from lowrank_jax._weights.blocks import Conv, Dot, GroupedDecoding, Layout, Ragged, without_layout
 from lowrank_jax._weights.dense import DenseWeight
 
@@ -48,8 +48,8 @@ def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
 
 
 def _product(w: Any, like: Any, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
-    """A tied product, on a mesh with explicit axes laid out as like(dense weight, other)."""
-    run = lambda other, *parts: tied(other, parts, op, decode)
+    """A product, on a mesh with explicit axes laid out as like(dense weight, other)."""
+    run = lambda other, *parts: quantized_dot(other, parts, op, decode)
     if not any(map(_jaxprs.is_explicit, (other, *parts))):
         return run(other, *parts)
     dense = lambda own, other: like(DenseWeight(own.materialize()), other)
