@@ -38,6 +38,26 @@ def test_restoring_keeps_few_arrays_on_the_host(tmp_path, monkeypatch):
     assert most <= 2
 
 
+def test_jax_takes_arrays_where_it_copies_them_once(tmp_path, monkeypatch):
+    lora = adapter(12, rows=1 << 16)
+    extra = {"half": jnp.ones((3, 5), jnp.bfloat16), "bits": np.ones(7, bool), "one": jnp.ones(())}
+    checkpoint.save(tmp_path / "x", lora=lora, config=CONFIG, extra=extra)
+    taken, make = [], jnp.array
+
+    def watched(value, *args, **kwargs):
+        if isinstance(value, np.ndarray):
+            taken.append(value.ctypes.data)
+        return make(value, *args, **kwargs)
+
+    monkeypatch.setattr(jnp, "array", watched)
+    found = checkpoint.restore(tmp_path / "x", like={"lora": lora, "extra": extra})
+    monkeypatch.undo()
+    assert len(taken) >= 24
+    assert not any(address % 64 for address in taken)
+    same = lambda x, y: x.dtype == y.dtype and x.shape == y.shape and bool((x == y).all())
+    assert jax.tree.all(jax.tree.map(same, (found.lora, found.extra), (lora, extra)))
+
+
 def test_arrays_are_hashed_while_orbax_writes(tmp_path, monkeypatch):
     hashing, sha256, save = threading.Event(), _archive.sha256, ocp.Checkpointer.save
     monkeypatch.setattr(_archive, "sha256", lambda array: (hashing.set(), sha256(array))[1])

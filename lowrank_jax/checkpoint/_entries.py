@@ -226,9 +226,22 @@ def loaded(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
     elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array  # 64-bit numbers, of NumPy, in a program of 32-bit ones
     else:
-        leaf = jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(array)
-        leaf = leaf if leaf.dtype == array.dtype else jnp.array(array)
+        leaf = jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(_aligned(array))
+        leaf = leaf if leaf.dtype == array.dtype else jnp.array(_aligned(array))
     return leaf if sharding is None else placed(leaf, sharding)
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that starts at a multiple of 64 bytes.
+
+    On CPU, JAX copies any other array twice, and the first copy leaves a hole in the heap: of a
+    restored adapter of 1 MiB leaves, those are an eighth.
+    """
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def refuse(why: str, problems: list[str]) -> None:
