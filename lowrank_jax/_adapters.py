@@ -20,13 +20,19 @@ from lowrank_jax._nodes import (
     normed,
 )
 from lowrank_jax._paths import flatten, path_hash
+from lowrank_jax._types import PyTree
 from lowrank_jax._weights.magnitude import gain_of
 from lowrank_jax._weights.materialize import materialize
 
 
 @checked(scale=number_like, key=key)
 def combine(
-    base: Any, lora: Any, *, scale: Any = 1.0, dropout: float = 0.0, key: jax.Array | None = None
+    base: PyTree,
+    lora: PyTree,
+    *,
+    scale: Any = 1.0,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
 ) -> Any:
     r"""Put base and adapter into one tree of nodes, without arithmetic.
 
@@ -107,7 +113,7 @@ def _mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
     return jax.random.split(leaf_key, node.stacked) if node.stacked else leaf_key
 
 
-def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
+def _nodes_of(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, Any]:
     """Adapter nodes by path, checked against the base."""
     nodes = dict(flatten(lora, is_leaf=is_node)[0])
     arrays = dict(leaves)
@@ -145,7 +151,7 @@ def _nodes_of(leaves: list[tuple[str, Any]], lora: Any) -> dict[str, Any]:
 
 
 @checked(tree=tree_of_arrays)
-def partition(tree: Any) -> tuple[Any, Any]:
+def partition(tree: PyTree) -> tuple[Any, Any]:
     """Take a combined tree apart into (base, lora): the inverse of combine.
 
     Args:
@@ -173,7 +179,7 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
 
 @checked(scale=number_like)
-def merge(base: Any, lora: Any, *, scale: Any = 1.0) -> Any:
+def merge(base: PyTree, lora: PyTree, *, scale: Any = 1.0) -> Any:
     r"""Fold the adapter into dense weights: $W + m\,s\,a\,b$, added in float32 and cast once.
 
     Args:
@@ -207,7 +213,7 @@ def merge(base: Any, lora: Any, *, scale: Any = 1.0) -> Any:
 
 
 @checked()
-def fold_norms(base: Any, lora: Any) -> Any:
+def fold_norms(base: PyTree, lora: PyTree) -> Any:
     r"""Make DoRA as cheap as LoRA for inference: compute its norms once and for all.
 
     $y = c \odot (x W + s\,(x a) b)$ with $c = m / \lVert W + s\,a\,b \rVert$ kept in place of m.

@@ -21,6 +21,7 @@ from lowrank_jax._nodes import is_adapter, is_node
 from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
 from lowrank_jax._targets import Target, resolve
+from lowrank_jax._types import Equation, PyTree
 from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.observed import Log, Observed, Sight
 from lowrank_jax._weights.virtual import Virtual
@@ -73,7 +74,7 @@ def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -
         targets = _targets(params, config, plan)
         return _measure(fn, targets, call, paths, dynamic)
 
-    def measure(params: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+    def measure(params: PyTree, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         call, dynamic, paths = _lift.split((params, *args), kwargs)
         _lift.check_hashable(call)
         return run(call, tuple(paths), dynamic)
@@ -81,7 +82,7 @@ def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -
     return measure
 
 
-def _targets(params: Any, config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
+def _targets(params: PyTree, config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
     """The targets, all of which have inputs."""
     leaves, _ = flatten(params, is_leaf=is_node)
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
@@ -105,18 +106,18 @@ class _Watch(Context):
 
     seen: dict[str, dict[Any, tuple[Record, Sight]]] = dataclasses.field(default_factory=dict)
 
-    def record(self, weight: Virtual, eqn: Any, how: str, reason: str = "") -> None:
+    def record(self, weight: Virtual, eqn: Equation, how: str, reason: str = "") -> None:
         super().record(weight, eqn, how, reason)
         if isinstance(weight, Observed) and (sight := weight.log.take()):
             here = (*map(id, self.frame), id(eqn))
             self.seen.setdefault(weight.path, {})[here] = self.records[-1], sight
 
-    def built(self, weight: Virtual, eqn: Any) -> Any:
+    def built(self, weight: Virtual, eqn: Equation) -> Any:
         if _is_observed(weight):
             return self.dense(weight, eqn, "it meets a weight that is no smaller")
         return super().built(weight, eqn)
 
-    def dense(self, value: Any, eqn: Any, reason: str) -> Any:
+    def dense(self, value: Any, eqn: Equation, reason: str) -> Any:
         if not _is_observed(value):
             return super().dense(value, eqn, reason)
         line, _ = self.where(eqn)

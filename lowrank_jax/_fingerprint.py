@@ -18,6 +18,7 @@ from lowrank_jax._errors import TreeError
 from lowrank_jax._files.processes import gathered
 from lowrank_jax._nodes import Normed, is_adapter, unnormed
 from lowrank_jax._paths import flatten, renamed
+from lowrank_jax._types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -82,7 +83,7 @@ def differences(expected: Mapping[str, str], came: Mapping[str, str]) -> list[st
 
 
 @checked(tree=tree_of_arrays)
-def fingerprint(tree: Any) -> Fingerprint:
+def fingerprint(tree: PyTree) -> Fingerprint:
     """Compute the identity of a base: path, shape, dtype and SHA-256 of the bytes of each leaf.
 
     Leaf by leaf: at most a few leaves are on the host at once, and none stays there. Neither the

@@ -16,6 +16,7 @@ from lowrank_jax._jaxprs import is_tracer
 from lowrank_jax._lift import is_array, split, trace
 from lowrank_jax._nodes import is_node
 from lowrank_jax._paths import flatten, in_structure
+from lowrank_jax._types import PyTree
 
 if TYPE_CHECKING:  # imported where it is used: the core does not depend on Flax
     from flax import nnx
@@ -64,7 +65,7 @@ def functional(
     """
     pure, params, state = _Pure.of(model, wrt, method)
 
-    def fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def fn(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         out, after = pure.call(params, state, args, kwargs)
         if changed := pure.changed(params, state, after, args, kwargs):
             raise StateError(
@@ -116,7 +117,7 @@ def functional_with_state(
     """
     pure, params, state = _Pure.of(model, wrt, method)
 
-    def fn(params: Any, state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def fn(params: PyTree, state: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         out, after = pure.call(params, state, args, kwargs)
         changed = pure.changed(params, state, after, args, kwargs)
         if lost := [path for path in changed if path in pure.params]:
@@ -133,7 +134,7 @@ def functional_with_state(
 class _Pure:
     """A module taken apart: what merges it, calls it, and takes it apart again."""
 
-    def __init__(self, graphdef: Any, wrt: Any, method: Callable, params: Any, state: Any):
+    def __init__(self, graphdef: Any, wrt: Any, method: Callable, params: PyTree, state: PyTree):
         self.graphdef, self.wrt, self.method = graphdef, wrt, method
         self.params, self.state = _kinds(params), _kinds(state)
         # a State made of its structure: nnx.merge takes no dict where a variable holds a tree
@@ -162,7 +163,9 @@ class _Pure:
         pure = cls(graphdef, wrt, _callable(model, method), params, state)
         return pure, nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
-    def call(self, params: Any, state: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, Any]]:
+    def call(
+        self, params: PyTree, state: PyTree, args: Any, kwargs: Any
+    ) -> tuple[Any, tuple[Any, Any]]:
         """The result of a call, and (params, state) after it."""
         from flax import nnx
 
@@ -176,7 +179,7 @@ class _Pure:
             self._refuse_other_graph(*after)
         return out, (nnx.to_pure_dict(after[0]), nnx.to_pure_dict(after[1]))
 
-    def _refuse_other_graph(self, params: Any, state: Any) -> None:
+    def _refuse_other_graph(self, params: PyTree, state: PyTree) -> None:
         """Raise, naming what a call added to the model or took from it."""
         now, known = {**_kinds(params), **_kinds(state)}, {**self.params, **self.state}
         added = [f"{path} ({now[path]}): added" for path in now if path not in known]
@@ -193,7 +196,7 @@ class _Pure:
             f"nnx.pop(model, nnx.Intermediate)):\n{listing(added + gone)}"
         )
 
-    def in_structure(self, state: Any, after: Any) -> Any:
+    def in_structure(self, state: PyTree, after: Any) -> Any:
         """The state after a call in the containers and with the keys of the one before it."""
         leaves = dict(flatten(after)[0])
         if lost := sorted(leaves.keys() ^ self.state.keys()):
@@ -204,7 +207,9 @@ class _Pure:
             )
         return in_structure(state, leaves)
 
-    def changed(self, params: Any, state: Any, after: Any, args: Any, kwargs: Any) -> list[str]:
+    def changed(
+        self, params: PyTree, state: PyTree, after: Any, args: Any, kwargs: Any
+    ) -> list[str]:
         """Paths of the variables that a call does not leave as they came."""
         before, now = _leaves(params, state), _leaves(*after)
         both = [path for path in before if is_array(before[path]) and is_array(now.get(path))]
@@ -230,7 +235,7 @@ class _Pure:
         return listing([f"{path} ({kinds.get(path, 'new')})" for path in paths])
 
 
-def _leaves(params: Any, state: Any) -> dict[str, Any]:
+def _leaves(params: PyTree, state: PyTree) -> dict[str, Any]:
     """Leaves of both by path."""
     return {path: leaf for tree in (params, state) for path, leaf in flatten(tree)[0]}
 
@@ -272,7 +277,7 @@ def _callable(model: Any, method: Method | None) -> Callable:
     return lambda model, /, *args, **kwargs: getattr(model, name)(*args, **kwargs)
 
 
-def _kinds(state: Any) -> dict[str, str]:
+def _kinds(state: PyTree) -> dict[str, str]:
     """Path of each leaf of a State -> type name of the variable that it is, or is part of."""
     from flax import nnx
 
@@ -285,7 +290,7 @@ def _kinds(state: Any) -> dict[str, str]:
     return found
 
 
-def _checked(expected: dict[str, str], tree: Any, what: str) -> list[Any]:
+def _checked(expected: dict[str, str], tree: PyTree, what: str) -> list[Any]:
     """The leaves of a tree that has the model's variables and no others, in the model's order."""
     leaves = flatten(tree, is_leaf=is_node)[0]
     if any(is_node(leaf) for _, leaf in leaves):

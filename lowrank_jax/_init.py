@@ -38,6 +38,7 @@ from lowrank_jax._quantize import quantize_leaf, refuse_bad
 from lowrank_jax._rounding import is_narrower, round_to
 from lowrank_jax._statics import Static
 from lowrank_jax._targets import Target, resolve, train_rows, train_whole, warn_of_passed_over
+from lowrank_jax._types import PyTree
 from lowrank_jax._weights.magnitude import norms_of
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
@@ -46,7 +47,7 @@ Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 @checked(key=key_or_seed, initializer=anything)
 def init(
     key: jax.Array | int,
-    params: Any,
+    params: PyTree,
     config: LoraConfig,
     *,
     plan: Plan | None = None,
@@ -275,7 +276,7 @@ def _compiled(form: Any) -> Callable:
 
 
 def _factors(
-    form: Static, key: jax.Array, leaf: jax.Array, data: Any, target: Target, dtype: str
+    form: Static, key: jax.Array, leaf: jax.Array, data: PyTree, target: Target, dtype: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """a, b and the residual in the leaf's own layout: groups flattened, stacks vmapped."""
     order = target.stack + target.fan_in + target.fan_out
@@ -287,7 +288,7 @@ def _factors(
     keys = jax.random.split(key, weight.shape[0]) if stack else key[None]
     data = [array.reshape(-1, *array.shape[len(stack) :]) for array in data]
 
-    def make(key: Any, weight: Any, data: Any) -> Any:
+    def make(key: Any, weight: Any, data: PyTree) -> Any:
         own = form.value if callable(form.value) else jax.tree.unflatten(form.value, data)
         if hasattr(own, "rounded_to"):
             own = own.rounded_to(dtype)
@@ -335,7 +336,7 @@ def _refuse_other_results(made: Any, name: str) -> None:
 _of_structure = jax.jit(_factors, static_argnums=(0, 4, 5))
 
 
-def _lost(a: Any, b: Any, kept_a: Any, kept_b: Any, dtype: Any) -> jax.Array:
+def _lost(a: Any, b: Any, kept_a: Any, kept_b: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     """What a @ b loses where its factors are rounded: (a - a') b + a' (b - b'), small products."""
     a, b, kept_a, kept_b = (factor.astype(dtype) for factor in (a, b, kept_a, kept_b))
     left = jnp.concatenate([a - kept_a, kept_a], -1)

@@ -15,6 +15,8 @@ from jax.core import Tracer
 from jax.extend import core, source_info_util
 from jax.extend.random import threefry2x32_p
 
+from lowrank_jax._types import Jaxpr, PyTree
+
 AxisType = jax.sharding.AxisType
 Literal = core.Literal
 Primitive = core.Primitive
@@ -25,20 +27,20 @@ def threefry2x32(*words: Any) -> Sequence[jax.Array]:
     return threefry2x32_p.bind(*words)
 
 
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def opened(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
     """A jaxpr with its constants: a ClosedJaxpr up to JAX 0.11, one Jaxpr since."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     consts = getattr(jaxpr, "consts", ())
     return inner, list(consts or ())
 
 
-def binders(jaxpr: Any) -> list[Any]:
+def binders(jaxpr: Jaxpr) -> list[Any]:
     """The variables of constants and inputs, in the order their values are given."""
     inner, _ = opened(jaxpr)
     return [*getattr(inner, "constvars", ()), *inner.invars]
 
 
-def users(jaxpr: Any, number: int) -> list[Any]:
+def users(jaxpr: Jaxpr, number: int) -> list[Any]:
     """The equations that take an input, given by number."""
     inner, _ = opened(jaxpr)
     var = inner.invars[number]
@@ -186,7 +188,7 @@ def is_on_host(array: Any) -> bool:
     return isinstance(array, jax.Array) and jax.typeof(array).memory_space == _HOST
 
 
-def on_device(tree: Any) -> Any:
+def on_device(tree: PyTree) -> Any:
     """The tree with all its arrays in the memory of the device."""
     move = lambda leaf: jax.device_put(leaf, _DEVICE) if is_on_host(leaf) else leaf
     return jax.tree.map(move, tree)

@@ -14,6 +14,7 @@ import jax
 
 from lowrank_jax._errors import CheckpointError, PatternError, TreeError, listing
 from lowrank_jax._statics import is_plain
+from lowrank_jax._types import PyTree
 
 ALL_LINEAR = "all-linear"
 
@@ -26,7 +27,7 @@ def path_of(keys: Sequence[Any]) -> str:
 
 
 def flatten_with_keys(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
     """Flatten into [(keys, leaf)] and the treedef; the value of a wrapper adds no key.
 
@@ -44,7 +45,7 @@ def flatten_with_keys(
 
 
 def _refuse_unsorted(
-    keys: tuple[Any, ...], tree: Any, is_leaf: Callable[[Any], bool], error: Exception
+    keys: tuple[Any, ...], tree: PyTree, is_leaf: Callable[[Any], bool], error: Exception
 ) -> None:
     """Raise where the keys of a dict cannot be sorted, as JAX must to flatten it."""
     if is_leaf(tree):
@@ -68,7 +69,7 @@ def _refuse_unsorted(
             _refuse_unsorted((*keys, *key), child, is_leaf, error)
 
 
-def flattened(flatten: Callable, tree: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
+def flattened(flatten: Callable, tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> Any:
     """jax's own flattening; keys that it cannot sort are refused by path."""
     try:
         return flatten(tree, is_leaf=is_leaf)
@@ -118,7 +119,10 @@ def _is_value(key: Any) -> bool:
 
 
 def _unwrapped(
-    before: tuple[Any, ...], tree: Any, is_leaf: Callable[[Any], bool], wrappers: tuple[type, ...]
+    before: tuple[Any, ...],
+    tree: PyTree,
+    is_leaf: Callable[[Any], bool],
+    wrappers: tuple[type, ...],
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """The leaves of a tree by their keys, less those of the values of wrappers."""
     closed = lambda node: isinstance(node, wrappers) or is_leaf(node)
@@ -137,7 +141,7 @@ def _unwrapped(
 
 
 def flatten(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[str, Any]], Any]:
     """Flatten into [(path, leaf)] and the treedef; two leaves of one path are refused."""
     leaves, treedef = flattened(jax.tree.flatten, tree, is_leaf)
@@ -270,7 +274,7 @@ def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict
     return chosen
 
 
-def in_structure(tree: Any, leaves: dict[str, Any], is_leaf: Any = None) -> Any:
+def in_structure(tree: PyTree, leaves: dict[str, Any], is_leaf: Any = None) -> Any:
     """A tree's structure with these at its leaves, None where there is none."""
     own, treedef = flatten(tree, is_leaf=is_leaf)
     return jax.tree.unflatten(treedef, [leaves.get(path) for path, _ in own])

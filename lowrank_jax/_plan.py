@@ -20,6 +20,7 @@ from lowrank_jax._lift import is_array, split, trace
 from lowrank_jax._nodes import is_node
 from lowrank_jax._paths import flatten
 from lowrank_jax._table import Table, Tabled, collapsed, shape_text
+from lowrank_jax._types import PyTree
 
 PRODUCTS = ("dot", "conv")
 _COLUMNS = ("path", "shape", "op", "fan_in", "fan_out", "stack", "uses", "all-linear", "notes")
@@ -124,7 +125,7 @@ class Plan(Tabled):
 
 
 @checked(fn=function_of_params)
-def plan(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Plan:
+def plan(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> Plan:
     """Learn, without arithmetic, which equations of fn use each leaf of params, and by which axes.
 
     Args:

@@ -19,6 +19,7 @@ from lowrank_jax._nodes.quantized import Quantized, dequantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._report import bits_of
 from lowrank_jax._table import Table, Tabled, collapsed, shape_text
+from lowrank_jax._types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Deviations(Tabled):
 
 
 @checked()
-def quantization_error(dense: Any, frozen: Any) -> Deviations:
+def quantization_error(dense: Any, frozen: PyTree) -> Deviations:
     r"""Measure what quantization did to each leaf.
 
     $\lVert W' - W \rVert_F / \lVert W \rVert_F$, with W' what the codes stand for. Leaves, and

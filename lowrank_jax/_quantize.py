@@ -21,11 +21,12 @@ from lowrank_jax._paths import flatten
 from lowrank_jax._plan import Plan
 from lowrank_jax._specs import specs
 from lowrank_jax._targets import axes_of, choose, warn_of_passed_over, why_none
+from lowrank_jax._types import PyTree
 
 
 @checked()
 def quantize(
-    params: Any, quant: QuantConfig, *, plan: Plan | None = None, donate: bool = False
+    params: PyTree, quant: QuantConfig, *, plan: Plan | None = None, donate: bool = False
 ) -> Any:
     r"""Keep leaves of a parameter tree as blocks of small integers with a scale each.
 
@@ -233,7 +234,7 @@ def refuse_bad(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> None:
 
 
 @checked(frozen=tree_of_arrays)
-def dequantize(frozen: Any) -> Any:
+def dequantize(frozen: PyTree) -> Any:
     """The dense tree again: each quantized leaf decoded in float32 and cast once to its dtype.
 
     Args:

@@ -20,6 +20,7 @@ from lowrank_jax._nodes.methods import label_of
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._table import Table, Tabled, bytes_text, collapsed, shape_text
+from lowrank_jax._types import PyTree
 from lowrank_jax._weights.magnitude import count_still
 
 
@@ -214,7 +215,7 @@ def _use_text(use: Record) -> str:
 
 
 @checked(fn=function_of_params, tree=tree_of_arrays)
-def report(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Report:
+def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     """Count what is trained and what it costs, and say how fn uses every adapted weight.
 
     A dry run on shapes: nothing is computed, save which of DoRA's norms are 0 where values are at
@@ -310,7 +311,7 @@ def bits_of(leaf: Any) -> float:
     return 8 * _sum(_bytes, leaf) / max(1, math.prod(leaf.shape))
 
 
-def _sum(size: Callable[[Any], int], tree: Any) -> int:
+def _sum(size: Callable[[Any], int], tree: PyTree) -> int:
     return sum(size(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def is_narrower(dtype: Any, other: Any) -> bool:
+def is_narrower(dtype: jax.typing.DTypeLike, other: Any) -> bool:
     """Whether values of `other` are rounded in `dtype`."""
     return jnp.promote_types(dtype, other) != jnp.dtype(dtype)
 
 
-def round_to(x: jax.Array, dtype: Any) -> jax.Array:
+def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """x rounded to the nearest values of another floating dtype, in its own dtype.
 
     A cast there and back will not do: XLA may drop the pair (xla_allow_excess_precision), and then

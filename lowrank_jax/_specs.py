@@ -17,12 +17,13 @@ from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, unnormed
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._primitives.contract import RANK, labeled_spec
+from lowrank_jax._types import PyTree
 
 Spec = PartitionSpec | NamedSharding
 
 
 @checked()
-def specs(tree: Any, dense_specs: Any) -> Any:
+def specs(tree: PyTree, dense_specs: Any) -> Any:
     """Give every array of a tree the PartitionSpec that follows from the dense parameter's.
 
     A factor's axis is split as the axis of the weight that it runs along, and the axis of the rank

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from lowrank_jax._codecs import check_block_size, format_of, midpoints
@@ -46,7 +47,7 @@ def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray
 
 
 def encode_scales(
-    absmax: np.ndarray, dtype: Any = np.float32
+    absmax: np.ndarray, dtype: jax.typing.DTypeLike = np.float32
 ) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """Double quantization of scales float32 [n]; as of `lowrank_jax._codecs.scales`."""
     with np.errstate(over="ignore"):  # an infinite offset makes every scale NaN

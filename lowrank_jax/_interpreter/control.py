@@ -14,6 +14,7 @@ from lowrank_jax._equations import Jit, Scan, ShardMap, While
 from lowrank_jax._interpreter.interpret import Context, interpret
 from lowrank_jax._interpreter.operation import find_forwarded, find_forwarded_by
 from lowrank_jax._remat import SeenAsDots
+from lowrank_jax._types import Equation
 from lowrank_jax._weights.virtual import Virtual, single_paths
 
 Out = Sequence[Any] | None
@@ -23,7 +24,7 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, Virtual)
 
 
-def _reenter(ctx: Context, eqn: Any, values: list[Any], call: Callable) -> list[Any]:
+def _reenter(ctx: Context, eqn: Equation, values: list[Any], call: Callable) -> list[Any]:
     """Evaluate the body through call(run, values); a weight returned unchanged stays outside."""
     body, through = _equations.body(eqn), find_forwarded_by(ctx.operations, eqn)
     kept = {i: values[j] for i, j in enumerate(through) if j is not None and _is_weight(values[j])}
@@ -37,7 +38,7 @@ def _reenter(ctx: Context, eqn: Any, values: list[Any], call: Callable) -> list[
     return [kept.get(i, out) for i, out in enumerate(outs)]
 
 
-def evaluate_call(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_call(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return _reenter(ctx, eqn, values, lambda run, operands: run(operands))
 
 
@@ -56,7 +57,7 @@ class _Jitted:
     call: Callable | None = None
 
 
-def evaluate_jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_jit(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """One jax.jit for each (body, structure of weights): equal blocks trace and compile once."""
     if ctx.inline_jit:
         return evaluate_call(ctx, eqn, values)
@@ -93,7 +94,7 @@ def evaluate_jit(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return [out.map_leaves(leave) if _is_weight(out) else out for out in outs]
 
 
-def _named_jit(run: Callable, eqn: Any) -> Callable:
+def _named_jit(run: Callable, eqn: Equation) -> Callable:
     """jax.jit under the user's own name."""
 
     def named(operands: list[Any]) -> list[Any]:
@@ -103,7 +104,7 @@ def _named_jit(run: Callable, eqn: Any) -> Callable:
     return jax.jit(named)
 
 
-def _placed(outs: list[Any], eqn: Any) -> list[Any]:
+def _placed(outs: list[Any], eqn: Equation) -> list[Any]:
     """The results of a jit as its out_shardings say; a weight's arrays by the axes they have."""
     shardings = Jit.of(eqn).out_shardings
     outs = [_laid_out(o, s) if _is_weight(o) else o for o, s in zip(outs, shardings, strict=True)]
@@ -130,14 +131,14 @@ def _laid_out(weight: Virtual, sharding: Any) -> Virtual:
     return weight.reshard(sharding.spec, split) or weight
 
 
-def evaluate_remat(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_remat(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     options = _equations.remat_options(eqn)
     if options["policy"] is not None:
         options["policy"] = SeenAsDots(options["policy"])
     return _reenter(ctx, eqn, values, lambda run, v: jax.checkpoint(run, **options)(v))
 
 
-def evaluate_shard_map(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     mapping = ShardMap.of(eqn)
     specs, parts = [], []
     for value, spec in zip(values, mapping.in_specs, strict=True):
@@ -178,7 +179,7 @@ def _divides(mesh: Any, weight: Virtual, specs: Any) -> bool:
     return jax.tree.all(jax.tree.map(fits, weight, specs))
 
 
-def evaluate_scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_scan(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """Weights scanned over give slices; carried unchanged they are constants; else built."""
     loop = Scan.of(eqn)
     n_consts, n_carry, first = loop.consts, loop.carries, loop.first_slice
@@ -233,7 +234,7 @@ def evaluate_scan(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     ]
 
 
-def evaluate_while(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_while(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     loop = While.of(eqn)
     cond_consts = values[: loop.cond_consts]
     body_consts, carry = values[loop.cond_consts : loop.first_carry], values[loop.first_carry :]
@@ -261,7 +262,7 @@ def evaluate_while(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         return full(lax.while_loop(condition, step, start))
 
 
-def evaluate_cond(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def evaluate_cond(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     index, *operands = values
     branches = _equations.branches(eqn)
     through = [find_forwarded(ctx.operations, branch) for branch in branches]

@@ -11,6 +11,7 @@ from lowrank_jax import _jaxprs
 from lowrank_jax._errors import MaterializeError
 from lowrank_jax._interpreter.nesting import Nesting
 from lowrank_jax._interpreter.operation import OTHER, Table
+from lowrank_jax._types import Equation, Jaxpr
 from lowrank_jax._weights.dense import DenseWeight
 from lowrank_jax._weights.virtual import Virtual, single_paths
 
@@ -62,18 +63,18 @@ class Context(Nesting):
     names: dict[Any, Any] = dataclasses.field(default_factory=dict)
     inline_jit: bool = False
 
-    def record(self, weight: Virtual, eqn: Any, how: str, reason: str = "") -> None:
+    def record(self, weight: Virtual, eqn: Equation, how: str, reason: str = "") -> None:
         """Note a meeting of one leaf and an equation."""
         for path in single_paths(weight.path):
             where = self.where(eqn)
             self.records.append(Record(path, eqn.primitive.name, how, *where, reason))
 
-    def where(self, eqn: Any) -> tuple[str, str]:
+    def where(self, eqn: Equation) -> tuple[str, str]:
         """The user's line and layer of an equation; those inside a jit know only part of it."""
         layers = filter(None, map(_jaxprs.user_layer, reversed(self.chain(eqn))))
         return self.line(eqn), "/".join(layers)
 
-    def built(self, weight: Virtual, eqn: Any) -> Any:
+    def built(self, weight: Virtual, eqn: Equation) -> Any:
         """The dense array of a weight that meets a larger one: the cheapest there is."""
         for leaf in weight.leaves():
             reason = "a product of two weights builds the smaller"
@@ -109,7 +110,7 @@ class Context(Nesting):
             number = max(self.uses.get(one, 0) for one in each)
             self.uses |= dict.fromkeys(each, number + 1)
 
-    def dense(self, value: Any, eqn: Any, reason: str) -> Any:
+    def dense(self, value: Any, eqn: Equation, reason: str) -> Any:
         """The dense array of a weight that no rule serves here, said aloud."""
         if not isinstance(value, Virtual):
             return value
@@ -142,7 +143,7 @@ class Context(Nesting):
         return weight.materialize()
 
 
-def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Evaluate a (closed) jaxpr on arrays and weights; results may be weights too."""
     inner, consts = _jaxprs.opened(jaxpr)
     env = dict(zip(_jaxprs.binders(jaxpr), [*consts, *args], strict=True))
@@ -161,7 +162,7 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     return [read(atom) for atom in inner.outvars]
 
 
-def _apply(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _apply(ctx: Context, eqn: Equation, values: list[Any]) -> Sequence[Any]:
     """Apply the rule of an equation that meets weights, or bind it on their dense arrays."""
     rule = ctx.operations.get(eqn.primitive.name, OTHER).evaluate
     try:
@@ -182,7 +183,7 @@ def _apply(ctx: Context, eqn: Any, values: list[Any]) -> Sequence[Any]:
         raise
 
 
-def _annotate(ctx: Context, eqn: Any, values: list[Any], error: Exception) -> None:
+def _annotate(ctx: Context, eqn: Equation, values: list[Any], error: Exception) -> None:
     """Say in the error where in the user's model it arose."""
     if getattr(error, "_lowrank_noted", False):
         return
@@ -197,7 +198,7 @@ def _annotate(ctx: Context, eqn: Any, values: list[Any], error: Exception) -> No
         error._lowrank_noted = True  # type: ignore[attr-defined]
 
 
-def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
     """Equation number -> variables not needed after it, so that eager values are freed."""
     seen = {atom for atom in jaxpr.outvars if not isinstance(atom, _jaxprs.Literal)}
     last: dict[int, list[Any]] = {}

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._types import Equation
 
 
 @dataclasses.dataclass
@@ -20,7 +21,7 @@ class Nesting:
     frame: tuple[Any, ...] = dataclasses.field(default=(), kw_only=True)
 
     @contextlib.contextmanager
-    def inside(self, eqn: Any):
+    def inside(self, eqn: Equation):
         """Interpret the body of an equation: messages and uses know where they are."""
         before = self.frame
         self.frame = (*before, eqn)
@@ -29,10 +30,10 @@ class Nesting:
         finally:
             self.frame = before
 
-    def chain(self, eqn: Any) -> list[Any]:
+    def chain(self, eqn: Equation) -> list[Any]:
         """An equation and those around it, innermost first."""
         return [eqn, *reversed(self.frame)]
 
-    def line(self, eqn: Any) -> str:
+    def line(self, eqn: Equation) -> str:
         """The user's source line of an equation; one inside a jit knows only that around it."""
         return next(filter(None, map(_jaxprs.user_line, self.chain(eqn))), "an unknown line")

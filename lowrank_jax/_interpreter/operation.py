@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowrank_jax import _jaxprs
+from lowrank_jax._types import Equation, Jaxpr
 
 # An operand by number, and the order of its axes: a scan over another axis than the first
 # transposes before and after.
@@ -45,12 +46,12 @@ Table = Mapping[str, Operation]  # by the primitive's name
 OTHER = Operation()
 
 
-def kind_of(table: Table, eqn: Any) -> str:
+def kind_of(table: Table, eqn: Equation) -> str:
     """The kind of an equation's primitive."""
     return table.get(eqn.primitive.name, OTHER).kind
 
 
-def find_forwarded(table: Table, jaxpr: Any) -> list[int | None]:
+def find_forwarded(table: Table, jaxpr: Jaxpr) -> list[int | None]:
     """For each result of a jaxpr, the input that it is, unchanged, or None.
 
     NNX returns its parameters from jit, remat and scan; knowing that they are the ones that came in
@@ -59,12 +60,12 @@ def find_forwarded(table: Table, jaxpr: Any) -> list[int | None]:
     return _without_transposed(find_sources(table, jaxpr))
 
 
-def find_forwarded_by(table: Table, eqn: Any) -> list[int | None]:
+def find_forwarded_by(table: Table, eqn: Equation) -> list[int | None]:
     """For each result of an equation, the operand that it is, unchanged, or None."""
     return _without_transposed(_sources_of(table, eqn))
 
 
-def find_sources(table: Table, jaxpr: Any) -> list[Source | None]:
+def find_sources(table: Table, jaxpr: Jaxpr) -> list[Source | None]:
     """For each result of a jaxpr, the input that it is but for a transposition, or None."""
     inner, _ = _jaxprs.opened(jaxpr)
     whole = lambda var: tuple(range(len(var.aval.shape)))
@@ -78,7 +79,7 @@ def find_sources(table: Table, jaxpr: Any) -> list[Source | None]:
     return [known(atom) for atom in inner.outvars]
 
 
-def _sources_of(table: Table, eqn: Any) -> list[Source | None]:
+def _sources_of(table: Table, eqn: Equation) -> list[Source | None]:
     """For each result of an equation, the operand that it is but for a transposition, or None."""
     sources = table.get(eqn.primitive.name, OTHER).sources
     return [None] * len(eqn.outvars) if sources is None else sources(table, eqn)

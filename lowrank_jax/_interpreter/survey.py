@@ -12,12 +12,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._interpreter.nesting import Nesting
 from lowrank_jax._interpreter.operation import OTHER, Table
 from lowrank_jax._interpreter.views import Roles, View
+from lowrank_jax._types import Equation, Jaxpr
 
 Key = tuple[int, ...]  # an equation, and those that it is nested in
 
@@ -105,7 +107,7 @@ class Survey(Nesting):
     texts: dict[Key, str] = dataclasses.field(default_factory=dict)
     constants_are_data: bool = False
 
-    def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
+    def run(self, jaxpr: Jaxpr, args: Sequence[Value]) -> list[Value]:
         """The values of the results of a jaxpr."""
         inner, consts = _jaxprs.opened(jaxpr)
         binders = _jaxprs.binders(jaxpr)
@@ -120,11 +122,11 @@ class Survey(Nesting):
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in inner.outvars]
 
-    def key(self, eqn: Any) -> Key:
+    def key(self, eqn: Equation) -> Key:
         """The name of an equation where it stands."""
         return (*map(id, self.frame), id(eqn))
 
-    def describe(self, eqn: Any) -> str:
+    def describe(self, eqn: Equation) -> str:
         """The primitive and the user's source line."""
         key = self.key(eqn)
         if key not in self.texts:
@@ -138,14 +140,14 @@ class Survey(Nesting):
             if roles is not None and roles not in found:
                 found.append(roles)
 
-    def take(self, eqn: Any, views: Iterable[View], by_rows: bool = True) -> None:
+    def take(self, eqn: Equation, views: Iterable[View], by_rows: bool = True) -> None:
         """Note that an equation takes views as plain arrays; by_rows: rows may be read by it."""
         for view in () if self.silent else views:
             if not view.summed:  # else a product with another parameter has been noted
                 self.note(view.path, self.key(eqn), self.describe(eqn), view.read(by_rows))
 
     def compute(
-        self, eqn: Any, value: Value, which: Callable[[View], bool] = lambda _: True
+        self, eqn: Equation, value: Value, which: Callable[[View], bool] = lambda _: True
     ) -> Value:
         """The value as an equation takes it that no rule follows; which: of its views."""
         taken = tuple(view for view in value.views if which(view))
@@ -155,7 +157,7 @@ class Survey(Nesting):
         return value.replace(views=kept, computed=computed)
 
     def computed(
-        self, eqn: Any, values: Sequence[Value], views: bool = True
+        self, eqn: Equation, values: Sequence[Value], views: bool = True
     ) -> tuple[tuple[str, str], ...]:
         """Each leaf that a result of these values is computed from, and by which equation."""
         found = dict(pair for value in reversed(values) for pair in reversed(value.computed))
@@ -170,7 +172,7 @@ class Survey(Nesting):
             for path, why in pairs:
                 self.unfollowed.setdefault(path, why)
 
-    def register(self, eqn: Any, paths: Iterable[str], operands: Value) -> Key:
+    def register(self, eqn: Equation, paths: Iterable[str], operands: Value) -> Key:
         """Note a product that takes leaves; operands: what is common to them."""
         key = self.key(eqn)
         if not self.silent:
@@ -179,7 +181,7 @@ class Survey(Nesting):
             self.before[key] = self.before.get(key, frozenset()) | operands.near
         return key
 
-    def join(self, eqn: Any, values: Sequence[Value]) -> Value:
+    def join(self, eqn: Equation, values: Sequence[Value]) -> Value:
         """What may be any of some values: a weight only where all are the same."""
         views, activation = values[0].views, any(value.moves for value in values)
         if same := all(value.views == views for value in values):
@@ -195,7 +197,7 @@ class Survey(Nesting):
         )
 
     def repeat(
-        self, eqn: Any, carry: Sequence[Value], constant: Sequence[bool], step: Callable
+        self, eqn: Equation, carry: Sequence[Value], constant: Sequence[bool], step: Callable
     ) -> tuple[list[Value], list[Value]]:
         """A loop: (its carry, what its last step returns beside), until nothing changes.
 
@@ -219,7 +221,7 @@ class Survey(Nesting):
         return now, step(now)[len(now) :]
 
 
-def is_number(dtype: Any) -> bool:
+def is_number(dtype: jax.typing.DTypeLike) -> bool:
     """Whether values of a dtype are computed with: integers of more than 8 bits index and mask."""
     if jnp.issubdtype(dtype, jnp.signedinteger):
         return jnp.iinfo(dtype).bits <= 8
@@ -245,7 +247,7 @@ def merge(values: Sequence[Value]) -> Value:
     )
 
 
-def as_number(eqn: Any, value: Value, place: int = 0) -> Value:
+def as_number(eqn: Equation, value: Value, place: int = 0) -> Value:
     """A result by its dtype: to depend on an index or a mask is to depend on no number."""
     if is_number(getattr(eqn.outvars[place].aval, "dtype", jnp.int32)):
         return value

@@ -20,6 +20,7 @@ from lowrank_jax._nodes.quantized import Quantized, dequantized
 from lowrank_jax._nodes.serialization import Node, Wrapper
 from lowrank_jax._paths import flatten
 from lowrank_jax._primitives.contract import RANK, Labels
+from lowrank_jax._types import PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -271,7 +272,7 @@ def as_dense(leaf: Any) -> Any:
     return _jaxprs.on_device(leaf).weight if isinstance(leaf, Full) else leaf
 
 
-def nodes_of(lora: Any) -> dict[str, Any]:
+def nodes_of(lora: PyTree) -> dict[str, Any]:
     """The nodes of an adapter by path."""
     nodes = dict(flatten(lora, is_leaf=is_node)[0])
     for path, node in nodes.items():

@@ -145,7 +145,7 @@ def _cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> np.ndarray:
     """An array that JAX can take over; a uint4 takes a byte."""
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     room = np.empty(size + _ALIGNED, np.uint8)

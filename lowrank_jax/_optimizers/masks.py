@@ -22,13 +22,14 @@ from lowrank_jax._errors import ConfigError, TreeError
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
 from lowrank_jax._nodes.methods import method_of
 from lowrank_jax._paths import flatten
+from lowrank_jax._types import PyTree
 
 if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
     import optax
 
 
 @checked(tree=tree_of_arrays)
-def trainable_mask(tree: Any) -> Any:
+def trainable_mask(tree: PyTree) -> Any:
     """Mark what is trained: True at factors, magnitudes and Full leaves, False elsewhere.
 
     Args:
@@ -66,7 +67,7 @@ def trainable_mask(tree: Any) -> Any:
 
 
 @checked()
-def factor_labels(lora: Any) -> Any:
+def factor_labels(lora: PyTree) -> Any:
     """Name what is trained: "a", "b", "magnitude" or "full", for optax.partition.
 
     Give optax.partition this function itself: labels in the form of an nnx.Module can be called,
@@ -138,7 +139,7 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
     inner: Any = optax.with_extra_args_support(tx)
 
-    def start(params: Any) -> Any:
+    def start(params: PyTree) -> Any:
         nodes = _nodes(params)
         if not nodes:
             raise TreeError(
@@ -147,7 +148,9 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
             )
         return inner.init(nodes)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[Any, Any]:
         if params is None:
             raise TreeError("only_adapters needs the parameters: tx.update(grads, state, params)")
         gradients, nodes = _nodes(updates), _nodes(params)
@@ -167,7 +170,7 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 @checked(fn=function, tree=tree_of_arrays)
-def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: Any) -> Any:
+def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -> Any:
     """Change the adapters of a combined tree: $a_p \\to fn(a)_p$ for each path p.
 
     They are as the transformation within `only_adapters` has them, so that what optax makes of its
@@ -213,7 +216,7 @@ def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: Any) -> A
     )
 
 
-def _nodes(tree: Any) -> dict[str, Any]:
+def _nodes(tree: PyTree) -> dict[str, Any]:
     """path -> adapter node: a flat dict, which every container of parameters can turn into."""
     found = {}
     for path, leaf in flatten(tree, is_leaf=is_node)[0]:

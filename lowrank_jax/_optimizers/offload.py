@@ -12,6 +12,7 @@ from jax import P as PartitionSpec
 from lowrank_jax import _jaxprs
 from lowrank_jax._checks import checked, transformation
 from lowrank_jax._errors import OffloadWarning
+from lowrank_jax._types import PyTree
 
 if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
     import optax
@@ -55,7 +56,7 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
     inner: Any = optax.with_extra_args_support(tx)
 
-    def start(params: Any) -> Any:
+    def start(params: PyTree) -> Any:
         state = inner.init(params)
         if lacking := _without_host_memory((params, state)):
             first = lacking[0]
@@ -69,7 +70,9 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
             return state
         return _moved(_on_one_mesh(state, params), _HOST)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[Any, Any]:
         if _without_host_memory((updates, state)):
             return inner.update(updates, state, params, **extra)
         updates, state = inner.update(updates, _moved(state, _DEVICE), params, **extra)
@@ -83,18 +86,18 @@ def _moves(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and leaf.ndim > 0
 
 
-def _moved(state: Any, space: Any) -> Any:
+def _moved(state: PyTree, space: Any) -> Any:
     """The state with its arrays in a memory."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if _moves(leaf) else leaf, state)
 
 
-def _placed(tree: Any) -> list[jax.Array]:
+def _placed(tree: PyTree) -> list[jax.Array]:
     """The arrays that lie somewhere: those not being traced."""
     leaves = jax.tree.leaves(tree)
     return [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not _jaxprs.is_tracer(leaf)]
 
 
-def _without_host_memory(tree: Any) -> list[Any]:
+def _without_host_memory(tree: PyTree) -> list[Any]:
     """Devices of a tree that lack the memory; the default one stands for what is traced."""
     devices = {d for leaf in _placed(tree) for d in leaf.sharding.addressable_devices}
     devices = sorted(devices or jax.local_devices()[:1], key=lambda device: device.id)
@@ -106,7 +109,7 @@ def _kinds(device: Any) -> list[str]:
     return [memory.kind for memory in device.addressable_memories()]
 
 
-def _on_one_mesh(state: Any, params: Any) -> Any:
+def _on_one_mesh(state: PyTree, params: PyTree) -> Any:
     """The state with what lies nowhere yet on the parameters' mesh: host arrays are committed."""
     named = (leaf.sharding for leaf in _placed(params))
     mesh = next((s.mesh for s in named if isinstance(s, NamedSharding)), None)

@@ -134,7 +134,7 @@ def _transpose_y(
     return _cotangent(bilinear(x, ct, xl, out, yl, **back), y.aval.dtype)
 
 
-def _cotangent(value: jax.Array, dtype: Any) -> jax.Array:
+def _cotangent(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """A cotangent in the dtype of its operand; that of a real one is real."""
     if jnp.issubdtype(value.dtype, jnp.complexfloating) > jnp.issubdtype(
         dtype, jnp.complexfloating

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._primitives.quantized_dot import quantized_dot
+from lowrank_jax._types import PyTree
 from lowrank_jax._weights.blocks import Conv, Dot, GroupedDecoding, Layout, Ragged, without_layout
 from lowrank_jax._weights.dense import DenseWeight
 
@@ -47,7 +48,7 @@ def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
     return _product(w, like, op, decode, other, *parts)
 
 
-def _product(w: Any, like: Any, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
+def _product(w: Any, like: PyTree, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
     """A product, on a mesh with explicit axes laid out as like(dense weight, other)."""
     run = lambda other, *parts: quantized_dot(other, parts, op, decode)
     if not any(map(_jaxprs.is_explicit, (other, *parts))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,15 +33,15 @@ class DenseWeight(Virtual):
         """The array."""
         return self.value
 
-    def each(self, fn: Any, base_only: bool = False) -> DenseWeight:
+    def each(self, fn: Callable, base_only: bool = False) -> DenseWeight:
         """Apply an identity of values."""
         return DenseWeight(fn(self.value))
 
-    def reshard(self, spec: Any, fn: Any) -> DenseWeight:
+    def reshard(self, spec: Any, fn: Callable) -> DenseWeight:
         """Lay it out anew."""
         return DenseWeight(fn(self.value, spec))
 
-    def astype(self, dtype: Any) -> DenseWeight:
+    def astype(self, dtype: jax.typing.DTypeLike) -> DenseWeight:
         """Convert the dtype."""
         return DenseWeight(lax.convert_element_type(self.value, dtype))
 
@@ -53,19 +53,19 @@ class DenseWeight(Virtual):
         """Change the shape."""
         return DenseWeight(lax.reshape(self.value, tuple(shape)))
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> DenseWeight:
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Callable) -> DenseWeight:
         """lax.broadcast_in_dim."""
         return DenseWeight(fn(self.value))
 
-    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> DenseWeight:
+    def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> DenseWeight:
         """Take the part fn takes."""
         return DenseWeight(fn(self.value, {axis: axis for axis in axes}))
 
-    def multiply(self, scalar: Any, fn: Any) -> DenseWeight:
+    def multiply(self, scalar: Any, fn: Callable) -> DenseWeight:
         """Multiply by a scalar."""
         return DenseWeight(fn(self.value, scalar))
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> DenseWeight:
+    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> DenseWeight:
         """Multiply along axes."""
         return DenseWeight(fn(self.value, lax.broadcast_in_dim(by, self.shape, axes)))
 

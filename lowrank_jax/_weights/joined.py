@@ -85,11 +85,11 @@ class JoinedWeight(Virtual):
 
     # Structural operations
 
-    def each(self, fn: Any, base_only: bool = False) -> JoinedWeight | None:
+    def each(self, fn: Callable, base_only: bool = False) -> JoinedWeight | None:
         """Apply an identity of values to each part."""
         return self._joined([part.each(fn, base_only) for part in self.parts])
 
-    def put(self, fn: Any) -> JoinedWeight | None:
+    def put(self, fn: Callable) -> JoinedWeight | None:
         """Move each part."""
         return self._joined([part.put(fn) for part in self.parts])
 
@@ -97,15 +97,15 @@ class JoinedWeight(Virtual):
         """lax.stop_gradient of each part."""
         return self._joined([part.frozen() for part in self.parts])
 
-    def astype(self, dtype: Any) -> JoinedWeight | None:
+    def astype(self, dtype: jax.typing.DTypeLike) -> JoinedWeight | None:
         """Convert each part."""
         return self._joined([part.astype(dtype) for part in self.parts])
 
-    def multiply(self, scalar: Any, fn: Any) -> JoinedWeight | None:
+    def multiply(self, scalar: Any, fn: Callable) -> JoinedWeight | None:
         """Scale each part."""
         return self._joined([part.multiply(scalar, fn) for part in self.parts])
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> JoinedWeight | None:
+    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> JoinedWeight | None:
         """Each part by its own numbers."""
         where = [i for i, axis in enumerate(axes) if axis == self.axis]
         pieces = self.cut(by, *where) if where else [by] * len(self.parts)
@@ -139,7 +139,9 @@ class JoinedWeight(Virtual):
         parts = [part.reshape(own) for part, own in zip(self.parts, resized, strict=True)]
         return self._joined(parts, new[0])
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> JoinedWeight | None:
+    def broadcast(
+        self, shape: Sequence[int], axes: Sequence[int], fn: Callable
+    ) -> JoinedWeight | None:
         """lax.broadcast_in_dim of each part."""
         axis, parts = axes[self.axis], []
         for part, size in zip(self.parts, self._sizes, strict=True):
@@ -148,7 +150,9 @@ class JoinedWeight(Virtual):
             parts.append(part.broadcast(own, axes, fn))
         return self._joined(parts, axis)
 
-    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> JoinedWeight | None:
+    def index(
+        self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]
+    ) -> JoinedWeight | None:
         """Take a part of other axes than the one joined along."""
         if self.axis in axes:
             return None

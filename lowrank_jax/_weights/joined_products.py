@@ -154,7 +154,7 @@ def _sum(w: Any, product: Product, other: jax.Array, at: int, options: dict[str,
     return _plus(product(_whole(w, bases), other, options), _total(changes, wanted))
 
 
-def _total(results: list[Any], dtype: Any) -> jax.Array | None:
+def _total(results: list[Any], dtype: jax.typing.DTypeLike) -> jax.Array | None:
     if any(y is None for y in results):
         return None
     return functools.reduce(jnp.add, results).astype(dtype)

@@ -6,7 +6,7 @@ A structural operation renumbers labels, and reaches an array only along the axe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -53,7 +53,7 @@ class LabeledWeight(Virtual):
         arrays = {name: getattr(self, name) for name in names or self.labeled}
         return {name: array for name, array in arrays.items() if array is not None}
 
-    def put(self, fn: Any) -> Self | None:
+    def put(self, fn: Callable) -> Self | None:
         """Move the base; the arrays are on the device."""
         return self.on(self.base.put(fn))
 
@@ -84,7 +84,7 @@ class LabeledWeight(Virtual):
             parts[name], parts[name + "_axes"] = found
         return self.on(self.base.reshape(shape), **parts)
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> Self | None:
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Callable) -> Self | None:
         """No array has the new axes, nor axes of size 1 made longer."""
         place = dict(enumerate(axes))
         grown = {old for old, new in place.items() if self.shape[old] != shape[new]}
@@ -101,7 +101,7 @@ class LabeledWeight(Virtual):
                 parts[name + "_axes"] = tuple(label for label in labels if label not in gone)
         return self.replaced(**parts) if parts else self
 
-    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> Self | None:
+    def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> Self | None:
         """Take the part fn takes from each array along the axes that it has."""
         return self._indexed(self.base.index(fn, sizes, axes), fn, axes)
 
@@ -159,7 +159,7 @@ class LabeledWeight(Virtual):
         """PartitionSpecs of the base and the arrays."""
         return self.on(self.base.specs(spec), **self._own_specs(spec))
 
-    def reshard(self, spec: Any, fn: Any) -> Self | None:
+    def reshard(self, spec: Any, fn: Callable) -> Self | None:
         """Lay out the base by the spec, each array by the axes that it has."""
         parts = {name: fn(getattr(self, name), own) for name, own in self._own_specs(spec).items()}
         return self.on(self.base.reshard(spec, fn), **parts)

@@ -11,7 +11,7 @@ own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -140,7 +140,7 @@ class LowRankWeight(LabeledWeight):
 
     # Verbs that pass the weight on.
 
-    def each(self, fn: Any, base_only: bool = False) -> LowRankWeight | None:
+    def each(self, fn: Callable, base_only: bool = False) -> LowRankWeight | None:
         """Apply an identity of values to the base, and to the factors unless base_only."""
         base = self.base.each(fn, base_only)
         if base is None or base_only:
@@ -154,17 +154,17 @@ class LowRankWeight(LabeledWeight):
         parts = {name: lax.stop_gradient(array) for name, array in parts.items()}
         return self.on(self.base.frozen(), **parts)
 
-    def astype(self, dtype: Any) -> LowRankWeight | None:
+    def astype(self, dtype: jax.typing.DTypeLike) -> LowRankWeight | None:
         """Convert the base; the factors are cast to its dtype in the product."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
         return self.on(self.base.astype(dtype))
 
-    def multiply(self, scalar: Any, fn: Any) -> LowRankWeight | None:
+    def multiply(self, scalar: Any, fn: Callable) -> LowRankWeight | None:
         """Scale the base and b."""
         return scaling.multiply(self, scalar, fn)
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> LowRankWeight | None:
+    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> LowRankWeight | None:
         """Scale the base and one of the factors."""
         return scaling.stretch(self, by, axes, fn)
 
@@ -175,7 +175,7 @@ class LowRankWeight(LabeledWeight):
             return whole
         return whole.replaced(multiplier=type(spec)())
 
-    def reshard(self, spec: Any, fn: Any) -> LowRankWeight | None:
+    def reshard(self, spec: Any, fn: Callable) -> LowRankWeight | None:
         """Lay out the arrays likewise."""
         whole = super().reshard(spec, fn)
         if whole is None or self.multiplier is None:

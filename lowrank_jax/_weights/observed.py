@@ -81,7 +81,7 @@ class Observed(LowRankWeight):
 
     # Verbs that pass the weight on: what cuts fan-in would hide how its parts vary together.
 
-    def each(self, fn: Any, base_only: bool = False) -> Any:
+    def each(self, fn: Callable, base_only: bool = False) -> Any:
         """Identities are of the base."""
         return self.on(self.base.each(fn, base_only))
 
@@ -89,15 +89,15 @@ class Observed(LowRankWeight):
         """A weight whose gradient is stopped has inputs all the same."""
         return self.on(self.base.frozen())
 
-    def multiply(self, scalar: Any, fn: Any) -> Any:
+    def multiply(self, scalar: Any, fn: Callable) -> Any:
         """Scale the base."""
         return self.on(self.base.multiply(scalar, fn))
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> Any:
+    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> Any:
         """Scale the base along other axes than fan-in, whose numbers are part of the input."""
         return None if {*axes} & {*self.b_axes} else self.on(self.base.stretch(by, axes, fn))
 
-    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> Any:
+    def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> Any:
         """Take a part of the stack or of fan-out, or reverse any axis."""
         cut = {axis for axis in axes if sizes[axis] != self.shape[axis]}
         return None if cut & {*self.b_axes} else super().index(fn, sizes, axes)
@@ -112,7 +112,7 @@ class Observed(LowRankWeight):
         """Slices along the leading axis."""
         return None if 0 in self.b_axes else super().unstack()
 
-    def reshard(self, spec: Any, fn: Any) -> Any:
+    def reshard(self, spec: Any, fn: Callable) -> Any:
         """Lay out the base."""
         return self.on(self.base.reshard(spec, fn))
 

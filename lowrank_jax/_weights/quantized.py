@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -167,15 +167,15 @@ class QuantizedWeight(Virtual):
 
     # Structural operations
 
-    def each(self, fn: Any, base_only: bool = False) -> QuantizedWeight | None:
+    def each(self, fn: Callable, base_only: bool = False) -> QuantizedWeight | None:
         """What is said of the dense array (a name, a layout) is not said of its blocks."""
         return self if base_only else None
 
-    def put(self, fn: Any) -> QuantizedWeight:
+    def put(self, fn: Callable) -> QuantizedWeight:
         """Move all parts."""
         return self.replaced(parts=tuple(map(fn, self.parts)))
 
-    def astype(self, dtype: Any) -> QuantizedWeight | None:
+    def astype(self, dtype: jax.typing.DTypeLike) -> QuantizedWeight | None:
         """One more cast after decoding."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
@@ -210,7 +210,7 @@ class QuantizedWeight(Virtual):
             return None
         return restructure.reshape(self, shape) or self._then("reshape", tuple(shape))
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> QuantizedWeight:
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Callable) -> QuantizedWeight:
         """New axes of size 1 are the layout's alone."""
         grown = any(self.shape[old] != shape[new] for old, new in enumerate(axes))
         new = [axis for axis in range(len(shape)) if axis not in axes]
@@ -230,7 +230,9 @@ class QuantizedWeight(Virtual):
             return 0
         return second[0].ndim - 1 if second else codes.ndim - len(self.decoding.strides) - 1
 
-    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> QuantizedWeight | None:
+    def index(
+        self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]
+    ) -> QuantizedWeight | None:
         """Take a part of any axes that blocks keep; the scales of what is no stack are decoded."""
         if not {*axes} <= {*self.layout.axes}:
             return None
@@ -269,14 +271,14 @@ class QuantizedWeight(Virtual):
             scales = decode(scales, *second)
         return self.replaced(parts=(codes, scales, table))
 
-    def multiply(self, scalar: Any, fn: Any) -> QuantizedWeight | None:
+    def multiply(self, scalar: Any, fn: Callable) -> QuantizedWeight | None:
         """Scale the scales, before any cast, by a constant: derivatives do not reach them."""
         if not is_wide(*self._casts) or _jaxprs.is_tracer(scalar):
             return None
         codes, scales, table = self.with_plain_scales().parts
         return self.replaced(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> Virtual | None:
+    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> Virtual | None:
         """Of what meets the codes."""
         return stretched(self, by, axes, fn) if is_wide(*self._casts) else None
 
@@ -326,7 +328,7 @@ class QuantizedWeight(Virtual):
         split = {axis for axis, entry in enumerate(spec) if entry is not None}
         return split - {*self.layout.axes[: self.stacked]}
 
-    def reshard(self, spec: Any, fn: Any) -> QuantizedWeight | None:
+    def reshard(self, spec: Any, fn: Callable) -> QuantizedWeight | None:
         """Lay the arrays out by the weight's spec."""
         whole = self.specs(spec)
         return whole and self.replaced(parts=tuple(map(fn, self.parts, whole.parts)))

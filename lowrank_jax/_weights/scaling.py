@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ def is_wide(*dtypes: Any) -> bool:
     return all(jnp.finfo(dtype).nexp >= jnp.finfo(jnp.float32).nexp for dtype in dtypes)
 
 
-def multiply(w: Any, scalar: Any, fn: Any) -> Any | None:
+def multiply(w: Any, scalar: Any, fn: Callable) -> Any | None:
     """The base and b times a number, b in a dtype as wide as the weight's."""
     b = w.b.astype(accumulator(w.b.dtype, w.dtype))
     return w.on(w.base.multiply(scalar, fn), b=fn(b, jnp.asarray(scalar).astype(b.dtype)))
 
 
-def stretch(w: Any, by: Any, axes: Sequence[int], fn: Any) -> Any | None:
+def stretch(w: Any, by: Any, axes: Sequence[int], fn: Callable) -> Any | None:
     """The base and that of the factors which has all these axes; None where neither has."""
     held = {"b": w.b_axes, "a": w.a_axes}
     names = [name for name, labels in held.items() if {*axes} <= {*labels}]

@@ -69,7 +69,7 @@ class StretchedWeight(LabeledWeight):
 
     # Structural operations
 
-    def each(self, fn: Any, base_only: bool = False) -> StretchedWeight | None:
+    def each(self, fn: Callable, base_only: bool = False) -> StretchedWeight | None:
         """Apply an identity of values."""
         changes = {} if base_only else {"by": fn(self.by)}
         return self.on(self.base.each(fn, base_only), **changes)
@@ -78,7 +78,7 @@ class StretchedWeight(LabeledWeight):
         """Stop the gradients of both."""
         return self.on(self.base.frozen(), by=lax.stop_gradient(self.by))
 
-    def astype(self, dtype: Any) -> StretchedWeight | None:
+    def astype(self, dtype: jax.typing.DTypeLike) -> StretchedWeight | None:
         """Convert the weight, to a dtype whose range holds what the product may be."""
         if not jnp.issubdtype(dtype, jnp.floating) or not is_wide(dtype):
             return None
@@ -100,12 +100,12 @@ class StretchedWeight(LabeledWeight):
         by = lax.broadcast_in_dim(by, sizes, [place[i] for i in order])
         return super(StretchedWeight, self.replaced(by=by, by_axes=axes)).reshape(shape)
 
-    def multiply(self, scalar: Any, fn: Any) -> StretchedWeight:
+    def multiply(self, scalar: Any, fn: Callable) -> StretchedWeight:
         """fn of the array, in float32 at least."""
         by = self.by.astype(accumulator(self.by.dtype, self.dtype))
         return self.replaced(by=fn(by, jnp.asarray(scalar).astype(by.dtype)))
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> StretchedWeight:
+    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> StretchedWeight:
         """Times another array."""
         return stretched(self, by, axes, fn)
 
@@ -170,7 +170,7 @@ class StretchedWeight(LabeledWeight):
         return None
 
 
-def stretched(weight: Virtual, by: Any, axes: Sequence[int], fn: Any) -> StretchedWeight:
+def stretched(weight: Virtual, by: Any, axes: Sequence[int], fn: Callable) -> StretchedWeight:
     """fn(weight, by), a product or a quotient, `by` having the weight's axes of these numbers."""
     if fn is lax.div:
         by = by.astype(accumulator(by.dtype))

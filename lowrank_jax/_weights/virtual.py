@@ -84,11 +84,11 @@ class Virtual:
         """The weight for its use of this number: with a dropout mask of its own."""
         return self
 
-    def each(self, fn: Any, base_only: bool = False) -> Virtual | None:
+    def each(self, fn: Callable, base_only: bool = False) -> Virtual | None:
         """Apply an identity of values (a copy, a barrier, a name) to the arrays inside."""
         return None
 
-    def put(self, fn: Any) -> Virtual | None:
+    def put(self, fn: Callable) -> Virtual | None:
         """fn, an identity that moves an array to another memory, of each array of the base."""
         return self.each(fn, base_only=True)
 
@@ -96,11 +96,11 @@ class Virtual:
         """lax.stop_gradient of the arrays inside."""
         return self.each(jax.lax.stop_gradient)
 
-    def reshard(self, spec: Any, fn: Any) -> Virtual | None:
+    def reshard(self, spec: Any, fn: Callable) -> Virtual | None:
         """fn(array, its PartitionSpec) on each array, spec being that of the whole weight."""
         return None
 
-    def astype(self, dtype: Any) -> Virtual | None:
+    def astype(self, dtype: jax.typing.DTypeLike) -> Virtual | None:
         """Convert the dtype."""
         return None
 
@@ -112,11 +112,11 @@ class Virtual:
         """Change the shape, the order of elements kept."""
         return None
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any) -> Virtual | None:
+    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Callable) -> Virtual | None:
         """lax.broadcast_in_dim, which fn is: axis i becomes axis axes[i] of shape."""
         return None
 
-    def index(self, fn: Any, sizes: dict[int, int], axes: Sequence[int]) -> Virtual | None:
+    def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> Virtual | None:
         """Take part of some axes: fn(array, {axis of the weight: axis of the array}) on each array.
 
         `sizes` has the new size of each of `axes`.
@@ -146,11 +146,11 @@ class Virtual:
         rest = [size for i, size in enumerate(self.shape) if i != axis]
         return None if one is None else one.reshape(rest)
 
-    def multiply(self, scalar: Any, fn: Any) -> Virtual | None:
+    def multiply(self, scalar: Any, fn: Callable) -> Virtual | None:
         """fn(array, scalar), linear in the array: multiplication or division by a scalar."""
         return None
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Any) -> Virtual | None:
+    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> Virtual | None:
         """fn(weight, by), lax.mul or lax.div: by has these axes of the weight, in order."""
         return None
 

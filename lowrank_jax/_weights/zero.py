@@ -18,7 +18,7 @@ class ZeroWeight(Virtual):
     """Zeros of this shape and dtype; a product with them is zeros, which XLA adds to nothing."""
 
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
+    dtype: jax.typing.DTypeLike = dataclasses.field(metadata={"static": True})
 
     def materialize(self) -> jax.Array:
         """The zeros."""

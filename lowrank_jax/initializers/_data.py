@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from lowrank_jax import _jaxprs
 from lowrank_jax._errors import ConfigError, listing
+from lowrank_jax._types import PyTree
 from lowrank_jax.initializers._spectral import product
 
 # As much as the trace of a covariance of 4096 inputs: doubling ends, whatever came.
 MOST_DAMPING = 4096.0
 
 
-def checked_arrays(name: str, data: Any, square: bool) -> dict[str, jax.Array]:
+def checked_arrays(name: str, data: PyTree, square: bool) -> dict[str, jax.Array]:
     """Data by path: arrays [*stack, rows, columns], finite where their values are known."""
     if not isinstance(data, Mapping) or not data:
         raise ConfigError(
@@ -73,7 +74,7 @@ def damped(covariance: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]
         safe = covariance + damping * identity
         return damping, safe, jnp.linalg.inv(safe)
 
-    def bad(state: Any) -> jax.Array:
+    def bad(state: PyTree) -> jax.Array:
         damping, safe, inverse = state
         good = jnp.linalg.norm(product(safe, inverse) - identity) < 0.05  # a NaN is not
         return ~good & (damping < MOST_DAMPING)
