@@ -12,6 +12,7 @@ import numpy as np
 
 from lowrank_jax import checkpoint
 from lowrank_jax._checks import checked
+from lowrank_jax._checks import path as path_like
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.safetensors import INDEX, SINGLE, open_folder
 from lowrank_jax._files.tensor_file import TensorFile
@@ -28,7 +29,7 @@ _FIRST = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_
 _SHOWN = 10
 
 
-@checked(CheckpointError)
+@checked(CheckpointError, folder=path_like)
 def described(folder: Path) -> list[str]:
     """Lines about a folder; those that say what is odd begin with "odd: ".
 

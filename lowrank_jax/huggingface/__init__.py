@@ -125,6 +125,8 @@ def load(
 def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
     """The tensors of a folder or a GGUF file, and whether a projection may be its look-up table."""
     if folder.suffix == SUFFIX and not folder.is_dir():
+        if not folder.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{folder} does not exist, or is no regular file")
         tensors = GgufTensors(folder)
         yield tensors, tensors.ties
         return

@@ -134,7 +134,7 @@ def write_model(
         texts[INDEX] = _index(files)
     if taken := sorted(name for name in files if not _is_free(name)):
         raise CheckpointError(
-            f"a file of tensors is to be called {printable(taken[0])!r}: an index has to name "
+            f"a file of tensors is to be called '{printable(taken[0])}': an index has to name "
             "files that end with .safetensors"
         )
     writes: dict[str, Write] = {
