@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -268,10 +269,13 @@ def _changed(
 
 def _is_there(old: Path, new: Path) -> bool:
     """Whether a plain file is there already, on disk, with the content of a new one."""
-    size = new.stat().st_size
-    if old.is_symlink() or not old.is_file() or old.stat().st_size != size or size > _COMPARED:
+    try:
+        found, size = os.lstat(old), new.stat().st_size
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size or size > _COMPARED:
+            return False
+        if old.read_bytes() != new.read_bytes():
+            return False
+        flush(old)
+    except OSError:
         return False
-    if old.read_bytes() != new.read_bytes():
-        return False
-    flush(old)
     return True
