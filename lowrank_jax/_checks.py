@@ -192,14 +192,14 @@ def is_seed(value: Any) -> bool:
 
 
 def _is_path(value: Any) -> bool:
-    """Whether a value names a file or folder that the file system may have."""
+    """Whether a value names what may be there: no name is too long, and no link in a circle."""
     if not isinstance(value, str | os.PathLike):
         return False
     text = os.fspath(value)
     if not isinstance(text, str) or not text or "\0" in text:
         return False
     try:
-        os.lstat(text)
+        os.stat(text)
     except UnicodeEncodeError:
         return False
     except OSError as error:
@@ -271,10 +271,7 @@ def refuse_other_dtypes(values: Sequence[Any], paths: Sequence[str]) -> None:
 
 
 anything = Kind(lambda value: True, "anything")
-path = Kind(
-    _is_path,
-    "a path, as non-empty text or a pathlib.Path, of names that the file system has room for",
-)
+path = Kind(_is_path, "a path that the file system takes, as non-empty text or a pathlib.Path")
 function = Kind(callable, "a function")
 number = Kind(is_finite, "a finite number")
 number_like = Kind(is_number_like, "a finite number or an array of real numbers")

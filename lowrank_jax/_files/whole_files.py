@@ -187,11 +187,10 @@ def _place(name: str, entries: Iterable[str]) -> tuple[int, str]:
 
 def _set_aside(folder: Path, names: list[str], entries: Sequence[str]) -> None:
     """Take the names from old files, those of entries first and for good."""
-    for number, name in enumerate(names):
-        if number and name not in entries and names[number - 1] in entries:
-            flush(folder)
+    for number, name in enumerate(names, start=1):
         rename(folder / name, folder / f"{_OLD}{name}")
-    flush(folder)
+        if name in entries and not {*names[number:]} & {*entries}:
+            flush(folder)
 
 
 def _keep(folder: Path, name: str) -> None:
