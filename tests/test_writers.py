@@ -290,7 +290,7 @@ def test_two_writers_leave_one_whole_folder(form, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_two_writers_of_many_rounds(form, tmp_path):
-    check_rivals(form, tmp_path, 2000)
+    check_rivals(form, tmp_path, 300)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -344,7 +344,7 @@ def test_a_killed_writer_does_not_hinder_the_next(form, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_many_killed_writers_do_not_hinder_the_next(form, tmp_path):
-    check_killed_writers(form, tmp_path, 40)
+    check_killed_writers(form, tmp_path, 25)
 
 
 # Calls that fail

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -222,7 +223,16 @@ def _clean(directory: Path) -> None:
         for path in directory.glob("arrays-*"):
             # Orbax writes under a name with a suffix of its own
             if path.name != keep and _FOLDER.match(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; TensorStore may still write into that of a failed save for a moment."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.005)
 
 
 def _flushed(path: Path) -> list[Any]:

@@ -60,6 +60,7 @@ class _Own(logging.Filter):
             exception = record.exc_info[1] if record.exc_info else None
             if id(exception) not in own:
                 logger.handle(record)
+        self.raised, self._held = None, []  # its frames hold arrays, and this filter
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -189,7 +189,7 @@ def full_disks(form: Form, every: int, folder: Path) -> Callable[[], str]:
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return lambda: "full disks: none, for mounting a tmpfs is not allowed here"
-    outcomes, changed, pages = collections.Counter(), 0, range(0, 48, every)
+    outcomes, changed, left, pages = collections.Counter(), 0, 0, range(0, 48, every)
     try:
         attempt(form, disk / "x", lambda: None)  # makes the one to warm up
         for free in pages:
@@ -204,10 +204,16 @@ def full_disks(form: Form, every: int, folder: Path) -> Callable[[], str]:
             outcome, _ = attempt(form, disk / "x", fill)
             (disk / "filler").unlink(missing_ok=True)
             outcomes[outcome] += 1
-            changed += outcome != "saved" and entries(disk / "x") != before
+            now = entries(disk / "x")
+            if outcome != "saved":
+                changed += any(now.get(name) != content for name, content in before.items())
+                left += len(now.keys() - before.keys()) > 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    return lambda: f"full disks: {len(pages)}: {dict(outcomes)}, {changed} old ones changed"
+    return lambda: (
+        f"full disks: {len(pages)}: {dict(outcomes)}, {changed} old ones changed, {left} with "
+        "something left until the next save"
+    )
 
 
 # Damage
