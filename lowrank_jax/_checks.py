@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import errno
 import functools
 import inspect
 import math
@@ -191,14 +192,19 @@ def is_seed(value: Any) -> bool:
 
 
 def _is_path(value: Any) -> bool:
-    """Whether a value names a file or folder."""
+    """Whether a value names what may be there: no name is too long, and no link in a circle."""
     if not isinstance(value, str | os.PathLike):
         return False
     text = os.fspath(value)
+    if not isinstance(text, str) or not text or "\0" in text:
+        return False
     try:
-        return isinstance(text, str) and bool(text) and "\0" not in text and bool(os.fsencode(text))
+        os.stat(text)
     except UnicodeEncodeError:
         return False
+    except OSError as error:
+        return error.errno not in (errno.ENAMETOOLONG, errno.ELOOP)
+    return True
 
 
 def _is_transformation(value: Any) -> bool:
@@ -265,7 +271,7 @@ def refuse_other_dtypes(values: Sequence[Any], paths: Sequence[str]) -> None:
 
 
 anything = Kind(lambda value: True, "anything")
-path = Kind(_is_path, "a path, as non-empty text or a pathlib.Path")
+path = Kind(_is_path, "a path that the file system takes, as non-empty text or a pathlib.Path")
 function = Kind(callable, "a function")
 number = Kind(is_finite, "a finite number")
 number_like = Kind(is_number_like, "a finite number or an array of real numbers")

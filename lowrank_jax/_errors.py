@@ -1,7 +1,21 @@
-"""Errors and the warning: each names a path, what came, what was expected, and the remedy."""
+"""Errors and the warning: each names a path, what came, what was expected, and the remedy.
+
+What files and trees are called is in their texts: control characters are escaped in all of them.
+"""
+
+from typing import Any
+
+from lowrank_jax._text import printable, printable_lines
 
 
-class LowrankError(ValueError):
+class _Printed(Exception):
+    """An exception whose text is fit to print."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*(printable_lines(a) if isinstance(a, str) else a for a in args))
+
+
+class LowrankError(_Printed, ValueError):
     """Base of every error this library raises on bad input."""
 
 
@@ -33,21 +47,21 @@ class CheckpointError(LowrankError):
     """A checkpoint is missing, damaged, or belongs to another base."""
 
 
-class MaterializeWarning(UserWarning):
+class MaterializeWarning(_Printed, UserWarning):
     """A weight was built densely because no rule covers the equation that uses it."""
 
 
-class PlanWarning(UserWarning):
+class PlanWarning(_Printed, UserWarning):
     """A leaf reaches a product by operations no rule follows, so "all-linear" passes over it."""
 
 
-class OffloadWarning(UserWarning):
+class OffloadWarning(_Printed, UserWarning):
     """An optimizer's state stays on the device, which has no host memory to put it in."""
 
 
 def listing(problems: list[str], limit: int = 20) -> str:
     """Join problems one to a line, saying how many were left out."""
-    lines = [f"  - {p}" for p in problems[:limit]]
+    lines = [f"  - {printable(problem, 1000)}" for problem in problems[:limit]]
     if len(problems) > limit:
         lines.append(f"  ... and {len(problems) - limit} more")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from lowrank_jax._nodes.methods import label_of
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._paths import flatten
 from lowrank_jax._table import Table, Tabled, bytes_text, collapsed, shape_text
+from lowrank_jax._text import printable
 from lowrank_jax._types import PyTree
 from lowrank_jax._weights.magnitude import count_still
 
@@ -125,7 +126,7 @@ class Report(Tabled):
             for path, leaf in self.items()
             if leaf.still
         ]
-        return tuple(" ".join(row) for row, _ in collapsed(dict.fromkeys(found)))
+        return tuple(printable(" ".join(row), 2000) for row, _ in collapsed(dict.fromkeys(found)))
 
     def _summary(self) -> Table:
         """Counts and bytes, of all devices and, where that differs, of one."""
@@ -167,9 +168,7 @@ class Report(Tabled):
         return Table(columns, tuple(summed), frozenset({"trained"}))
 
     def __str__(self) -> str:
-        parts = [str(self._summary())]
-        if self:
-            parts.append(str(self._table()))
+        parts = [str(self._summary()), *([str(self._table())] if self else [])]
         if self.notes:
             parts.append("\n".join(f"- {note}" for note in self.notes))
         return "\n\n".join(parts)
@@ -177,7 +176,7 @@ class Report(Tabled):
     def _repr_html_(self) -> str:
         """HTML for a notebook: the tables, and every equation behind a fold."""
         lines = [
-            f"<li><code>{html.escape(path)}</code>: {html.escape(_use_text(use))}</li>"
+            f"<li><code>{html.escape(printable(path))}</code>: {html.escape(_use_text(use))}</li>"
             for path, leaf in self.items()
             for use in leaf.uses
         ]
@@ -194,9 +193,10 @@ class Report(Tabled):
     def __rich__(self) -> Any:
         """What rich.print shows."""
         from rich.console import Group
+        from rich.text import Text
 
         parts = [self._summary().rich()] + ([self._table().rich()] if self else [])
-        return Group(*parts, *(f"- {note}" for note in self.notes))
+        return Group(*parts, *(Text(f"- {note}") for note in self.notes))
 
 
 def _adapter(leaf: LeafReport) -> str:

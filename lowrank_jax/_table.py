@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lowrank_jax._text import printable, printable_lines
+
 Row = tuple[str, ...]
 
 
@@ -17,13 +19,19 @@ Row = tuple[str, ...]
 class Table:
     """Rows of text under the names of their columns; `right` names the columns of numbers.
 
-    A note is a line under the table.
+    A note is a line under the table. Cells are names of the user's, and of files': they are made
+    fit to print.
     """
 
     columns: Row
     rows: tuple[Row, ...]
     right: frozenset[str] = frozenset()
     note: str = ""
+
+    def __post_init__(self) -> None:
+        rows = tuple(tuple(printable(cell, 1000) for cell in row) for row in self.rows)
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "note", printable_lines(self.note))
 
     def __str__(self) -> str:
         lines = [self.columns, *self.rows]

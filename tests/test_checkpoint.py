@@ -579,7 +579,7 @@ def test_sigkill_of_a_saving_process(tmp_path):
 def test_second_writer_errors_at_once(tmp_path):
     lora, config = made(linen_base())
     checkpoint.save(tmp_path, lora=lora, config=config, step=1)
-    with _archive._locked(tmp_path):
+    with _archive.locked(tmp_path):
         began = time.perf_counter()
         with pytest.raises(CheckpointError, match="another save is writing"):
             checkpoint.save(tmp_path, lora=lora, config=config, step=2)

@@ -51,7 +51,7 @@ class Killed(BaseException):
     """What no handler of errors catches."""
 
 
-CALLS = ("replace", "fsync", "chmod", "open", "umask")
+CALLS = ("replace", "fsync", "open", "link")
 
 
 @pytest.mark.parametrize("rank", [2, 3], ids=["the same configuration", "another"])
@@ -65,7 +65,7 @@ def test_a_killed_save_leaves_one_adapter_or_none(rank, tmp_path, monkeypatch):
 
         def dying(real, count=count, at=at):
             def call(*args, **kwargs):
-                if next(count) == at:
+                if next(count) >= at:
                     raise Killed
                 return real(*args, **kwargs)
 
@@ -73,7 +73,7 @@ def test_a_killed_save_leaves_one_adapter_or_none(rank, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             for name in CALLS:
-                patch.setattr(_folder.os, name, dying(getattr(os, name)))
+                patch.setattr(os, name, dying(getattr(os, name)))
             patch.setattr(Path, "unlink", dying(Path.unlink))
             try:
                 save(directory, 2.0, rank)
@@ -229,7 +229,7 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path):
     refused(tmp_path, "too few or too many")
     with (tmp_path / CONFIG).open("wb") as file:
         file.truncate(1 << 40)
-    refused(tmp_path, "no configuration")
+    refused(tmp_path, "has 1099511627776 bytes")
 
 
 def test_every_dtype_and_shape_is_read_as_it_was_written(tmp_path):

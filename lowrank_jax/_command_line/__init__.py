@@ -6,13 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from lowrank_jax import huggingface, names
 from lowrank_jax._command_line.converting import convert
 from lowrank_jax._command_line.inspecting import described
 from lowrank_jax._errors import LowrankError
+from lowrank_jax._text import printable, printable_lines
 
 TABLES = sorted(name for name, value in vars(names).items() if isinstance(value, names.Table))
+
+# a line names a few things, each of which is cut to a fraction of this
+_LINE = 4000
 
 
 def _table(name: str) -> names.Table:
@@ -87,8 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        print("\n".join(options.run(options)))
+        _print([printable(line, _LINE) for line in options.run(options)], sys.stdout)
     except (LowrankError, OSError) as error:
-        print(f"lowrank_jax: {error}", file=sys.stderr)
+        _print([printable_lines(f"lowrank_jax: {error}")], sys.stderr)
         return 1
     return 0
+
+
+def _print(lines: list[str], stream: TextIO) -> None:
+    """Print lines; characters that the stream has no bytes for are escaped."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), file=stream)

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 
 from lowrank_jax import checkpoint, peft
+from lowrank_jax._checks import checked
+from lowrank_jax._checks import path as path_like
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._paths import nested
@@ -17,6 +19,7 @@ from lowrank_jax.peft._folder import CONFIG, tensors_path
 from lowrank_jax.peft._tensors import split_key
 
 
+@checked(CheckpointError, source=path_like, target=path_like)
 def convert(source: Path, target: Path, names: Names = None) -> str:
     """Write the adapter at source in its other form at target; returns what that form is.
 

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax import checkpoint
+from lowrank_jax._checks import checked
+from lowrank_jax._checks import path as path_like
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.safetensors import INDEX, SINGLE, open_folder
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._nodes import LowRank, is_node
 from lowrank_jax._paths import flatten
+from lowrank_jax._text import printable
 from lowrank_jax.huggingface._folder import read_config
 from lowrank_jax.peft._folder import CONFIG, tensors_path
 from lowrank_jax.peft._folder import read_config as read_adapter
@@ -26,6 +29,7 @@ _FIRST = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_
 _SHOWN = 10
 
 
+@checked(CheckpointError, folder=path_like)
 def described(folder: Path) -> list[str]:
     """Lines about a folder; those that say what is odd begin with "odd: ".
 
@@ -55,7 +59,7 @@ def _adapter(folder: Path) -> list[str]:
     config = parse(read_adapter(folder), str(folder / CONFIG))
     lines = [
         "a PEFT adapter" + (" with DoRA" if config["use_dora"] else ""),
-        f"base model: {config['base_model_name_or_path'] or 'not named'}",
+        f"base model: {printable(config['base_model_name_or_path'] or 'not named')}",
     ]
     with TensorFile(tensors_path(folder)) as file:
         lines.append(_sizes(file.entries.values()))
@@ -67,24 +71,24 @@ def _adapter(folder: Path) -> list[str]:
         ranks, whole, odd = (
             Counter(),
             [],
-            [f"{k}: no key of an adapter" for k in split if not split[k]],
+            [f"{printable(k)}: no key of an adapter" for k in split if not split[k]],
         )
         for module, named in parts.items():
             if not any(part.startswith("lora_") for part in named):
                 whole.append(module)
             for first, second in _FIRST.items():
                 if (first in named) != (second in named):
-                    odd.append(f"{module}: has one of {first} and {second}")
+                    odd.append(f"{printable(module)}: has one of {first} and {second}")
                 elif first in named:
                     rank = file.entries[named[first]].shape[0]
                     ranks[rank, config.scale(module, rank)] += 1
-                    if rank != config.rank(module):
-                        odd.append(
-                            f"{module}: rank {rank}, and {CONFIG} says {config.rank(module)}"
-                        )
+                    if rank != (other := config.rank(module)):
+                        odd.append(f"{printable(module)}: rank {rank}, and {CONFIG} says {other}")
                     if not file.read(named[first]).any() or not file.read(named[second]).any():
-                        odd.append(f"{module}: a factor is 0, so that it changes nothing")
-        odd += [f"{key}: not finite" for key in split if not _is_finite(file.read(key))]
+                        odd.append(
+                            f"{printable(module)}: a factor is 0, so that it changes nothing"
+                        )
+        odd += [f"{printable(key)}: not finite" for key in split if not _is_finite(file.read(key))]
     lines += _ranks(ranks)
     lines += [f"other modules saved: {len(whole)}, {_some(whole)}"] if whole else []
     return lines + _odd(odd)
@@ -99,7 +103,7 @@ def _checkpoint(folder: Path) -> list[str]:
         if isinstance(node, LowRank):
             ranks[node.rank, node.scale] += 1
         arrays = [np.asarray(x) for x in vars(node).values() if hasattr(x, "__array__")]
-        odd += [f"{path}: not finite"] if not all(map(_is_finite, arrays)) else []
+        odd += [f"{printable(path)}: not finite"] if not all(map(_is_finite, arrays)) else []
     dora = any(getattr(node, "magnitude", None) is not None for node in nodes.values())
     whole = [path for path, node in nodes.items() if not isinstance(node, LowRank)]
     arrays = [x for n in nodes.values() for x in vars(n).values() if hasattr(x, "__array__")]
@@ -122,18 +126,19 @@ def _model(folder: Path) -> list[str]:
     quantization = config.get("quantization_config")
     kind = "a dense model"
     if isinstance(quantization, dict):
-        kind = f"a model quantized by {quantization.get('quant_method')}"
-    names = config.get("architectures") or [config.get("model_type") or "no config.json"]
+        kind = f"a model quantized by {printable(quantization.get('quant_method'))}"
+    names = config.get("architectures") or config.get("model_type") or "no config.json"
+    names = names if isinstance(names, list) else [names]
     with open_folder(folder) as tensors:
         entries = {key: tensors.entry(key) for key in tensors}
         files = {tensors.file(key) for key in tensors}
-    lines = [f"{kind}: {', '.join(map(str, names))}", _sizes(entries.values())]
+    lines = [f"{kind}: {_some([*map(str, names)])}", _sizes(entries.values())]
     lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
     odd = [] if config else ["there is no config.json: transformers will not load it"]
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
         odd.append(f"{INDEX} stands beside {SINGLE}, which is the one that is read")
     odd += [
-        f"{p.name}: of no file of this model"
+        f"{printable(p.name)}: of no file of this model"
         for p in folder.glob("*.safetensors")
         if p.name not in files
     ]
@@ -164,7 +169,9 @@ def _ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     left = len(names) - _SHOWN
-    return ", ".join(sorted(names)[:_SHOWN]) + (f" and {left} more" if left > 0 else "")
+    return ", ".join(map(printable, sorted(names)[:_SHOWN])) + (
+        f" and {left} more" if left > 0 else ""
+    )
 
 
 def _odd(problems: list[str]) -> list[str]:

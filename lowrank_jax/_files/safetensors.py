@@ -95,11 +95,12 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
         where = dict(json.loads((folder / INDEX).read_text())["weight_map"])
         names = sorted({*where.values()})
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError) as error:
+        missing = [name for name in names if not (folder / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / INDEX} is no index of shards ({error!r})") from error
     if outside:
         raise CheckpointError(f"{folder / INDEX} names files outside its folder: {outside}")
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing:
         raise CheckpointError(
             f"shards are missing of {folder}; fetch them again\n{listing(missing)}"
         )

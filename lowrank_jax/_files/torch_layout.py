@@ -16,6 +16,7 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._nodes import LowRank
 from lowrank_jax._primitives.contract import inverse
+from lowrank_jax._text import printable
 from lowrank_jax.names import Names, Parameter, parameter
 
 
@@ -218,6 +219,21 @@ def known_names(leaves: Mapping[str, Any], names: Names) -> dict[str, Parameter]
         path: dataclasses.replace(name, tied=None) if name.tied in modules else name
         for path, name in named.items()
     }
+
+
+def refuse_name(path: str, name: Parameter) -> None:
+    """Refuse a name that no module of torch has.
+
+    Raises:
+      CheckpointError: it has control characters, lone surrogates, "/", or nothing between two dots.
+    """
+    for key in filter(None, (name.key, name.tied)):
+        if "/" in key or not all(key.split(".")) or printable(key, len(key)) != key:
+            raise CheckpointError(
+                f"'{printable(path)}' is to be called '{printable(key)}': torch's names are parts "
+                "with a dot between them, without '/' and control characters; rename the leaf, or "
+                "give names"
+            )
 
 
 def numbered(name: str, index: tuple[int, ...]) -> str:

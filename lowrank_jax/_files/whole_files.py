@@ -1,36 +1,280 @@
-"""Files that are whole on disk before they take their names."""
+"""Files that are whole on disk before they take their names, and several that change together.
+
+A file is written under another name and flushed, and one rename puts it in place. Several files
+have no rename in common: the old ones are set aside first, those without which nothing loads before
+the others, and the new ones come in the opposite order. An error puts the old ones back; a kill in
+between leaves a folder that nothing loads, never a mixture.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import tempfile
-from collections.abc import Callable
+import stat
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.locks import locked
 
-def flushed(
-    folder: Path, prefix: str, write: Callable[[BinaryIO], object], stack: contextlib.ExitStack
-) -> Path:
-    """A file of another name, whole on disk; removed by the stack unless it was renamed."""
-    number, name = tempfile.mkstemp(prefix=prefix, dir=folder)
-    stack.callback(Path(name).unlink, missing_ok=True)
-    with open(number, "wb") as file:
+_NEW = ".lowrank-"
+_OLD = f"{_NEW}old-"
+# what a file system says that cannot flush a directory: there is nothing to wait for
+_NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
+# files above this size are taken for changed: comparing them costs more than replacing them
+_COMPARED = 1 << 25
+
+Write = Callable[[BinaryIO], object]
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on disk.
+
+    A directory that the file system cannot flush, or that may not be opened, is passed over.
+    """
+    is_folder = path.is_dir()
+    if os.name == "nt" and is_folder:
+        return
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not is_folder or error.errno not in _NO_FLUSH:
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it where they are missing, and let their names last."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        flush(path.parent)
+
+
+def write_whole(folder: Path, write: Write) -> Path:
+    """A file of another name, whole on disk; `clear` removes it unless it is renamed."""
+    path = folder / f"{_NEW}{uuid.uuid4().hex}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, 0o666), "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(name, 0o666 & ~mask)
-    return Path(name)
+    return path
 
 
-def sync(folder: Path) -> None:
-    """Flush the folder's names to disk, where the system can."""
+def clear(folder: Path, old: bool = True) -> None:
+    """Remove the files that killed or failed writers left; old: those that were set aside, too."""
+    for path in folder.glob(f"{_NEW}*"):
+        if (old or not path.name.startswith(_OLD)) and not (
+            path.is_dir() and not path.is_symlink()
+        ):
+            path.unlink(missing_ok=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file; what a file system did although it reported an error, is done."""
+    own = _identity(source)
+    try:
+        os.replace(source, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            if own is not None and _identity(target) == own and _identity(source) is None:
+                return
+        raise
+
+
+def replace_files(
+    folder: Path,
+    writes: Mapping[str, Write],
+    what: str,
+    *,
+    entries: Sequence[str],
+    obsolete: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Replace files of a folder together, and leave its others alone.
+
+    Args:
+      folder: made where missing.
+      writes: name -> what writes its content. A file that is there already stays.
+      what: what the files are, for errors.
+      entries: the names without which nothing loads, in the order in which they go.
+      obsolete: whether a name that is there, and not written, goes as well.
+
+    Raises:
+      CheckpointError: another process is writing there, or the file system refused.
+    """
+    try:
+        make_folder(folder)
+        with locked(folder):
+            clear(folder)
+            try:
+                there = os.listdir(folder)
+                if blocked := [name for name in writes if (folder / name).is_dir()]:
+                    raise CheckpointError(f"{folder / blocked[0]} is a folder: remove it")
+                new = {name: write_whole(folder, write) for name, write in writes.items()}
+                gone = [name for name in there if name not in writes and obsolete(name)]
+                new = _changed(folder, new, gone, entries)
+                put_in_place(folder, new, what, entries=entries, gone=gone)
+            finally:
+                with contextlib.suppress(OSError):
+                    clear(folder, old=False)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} could not be written; what was there is as it was ({error})"
+        ) from error
+
+
+def put_in_place(
+    folder: Path,
+    new: Mapping[str, Path],
+    what: str,
+    *,
+    entries: Sequence[str] = (),
+    gone: Iterable[str] = (),
+) -> None:
+    """Let files, whole on disk, take their names; where that fails, put back what was there.
+
+    Args:
+      folder: where they are.
+      new: name -> the file that is to be called so.
+      what: what they are, for errors.
+      entries: as of replace_files.
+      gone: names that are to go.
+
+    Raises:
+      CheckpointError: the file system refused. What it says of the folder was looked up.
+    """
+    names = [*new, *gone]
+    going = sorted(names, key=lambda name: (name not in entries, *_place(name, entries)))
+    coming = sorted(new, key=lambda name: (name in entries, *_place(name, reversed(entries))))
+    before = {name: _identity(folder / name) for name in names}
+    after = {name: _identity(new[name]) if name in new else None for name in names}
+    try:
+        if len(names) == 1 and new:
+            _keep(folder, names[0])
+        else:
+            _set_aside(folder, [name for name in going if before[name]], entries)
+        for name in coming:
+            if name in entries:
+                flush(folder)
+            rename(new[name], folder / name)
+        flush(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _put_back(folder, coming, going, before, after)
+        if isinstance(error, OSError):
+            raise _failure(folder, what, before, after, error) from error
+        raise
     with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        clear(folder)
+
+
+def _place(name: str, entries: Iterable[str]) -> tuple[int, str]:
+    """Where a name stands among the entries, or after them."""
+    order = [*entries]
+    return order.index(name) if name in order else len(order), name
+
+
+def _set_aside(folder: Path, names: list[str], entries: Sequence[str]) -> None:
+    """Take the names from old files, those of entries first and for good."""
+    for number, name in enumerate(names, start=1):
+        rename(folder / name, folder / f"{_OLD}{name}")
+        if name in entries and not {*names[number:]} & {*entries}:
+            flush(folder)
+
+
+def _keep(folder: Path, name: str) -> None:
+    """Give a file that is to be replaced a second name, where the file system has links."""
+    with contextlib.suppress(OSError, NotImplementedError):
+        os.link(folder / name, folder / f"{_OLD}{name}", follow_symlinks=False)
+
+
+def _put_back(
+    folder: Path,
+    coming: list[str],
+    going: list[str],
+    before: Mapping[str, object],
+    after: Mapping[str, object],
+) -> None:
+    """Undo a replacement: new files go, the entries first, and old ones get their names back."""
+    for name in reversed(coming):
+        is_new = _identity(folder / name) == after[name]
+        if is_new and (len(going) > 1 or before[name] is None):
+            (folder / name).unlink()
+    for name in reversed(going):
+        if _identity(folder / f"{_OLD}{name}") is not None:
+            rename(folder / f"{_OLD}{name}", folder / name)
+    with contextlib.suppress(OSError):
+        flush(folder)
+    if all(_identity(folder / name) == was for name, was in before.items()):
+        clear(folder)
+
+
+def _failure(
+    folder: Path,
+    what: str,
+    before: Mapping[str, object],
+    after: Mapping[str, object],
+    error: OSError,
+) -> CheckpointError:
+    """The error of a replacement, by what the folder holds now."""
+    try:
+        now = {name: _identity(folder / name) for name in before}
+    except OSError:
+        now = None
+    if now == before:
+        return CheckpointError(
+            f"{folder} could not be written; what was there is as it was ({error})"
+        )
+    if now == after:
+        return CheckpointError(
+            f"{folder} holds the new {what}, whole, but the file system cannot confirm that it "
+            f"will last ({error}): save again, or elsewhere"
+        )
+    return CheckpointError(
+        f"{folder} could not be written, and what was there could not be put back ({error}): save "
+        f"again, or elsewhere; files that were set aside are called {_OLD}NAME"
+    )
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from others, whatever it is called; None where there is none."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed(
+    folder: Path, new: Mapping[str, Path], gone: Sequence[str], entries: Sequence[str]
+) -> dict[str, Path]:
+    """The new files that are not there already; entries too, unless one rename is all there is."""
+    changed = {name: path for name, path in new.items() if not _is_there(folder / name, path)}
+    if len(changed) + len(gone) > 1:
+        changed |= {name: new[name] for name in entries if name in new}
+    return changed
+
+
+def _is_there(old: Path, new: Path) -> bool:
+    """Whether a plain file is there already, on disk, with the content of a new one."""
+    try:
+        found, size = os.lstat(old), new.stat().st_size
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size or size > _COMPARED:
+            return False
+        if old.read_bytes() != new.read_bytes():
+            return False
+        flush(old)
+    except OSError:
+        return False
+    return True

@@ -82,7 +82,7 @@ def save(
     Killed at any instant, one whole checkpoint, the old or the new, is at the path, because one
     rename decides: (1) the arrays are written into a new directory, beside those in use; (2) they
     are hashed and flushed to disk; (3) a new manifest, which names that directory, is written
-    under another name and flushed; (4) `os.replace` puts it in the old manifest's place; (5) the
+    under another name and flushed; (4) one rename puts it in the old manifest's place; (5) the
     arrays that no manifest names are removed. What a killed save leaves, no manifest names: the
     next save removes it. A failed save leaves the old checkpoint as it was. A lock, which dies with
     its process, keeps a second writer out; a reader that meets a save reads the new one. In a

@@ -9,8 +9,9 @@ import math
 import os
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.locks import locked
+from lowrank_jax._files.whole_files import clear, flush, make_folder, put_in_place, write_whole
 from lowrank_jax._fingerprint import differences, sha256
 from lowrank_jax.checkpoint._orbax import (
     make_checkpointer,
@@ -26,6 +29,7 @@ from lowrank_jax.checkpoint._orbax import (
     read_arrays,
     write_arrays,
 )
+from lowrank_jax.checkpoint._quiet import quiet
 
 # An archive is a directory: a manifest, and the one folder of arrays (Orbax's) that it names.
 # checkpoint.save says why its replacement is atomic.
@@ -39,9 +43,8 @@ _SLACK = 4096
 
 def write_archive(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Replace the archive at a directory by a manifest's body and arrays, atomically."""
-    directory.mkdir(parents=True, exist_ok=True)
-    _flush(directory.parent)
-    with _locked(directory):
+    make_folder(directory)
+    with locked(directory):
         _clean(directory)
         try:
             _commit(directory, body, arrays)
@@ -52,49 +55,25 @@ def write_archive(directory: Path, body: dict[str, Any], arrays: dict[str, np.nd
 def _commit(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write a whole new folder and manifest; the last rename makes them the archive."""
     folder = directory / f"arrays-{uuid.uuid4().hex}"
+    flush(directory)  # one that fails fails before there is anything to remove
     with _hashers() as pool:
         hashes = pool.map(sha256, arrays.values())  # while Orbax writes
-        write_arrays(folder, arrays)
+        with quiet(folder.name):
+            write_arrays(folder, arrays)
         found = _files(folder)
         files = dict(zip(found, pool.map(_flushed, found.values()), strict=True))
         for parent, _, _ in os.walk(folder):
-            _flush(Path(parent))
+            flush(Path(parent))
         described = {
             name: [list(array.shape), array.dtype.name, sha]
             for (name, array), sha in zip(arrays.items(), hashes, strict=True)
         }
     head = {"format": _FORMAT, "version": _VERSION}
     body = {**head, **body, "arrays": described, "folder": folder.name, "files": files}
-    _flush(directory)
-    _replace(directory / _MANIFEST, _sealed(body))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Replace a file for good; where the new name cannot be made to last, the old one is back."""
-    try:
-        old = path.read_bytes()
-    except FileNotFoundError:
-        old = None
-    _put(path, content)
-    try:
-        _flush(path.parent)
-    except OSError as error:
-        try:
-            path.unlink() if old is None else _put(path, old)
-        except OSError:
-            raise CheckpointError(
-                f"{path.parent} holds the new checkpoint, whole, but the file system cannot "
-                f"confirm that it will last ({error}): save again, or elsewhere"
-            ) from error
-        raise
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Write a file beside another and flush it; one rename puts it in the other's place."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_bytes(content)
-    _flush(new)
-    os.replace(new, path)
+    flush(directory)
+    text = _sealed(body)
+    manifest = write_whole(directory, lambda file: file.write(text))
+    put_in_place(directory, {_MANIFEST: manifest}, "checkpoint")
 
 
 def has_manifest(directory: Path) -> bool:
@@ -147,7 +126,7 @@ def read_archive(
     plain = lambda dtype: jnp.dtype(np.uint8) if dtype.itemsize == 1 else dtype
     claimed = {n: (s, plain(dtype)) for n, (s, dtype, _) in described.items() if 0 not in s}
     claims = sum(math.prod(shape) * dtype.itemsize for shape, dtype in claimed.values())
-    with make_checkpointer() as checkpointer:
+    with quiet(folder.name), make_checkpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         stored = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in stored.items()}
         problems = differences(_shown(claimed), _shown(stored))
@@ -236,56 +215,29 @@ def _clean(directory: Path) -> None:
     Nothing goes where the manifest cannot be read, or may not be the one on disk.
     """
     with contextlib.suppress(OSError, CheckpointError):
-        _flush(directory)
+        flush(directory)
         names = os.listdir(directory)
         keep = read_manifest(directory)["folder"] if _MANIFEST in names else None
-        (directory / f"{_MANIFEST}.new").unlink(missing_ok=True)
+        (directory / f"{_MANIFEST}.new").unlink(missing_ok=True)  # of older releases
+        clear(directory)
         for path in directory.glob("arrays-*"):
             # Orbax writes under a name with a suffix of its own
             if path.name != keep and _FOLDER.match(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory against other writers; the kernel lets go when the process dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"another save is writing to {directory}: wait for it, or save elsewhere"
-            ) from None
-        except OSError:
-            pass  # a network file system without locks
-        yield
-    finally:
-        # closing alone would leave the lock to a process forked in the meantime
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _remove(folder: Path) -> None:
+    """Remove a folder; TensorStore may still write into that of a failed save for a moment."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.005)
 
 
 def _flushed(path: Path) -> list[Any]:
     """Size and SHA-256 of a file that is on disk."""
-    _flush(path)
+    flush(path)
     return [path.stat().st_size, _file_hash(path)]
 
 

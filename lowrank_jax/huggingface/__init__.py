@@ -125,6 +125,8 @@ def load(
 def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
     """The tensors of a folder or a GGUF file, and whether a projection may be its look-up table."""
     if folder.suffix == SUFFIX and not folder.is_dir():
+        if not folder.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{folder} does not exist, or is no regular file")
         tensors = GgufTensors(folder)
         yield tensors, tensors.ties
         return
@@ -147,8 +149,9 @@ def save(
 ) -> None:
     """Write a tree of parameters as a folder that transformers loads; `load` brings the same back.
 
-    Names and orientation are torch's, dtypes the leaves' own. What is killed leaves the old model,
-    the new one, or a folder that nothing loads.
+    Names and orientation are torch's, dtypes the leaves' own. What fails leaves the old model; what
+    is killed the old one, the new one, or a folder that nothing loads. A lock, which dies with its
+    process, keeps a second writer out.
 
     Args:
       folder: made where missing; the model in it is replaced.
@@ -158,13 +161,17 @@ def save(
         like_folder does not.
       like_folder: the folder that the model came from. Shapes must be its own, and each of its
         tensors must have a leaf; configuration, tokenizer and the like are copied from it, the
-        dtype in config.json set to that of the leaves. Without it the folder has tensors alone.
+        dtype in config.json set to that of the leaves. A link among them must lead to a file within
+        like_folder, or, in the cache of huggingface_hub, to the blobs of the same repository.
+        Without like_folder there are tensors alone.
       max_shard: bytes of tensors in one file; above, there are several and an index.
       dequantize: write quantized leaves as the dense weights that they stand for.
 
     Raises:
       CheckpointError: leaves are adapted, quantized, without a name or of a dtype that the files
         have not; or they do not fit like_folder. All of them are listed, and nothing is written.
+        A file beside the tensors of like_folder is a link out of it, another process is saving
+        there, or the file system refused.
 
     Source: transformers 5.23, modeling_utils.py; safetensors.
 
@@ -251,7 +258,8 @@ def merge(
     no file of PEFT's says.
 
     Args:
-      base: the model's folder.
+      base: the model's folder; its tensors may be links, and files beside them must not lead out
+        of it, as like_folder of save says.
       adapter: a folder that PEFT or peft.save wrote, or one of checkpoint.save.
       folder: where the merged model comes; made where missing, the model in it is replaced.
       names: leaf -> module, for a checkpoint, as of peft.save.

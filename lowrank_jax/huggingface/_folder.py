@@ -1,15 +1,12 @@
 """The folder of a model: its configuration, the files beside the tensors, and how it is replaced.
 
-The files are written whole under other names and flushed; then the entry points of the old model
-go, and the new files take their places, the new entry points last. A kill leaves the old model, the
-new one, or a folder that nothing loads: never a mixture.
+The entry points of the old model go first, and those of the new one come last: a kill leaves the
+old model, the new one, or a folder that nothing loads, never a mixture.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,12 +17,14 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.safetensors import INDEX, SINGLE
 from lowrank_jax._files.tensor_file import write_tensors
-from lowrank_jax._files.whole_files import flushed, sync
+from lowrank_jax._files.whole_files import Write, replace_files
+from lowrank_jax._files.within import read_within
+from lowrank_jax._text import printable
 
 CONFIG = "config.json"
 _BESIDE = {".json", ".jinja", ".model", ".txt"}
+_BESIDE_LIMIT = 1 << 28
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_NEW = ".lowrank-"
 
 
 class Lazy:
@@ -96,14 +95,17 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
 def beside(folder: Path, dtype: Any = None) -> dict[str, bytes]:
     """Name -> bytes of the files beside the tensors: configuration, tokenizer.
 
+    Folders are passed over; a link out of the folder is refused, for what it leads to would be
+    copied.
+
     Args:
       folder: the model's.
       dtype: of the tensors that are to be written, for the configuration to name; None: as it is.
     """
     files = {
-        path.name: path.read_bytes()
+        path.name: read_within(folder, path.name, _BESIDE_LIMIT)
         for path in sorted(folder.iterdir())
-        if path.suffix in _BESIDE and path.is_file() and not _is_of_tensors(path.name)
+        if path.suffix in _BESIDE and not path.is_dir() and not _is_of_tensors(path.name)
     }
     config = read_config(folder)
     for key in ("dtype", "torch_dtype"):
@@ -128,38 +130,29 @@ def write_model(
       beside: the file's name -> its bytes.
     """
     texts = dict(beside)
-    config = texts.pop(CONFIG, None)
     if set(files) != {SINGLE}:
         texts[INDEX] = _index(files)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{_NEW}*"):
-            stale.unlink()
-        with contextlib.ExitStack() as stack:
-            new = {
-                name: flushed(folder, _NEW, lambda file, t=tensors: write_tensors(file, t), stack)
-                for name, tensors in files.items()
-            }
-            new |= {
-                name: flushed(folder, _NEW, lambda file, t=text: file.write(t), stack)
-                for name, text in texts.items()
-            }
-            if config is not None:
-                new[CONFIG] = flushed(folder, _NEW, lambda file: file.write(config), stack)
-            old = [p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name)]
-            for name in (CONFIG, SINGLE, INDEX):
-                if name != CONFIG or config is not None:
-                    (folder / name).unlink(missing_ok=True)
-            sync(folder)
-            for name in sorted(new, key=lambda name: ({INDEX: 1, CONFIG: 2}.get(name, 0), name)):
-                os.replace(new[name], folder / name)
-                if name == INDEX:
-                    sync(folder)
-            for name in set(old) - set(files):
-                (folder / name).unlink()
-            sync(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} could not be written ({error})") from error
+    if taken := sorted(name for name in files if not _is_free(name)):
+        raise CheckpointError(
+            f"a file of tensors is to be called '{printable(taken[0])}': an index has to name "
+            "files that end with .safetensors"
+        )
+    writes: dict[str, Write] = {
+        name: lambda file, t=tensors: write_tensors(file, t) for name, tensors in files.items()
+    }
+    writes |= {name: lambda file, t=text: file.write(t) for name, text in texts.items()}
+    replace_files(
+        folder,
+        writes,
+        "model",
+        entries=(CONFIG, INDEX, SINGLE),
+        obsolete=lambda name: name in (SINGLE, INDEX) or bool(_SHARD.fullmatch(name)),
+    )
+
+
+def _is_free(name: str) -> bool:
+    """Whether a file of tensors may be called so: no other file of the folder is."""
+    return name.endswith(".safetensors") and not name.startswith((".", "adapter_"))
 
 
 def _index(files: Mapping[str, Mapping[str, Any]]) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.safetensors import SINGLE, Tensors
 from lowrank_jax._files.tensor_file import DTYPES
-from lowrank_jax._files.torch_layout import known_names, use_of
+from lowrank_jax._files.torch_layout import known_names, refuse_name, use_of
 from lowrank_jax._fingerprint import to_host
 from lowrank_jax._nodes import as_dense, is_adapter
 from lowrank_jax._nodes.quantized import Quantized
@@ -50,6 +50,7 @@ def outgoing(
     for path, name in named.items():
         leaf, use = leaves[path], use_of(plan, path)
         try:
+            refuse_name(path, name)
             _check(path, leaf, dequantize)
             shape = tuple(leaf.shape)
             keys = keys_of(path, shape, name, use)

@@ -56,8 +56,10 @@ def save(
     here, is two modules there, each with the same factors: PEFT computes the same with them, though
     merging there adds the change to the shared weight twice.
 
-    Both files are written whole under other names and flushed before they take their places. A kill
-    leaves the old adapter, the new one, or one without its configuration, which nothing loads.
+    Both files are written whole under other names and flushed before they take their places. What
+    fails leaves the old adapter. A kill leaves the old one, the new one, or one without its
+    configuration, which nothing loads; where the configuration stays as it was, one rename decides.
+    A lock, which dies with its process, keeps a second writer out.
 
     Args:
       directory: made where missing; other files in it are left alone.
@@ -81,7 +83,7 @@ def save(
     Raises:
       CheckpointError: PEFT cannot hold a leaf, weight was moved and original is not given, or base
         and original differ by more than an adapter can say; all such leaves are listed, and nothing
-        is written.
+        is written. Another process is saving there, or the file system refused.
 
     Source: peft 0.21.2, utils/save_and_load.py and tuners/lora.
 

@@ -10,7 +10,14 @@ import numpy as np
 from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listing
 from lowrank_jax._files.tensor_file import DTYPES
-from lowrank_jax._files.torch_layout import Layout, known_names, layout_of, numbered, use_of
+from lowrank_jax._files.torch_layout import (
+    Layout,
+    known_names,
+    layout_of,
+    numbered,
+    refuse_name,
+    use_of,
+)
 from lowrank_jax._fingerprint import to_host
 from lowrank_jax._nodes import Full, LowRank, as_dense, is_node, nodes_of, unnormed
 from lowrank_jax._nodes.family import Rows
@@ -143,6 +150,7 @@ def written(
                     f"{path!r}: PEFT saves whole modules, and another leaf of {named[path].module}"
                     " is trained whole: pass base, which holds this one"
                 )
+            refuse_name(path, named[path])
             writing.put(path, node, named[path], use_of(plan, path))
         except LowrankError as error:
             problems.append(str(error))

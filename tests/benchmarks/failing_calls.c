@@ -61,6 +61,10 @@ CALL(int, renameat, (int at, const char *from, int to_at, const char *to), (at, 
 CALL(int, renameat2, (int at, const char *from, int to_at, const char *to, unsigned flags),
      (at, from, to_at, to, flags), 1)
 CALL(int, link, (const char *from, const char *to), (from, to), 1)
+CALL(int, linkat, (int at, const char *from, int to_at, const char *to, int flags),
+     (at, from, to_at, to, flags), 1)
+CALL(int, unlink, (const char *path), (path), 1)
+CALL(int, unlinkat, (int at, const char *path, int flags), (at, path, flags), 1)
 CALL(int, mkdir, (const char *path, mode_t mode), (path, mode), 1)
 CALL(int, mkdirat, (int at, const char *path, mode_t mode), (at, path, mode), 1)
 

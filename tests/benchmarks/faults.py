@@ -3,6 +3,10 @@
     python tests/benchmarks/faults.py --kills 200 --errors 1 --flips 10000 --manifests 10000 \
         --writers 20
 
+`--forms` names what is written: a checkpoint, an adapter of PEFT's (with the configuration as it
+was, or another), a model of Hugging Face's (forms.py); bits are flipped, and manifests forged, of
+checkpoints alone.
+
 Processes that save are forks of this one, which has imported all and started no thread: nothing is
 imported again for each kill. `--errors N` fails every Nth call that writes, flushes, renames or
 opens for writing, of every library of the process, C++ too (failing_calls.c by LD_PRELOAD, which
@@ -29,45 +33,11 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint  # noqa: F401  imported before the forks
 from forged import forged, links
+from forms import FORMS, GONE, Form, entries
 
-import lowrank_jax as lowrank
 from lowrank_jax import CheckpointError, checkpoint
 
-CONFIG = lowrank.LoraConfig(rank=2, targets=("**/w",))
 SOURCE = Path(__file__).with_name("failing_calls.c")
-
-
-def contents(step: int, rows: int = 64) -> dict:
-    """What is saved at a step: every number says which."""
-    fill = lambda *shape: np.full(shape, step, np.float32)
-    layer = lambda: {"w": lowrank.LowRank(fill(rows, 2), fill(2, 64)), "bias": None}
-    lora = {"one": layer(), "two": layer()}
-    state = {"count": step, "mu": fill(rows, 2)}
-    return {"lora": lora, "config": CONFIG, "opt_state": state, "step": step, "extra": [fill(2)]}
-
-
-def whole(directory: Path) -> int | None:
-    """The step of the checkpoint there, or None where it is torn or not there."""
-    try:
-        found = checkpoint.restore(directory)
-    except CheckpointError as error:
-        print(error)
-        return None
-    factors = [part for layer in found.lora.values() for part in (layer["w"].a, layer["w"].b)]
-    arrays = [*factors, found.opt_state["mu"], found.opt_state["count"], found.extra["0"]]
-    return found.step if all((np.asarray(a) == found.step).all() for a in arrays) else None
-
-
-def entries(directory: Path) -> dict[str, bytes]:
-    """The bytes of all files."""
-    paths = [path for path in directory.rglob("*") if path.is_file()]
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
-
-
-def orphans(directory: Path) -> int:
-    """How many names are there besides the manifest and its arrays."""
-    folder = json.loads((directory / "manifest.json").read_text())["folder"]
-    return len({path.name for path in directory.iterdir()} - {"manifest.json", folder})
 
 
 def forked(work: Callable[[int], None]) -> tuple[int, int]:
@@ -96,16 +66,16 @@ def told(process: int, reader: int) -> str:
 # Kills
 
 
-def kills(count: int, folder: Path, seed: int) -> Callable[[], str]:
+def kills(form: Form, count: int, folder: Path, seed: int) -> Callable[[], str]:
     """Kill processes that save again and again; the result looks at what they left."""
     generator, least, left = np.random.default_rng(seed), {}, 0
     for number in range(count):
-        directory = folder / f"killed-{number}"
-        shutil.copytree(folder / "old", directory)
+        directory = folder / f"killed-{form.name}-{number}"
+        shutil.copytree(folder / form.name, directory)
 
         def work(writer: int, directory: Path = directory) -> None:
             for step in range(2, 10**6):
-                checkpoint.save(directory, **contents(step))
+                form.save(directory, step)
                 os.write(writer, f"{step}\n".encode())
 
         process, reader = forked(work)
@@ -116,18 +86,20 @@ def kills(count: int, folder: Path, seed: int) -> Callable[[], str]:
             steps += file.read().encode()
         os.waitpid(process, 0)
         least[directory] = int(steps.split()[-1])
-        left += orphans(directory) > 0
+        left += form.orphans(directory) > 0
 
     def verdict() -> str:
-        found = {directory: whole(directory) for directory in least}
+        found = {directory: form.whole(directory) for directory in least}
+        gone = sum(step == GONE for step in found.values())
         torn = sum(step is None for step in found.values())
-        lost = sum(step not in (None, least[d], least[d] + 1) for d, step in found.items())
+        lost = sum(step not in (None, GONE, least[d], least[d] + 1) for d, step in found.items())
         for directory in least:
-            checkpoint.save(directory, **contents(0))
-        remain = sum(orphans(directory) for directory in least)
+            form.save(directory, 0)
+        remain = sum(form.orphans(directory) for directory in least)
         return (
             f"kills: {count}, {left} of them amid a save: {torn} torn, {lost} of another step, "
-            f"{remain} orphans after the next save"
+            + (f"{gone} without an entry, " if form.name != "checkpoint" else "")
+            + f"{remain} orphans after the next save"
         )
 
     return verdict
@@ -136,18 +108,20 @@ def kills(count: int, folder: Path, seed: int) -> Callable[[], str]:
 # Errors
 
 
-def attempt(directory: Path, prepare: Callable[[], None], after: Callable[[], str] = str) -> list:
+def attempt(
+    form: Form, directory: Path, prepare: Callable[[], None], after: Callable[[], str] = str
+) -> list:
     """In a process of its own, save step 2: what came of it, and what `after` says."""
 
     def work(writer: int) -> None:
-        checkpoint.save(directory.parent / "warm", **contents(0))
-        new = contents(2, rows=512)
+        form.save(directory.parent / f"warm-{form.name}", 0)
         prepare()
         try:
-            checkpoint.save(directory, **new)
+            form.save(directory, 2, rows=512)
             outcome = "saved"
         except CheckpointError as error:
-            outcome = "in place" if "holds the new checkpoint" in str(error) else "CheckpointError"
+            said = {"holds the new": "in place", "could not be put back": "set aside"}
+            outcome = next((v for k, v in said.items() if k in str(error)), "CheckpointError")
         except BaseException as error:
             outcome = repr(error)
         os.write(writer, json.dumps([outcome, after()]).encode())
@@ -155,31 +129,31 @@ def attempt(directory: Path, prepare: Callable[[], None], after: Callable[[], st
     return json.loads(told(*forked(work)))
 
 
-def errors(every: int, folder: Path) -> Iterator[Callable[[], str]]:
+def errors(form: Form, every: int, folder: Path) -> Iterator[Callable[[], str]]:
     """Let calls fail, files be too large and disks be full, in turn."""
     library = ctypes.CDLL(os.environ["LD_PRELOAD"])
     library.failed_call.restype = ctypes.c_char_p
     call = lambda: library.failed_call().decode()
     arm = lambda *numbers: lambda: library.fail_calls(*numbers)
     count = lambda: str(library.counted_calls())
-    directory = shutil.copytree(folder / "old", folder / "counted")
-    calls = int(attempt(directory, arm(10**9, 10**9, 0), count)[1])
+    directory = shutil.copytree(folder / form.name, folder / f"counted-{form.name}")
+    calls = int(attempt(form, directory, arm(10**9, 10**9, 0), count)[1])
     turns = range(1, calls + 1, every)
     one = [(arm(n, n, errno.EIO), call) for n in turns]
-    yield tried("errors (EIO, one call)", folder, one)
+    yield tried(form, "errors (EIO, one call)", folder, one)
     onward = [(arm(n, 10**9, errno.ENOSPC), call) for n in turns]
-    yield tried("errors (ENOSPC, all calls from one on)", folder, onward)
+    yield tried(form, "errors (ENOSPC, all calls from one on)", folder, onward)
     limit = lambda size: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     sizes = [(limit(size), str) for size in range(0, 4096, 128 * every)]
-    yield tried("limited size of files", folder, sizes)
+    yield tried(form, "limited size of files", folder, sizes)
 
 
-def tried(what: str, folder: Path, cases: list, fill: Callable = str) -> Callable[[], str]:
+def tried(form: Form, what: str, folder: Path, cases: list) -> Callable[[], str]:
     """Try to save in each case; the result compares."""
-    before, results = entries(folder / "old"), []
+    before, results = entries(folder / form.name), []
     for number, (prepare, after) in enumerate(cases):
-        directory = shutil.copytree(folder / "old", folder / f"{what}-{number}")
-        outcome, failed = attempt(directory, prepare, after)
+        directory = shutil.copytree(folder / form.name, folder / f"{what}-{form.name}-{number}")
+        outcome, failed = attempt(form, directory, prepare, after)
         results.append((directory, outcome, failed))
 
     def verdict() -> str:
@@ -190,14 +164,16 @@ def tried(what: str, folder: Path, cases: list, fill: Callable = str) -> Callabl
             outcomes[outcome] += 1
             now = entries(directory)
             if outcome in ("saved", "in place"):
-                torn += whole(directory) != 2
+                torn += form.whole(directory) != 2
                 tolerated[failed] += 1
+            elif outcome == "set aside":
+                torn += form.whole(directory) not in (1, 2, GONE)
             elif any(now.get(name) != content for name, content in before.items()):
                 changed += 1
-                torn += whole(directory) not in (1, 2)
+                torn += form.whole(directory) not in (1, 2)
                 print(f"{directory.name} at {failed}: the old checkpoint changed")
-            checkpoint.save(directory, **contents(0))
-            remain += orphans(directory)
+            form.save(directory, 0)
+            remain += form.orphans(directory)
         return (
             f"{what}: {len(results)} {dict(names)}: {dict(outcomes)}, {changed} old ones changed, "
             f"{torn} torn, {remain} orphans after the next save; saved although: {dict(tolerated)}"
@@ -206,32 +182,38 @@ def tried(what: str, folder: Path, cases: list, fill: Callable = str) -> Callabl
     return verdict
 
 
-def full_disks(every: int, folder: Path) -> Callable[[], str]:
+def full_disks(form: Form, every: int, folder: Path) -> Callable[[], str]:
     """Save on a disk that has from no page to enough of them free."""
-    disk = folder / "disk"
+    disk = folder / f"disk-{form.name}"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return lambda: "full disks: none, for mounting a tmpfs is not allowed here"
-    outcomes, changed, pages = collections.Counter(), 0, range(0, 48, every)
+    outcomes, changed, left, pages = collections.Counter(), 0, 0, range(0, 48, every)
     try:
-        attempt(disk / "x", lambda: None)  # makes the one to warm up
+        attempt(form, disk / "x", lambda: None)  # makes the one to warm up
         for free in pages:
             shutil.rmtree(disk / "x", ignore_errors=True)
-            shutil.copytree(folder / "old", disk / "x")
+            shutil.copytree(folder / form.name, disk / "x")
             before = entries(disk / "x")
 
             def fill(free: int = free) -> None:
                 room = os.statvfs(disk)
                 (disk / "filler").write_bytes(bytes((room.f_bavail - free) * room.f_bsize))
 
-            outcome, _ = attempt(disk / "x", fill)
+            outcome, _ = attempt(form, disk / "x", fill)
             (disk / "filler").unlink(missing_ok=True)
             outcomes[outcome] += 1
-            changed += outcome != "saved" and entries(disk / "x") != before
+            now = entries(disk / "x")
+            if outcome != "saved":
+                changed += any(now.get(name) != content for name, content in before.items())
+                left += len(now.keys() - before.keys()) > 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    return lambda: f"full disks: {len(pages)}: {dict(outcomes)}, {changed} old ones changed"
+    return lambda: (
+        f"full disks: {len(pages)}: {dict(outcomes)}, {changed} old ones changed, {left} with "
+        "something left until the next save"
+    )
 
 
 # Damage
@@ -275,7 +257,7 @@ def summary(what: str, results: list[tuple[str, float]]) -> str:
 
 def flips(count: int, folder: Path, seed: int) -> str:
     """Flip one bit of one file at a time."""
-    directory = warm(folder / "old", folder / "flipped")
+    directory = warm(folder / "checkpoint", folder / "flipped")
     starts, size = {}, 0
     for name, content in entries(directory).items():
         starts, size = {name: size, **starts}, size + len(content)
@@ -295,7 +277,7 @@ def flips(count: int, folder: Path, seed: int) -> str:
 
 def manifests(count: int, folder: Path, seed: int) -> str:
     """Forge the manifest, and put links in the place of files."""
-    directory = warm(folder / "old", folder / "forged")
+    directory = warm(folder / "checkpoint", folder / "forged")
     path, generator, results = directory / "manifest.json", np.random.default_rng(seed), []
     text = path.read_bytes()
     for _ in range(count):
@@ -309,18 +291,18 @@ def manifests(count: int, folder: Path, seed: int) -> str:
 # Writers
 
 
-def writers(rounds: int, folder: Path) -> Callable[[], str]:
+def writers(form: Form, rounds: int, folder: Path) -> Callable[[], str]:
     """Two processes that save to one path at once, again and again."""
-    outcomes, directory, longest = collections.Counter(), folder / "shared", 0.0
+    outcomes, directory, longest = collections.Counter(), folder / f"shared-{form.name}", 0.0
     for number in range(rounds):
         start = time.time() + 0.3
 
         def work(writer: int, start: float = start, number: int = number) -> None:
-            checkpoint.save(folder / f"warm-{os.getpid()}", **contents(0))
+            form.save(folder / f"warm-{os.getpid()}", 0)
             time.sleep(max(0, start - time.time()))
             began = time.time()
             try:
-                checkpoint.save(directory, **contents(number))
+                form.save(directory, number)
                 outcome = "saved"
             except CheckpointError as error:
                 outcome = "refused" if "another save" in str(error) else str(error)
@@ -332,7 +314,7 @@ def writers(rounds: int, folder: Path) -> Callable[[], str]:
             longest = max(longest, seconds)
     return lambda: (
         f"two writers: {rounds} rounds: {dict(outcomes)}, the longest {longest:.2f} s, the last is "
-        f"{'whole' if whole(directory) == rounds - 1 else 'TORN'}"
+        f"{'whole' if form.whole(directory) == rounds - 1 else 'TORN'}"
     )
 
 
@@ -351,20 +333,24 @@ def main() -> None:
     for name in ("kills", "errors", "flips", "manifests", "writers"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["checkpoint"])
     options = parser.parse_args()
     if options.errors:
         preloaded()
     with tempfile.TemporaryDirectory() as name:
         folder, verdicts = Path(name), []
-        told(*forked(lambda _: checkpoint.save(folder / "old", **contents(1))))
+        forms = [FORMS[form] for form in options.forms]
+        for form in forms:
+            told(*forked(lambda _, form=form: form.save(folder / form.name, 1)))
         # all forks come first: looking at what they left starts threads
-        if options.kills:
-            verdicts.append(kills(options.kills, folder, options.seed))
-        if options.errors:
-            verdicts += errors(options.errors, folder)
-            verdicts.append(full_disks(options.errors, folder))
-        if options.writers:
-            verdicts.append(writers(options.writers, folder))
+        for form in forms:
+            if options.kills:
+                verdicts.append(kills(form, options.kills, folder, options.seed))
+            if options.errors:
+                verdicts += errors(form, options.errors, folder)
+                verdicts.append(full_disks(form, options.errors, folder))
+            if options.writers:
+                verdicts.append(writers(form, options.writers, folder))
         for verdict in verdicts:
             print(verdict(), flush=True)
         if options.flips:

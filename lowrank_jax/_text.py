@@ -1,0 +1,39 @@
+"""Text of files and trees made fit to print: one line, nothing that steers a terminal."""
+
+from __future__ import annotations
+
+import re
+
+# what moves a cursor, ends a line, turns the direction of writing, or has no place in UTF-8; the
+# joiners of scripts and emoji stay
+_UNFIT = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_UNFIT_LINES = re.compile(f"(?!\n){_UNFIT.pattern}")
+_NAME, _LINE = 200, 4000
+
+
+def printable(text: object, limit: int = _NAME) -> str:
+    r"""A text in one line: control characters escaped as Python does, and cut where it is long.
+
+    >>> printable("a\x1b[31m\n"), printable("层/überß")
+    ('a\\x1b[31m\\n', '层/überß')
+    >>> printable("abcdefghijk", limit=5)
+    'ab...jk'
+    """
+    text = str(text)
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-(limit // 2) :]}"
+    return _UNFIT.sub(_escaped, text)
+
+
+def printable_lines(text: str) -> str:
+    """A message of several lines, each fit to print."""
+    if len(text) <= _LINE and not _UNFIT_LINES.search(text):
+        return text
+    return "\n".join(printable(line, _LINE) for line in text.split("\n"))
+
+
+def _escaped(found: re.Match) -> str:
+    return found.group().encode("unicode_escape").decode()
