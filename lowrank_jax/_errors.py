@@ -1,8 +1,16 @@
 """Errors and the warning: each names a path, what came, what was expected, and the remedy."""
 
+import itertools
+from collections.abc import Iterable
+
+_LONGEST, _LONGEST_LINE = 8000, 1000
+
 
 class LowrankError(ValueError):
-    """Base of every error this library raises on bad input."""
+    """Base of every error this library raises on bad input; its text can be printed anywhere."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(shorten(printable(message), _LONGEST))
 
 
 class PatternError(LowrankError):
@@ -47,10 +55,29 @@ class OffloadWarning(UserWarning):
 
 def listing(problems: list[str], limit: int = 20) -> str:
     """Join problems one to a line, saying how many were left out."""
-    lines = [f"  - {p}" for p in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"  ... and {len(problems) - limit} more")
+    return listing_of(problems, len(problems), limit)
+
+
+def listing_of(problems: Iterable[str], count: int, limit: int = 20) -> str:
+    """Join the first of `count` problems one to a line; the others are not asked for."""
+    lines = [f"  - {shorten(p, _LONGEST_LINE)}" for p in itertools.islice(problems, limit)]
+    if count > limit:
+        lines.append(f"  ... and {count - limit} more")
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """The text with each character that is not printed as its escape; line breaks stay."""
+    if text.isprintable():
+        return text
+    shown = lambda char: char if char.isprintable() or char == "\n" else ascii(char)[1:-1]
+    return "".join(map(shown, text))
+
+
+def shorten(text: str, limit: int) -> str:
+    """The text, its middle left out where it is longer than the limit."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} [...] {text[-half:]}"
 
 
 def forgotten(what: str) -> LowrankError:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._files.tensor_file import unique
+from lowrank_jax._files.json_text import parse_json
 from lowrank_jax.peft._config import DEFAULTS
 
 # they change the mathematics, and nothing here does what they say
@@ -117,8 +116,8 @@ def is_tame(pattern: str) -> bool:
 def parse(text: bytes, where: str) -> AdapterConfig:
     """Read and check a file; all that is wrong is in one error."""
     try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{where} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds {type(values).__name__}, not an object")
