@@ -36,7 +36,7 @@ def read_file(path: Path, limit: int) -> bytes:
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} could not be read ({error})") from error
+        raise CheckpointError(f"{path} could not be read ({error!r})") from error
     if len(data) > limit:
         raise CheckpointError(
             f"{path} has more than {limit} bytes, too many for a file of its kind"

@@ -145,7 +145,7 @@ class TensorFile:
 
 def _are_natural(values: tuple[Any, ...]) -> bool:
     """Whether all are integers from 0 up that an offset may be."""
-    return all(type(value) is int and 0 <= value < _LIMIT for value in values)
+    return {*map(type, values)} == {int} and min(values) >= 0 and max(values) < _LIMIT
 
 
 def _short(value: Any) -> str:
