@@ -76,7 +76,10 @@ def _adapter(folder: Path) -> list[str]:
                 if (first in named) != (second in named):
                     odd.append(f"{module}: has one of {first} and {second}")
                 elif first in named:
-                    rank = file.entries[named[first]].shape[0]
+                    rank = next(iter(file.entries[named[first]].shape), 0)
+                    if rank == 0:
+                        odd.append(f"{module}: factors of rank 0")
+                        continue
                     ranks[rank, config.scale(module, rank)] += 1
                     if rank != config.rank(module):
                         odd.append(
