@@ -74,6 +74,17 @@ def printable(text: str) -> str:
     return "".join(map(shown, text))
 
 
+def quoted(value: object) -> str:
+    """A value as Python writes it, within 200 characters; its type alone where it has no text."""
+    try:
+        return shorten(repr(value), 200)
+    except (
+        ValueError,
+        RecursionError,
+    ):  # thousands of digits, or of lists in lists
+        return f"a {type(value).__name__} too large to be shown"
+
+
 def shorten(text: str, limit: int) -> str:
     """The text, its middle left out where it is longer than the limit."""
     half = limit // 2

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._errors import CheckpointError, PatternError, TreeError, listing_of
+from lowrank_jax._errors import CheckpointError, PatternError, TreeError, listing_of, quoted
 from lowrank_jax._statics import is_plain
 
 ALL_LINEAR = "all-linear"
@@ -175,22 +175,28 @@ def path_hash(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=4).digest(), "big")
 
 
-def compile_pattern(pattern: Pattern) -> re.Pattern:
-    """A glob on the whole path (`*` within a segment, `**` zero or more segments) as a regex."""
+def check_pattern(pattern: Any) -> None:
+    """Raise where a value is not a pattern."""
     if isinstance(pattern, re.Pattern):
         if not isinstance(pattern.pattern, str):
             raise PatternError(f"pattern {pattern!r} is a bytes regex; compile it from a str")
-        return pattern
-    if not isinstance(pattern, str) or not pattern:
+    elif not isinstance(pattern, str) or not pattern:
         raise PatternError(
-            f"a pattern is a non-empty glob string or a compiled re.Pattern, not {pattern!r}"
+            f"a pattern is a non-empty glob string or a compiled re.Pattern, not {quoted(pattern)}"
         )
-    segments = pattern.split("/")
-    if "" in segments:
+    elif "" in pattern.split("/"):
         raise PatternError(
-            f"pattern {pattern!r} has an empty segment: paths have no leading, trailing or "
+            f"pattern {quoted(pattern)} has an empty segment: paths have no leading, trailing or "
             "doubled '/'"
         )
+
+
+def compile_pattern(pattern: Pattern) -> re.Pattern:
+    """A glob on the whole path (`*` within a segment, `**` zero or more segments) as a regex."""
+    check_pattern(pattern)
+    if isinstance(pattern, re.Pattern):
+        return pattern
+    segments = pattern.split("/")
     regex = ""
     for index, segment in enumerate(segments):
         last = index == len(segments) - 1
