@@ -10,7 +10,8 @@ class LowrankError(ValueError):
     """Base of every error this library raises on bad input; its text can be printed anywhere."""
 
     def __init__(self, message: str = ""):
-        super().__init__(shorten(printable(message), _LONGEST))
+        lines = [shorten(line, _LONGEST_LINE) for line in printable(message).split("\n")]
+        super().__init__(shorten("\n".join(lines), _LONGEST))
 
 
 class PatternError(LowrankError):
@@ -60,7 +61,7 @@ def listing(problems: list[str], limit: int = 20) -> str:
 
 def listing_of(problems: Iterable[str], count: int, limit: int = 20) -> str:
     """Join the first of `count` problems one to a line; the others are not asked for."""
-    lines = [f"  - {shorten(p, _LONGEST_LINE)}" for p in itertools.islice(problems, limit)]
+    lines = [f"  - {p}" for p in itertools.islice(problems, limit)]
     if count > limit:
         lines.append(f"  ... and {count - limit} more")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from lowrank_jax._statics import is_plain
 
 ALL_LINEAR = "all-linear"
 
+DEEPEST = 300  # keys of a path that a tree is made of
 _COMPARED = 100  # characters of a name that are compared with another's
 
 Pattern = str | re.Pattern
@@ -312,6 +313,8 @@ def nested(leaves: dict[str, Any]) -> Any:
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
+        if len(parents) > DEEPEST:
+            raise CheckpointError(f"{path[:80]!r}... is of more than {DEEPEST} keys")
         inner = tree
         for key in parents:
             inner = inner.setdefault(key, {}) if isinstance(inner, dict) else None

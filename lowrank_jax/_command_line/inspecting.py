@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax import checkpoint
-from lowrank_jax._errors import CheckpointError
+from lowrank_jax._errors import CheckpointError, printable, quoted, shorten
 from lowrank_jax._files.safetensors import INDEX, SINGLE, open_folder
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._nodes import LowRank, is_node
@@ -55,7 +55,7 @@ def _adapter(folder: Path) -> list[str]:
     config = parse(read_adapter(folder), str(folder / CONFIG))
     lines = [
         "a PEFT adapter" + (" with DoRA" if config["use_dora"] else ""),
-        f"base model: {config['base_model_name_or_path'] or 'not named'}",
+        f"base model: {_text(config['base_model_name_or_path'] or 'not named')}",
     ]
     with TensorFile(tensors_path(folder)) as file:
         lines.append(_sizes(file.entries.values()))
@@ -125,12 +125,13 @@ def _model(folder: Path) -> list[str]:
     quantization = config.get("quantization_config")
     kind = "a dense model"
     if isinstance(quantization, dict):
-        kind = f"a model quantized by {quantization.get('quant_method')}"
-    names = config.get("architectures") or [config.get("model_type") or "no config.json"]
+        kind = f"a model quantized by {_text(quantization.get('quant_method'))}"
+    names = config.get("architectures") or config.get("model_type") or "no config.json"
+    names = names if isinstance(names, list) else [names]
     with open_folder(folder) as tensors:
         entries = {key: tensors.entry(key) for key in tensors}
         files = {tensors.file(key) for key in tensors}
-    lines = [f"{kind}: {', '.join(map(str, names))}", _sizes(entries.values())]
+    lines = [f"{kind}: {', '.join(map(_text, names[:_SHOWN]))}", _sizes(entries.values())]
     lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
     odd = [] if config else ["there is no config.json: transformers will not load it"]
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
@@ -141,6 +142,12 @@ def _model(folder: Path) -> list[str]:
         if p.name not in files
     ]
     return lines + _odd(odd)
+
+
+def _text(value: Any) -> str:
+    """A value of a file, on one line of printable characters."""
+    text = value if isinstance(value, str) else quoted(value)
+    return printable(shorten(text, 200)).replace("\n", "\\n")
 
 
 def _is_finite(array: np.ndarray) -> bool:

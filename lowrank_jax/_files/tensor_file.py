@@ -119,7 +119,7 @@ class TensorFile:
         start, stop = place
         if math.prod(shape) * known.itemsize != stop - start:
             raise self._damaged(f"{_short(name)} has another size than its shape {shape} says")
-        if start == stop and math.prod(size or 1 for size in shape) >= _LIMIT:
+        if start == stop and math.prod(size or 1 for size in shape) * known.itemsize >= _LIMIT:
             raise self._damaged(f"{_short(name)} has the shape {shape}, which no array has")
         return Entry(tuple(shape), known, start, stop)
 

@@ -256,7 +256,10 @@ def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, A
         leaves: dict[str, Any] = {}
         for name in tensors:
             if name in tensors.weights:
-                node = _node(tensors.state(name), name, True, packing)
+                try:
+                    node = _node(tensors.state(name), name, True, packing)
+                except AxesError as error:
+                    raise CheckpointError(f"{folder} is damaged: {error}") from error
                 leaves[name] = jax.block_until_ready(node)  # else the files' arrays pile up
             else:
                 leaves[name] = tensors[name]

@@ -32,7 +32,7 @@ class StateTensors(Tensors):
     """
 
     def __init__(self, tensors: Tensors, folder: Path):
-        self._tensors = tensors
+        self._tensors, self._folder = tensors, folder
         states: dict[str, list[str]] = {}
         for key in tensors:
             if ".quant_state." in key:
@@ -66,7 +66,10 @@ class StateTensors(Tensors):
 
     def state(self, name: str) -> QuantState:
         """Codes and scales of a weight in 4 bits."""
-        return read(self._tensors, name)
+        try:
+            return read(self._tensors, name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._folder} is damaged: {error}") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._tensors[name]

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._configs import LoraConfig
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, listing, quoted
 from lowrank_jax._files.processes import gathered, placed
 from lowrank_jax._fingerprint import Fingerprint, to_host
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3, LoHa, Rows, VeRA
-from lowrank_jax._paths import flatten
+from lowrank_jax._paths import DEEPEST, flatten
 
 _NODES: dict[str, Any] = {kind.__name__: kind for kind in (LowRank, LoHa, VeRA, IA3, Rows, Full)}
 _SCALARS = {"bool": bool, "int": int, "float": float}
@@ -127,8 +127,9 @@ def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict
     found = {}
     for entry in entries:
         keys = entry["path"]
-        if type(keys) is not list or not keys:
-            raise CheckpointError(f"the manifest has the path {keys!r}, expected a list of keys")
+        if type(keys) is not list or not 1 <= len(keys) <= DEEPEST:
+            wanted = f"expected a list of keys, of which there are at most {DEEPEST}"
+            raise CheckpointError(f"the manifest has the path {quoted(keys)}, {wanted}")
         if (path := "/".join(keys)) in found:
             raise CheckpointError(f"the manifest has {path!r} twice: restore another copy")
         found[path] = read(entry, body)
