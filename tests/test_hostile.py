@@ -56,7 +56,7 @@ def test_each_file_is_read_or_refused_in_one_sentence(name, ends):
     assert {case for case, _, end in ends[name] if end == "read"} >= FORMATS[name]
 
 
-SHORT = 150  # files of each parser, some of which read tensors
+SHORT = 100  # files of each parser, some of which read tensors
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -67,9 +67,17 @@ class StateTensors(Tensors):
     def state(self, name: str) -> QuantState:
         """Codes and scales of a weight in 4 bits."""
         try:
-            return read(self._tensors, name)
+            state = read(self._tensors, name)
         except CheckpointError as error:
             raise CheckpointError(f"{self._folder} is damaged: {error}") from error
+        second = {} if state.second is None else {"nested_absmax": state.second[0]}
+        for side, scales in {"absmax": state.absmax, **second}.items():
+            if not np.isfinite(scales).all():
+                raise CheckpointError(
+                    f"{self._folder} is damaged: {name}.{side} holds values that are not finite: "
+                    "fetch it again"
+                )
+        return state
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._tensors[name]
