@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import ConfigError, LowrankError, TreeError
+from lowrank_jax._text import quoted
 
 F = TypeVar("F", bound=Callable)
 
@@ -105,7 +106,7 @@ def shown(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{article} {name} of shape {value.shape} and dtype {value.dtype}"
     plain = isinstance(value, int | float | complex | str | bytes | os.PathLike)
-    text = ascii(value) if plain else ""
+    text = ascii(quoted(value))[1:-1] if isinstance(value, int) else ascii(value) if plain else ""
     return f"{article} {name}" + (f", {text}" if 0 < len(text) <= 60 else "")
 
 

@@ -8,14 +8,25 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lowrank_jax._checks import is_finite, is_index, is_seed, rank
+from lowrank_jax._checks import is_index, is_seed
 from lowrank_jax._codecs import check_block_size, format_of
 from lowrank_jax._codecs.packing import PACKINGS
-from lowrank_jax._config_checks import check_choice, check_json, check_keys, check_scale, pairs_of
+from lowrank_jax._config_checks import (
+    DEEPEST,
+    check_alpha,
+    check_choice,
+    check_json,
+    check_keys,
+    check_rank,
+    check_scale,
+    pairs_of,
+)
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._nodes.methods import find_method, method_names
-from lowrank_jax._paths import ALL_LINEAR, Pattern, compile_pattern
+from lowrank_jax._paths import ALL_LINEAR, Pattern, check_pattern
+from lowrank_jax._text import quoted
 
+_REGEX_FLAGS = re.ASCII | re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE | re.UNICODE
 FACTOR_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PATTERN_MAPS = ("rank_pattern", "alpha_pattern", "stack", "axes", "train_rows")
 
@@ -23,16 +34,17 @@ _PATTERN_MAPS = ("rank_pattern", "alpha_pattern", "stack", "axes", "train_rows")
 class FrozenMapping(Mapping):
     """An ordered, hashable mapping: order counts, for the first pattern that matches wins."""
 
-    __slots__ = ("_items",)
+    __slots__ = ("_items", "_values")
 
     def __init__(self, items: Mapping | tuple = ()):
-        self._items = tuple(dict(items).items())
+        self._values = dict(items)
+        self._items = tuple(self._values.items())
 
     def __getitem__(self, key: Any) -> Any:
-        return dict(self._items)[key]
+        return self._values[key]
 
     def __iter__(self) -> Iterator:
-        return iter(key for key, _ in self._items)
+        return iter(self._values)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -53,20 +65,20 @@ def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
     """Normalize one pattern or a sequence of them to a tuple."""
     items = (value,) if isinstance(value, str | re.Pattern) else value
     if not isinstance(items, tuple | list | set | frozenset):
-        raise ConfigError(f"{name} takes a pattern or a sequence of patterns, not {value!r}")
+        raise ConfigError(f"{name} takes a pattern or a sequence of patterns, not {quoted(value)}")
     items = tuple(sorted(items, key=str) if isinstance(items, set | frozenset) else items)
     for item in items:
         if not isinstance(item, str) or item != ALL_LINEAR:
-            compile_pattern(item)
+            check_pattern(item)
     return items
 
 
 def _pattern_map(name: str, value: Any) -> FrozenMapping:
     """Normalize a mapping of patterns."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} takes a mapping of pattern to value, not {value!r}")
+        raise ConfigError(f"{name} takes a mapping of pattern to value, not {quoted(value)}")
     for key in value:
-        compile_pattern(key)
+        check_pattern(key)
     return FrozenMapping(value)
 
 
@@ -76,7 +88,9 @@ def _integers(name: str, values: Mapping, what: str) -> FrozenMapping:
     for pattern, value in values.items():
         items = (value,) if isinstance(value, int) else value
         if not isinstance(items, tuple | list) or not all(map(is_index, items)):
-            raise ConfigError(f"{name}[{pattern!r}] takes {what} (integers), not {value!r}")
+            raise ConfigError(
+                f"{name}[{quoted(pattern)}] takes {what} (integers), not {quoted(value)}"
+            )
         found[pattern] = tuple(items)
     return FrozenMapping(found)
 
@@ -86,21 +100,13 @@ def _pairs(name: str, values: Mapping) -> FrozenMapping:
     found = {}
     for pattern, pair in values.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ConfigError(f"{name}[{pattern!r}] takes (fan_in, fan_out), not {pair!r}")
+            raise ConfigError(
+                f"{name}[{quoted(pattern)}] takes (fan_in, fan_out), not {quoted(pair)}"
+            )
         named = {"fan_in": pair[0], "fan_out": pair[1]}
-        parts = _integers(f"{name}[{pattern!r}]", named, "axes")
+        parts = _integers(f"{name}[{quoted(pattern)}]", named, "axes")
         found[pattern] = tuple(parts.values())
     return FrozenMapping(found)
-
-
-def _check_rank(name: str, value: Any) -> None:
-    if not isinstance(value, int) or not rank.holds(value):
-        raise ConfigError(f"{name} must be {rank.expected}, not {value!r}")
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not is_finite(value) or value <= 0:
-        raise ConfigError(f"{name} must be a finite number above 0, not {value!r}")
 
 
 def _to_json(value: Any) -> Any:
@@ -124,14 +130,19 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Mapping) and set(value) in ({"re"}, {"re", "flags"}):
+        flags = value.get("flags", 0)
+        if type(flags) is not int or flags & ~_REGEX_FLAGS:
+            raise ConfigError(f"{quoted(dict(value))} has flags that a regex of paths has not")
         try:
-            return re.compile(value["re"], value.get("flags", 0))
-        except (re.error, TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"{dict(value)!r} is not a regex: {error}") from error
+            return re.compile(value["re"], flags)
+        except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"{quoted(dict(value))} is not a regex: {error}") from error
     if isinstance(value, list | tuple):
-        return tuple(_from_json(item) for item in value)
+        if depth > DEEPEST:
+            raise ConfigError(f"a value is nested more than {DEEPEST} deep")
+        return tuple(_from_json(item, depth + 1) for item in value)
     return value
 
 
@@ -199,9 +210,9 @@ class LoraConfig:
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
-        _check_rank("rank", self.rank)
+        check_rank("rank", self.rank)
         if self.alpha is not None:
-            _check_alpha("alpha", self.alpha)
+            check_alpha("alpha", self.alpha)
         for name in ("targets", "exclude", "train"):
             put(name, _patterns(name, getattr(self, name)))
         if ALL_LINEAR in self.exclude + self.train:
@@ -209,24 +220,30 @@ class LoraConfig:
         for name in _PATTERN_MAPS:
             put(name, _pattern_map(name, getattr(self, name)))
         for pattern, value in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{pattern!r}]", value)
+            check_rank(f"rank_pattern[{quoted(pattern)}]", value)
         for pattern, value in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{pattern!r}]", value)
+            check_alpha(f"alpha_pattern[{quoted(pattern)}]", value)
         put("stack", _integers("stack", self.stack, "axes"))
         put("axes", _pairs("axes", self.axes))
         put("train_rows", _integers("train_rows", self.train_rows, "rows"))
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name} must be True or False, not {quoted(getattr(self, name))}"
+                )
         self._check_method()
         check_choice("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
         if not isinstance(self.extras, Mapping):
-            raise ConfigError(f"extras takes a mapping of JSON values, not {self.extras!r}")
+            raise ConfigError(f"extras takes a mapping of JSON values, not {quoted(self.extras)}")
         check_json("extras", self.extras)
         put("extras", _frozen(self.extras))
-        for size in {self.rank, *self.rank_pattern.values()}:
-            for alpha in {self.alpha, *self.alpha_pattern.values()}:
-                check_scale(f"alpha {alpha!r} and rank {size}", self.scale_of(size, alpha))
+        # the scale falls with the rank and grows with alpha: its extremes are at theirs
+        sizes, alphas = {self.rank, *self.rank_pattern.values()}, {*self.alpha_pattern.values()}
+        alphas |= set() if self.alpha is None else {self.alpha}
+        ends = {min(alphas), max(alphas)} if alphas else set()
+        for size in (min(sizes), max(sizes)):
+            for alpha in ends | ({None} if self.alpha is None else set()):
+                check_scale(f"alpha {quoted(alpha)} and rank {size}", self.scale_of(size, alpha))
 
     def _check_method(self) -> None:
         check_choice("method", self.method, method_names())
@@ -234,7 +251,7 @@ class LoraConfig:
         if not is_seed(seed) if method.is_seeded else seed is not None:
             raise ConfigError(
                 "VeRA's random matrices are drawn from projection_seed: an integer with "
-                f'method="vera", and None without; it is {seed!r} with {self.method!r}'
+                f'method="vera", and None without; it is {quoted(seed)} with {quoted(self.method)}'
             )
         if not method.has_norm and (self.dora or self.rslora):
             raise ConfigError(
@@ -308,7 +325,9 @@ class QuantConfig:
         format_of(self.format)
         check_block_size(self.block_size)
         if not isinstance(self.double_quant, bool):
-            raise ConfigError(f"double_quant must be True or False, not {self.double_quant!r}")
+            raise ConfigError(
+                f"double_quant must be True or False, not {quoted(self.double_quant)}"
+            )
         check_choice("packing", self.packing, PACKINGS)
         for name in ("targets", "exclude"):
             put(name, _patterns(name, getattr(self, name)))

@@ -3,6 +3,8 @@
 What files and trees are called is in their texts: control characters are escaped in all of them.
 """
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from lowrank_jax._text import printable, printable_lines
@@ -61,9 +63,14 @@ class OffloadWarning(_Printed, UserWarning):
 
 def listing(problems: list[str], limit: int = 20) -> str:
     """Join problems one to a line, saying how many were left out."""
-    lines = [f"  - {printable(problem, 1000)}" for problem in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"  ... and {len(problems) - limit} more")
+    return listing_of(problems, len(problems), limit)
+
+
+def listing_of(problems: Iterable[str], count: int, limit: int = 20) -> str:
+    """Join the first of `count` problems one to a line; the others are not asked for."""
+    lines = [f"  - {printable(p, 1000)}" for p in itertools.islice(problems, limit)]
+    if count > limit:
+        lines.append(f"  ... and {count - limit} more")
     return "\n".join(lines)
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import heapq
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from lowrank_jax._errors import CheckpointError, PatternError, TreeError, listing
+from lowrank_jax._errors import CheckpointError, PatternError, TreeError, listing_of
 from lowrank_jax._statics import is_plain
+from lowrank_jax._text import quoted
 from lowrank_jax._types import PyTree
 
 ALL_LINEAR = "all-linear"
+
+DEEPEST = 300  # keys of a path that a tree is made of
+_COMPARED = 100  # characters of a name that are compared with another's
 
 Pattern = str | re.Pattern
 
@@ -94,7 +100,7 @@ def _paths_of(treedef: Any) -> tuple[str, ...]:
 def _told_apart(paths: Sequence[str]) -> tuple[str, ...]:
     """The paths, no two of which are alike."""
     if len({*paths}) != len(paths):
-        twice = sorted({path for path in paths if paths.count(path) > 1})
+        twice = sorted(path for path, count in Counter(paths).items() if count > 1)
         raise TreeError(
             f"two leaves share the path {twice[0]!r}: keys that print alike, or keys with '/' in "
             "them, cannot be told apart by path; rename one of them"
@@ -175,22 +181,28 @@ def path_hash(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=4).digest(), "big")
 
 
-def compile_pattern(pattern: Pattern) -> re.Pattern:
-    """A glob on the whole path (`*` within a segment, `**` zero or more segments) as a regex."""
+def check_pattern(pattern: Any) -> None:
+    """Raise where a value is not a pattern."""
     if isinstance(pattern, re.Pattern):
         if not isinstance(pattern.pattern, str):
             raise PatternError(f"pattern {pattern!r} is a bytes regex; compile it from a str")
-        return pattern
-    if not isinstance(pattern, str) or not pattern:
+    elif not isinstance(pattern, str) or not pattern:
         raise PatternError(
-            f"a pattern is a non-empty glob string or a compiled re.Pattern, not {pattern!r}"
+            f"a pattern is a non-empty glob string or a compiled re.Pattern, not {quoted(pattern)}"
         )
-    segments = pattern.split("/")
-    if "" in segments:
+    elif "" in pattern.split("/"):
         raise PatternError(
-            f"pattern {pattern!r} has an empty segment: paths have no leading, trailing or "
+            f"pattern {quoted(pattern)} has an empty segment: paths have no leading, trailing or "
             "doubled '/'"
         )
+
+
+def compile_pattern(pattern: Pattern) -> re.Pattern:
+    """A glob on the whole path (`*` within a segment, `**` zero or more segments) as a regex."""
+    check_pattern(pattern)
+    if isinstance(pattern, re.Pattern):
+        return pattern
+    segments = pattern.split("/")
     regex = ""
     for index, segment in enumerate(segments):
         last = index == len(segments) - 1
@@ -220,11 +232,30 @@ def matches(pattern: Pattern, path: str) -> bool:
 
 def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
     """The paths most like the pattern, for error messages."""
-    text = str(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
+    text = str(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)[:_COMPARED]
     names = [name for name in text.split("/") if name.strip("*.?")] or [text]
     alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
-    score = lambda path: sum(max(alike(n, part) for part in path.split("/")) for n in names)
-    return sorted(paths, key=score, reverse=True)[:count]
+    score = lambda path: sum(
+        max(alike(n, part) for part in path[:_COMPARED].split("/")) for n in names
+    )
+    return sorted(_alike(text, paths), key=score, reverse=True)[:count]
+
+
+def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The names most like another one, for error messages."""
+    name = name[:_COMPARED]
+    score = lambda other: difflib.SequenceMatcher(None, other[:_COMPARED], name).ratio()
+    return sorted(_alike(name, names), key=score, reverse=True)[:count]
+
+
+def _alike(text: str, names: Iterable[str], count: int = 100) -> list[str]:
+    """The names that share the most triples of characters with a text: a cheap comparison first."""
+    names = [*names]
+    if len(names) <= count:
+        return names
+    triples = {text[i : i + 3] for i in range(len(text) - 2)}
+    shared = lambda name: sum(triple in name[:_COMPARED] for triple in triples)
+    return heapq.nlargest(count, names, key=shared)
 
 
 def no_match(pattern: Pattern, paths: Sequence[str], what: str) -> PatternError:
@@ -246,7 +277,7 @@ def _suggested(pattern: Pattern, paths: Sequence[str]) -> str:
         return ""
     words = pattern.removeprefix("**/").removesuffix("/**")
     for glob in (f"**/{words}", f"**/{words}/kernel", f"**/{words}/**"):
-        if words.strip("*/") and any(matches(glob, path) for path in paths):
+        if words.strip("*/") and any(map(compile_pattern(glob).fullmatch, paths)):
             return f" (try {glob!r})"
     return ""
 
@@ -263,13 +294,13 @@ def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict
         regex = compile_pattern(pattern)
         hits = [path for path in paths if regex.fullmatch(path)]
         if not hits:
-            missed.append(no_match(pattern, paths, what))
+            missed.append(pattern)
         for path in hits:
             chosen.setdefault(path, pattern)
     if len(missed) == 1:
-        raise missed[0]
+        raise no_match(missed[0], paths, what)
     if missed:
-        text = listing([str(error) for error in missed])
+        text = listing_of((str(no_match(p, paths, what)) for p in missed), len(missed))
         raise PatternError(f"{len(missed)} patterns match nothing:\n{text}")
     return chosen
 
@@ -287,6 +318,8 @@ def nested(leaves: dict[str, Any]) -> Any:
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
+        if len(parents) > DEEPEST:
+            raise CheckpointError(f"{path[:80]!r}... is of more than {DEEPEST} keys")
         inner = tree
         for key in parents:
             inner = inner.setdefault(key, {}) if isinstance(inner, dict) else None

@@ -11,7 +11,7 @@ _UNFIT = re.compile(
     r"\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _UNFIT_LINES = re.compile(f"(?!\n){_UNFIT.pattern}")
-_NAME, _LINE = 200, 4000
+_NAME, _LINE, _TEXT = 200, 1000, 8000
 
 
 def printable(text: object, limit: int = _NAME) -> str:
@@ -22,17 +22,28 @@ def printable(text: object, limit: int = _NAME) -> str:
     >>> printable("abcdefghijk", limit=5)
     'ab...jk'
     """
-    text = str(text)
-    if len(text) > limit:
-        text = f"{text[: limit // 2]}...{text[-(limit // 2) :]}"
-    return _UNFIT.sub(_escaped, text)
+    return _UNFIT.sub(_escaped, shorten(str(text), limit))
 
 
 def printable_lines(text: str) -> str:
     """A message of several lines, each fit to print."""
     if len(text) <= _LINE and not _UNFIT_LINES.search(text):
         return text
-    return "\n".join(printable(line, _LINE) for line in text.split("\n"))
+    return shorten("\n".join(printable(line, _LINE) for line in text.split("\n")), _TEXT)
+
+
+def quoted(value: object) -> str:
+    """A value as Python writes it, in 200 characters; its type alone where it has no text."""
+    try:
+        return shorten(repr(value), _NAME)
+    except (ValueError, RecursionError):  # thousands of digits, or of lists in lists
+        return f"a {type(value).__name__} too large to be shown"
+
+
+def shorten(text: str, limit: int) -> str:
+    """The text, its middle left out where it is longer than the limit."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
 def _escaped(found: re.Match) -> str:

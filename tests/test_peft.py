@@ -561,7 +561,7 @@ FIELDS = {
     "r": (0, "r=0: expected an integer of at least 1"),
     "lora_alpha": (math.nan, "lora_alpha=nan: expected a number above 0"),
     "rank_pattern": ({"q_proj": -1}, "rank_pattern={'q_proj': -1}: expected"),
-    "alpha_pattern": ({"(a+)+$": 3}, "regex '(a+)+$' is malformed, or repeats too much"),
+    "alpha_pattern": ({r"(a)\1": 3}, r"alpha_pattern: the regex '(a)\\1': it has '\1', which is"),
     "use_dora": ("yes", "use_dora='yes': expected true or false"),
     "bias": ("some", "bias='some': expected 'none', 'all' or 'lora_only'"),
     "modules_to_save": ("lm_head", "modules_to_save='lm_head': expected a list of names"),

@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from lowrank_jax._errors import ConfigError
+from lowrank_jax._text import quoted
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -147,7 +148,7 @@ FORMATS = {
 def format_of(name: str) -> Format:
     """The format of that name."""
     if not isinstance(name, str) or name not in FORMATS:
-        raise ConfigError(f"format must be one of {sorted(FORMATS)}, not {name!r}")
+        raise ConfigError(f"format must be one of {sorted(FORMATS)}, not {quoted(name)}")
     return FORMATS[name]
 
 
@@ -155,7 +156,7 @@ def check_block_size(size: int) -> None:
     """Refuse what bitsandbytes refuses."""
     if isinstance(size, bool) or not isinstance(size, int) or size not in BLOCK_SIZES:
         raise ConfigError(
-            f"a block is of {size!r} elements; block_size must be a power of two, one of "
+            f"a block is of {quoted(size)} elements; block_size must be a power of two, one of "
             f"{BLOCK_SIZES}"
         )
 

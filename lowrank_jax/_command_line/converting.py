@@ -11,7 +11,7 @@ import jax
 from lowrank_jax import checkpoint, peft
 from lowrank_jax._checks import checked
 from lowrank_jax._checks import path as path_like
-from lowrank_jax._errors import CheckpointError
+from lowrank_jax._errors import CheckpointError, LowrankError
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._paths import nested
 from lowrank_jax.names import Names
@@ -33,7 +33,10 @@ def convert(source: Path, target: Path, names: Names = None) -> str:
         raise CheckpointError(f"{target} is the folder to read: name another to write to")
     if checkpoint.exists(source):
         saved = checkpoint.restore(source)
-        peft.save(target, saved.lora, saved.config, names=names)
+        try:
+            peft.save(target, saved.lora, saved.config, names=names)
+        except LowrankError as error:
+            raise CheckpointError(f"{source} could not be converted: {error}") from error
         return "a PEFT adapter"
     if not (source / CONFIG).exists():
         raise CheckpointError(f"{source} holds neither a checkpoint nor {CONFIG}")
@@ -54,9 +57,9 @@ def _params(folder: Path) -> Any:
     for (module, part), entry in entries.items():
         last, shape = "bias", entry.shape
         if part == "lora_A.weight":
-            last, shape = "kernel", _ends(entries, module, part, "lora_B.weight")
+            last, shape = "kernel", _ends(folder, entries, module, part, "lora_B.weight")
         elif part == "lora_embedding_A":
-            last, shape = "embedding", _ends(entries, module, part, "lora_embedding_B")
+            last, shape = "embedding", _ends(folder, entries, module, part, "lora_embedding_B")
         elif part == "weight" and len(shape) == 2:
             table = "embed" in module.rpartition(".")[2]
             last, shape = ("embedding", shape) if table else ("kernel", shape[::-1])
@@ -66,15 +69,20 @@ def _params(folder: Path) -> Any:
             continue
         path = f"{module.replace('.', '/')}/{last}"
         leaves[path] = jax.ShapeDtypeStruct(shape, entry.dtype)
-    return nested(leaves)
+    try:
+        return nested(leaves)
+    except CheckpointError as error:
+        raise CheckpointError(f"the tensors at {folder} make no tree: {error}") from error
 
 
-def _ends(entries: Mapping[tuple[str, str], Any], module: str, a: str, b: str) -> tuple[int, ...]:
+def _ends(
+    folder: Path, entries: Mapping[tuple[str, str], Any], module: str, a: str, b: str
+) -> tuple[int, ...]:
     """[in, out] of a pair of factors."""
     first, second = (getattr(entries.get((module, part)), "shape", ()) for part in (a, b))
     if len(first) > 2:
         raise CheckpointError(
-            f"{module}: factors of a convolution, whose axes the file does not tell: load them by "
-            "lowrank.peft.load(directory, params, plan=plan)"
+            f"{folder} holds factors of a convolution for {module!r}, whose axes the file does not "
+            "tell: load them by lowrank.peft.load(directory, params, plan=plan)"
         )
     return (*first[1:], *second[:1])

@@ -80,7 +80,10 @@ def _adapter(folder: Path) -> list[str]:
                 if (first in named) != (second in named):
                     odd.append(f"{printable(module)}: has one of {first} and {second}")
                 elif first in named:
-                    rank = file.entries[named[first]].shape[0]
+                    rank = next(iter(file.entries[named[first]].shape), 0)
+                    if rank == 0:
+                        odd.append(f"{module}: factors of rank 0")
+                        continue
                     ranks[rank, config.scale(module, rank)] += 1
                     if rank != (other := config.rank(module)):
                         odd.append(f"{printable(module)}: rank {rank}, and {CONFIG} says {other}")
@@ -132,7 +135,7 @@ def _model(folder: Path) -> list[str]:
     with open_folder(folder) as tensors:
         entries = {key: tensors.entry(key) for key in tensors}
         files = {tensors.file(key) for key in tensors}
-    lines = [f"{kind}: {_some([*map(str, names)])}", _sizes(entries.values())]
+    lines = [f"{kind}: {', '.join(map(_text, names[:_SHOWN]))}", _sizes(entries.values())]
     lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
     odd = [] if config else ["there is no config.json: transformers will not load it"]
     if (folder / SINGLE).exists() and (folder / INDEX).exists():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.gguf_header import Place, read_header
 from lowrank_jax._files.safetensors import Tensors
 from lowrank_jax._files.tensor_file import Entry
 
@@ -29,6 +29,7 @@ _MODULES = {
     "ffn_norm": "post_attention_layernorm",
 }
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_PLAIN = {0: np.float32, 1: np.float16}  # types that are not in blocks
 _HEADS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 
 
@@ -43,23 +44,36 @@ class GgufTensors(Tensors):
                 "reading a GGUF file needs a package: pip install 'lowrank_jax[gguf]'"
             ) from error
         self.path, self._decode = path, gguf.quants.dequantize
+        self._kind = gguf.GGMLQuantizationType
         try:
-            reader = gguf.GGUFReader(path)
-            fields = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, OSError) as error:
+            header = read_header(
+                path, {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+            )
+        except (ValueError, OSError) as error:
             raise CheckpointError(f"{path} is no GGUF file, or damaged ({error})") from error
-        architecture = fields.get("general.architecture")
-        if architecture not in _ROTATED:
+        self._data = header.data
+        architecture = header.fields.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in _ROTATED:
             raise CheckpointError(
                 f"{path} is a model of {architecture!r}: what GGUF files of it call their tensors, "
                 f"and how these lie, is known here of {sorted(_ROTATED)}; convert it to safetensors"
             )
-        self._heads = {
-            part: int(fields[f"{architecture}.{field}"])
-            for part, field in _HEADS.items()
-            if _ROTATED[architecture] and f"{architecture}.{field}" in fields
-        }
-        self._tensors = {_name(tensor.name): tensor for tensor in reader.tensors}
+        self._tensors: dict[str, Place] = {}
+        self._heads: dict[str, int] = {}
+        for own, place in header.tensors.items():
+            name, part = _name(own)
+            if name in self._tensors:
+                raise CheckpointError(f"{path} has two tensors for {name!r}, one of them {own!r}")
+            self._tensors[name] = place
+            if _ROTATED[architecture] and part in _HEADS:
+                field = f"{architecture}.{_HEADS[part]}"
+                heads = header.fields.get(field)
+                if type(heads) is not int or heads < 1 or place.shape[0] % (2 * heads):
+                    raise CheckpointError(
+                        f"{path} says {field} is {heads!r}, and {own!r} has {place.shape[0]} rows: "
+                        "expected a number of heads, each of an even number of rows"
+                    )
+                self._heads[name] = heads
 
     @property
     def ties(self) -> bool:
@@ -67,14 +81,24 @@ class GgufTensors(Tensors):
         return "lm_head.weight" not in self
 
     def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        weight = self._decode(tensor.data, tensor.tensor_type).astype(np.float32)
-        heads = self._heads.get(tensor.name.split(".")[-2])
+        try:
+            with np.errstate(all="ignore"):  # scales that are not finite give numbers that are not
+                weight = self._decode(self._blocks(name), self._kind(self._tensors[name].type))
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise CheckpointError(f"{name!r} of {self.path} is not decoded ({error!r})") from error
+        weight = weight.astype(np.float32)
+        heads = self._heads.get(name)
         if heads is None:
             return weight
         # the file has the two features that rotate together as neighbors, models half a head apart
         pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
         return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+    def _blocks(self, name: str) -> np.ndarray:
+        """The numbers of a tensor, or the bytes of its blocks, [*rows, bytes of a row]."""
+        place = self._tensors[name]
+        data = self._data[place.start : place.stop]
+        return data.view(_PLAIN.get(place.type, np.uint8)).reshape(*place.shape[:-1], -1)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -87,8 +111,7 @@ class GgufTensors(Tensors):
 
     def entry(self, name: str) -> Entry:
         """Shape and dtype of a tensor, of which nothing is read."""
-        shape: Any = tuple(int(size) for size in reversed(self._tensors[name].shape))
-        return Entry(shape, np.dtype(np.float32), 0, 0)
+        return Entry(self._tensors[name].shape, np.dtype(np.float32), 0, 0)
 
     def file(self, name: str) -> str:
         """The name of the file."""
@@ -99,11 +122,14 @@ class GgufTensors(Tensors):
         return self[name].tobytes() == self[other].tobytes()
 
 
-def _name(name: str) -> str:
-    """Hugging Face's name of a tensor; an unknown one keeps its own, and is refused as such."""
+def _name(name: str) -> tuple[str, str]:
+    """Hugging Face's name of a tensor, and which part of a layer it is ("" for none).
+
+    An unknown tensor keeps its own name, and is refused as such.
+    """
     if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         number, part, kind = layer.groups()
         if part in _MODULES:
-            return f"model.layers.{number}.{_MODULES[part]}.{kind}"
+            return f"model.layers.{number}.{_MODULES[part]}.{kind}", part
     stem, _, kind = name.partition(".")
-    return f"{_OUTSIDE[stem]}.{kind}" if stem in _OUTSIDE else name
+    return (f"{_OUTSIDE[stem]}.{kind}" if stem in _OUTSIDE else name), ""

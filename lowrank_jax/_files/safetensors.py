@@ -6,16 +6,17 @@ Nothing is unpickled.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.json_text import read_object
 from lowrank_jax._files.tensor_file import Entry, TensorFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_INDEX_LIMIT = 1 << 26
 
 
 class Tensors(Mapping):
@@ -91,17 +92,26 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
             + (f"; {pickles[0]} is a pickle, and nothing here unpickles" if pickles else "")
             + ": save the model again, as safetensors"
         )
-    try:
-        where = dict(json.loads((folder / INDEX).read_text())["weight_map"])
-        names = sorted({*where.values()})
-        outside = [name for name in names if Path(name).name != name]
-        missing = [name for name in names if not (folder / name).is_file()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is no index of shards ({error!r})") from error
-    if outside:
-        raise CheckpointError(f"{folder / INDEX} names files outside its folder: {outside}")
-    if missing:
+    where = read_object(folder / INDEX, _INDEX_LIMIT).get("weight_map")
+    if not isinstance(where, dict) or not all(type(name) is str for name in where.values()):
+        raise CheckpointError(
+            f"{folder / INDEX} is no index of shards: expected a weight_map, an object that gives "
+            "each tensor the name of a file"
+        )
+    names = sorted({*where.values()})
+    if outside := [name for name in names if Path(name).name != name or name == ".."]:
+        raise CheckpointError(
+            f"{folder / INDEX} names files outside its folder:\n{listing(outside)}"
+        )
+    if strange := [name for name in names if not _is_file_name(name)]:
+        raise CheckpointError(f"{folder / INDEX} names what is no file:\n{listing(strange)}")
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
             f"shards are missing of {folder}; fetch them again\n{listing(missing)}"
         )
     return [folder / name for name in names], {*where}
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a file may be called so: in printable characters, and in bytes that systems take."""
+    return name.isprintable() and len(name.encode()) < 256

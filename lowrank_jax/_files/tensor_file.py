@@ -6,7 +6,6 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -14,15 +13,18 @@ import struct
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.json_text import parse_json
 
 HEADER_LIMIT, CHUNK = 1 << 24, 1 << 22
+NAME_LIMIT, AXES_LIMIT, _LIMIT = 1000, 32, 1 << 62
+_FIELDS = {"dtype", "shape", "data_offsets"}
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -38,8 +40,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a tensor lies in the file's data, and what it is."""
 
     shape: tuple[int, ...]
@@ -77,40 +78,50 @@ class TensorFile:
         if length > min(size - 8, HEADER_LIMIT):
             raise self._damaged(f"it has {size} bytes, too few or too many for its header")
         try:
-            header = json.loads(self._file.read(length), object_pairs_hook=unique)
-            if not isinstance(header, dict):
-                raise ValueError(f"a {type(header).__name__}")
-            header.pop("__metadata__", None)
-            entries = {name: self._entry(name, value) for name, value in header.items()}
-        except CheckpointError:
-            raise
-        except (ValueError, RecursionError) as error:
+            header = parse_json(self._file.read(length))
+        except ValueError as error:
             raise self._damaged(f"its header is not JSON as the format has it: {error}") from error
+        if not isinstance(header, dict):
+            kind = type(header).__name__
+            raise self._damaged(f"its header is not JSON as the format has it: a {kind}")
+        self._check_metadata(header.pop("__metadata__", {}))
+        entries = {name: self._entry(name, value) for name, value in header.items()}
         at = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != at:
-                raise self._damaged(f"there is a gap or an overlap before {name!r}")
+                raise self._damaged(f"there is a gap or an overlap before {_short(name)}")
             at = entry.stop
         if at != size - 8 - length:
             raise self._damaged(f"it holds {size - 8 - length} bytes of data, its header says {at}")
         return entries, 8 + length
 
+    def _check_metadata(self, values: Any) -> None:
+        """Refuse what is not a mapping of texts."""
+        if not isinstance(values, dict) or any(type(value) is not str for value in values.values()):
+            raise self._damaged("its __metadata__ is not an object of texts")
+
     def _entry(self, name: str, value: Any) -> Entry:
         """One tensor's entry, checked."""
-        whole = lambda x: type(x) is int and 0 <= x < 1 << 62
-        if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-            raise self._damaged(f"its header says {str(value)[:80]!r} of {name[:200]!r}")
-        dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
+        if len(name) > NAME_LIMIT or not name.isprintable():
             raise self._damaged(
-                f"{name[:200]!r} is of dtype {str(dtype)[:20]!r}, which is not read"
+                f"it names a tensor {_short(name)}, of {len(name)} characters: expected at most "
+                f"{NAME_LIMIT}, all of them printable"
             )
-        lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
-        if not lists or len(shape) > 32 or not all(map(whole, [*shape, *place])):
-            raise self._damaged(f"shape or place of {name[:200]!r} are no natural numbers")
-        if math.prod(shape) * DTYPES[dtype].itemsize != place[1] - place[0]:
-            raise self._damaged(f"{name[:200]!r} has another size than its shape {shape} says")
-        return Entry(tuple(shape), DTYPES[dtype], *place)
+        if type(value) is not dict or value.keys() != _FIELDS:
+            raise self._damaged(f"its header says {_short(value)} of {_short(name)}")
+        dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
+        known = DTYPES.get(dtype) if type(dtype) is str else None
+        if known is None:
+            raise self._damaged(f"{_short(name)} is of dtype {_short(dtype)}, which is not read")
+        lists = type(shape) is list and type(place) is list and len(place) == 2
+        if not lists or len(shape) > AXES_LIMIT or not _are_natural((*shape, *place)):
+            raise self._damaged(f"shape or place of {_short(name)} are no natural numbers")
+        start, stop = place
+        if math.prod(shape) * known.itemsize != stop - start:
+            raise self._damaged(f"{_short(name)} has another size than its shape {shape} says")
+        if start == stop and math.prod(size or 1 for size in shape) * known.itemsize >= _LIMIT:
+            raise self._damaged(f"{_short(name)} has the shape {shape}, which no array has")
+        return Entry(tuple(shape), known, start, stop)
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is no safetensors file, or damaged: {why}")
@@ -132,12 +143,14 @@ class TensorFile:
             yield self._file.read(min(CHUNK, entry.stop - start))
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return found
+def _are_natural(values: tuple[Any, ...]) -> bool:
+    """Whether all are integers from 0 up that an offset may be."""
+    return {*map(type, values)} == {int} and min(values) >= 0 and max(values) < _LIMIT
+
+
+def _short(value: Any) -> str:
+    """The beginning of a value's text, as Python writes it."""
+    return repr(value[:200]) if isinstance(value, str) else repr(str(value)[:80])
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:

@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lowrank_jax._checks import anything, checked, name_text, texts_mapping
 from lowrank_jax._codecs import FORMATS
 from lowrank_jax._codecs.packing import to_bnb_bytes, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP
-from lowrank_jax._errors import AxesError, CheckpointError, ConfigError, TreeError, listing
+from lowrank_jax._errors import AxesError, CheckpointError, ConfigError, TreeError, listing_of
 from lowrank_jax._files.safetensors import open_folder
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax.bitsandbytes._layout import laid_out, order_of_blocks
@@ -65,14 +65,17 @@ def from_state_dict(
     """
     if "{}" not in name:
         return _node(read(tensors, name), name, transpose, packing)
-    pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+    pattern = re.compile(re.escape(name).replace(r"\{\}", "(0|[1-9][0-9]{0,17})"))
     found = {tuple(map(int, m.groups())) for key in tensors if (m := pattern.fullmatch(key))}
     if not found:
         raise CheckpointError(f"no tensor is called {name!r} with numbers for '{{}}'")
     sizes = [1 + max(index) for index in zip(*found, strict=True)]
-    if missing := [_numbered(name, i) for i in np.ndindex(*sizes) if i not in found]:
-        raise CheckpointError(f"{name!r} cannot be stacked; missing are\n{listing(missing)}")
-    names = [_numbered(name, index) for index in np.ndindex(*sizes)]
+    if count := math.prod(sizes) - len(found):
+        missing = (_numbered(name, i) for i in _indices(sizes) if i not in found)
+        raise CheckpointError(
+            f"{name!r} cannot be stacked; missing are\n{listing_of(missing, count)}"
+        )
+    names = [_numbered(name, index) for index in _indices(sizes)]
     nodes = {
         key: from_state_dict(tensors, key, transpose=transpose, packing=packing) for key in names
     }
@@ -89,6 +92,17 @@ def from_state_dict(
 def _numbered(name: str, index: tuple[int, ...]) -> str:
     """The name with numbers for its "{}"."""
     return functools.reduce(lambda text, i: text.replace("{}", str(i), 1), index, name)
+
+
+def _indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The indices of an array in C order, one at a time however many there are."""
+    if not sizes:
+        yield ()
+        return
+    *outer, last = sizes
+    for index in _indices(outer):
+        for number in range(last):
+            yield (*index, number)
 
 
 def _node(state: QuantState, name: str, transpose: bool, packing: str) -> Quantized:
@@ -243,7 +257,10 @@ def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, A
         leaves: dict[str, Any] = {}
         for name in tensors:
             if name in tensors.weights:
-                node = _node(tensors.state(name), name, True, packing)
+                try:
+                    node = _node(tensors.state(name), name, True, packing)
+                except AxesError as error:
+                    raise CheckpointError(f"{folder} is damaged: {error}") from error
                 leaves[name] = jax.block_until_ready(node)  # else the files' arrays pile up
             else:
                 leaves[name] = tensors[name]

@@ -9,21 +9,26 @@ Source: bitsandbytes 0.50.2, functional.QuantState.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax._checks import is_finite
 from lowrank_jax._codecs import BLOCK_SIZES, FORMATS
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
 from lowrank_jax._errors import CheckpointError, ConfigError, listing
+from lowrank_jax._files.json_text import parse_json
+from lowrank_jax._files.tensor_file import AXES_LIMIT
+from lowrank_jax._paths import nearest_names
+from lowrank_jax._text import shorten
 
 DTYPES = ("bfloat16", "float16", "float32")
 STORAGES = ("uint8", *DTYPES)
+_TEXT_LIMIT = 1 << 16
 _TABLES = {row.name: np.array(row.table) for row in FORMATS.values() if row.bitsandbytes}
 _SINGLE = ("absmax", "quant_map")
 _DOUBLE = ("nested_absmax", "nested_quant_map")
@@ -62,18 +67,16 @@ def check(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
       CheckpointError: saying what is missing, left over or unknown.
     """
     if name not in tensors:
-        near = difflib.get_close_matches(name, list(tensors), 3, 0.0)
+        near = nearest_names(name, tensors)
         raise CheckpointError(
             f"there is no tensor {name!r}: pass the weight's full key; the nearest are {near}"
         )
     keys = {format: f"{name}.quant_state.bitsandbytes__{format}" for format in _TABLES}
     found = [format for format, key in keys.items() if key in tensors]
     if len(found) != 1:
-        others = [key for key in tensors if key.startswith(f"{name}.quant_state.")]
-        raise CheckpointError(
-            f"{name!r} needs one of {list(keys.values())}; there is {others or 'none'}"
-            + ("" if others else ": it is no weight that bitsandbytes keeps in 4 bits")
-        )
+        start = f"{name}.quant_state."
+        others = [keys[format] for format in found]
+        raise no_state(name, others or [key for key in tensors if key.startswith(start)])
     header = _header(tensors, keys[found[0]], found[0])
     wanted = {*_SINGLE, *(_DOUBLE if "nested_offset" in header else ())}
     there = {side for side in SIDES if f"{name}.{side}" in tensors}
@@ -85,6 +88,15 @@ def check(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
     ]
     _raise(name, problems)
     return header
+
+
+def no_state(name: str, others: Sequence[str]) -> CheckpointError:
+    """The error of a weight without one quant state; others: the keys that stand in its place."""
+    return CheckpointError(
+        f"{name!r} needs one of {[f'{name}.{state}' for state in STATES]}; there is "
+        f"{list(others[:3]) or 'none'}"
+        + ("" if others else ": it is no weight that bitsandbytes keeps in 4 bits")
+    )
 
 
 def check_sizes(header: Mapping[str, Any], name: str, there: Mapping[str, Any]) -> None:
@@ -121,24 +133,31 @@ def check_sizes(header: Mapping[str, Any], name: str, there: Mapping[str, Any]) 
 def _header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]:
     """The JSON, each of its values of a kind that is known."""
     try:
-        header = json.loads(_array(tensors, key).tobytes().decode())
+        text = _array(tensors, key)
+        if text.nbytes > _TEXT_LIMIT:
+            raise ValueError(f"it has {text.nbytes} bytes")
+        header = parse_json(text.tobytes())
+        if not isinstance(header, dict):
+            raise TypeError(f"it is a {type(header).__name__}")
         shape = tuple(header["shape"])
-        if not isinstance(header["shape"], list) or any(type(size) is not int for size in shape):
-            raise TypeError(f"shape is {header['shape']!r}")
+        right = isinstance(header["shape"], list) and len(shape) <= AXES_LIMIT
+        if not right or any(type(size) is not int for size in shape):
+            raise TypeError(f"shape is {shorten(repr(header['shape']), 100)}")
         known = {
             "quant_type": (header["quant_type"], (format,)),
             "blocksize": (header["blocksize"], BLOCK_SIZES),
             "dtype": (header["dtype"], DTYPES),
         }
         if "nested_offset" in header:
-            if not math.isfinite(header["nested_offset"]):
-                raise ValueError(f"nested_offset is {header['nested_offset']!r}")
+            if not is_finite(header["nested_offset"]):
+                raise ValueError(f"nested_offset is {shorten(repr(header['nested_offset']), 100)}")
             known["nested_blocksize"] = header["nested_blocksize"], (SCALE_BLOCK,)
             known["nested_dtype"] = header["nested_dtype"], ("float32",)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{key} holds no quant state of bitsandbytes ({error!r})") from error
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        why = shorten(repr(error), 300)
+        raise CheckpointError(f"{key} holds no quant state of bitsandbytes ({why})") from error
     problems = [
-        f"{field} is {value!r}; expected {' or '.join(map(repr, allowed))}"
+        f"{field} is {shorten(repr(value), 100)}; expected {' or '.join(map(repr, allowed))}"
         for field, (value, allowed) in known.items()
         if value not in allowed or type(value) is not type(allowed[0])
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.json_text import read_object
 from lowrank_jax._files.safetensors import Tensors
 from lowrank_jax._files.tensor_file import Entry
 from lowrank_jax.bitsandbytes._quant_state import (
@@ -19,6 +19,7 @@ from lowrank_jax.bitsandbytes._quant_state import (
     QuantState,
     check,
     check_sizes,
+    no_state,
     read,
 )
 
@@ -31,17 +32,25 @@ class StateTensors(Tensors):
     """
 
     def __init__(self, tensors: Tensors, folder: Path):
-        self._tensors = tensors
-        names = {key.partition(".quant_state.")[0] for key in tensors if ".quant_state." in key}
-        beside = {f"{name}.{side}" for name in names for side in SIDES}
+        self._tensors, self._folder = tensors, folder
+        states: dict[str, list[str]] = {}
+        for key in tensors:
+            if ".quant_state." in key:
+                states.setdefault(key.partition(".quant_state.")[0], []).append(key)
+        beside = {f"{name}.{side}" for name in states for side in SIDES}
+        ends = tuple(f".{side}" for side in SIDES)
         problems = [
             f"{key} belongs to no weight in 4 bits"
             for key in tensors
-            if key.endswith(tuple(f".{side}" for side in SIDES)) and key not in beside
+            if key.endswith(ends) and key not in beside
         ]
         self.weights: dict[str, dict[str, Any]] = {}
-        for name in sorted(names):
+        for name, keys in sorted(states.items()):
             try:
+                if name not in tensors:
+                    raise CheckpointError(f"there is no tensor {name!r}, and there is {keys[0]}")
+                if not {*keys} & {f"{name}.{state}" for state in STATES}:
+                    raise no_state(name, keys)
                 self.weights[name] = header = check(tensors, name)
                 check_sizes(header, name, {key: tensors.entry(key) for key in _own(tensors, name)})
             except CheckpointError as error:
@@ -57,7 +66,18 @@ class StateTensors(Tensors):
 
     def state(self, name: str) -> QuantState:
         """Codes and scales of a weight in 4 bits."""
-        return read(self._tensors, name)
+        try:
+            state = read(self._tensors, name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._folder} is damaged: {error}") from error
+        second = {} if state.second is None else {"nested_absmax": state.second[0]}
+        for side, scales in {"absmax": state.absmax, **second}.items():
+            if not np.isfinite(scales).all():
+                raise CheckpointError(
+                    f"{self._folder} is damaged: {name}.{side} holds values that are not finite: "
+                    "fetch it again"
+                )
+        return state
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._tensors[name]
@@ -99,11 +119,8 @@ def _own(tensors: Tensors, name: str) -> list[str]:
 def refuse_other_models(folder: Path) -> None:
     """Refuse what config.json does not call a 4-bit model of bitsandbytes."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        quantization = dict(config.get("quantization_config") or {})
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} could not be read ({error!r})") from error
+    quantization = read_object(path, 1 << 24).get("quantization_config")
+    quantization = quantization if isinstance(quantization, dict) else {}
     method = quantization.get("quant_method")
     if method != "bitsandbytes":
         raise CheckpointError(

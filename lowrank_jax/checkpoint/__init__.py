@@ -278,7 +278,8 @@ def restore(
 
 def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: bool) -> Checkpoint:
     """Fit the manifest's entries to base and like; only then read the arrays."""
-    with _checkpoint_errors(f"the manifest in {directory} is malformed: not written by save"):
+    where = f"the manifest in {directory}"
+    with _checkpoint_errors(f"{where} is malformed: not written by save", where):
         config, trained_on, step, nodes, saved = read_body(body)
         refuse_malformed(nodes)
         dense_shapes(nodes)
@@ -328,14 +329,14 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
 
 
 @contextlib.contextmanager
-def _checkpoint_errors(what: str) -> Iterator[None]:
-    """Every error as a CheckpointError; the library's own keep their words."""
+def _checkpoint_errors(what: str, where: str = "") -> Iterator[None]:
+    """Every error as a CheckpointError; the library's own keep their words, after where it is."""
     try:
         yield
-    except CheckpointError:
-        raise
-    except (TreeError, AxesError) as error:
-        raise CheckpointError(str(error)) from error
+    except (CheckpointError, TreeError, AxesError) as error:
+        if not where and isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{where}: {error}" if where else str(error)) from error
     except Exception as error:
         raise CheckpointError(f"{what} ({type(error).__name__}: {error})") from error
 

@@ -20,7 +20,8 @@ from lowrank_jax._fingerprint import Fingerprint, to_host
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3
 from lowrank_jax._nodes.methods import METHODS
-from lowrank_jax._paths import flatten
+from lowrank_jax._paths import DEEPEST, flatten
+from lowrank_jax._text import quoted
 
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}
@@ -127,8 +128,9 @@ def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict
     found = {}
     for entry in entries:
         keys = entry["path"]
-        if type(keys) is not list or not keys:
-            raise CheckpointError(f"the manifest has the path {keys!r}, expected a list of keys")
+        if type(keys) is not list or not 1 <= len(keys) <= DEEPEST:
+            wanted = f"expected a list of keys, of which there are at most {DEEPEST}"
+            raise CheckpointError(f"the manifest has the path {quoted(keys)}, {wanted}")
         if (path := "/".join(keys)) in found:
             raise CheckpointError(f"the manifest has {path!r} twice: restore another copy")
         found[path] = read(entry, body)

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.json_text import read_object
 from lowrank_jax._files.safetensors import INDEX, SINGLE
 from lowrank_jax._files.tensor_file import write_tensors
 from lowrank_jax._files.whole_files import Write, replace_files
 from lowrank_jax._files.within import read_within
 from lowrank_jax._text import printable
 
-CONFIG = "config.json"
+CONFIG, CONFIG_LIMIT = "config.json", 1 << 24
 _BESIDE = {".json", ".jinja", ".model", ".txt"}
 _BESIDE_LIMIT = 1 << 28
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -48,13 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} could not be read ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}, not an object")
-    return config
+    return read_object(path, CONFIG_LIMIT)
 
 
 def ties(config: Mapping[str, Any]) -> bool:

@@ -17,7 +17,6 @@ from lowrank_jax._files.safetensors import Tensors
 from lowrank_jax._nodes.host import empty
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax.bitsandbytes._layout import laid_out
-from lowrank_jax.bitsandbytes._quant_state import QuantState
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._leaves import Lying
 from lowrank_jax.huggingface._reading import put_in_place
@@ -92,10 +91,6 @@ def _read(
     whole, stack = None, tuple(layout.shape[axis] for axis in layout.stack)
     for index, key in lying.keys.items():
         state = tensors.state(key)
-        if bad := [side for side, scales in _scales(state) if not np.isfinite(scales).all()]:
-            raise CheckpointError(
-                f"{key}.{bad[0]} holds values that are not finite: fetch it again"
-            )
         node = laid_out(state, layer.shape, layer.fan_in, packing)
         node = dataclasses.replace(node, weight_dtype=jnp.dtype(dtype).name)
         if whole is None:
@@ -110,9 +105,3 @@ def _read(
     assert whole is not None
     assert whole.shape == layout.shape
     return put_in_place(whole, lying.path, sharding)
-
-
-def _scales(state: QuantState) -> list[tuple[str, np.ndarray]]:
-    """The floating-point scales of a weight, by what the file calls them."""
-    second = [] if state.second is None else [("nested_absmax", state.second[0])]
-    return [("absmax", state.absmax), *second]

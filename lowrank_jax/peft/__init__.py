@@ -17,7 +17,7 @@ import numpy as np
 
 from lowrank_jax._checks import checked
 from lowrank_jax._configs import LoraConfig
-from lowrank_jax._errors import CheckpointError, TreeError, listing
+from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listing
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._files.torch_layout import known_names, misnumbered, numbered, stack_axes, use_of
 from lowrank_jax._nodes import Full, LowRank, is_adapter, is_node, nodes_of, normed, unnormed
@@ -240,7 +240,10 @@ def load(
         for path, leaf in leaves
     }
     trees = (in_structure(params, found, is_node) for found in (base, nodes))
-    return *trees, _config(config, nodes)
+    try:
+        return *trees, _config(config, nodes)
+    except LowrankError as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
 
 
 def _has_norm(leaf: Any, node: Any) -> bool:
@@ -293,7 +296,8 @@ def _match_leaf(matching: Matching, place: Place) -> Callable[[], Any] | None:
 
 def _config(config: AdapterConfig, nodes: dict[str, Any]) -> LoraConfig:
     """The LoraConfig of what was loaded, its patterns the leaves' own paths."""
-    exact = lambda path: re.compile(re.escape(path)) if set(path) & set("*?") else path
+    odd = lambda path: set(path) & set("*?") or "" in path.split("/")  # no glob of itself
+    exact = lambda path: re.compile(re.escape(path)) if odd(path) else path
     lowranks = {path: node for path, node in sorted(nodes.items()) if type(node) is LowRank}
     rslora = config["use_rslora"]
     alphas = {path: alpha_of(node.scale, node.rank, rslora) for path, node in lowranks.items()}

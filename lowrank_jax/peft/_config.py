@@ -133,6 +133,8 @@ def _columns(rows: Iterable[tuple[int, float]]) -> tuple[list[int], list[float]]
 def alpha_of(scale: float, rank: int, rslora: bool) -> float:
     """The alpha of a scale; an integer where its quotient is the scale to the last bit."""
     root = math.sqrt(rank) if rslora else rank
+    if not math.isfinite(scale * root):
+        raise CheckpointError(f"an adapter has the scale {scale}, of which no alpha is finite")
     whole = round(scale * root)
     return whole if whole / root == scale else scale * root
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._files.tensor_file import unique
+from lowrank_jax._files.json_text import parse_json
 from lowrank_jax.peft._config import DEFAULTS
+from lowrank_jax.peft._patterns import Automaton, ModulePatterns, Suffixes
+from lowrank_jax.peft._regex import RegexError, parse_regex
 
 # they change the mathematics, and nothing here does what they say
 REFUSED = {
@@ -31,20 +32,35 @@ KEPT_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of an adapter_config.json that decide what its tensors mean."""
+    """The fields of an adapter_config.json that decide what its tensors mean.
+
+    Args:
+      values: field -> value.
+      patterns: rank_pattern and alpha_pattern, each compiled once.
+    """
 
     values: Mapping[str, Any]
+    patterns: Mapping[str, ModulePatterns]
 
     def __getitem__(self, field: str) -> Any:
         return self.values[field]
 
     def rank(self, module: str) -> int:
         """r of a module: the first pattern that matches wins."""
-        return _matching(self["rank_pattern"], module, self["r"])
+        return self._of_pattern("rank_pattern", module, self["r"])
 
     def alpha(self, module: str) -> float:
         """lora_alpha of a module: the first pattern that matches wins."""
-        return _matching(self["alpha_pattern"], module, self["lora_alpha"])
+        return self._of_pattern("alpha_pattern", module, self["lora_alpha"])
+
+    def _of_pattern(self, field: str, module: str, default: Any) -> Any:
+        """The value of the first pattern of a field that matches a module."""
+        number = self.patterns[field].first(module)
+        return default if number is None else self._pattern_values[field][number]
+
+    @functools.cached_property
+    def _pattern_values(self) -> dict[str, list[Any]]:
+        return {field: [*self[field].values()] for field in _PATTERNS}
 
     def scale(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r)."""
@@ -52,28 +68,47 @@ class AdapterConfig:
 
     def targets(self, module: str) -> bool:
         """Whether the file should hold factors of a module; False where that cannot be told."""
+        if self._names is None or self._names.is_saved(module) or self._names.is_excluded(module):
+            return False
+        if not self._names.is_targeted(module):
+            return False
+        return isinstance(self["target_modules"], str) or self._in_layers(module)
+
+    @functools.cached_property
+    def _names(self) -> _Names | None:
+        """What target_modules and its like name; None where that cannot be told."""
         targets, excluded = self["target_modules"], self["exclude_modules"] or ()
-        saved = self["modules_to_save"] or ()
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-            return False
-        patterns = [x for x in (targets, excluded) if isinstance(x, str)]
-        if not all(map(is_tame, [*patterns, *saved])):
-            return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
-            return False
-        if _named(excluded, module) or not _named(targets, module):
-            return False
-        return isinstance(targets, str) or self._in_layers(module)
+            return None
+        try:
+            saved = Automaton(False, "modules_to_save")
+            for name in self["modules_to_save"] or ():
+                saved.append(parse_regex(rf"(^|.*\.){name}($|\..*)"))
+            return _Names(
+                lambda module: saved.first(module) is not None,
+                _is_named(excluded, "exclude_modules"),
+                _is_named(targets, "target_modules"),
+            )
+        except RegexError:
+            return None
 
     def _in_layers(self, module: str) -> bool:
-        """Whether a module is of one of layers_to_transform."""
-        layers, patterns = self["layers_to_transform"], self["layers_pattern"] or r"[^.]*"
+        """Whether a module is of one of layers_to_transform; patterns are names of lists."""
+        layers, patterns = self["layers_to_transform"], self["layers_pattern"] or None
         if layers is None or layers == []:
             return True
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            prefix = r"(?:^|.*?\.)" if self["layers_pattern"] else r".*?\."
-            if is_tame(pattern) and (found := re.match(rf"{prefix}{pattern}\.(\d+)\.", module)):
-                return int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
+        keys = module.split(".")
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            # without a name, any list that is within another module
+            names = [] if pattern is None else pattern.split(".")
+            for place in range(2 if pattern is None else len(names), len(keys) - 1):
+                number = keys[place]
+                if (
+                    number.isdecimal()
+                    and len(number) < 10
+                    and keys[place - len(names) : place] == names
+                ):
+                    return int(number) in ([layers] if isinstance(layers, int) else layers)
         return False
 
     def saves(self, module: str) -> bool:
@@ -89,36 +124,31 @@ class AdapterConfig:
         return next(named, None)
 
 
-def _named(targets: Any, module: str) -> bool:
+class _Names(NamedTuple):
+    """Which modules a configuration names, by field."""
+
+    is_saved: Callable[[str], bool]
+    is_excluded: Callable[[str], bool]
+    is_targeted: Callable[[str], bool]
+
+
+def _is_named(targets: Any, what: str) -> Callable[[str], bool]:
     """Whether PEFT's target_modules or exclude_modules names a module."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in targets)
-
-
-def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches, as peft.utils.get_pattern_key does."""
-    matches = lambda key: re.match(rf"(.*\.)?({key})$", module)
-    return next((value for key, value in patterns.items() if matches(key)), default)
-
-
-def is_tame(pattern: str) -> bool:
-    """Whether a regex of a file compiles, and cannot run for ages: no repeated group, few `*`."""
-    repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
-    if len(pattern) > 1000 or repeats > 4 or re.search(r"\)[*+{]|\(\?[^:]", pattern):
-        return False
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
+        automaton = Automaton(True, what)
+        automaton.append(parse_regex(targets))
+        return lambda module: automaton.first(module) is not None
+    names = Suffixes()
+    for name in targets:
+        names.append(name, 0)
+    return lambda module: names.first(module) is not None
 
 
 def parse(text: bytes, where: str) -> AdapterConfig:
     """Read and check a file; all that is wrong is in one error."""
     try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{where} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds {type(values).__name__}, not an object")
@@ -146,19 +176,21 @@ def parse(text: bytes, where: str) -> AdapterConfig:
         for field, (kind, right) in _CHECKS.items()
         if not right(values[field])
     ]
-    problems += [
-        f"{field}: the regex {_short(key)} is malformed, or repeats too much to be matched in "
-        "bounded time; write the modules' names"
-        for field in ("rank_pattern", "alpha_pattern")
-        if isinstance(values[field], dict)
-        for key in values[field]
-        if not is_tame(key)
-    ]
+    patterns = {}
+    for field in _PATTERNS:
+        if isinstance(values[field], dict):
+            try:
+                patterns[field] = ModulePatterns(values[field], field)
+            except RegexError as error:
+                problems.append(
+                    f"{field}: the regex {error}; the regex is malformed, or of a kind that is not "
+                    "matched: write the names of the modules"
+                )
     if values["lora_bias"] is True and values["use_dora"] is True:
         problems.append("lora_bias and use_dora: PEFT has no such adapter")
     if problems:
         raise CheckpointError(f"{where} cannot be read:\n{listing(problems)}")
-    return AdapterConfig(values)
+    return AdapterConfig(values, patterns)
 
 
 def _short(value: Any) -> str:
@@ -199,6 +231,7 @@ def _maps(right: Any, value: Any) -> bool:
     return isinstance(value, dict) and all(map(right, value.values()))
 
 
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _INTEGERS = ("r", "rank_pattern", "layers_to_transform", "trainable_token_indices")
 _NAMES = "a list of names", lambda x: x is None or _are(str, x)
 _PATTERN = "a list of names or a regex", lambda x: x is None or isinstance(x, str) or _are(str, x)

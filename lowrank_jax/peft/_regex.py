@@ -1,0 +1,224 @@
+"""The syntax of the regexes that configurations of adapters use, parsed without running anything.
+
+What Python's `re` has besides (backreferences, lookbehinds, flags, word boundaries, possessive
+repeats) is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+LONGEST, _DEEPEST, _MOST = 1000, 30, 1000
+
+_KINDS: dict[str, Callable[[str], bool]] = {
+    "d": str.isdecimal,
+    "w": lambda char: char.isalnum() or char == "_",
+    "s": str.isspace,
+}
+_CONTROLS = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "a": "\a"}
+_ANCHORS = {"^": "start", "$": "end"}
+_GROUPS = {"(?:": "", "(?=": "ahead", "(?!": "not ahead"}
+_COUNTS = re.compile(r"\{([0-9]*)(,?)([0-9]*)\}")
+_NAMED = re.compile(r"\(\?P<([A-Za-z_][A-Za-z0-9_]*)>")
+
+
+class RegexError(ValueError):
+    """A regex is malformed, or uses what is not supported."""
+
+
+class Node(NamedTuple):
+    """A part of a regex.
+
+    Args:
+      kind: "char"; "sequence" and "choice" of items; "repeat" of one item, from low to high times
+        (None: without end); "start", "end" ($) and "last" (\\Z), of no width; "ahead" and
+        "not ahead" of one item.
+      items: the parts of it.
+      low, high: of a repeat.
+      takes: whether a character is one of "char".
+    """
+
+    kind: str
+    items: tuple[Node, ...] = ()
+    low: int = 0
+    high: int | None = 0
+    takes: Callable[[str], bool] = bool
+
+
+def parse_regex(text: str) -> Node:
+    """The parts of a regex.
+
+    Raises:
+      RegexError: it is malformed, too long, or uses what is not supported.
+    """
+    if len(text) > LONGEST:
+        raise RegexError(f"it has {len(text)} characters")
+    parser = _Parser(text)
+    node = parser.choice(0)
+    if parser.at < len(text):
+        raise RegexError("it has a ')' too many")
+    return node
+
+
+class _Parser:
+    """A place in the text of a regex."""
+
+    def __init__(self, text: str):
+        self.text, self.at, self._names = text, 0, set()
+
+    def choice(self, depth: int) -> Node:
+        """Alternatives, to the end or the group's ")"."""
+        if depth > _DEEPEST:
+            raise RegexError("its groups are nested too deeply")
+        branches = [self._sequence(depth)]
+        while self._peek() == "|":
+            self.at += 1
+            branches.append(self._sequence(depth))
+        return branches[0] if len(branches) == 1 else Node("choice", tuple(branches))
+
+    def _peek(self) -> str:
+        return self.text[self.at : self.at + 1]
+
+    def _take(self) -> str:
+        """The next character, passed over."""
+        if not (char := self._peek()):
+            raise RegexError("it ends in the middle")
+        self.at += 1
+        return char
+
+    def _sequence(self, depth: int) -> Node:
+        items: list[Node] = []
+        while (char := self._peek()) and char not in "|)":
+            item = self._item(depth)
+            items.append(self._repeated(item))
+        return items[0] if len(items) == 1 else Node("sequence", tuple(items))
+
+    def _repeated(self, item: Node) -> Node:
+        """The item with the repeat that follows it, if any."""
+        bounds = self._bounds()
+        if bounds is None:
+            return item
+        if item.kind in ("start", "end", "last"):
+            raise RegexError("nothing to repeat")
+        if self._peek() == "?":
+            self.at += 1  # lazy: which texts match stays the same
+        elif self._peek() == "+" or self._bounds() is not None:
+            raise RegexError("it repeats a repeat")
+        return Node("repeat", (item,), *bounds)
+
+    def _bounds(self) -> tuple[int, int | None] | None:
+        """How often the repeat at this place is, passed over; None where there is none."""
+        char = self._peek()
+        if char and char in "*+?":
+            self.at += 1
+            return {"*": (0, None), "+": (1, None), "?": (0, 1)}[char]
+        found = _COUNTS.match(self.text, self.at)
+        if found is None or found.group() == "{}":
+            return None
+        self.at = found.end()
+        first, comma, second = found.groups()
+        if len(first) > 4 or len(second) > 4:
+            raise RegexError("it repeats too often")
+        low = int(first or 0)
+        high = (int(second) if second else None) if comma else low
+        if max(low, high or 0) > _MOST or (high is not None and high < low):
+            raise RegexError("it repeats too often, or from more to fewer times")
+        return low, high
+
+    def _item(self, depth: int) -> Node:
+        char = self._take()
+        if char in _ANCHORS:
+            return Node(_ANCHORS[char])
+        if char == "(":
+            return self._group(depth)
+        if char == "[":
+            return self._class()
+        if char == ".":
+            return Node("char", takes=lambda other: other != "\n")
+        if char in "*+?":
+            raise RegexError("nothing to repeat")
+        if char == "{" and _COUNTS.match(self.text, self.at - 1) and self._peek() != "}":
+            raise RegexError("nothing to repeat")
+        if char == "\\":
+            escaped = self._take()
+            if escaped in "AZ":
+                return Node("start" if escaped == "A" else "last")
+            if (kind := _kind(escaped)) is not None:
+                return Node("char", takes=kind)
+            char = _escaped(escaped)
+        return Node("char", takes=char.__eq__)
+
+    def _group(self, depth: int) -> Node:
+        kind = ""
+        if self._peek() == "?":
+            start = self.at - 1
+            opening = self.text[start : start + 3]
+            if named := _NAMED.match(self.text, start):
+                if named.group(1) in self._names:
+                    raise RegexError("it has two groups of one name")
+                self._names.add(named.group(1))
+                self.at = named.end()
+            elif opening in _GROUPS:
+                kind, self.at = _GROUPS[opening], start + 3
+            else:
+                raise RegexError(f"it has {opening!r}, which is not supported")
+        inner = self.choice(depth + 1)
+        if self._take() != ")":
+            raise RegexError("it has a '(' too many")
+        # a group stays one item: what follows repeats all of it
+        return Node(kind, (inner,)) if kind else Node("sequence", (inner,))
+
+    def _class(self) -> Node:
+        """A class, "[" passed over."""
+        negated = self._peek() == "^"
+        self.at += negated
+        kinds: list[Callable[[str], bool]] = []
+        ranges: list[tuple[str, str]] = []
+        first = True
+        while (char := self._take()) != "]" or first:
+            first = False
+            if char == "[" or (char == self._peek() and char in "-&~|"):
+                raise RegexError("it has a class that may mean a set of sets")
+            low = self._class_char(char, kinds)
+            if self._peek() == "-" and self.text[self.at + 1 : self.at + 2] not in ("", "]"):
+                self.at += 1
+                following = self._take()
+                high = self._class_char(following, kinds)
+                if low is None or high is None or low > high or following in "-[":
+                    raise RegexError("it has a range that is none")
+                ranges.append((low, high))
+            elif low is not None:
+                ranges.append((low, low))
+        holds = lambda char: (
+            any(low <= char <= high for low, high in ranges) or any(kind(char) for kind in kinds)
+        )
+        return Node("char", takes=(lambda char: not holds(char)) if negated else holds)
+
+    def _class_char(self, char: str, kinds: list[Callable[[str], bool]]) -> str | None:
+        """The character at this place of a class; None where it is a kind of them."""
+        if char != "\\":
+            return char
+        escaped = self._take()
+        if (kind := _kind(escaped)) is not None:
+            kinds.append(kind)
+            return None
+        return _escaped(escaped)
+
+
+def _kind(escaped: str) -> Callable[[str], bool] | None:
+    r"""What \d, \D and their like stand for."""
+    kind = _KINDS.get(escaped.lower()) if escaped in "dDwWsS" else None
+    if kind is None or escaped.islower():
+        return kind
+    return lambda char: not kind(char)
+
+
+def _escaped(char: str) -> str:
+    r"""The character that an escape stands for."""
+    if char in _CONTROLS:
+        return _CONTROLS[char]
+    if char.isascii() and char.isalnum():
+        raise RegexError(f"it has '\\{char}', which is not supported")
+    return char
