@@ -135,7 +135,7 @@ def _model(folder: Path) -> list[str]:
     with open_folder(folder) as tensors:
         entries = {key: tensors.entry(key) for key in tensors}
         files = {tensors.file(key) for key in tensors}
-    lines = [f"{kind}: {', '.join(map(_text, names[:_SHOWN]))}", _sizes(entries.values())]
+    lines = [f"{kind}: {', '.join(map(printable, names[:_SHOWN]))}", _sizes(entries.values())]
     lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
     odd = [] if config else ["there is no config.json: transformers will not load it"]
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
