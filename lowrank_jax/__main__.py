@@ -4,7 +4,7 @@ import sys
 
 import jax
 
-from lowrank_jax._command_line import main
+from lowrank_jax._cli import main
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")

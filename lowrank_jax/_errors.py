@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from lowrank_jax._text import printable, printable_lines
+from lowrank_jax._display.text import printable, printable_lines
 
 
 class _Printed(Exception):

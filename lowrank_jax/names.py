@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 
-from lowrank_jax._checks import checked
+from lowrank_jax._checks.arguments import checked
 from lowrank_jax._errors import CheckpointError
 
 KINDS = {

@@ -179,7 +179,7 @@ def main() -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_disable_most_optimizations", True)
     warnings.simplefilter("ignore")
-    _codecs.BLOCK_SIZES = (2, 32, 64)
+    _codecs.formats.BLOCK_SIZES = (2, 32, 64)
     fell: collections.Counter = collections.Counter()
     wrong, dense, compiled, start = 0, 0, 0, time.monotonic()
     for begin in range(first, last, 100):

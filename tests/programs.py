@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import lowrank_jax as lowrank
 from lowrank_jax._nodes.family import LoHa
 from lowrank_jax._nodes.host import quantized_on_host
-from lowrank_jax._quantize import quantized_shapes
+from lowrank_jax._trees.quantize import quantized_shapes
 
 SIZES = (2, 2, 3, 4, 4, 4)
 KINDS = ("lora", "lora", "dora", "loha", "rows", "scaled")

@@ -91,17 +91,17 @@ def test_a_leaf_that_a_sharded_array_has_a_part_of_stays():
 
 def test_donated_leaves_go_before_the_next_is_read(monkeypatch):
     """So that memory is that of one leaf."""
-    from lowrank_jax import _quantize
+    from lowrank_jax._trees import quantize
 
     params = {"v": array(), "w": array(1)}
-    encode = _quantize.quantize_leaf
+    encode = quantize.quantize_leaf
     seen = []
 
     def spy(path, leaf, *rest):
         seen.append((path, params["v"].is_deleted()))
         return encode(path, leaf, *rest)
 
-    monkeypatch.setattr(_quantize, "quantize_leaf", spy)
+    monkeypatch.setattr(quantize, "quantize_leaf", spy)
     lowrank.quantize(params, QUANT, donate=True)
     assert seen == [("v", False), ("w", True)]
 

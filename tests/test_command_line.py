@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lowrank
-from lowrank_jax._command_line import TABLES, main
+from lowrank_jax._cli import TABLES, main
 from lowrank_jax._files.safetensors import open_folder
 from lowrank_jax._files.tensor_file import TensorFile, write_tensors
+from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import is_node
-from lowrank_jax._paths import flatten
 
 GOLDEN = Path(__file__).parent / "golden"
 PEFT, MODELS = GOLDEN / "peft_files", GOLDEN / "huggingface"

@@ -15,7 +15,7 @@ from models import ROWS, made, variables_of
 from models import normal as on_device
 
 import lowrank_jax as lowrank
-from lowrank_jax._paths import flatten
+from lowrank_jax._jax.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from models import noisy, normal
 
 import lowrank_jax as lowrank
-from lowrank_jax._weights.magnitude import norms_of
+from lowrank_jax._operators.dora import norms_of
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -15,7 +15,7 @@ from flax import nnx
 from models import noisy, normal
 
 import lowrank_jax as lowrank
-from lowrank_jax._paths import flatten
+from lowrank_jax._jax.paths import flatten
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -24,7 +24,7 @@ from test_golden_peft import load as llama_golden
 import lowrank_jax as lowrank
 from lowrank_jax._files.safetensors import open_folder
 from lowrank_jax._files.tensor_file import TensorFile, write_tensors
-from lowrank_jax._paths import flatten
+from lowrank_jax._jax.paths import flatten
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS, PEFT = GOLDEN / "huggingface", GOLDEN / "peft_files"

@@ -196,7 +196,7 @@ class QuantizedCase(Case):
         self.fn, self.args, self.plan = self.of.fn, self.of.args, self.of.plan
         self.fresh, self.lora = self.of.fresh, self.of.lora
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_codecs, "BLOCK_SIZES", (2,))
+            patch.setattr(_codecs.formats, "BLOCK_SIZES", (2,))
             quant = lowrank.QuantConfig(targets=tuple(row.axes), block_size=2)
             on_host = jax.tree.map(np.asarray, self.of.params)  # where encoding compiles nothing
             self.base = lowrank.quantize(on_host, quant, plan=self.plan)

@@ -22,7 +22,7 @@ from models import noisy, normal
 import lowrank_jax as lowrank
 from lowrank_jax._nodes import is_node
 from lowrank_jax._nodes.serialization import Node
-from lowrank_jax._optimizers.states import Coded
+from lowrank_jax._training.states import Coded
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

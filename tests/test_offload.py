@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lowrank
-from lowrank_jax._optimizers import offload
+from lowrank_jax._training import offload
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

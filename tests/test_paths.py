@@ -12,9 +12,9 @@ from flax import linen as nn
 from flax import nnx, struct
 
 import lowrank_jax as lowrank
-from lowrank_jax._lift import split
+from lowrank_jax._jax.paths import flatten, matches, path_hash, select
 from lowrank_jax._nodes import is_node
-from lowrank_jax._paths import flatten, matches, path_hash, select
+from lowrank_jax._transforms.lift import split
 
 
 @pytest.mark.parametrize(

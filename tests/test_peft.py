@@ -20,8 +20,8 @@ from test_golden_peft import load as llama_golden
 
 import lowrank_jax as lowrank
 from lowrank_jax._files.tensor_file import TensorFile, write_tensors
+from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import is_node
-from lowrank_jax._paths import flatten
 
 FILES = Path(__file__).parent / "golden" / "peft_files"
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -299,7 +299,7 @@ def test_a_weight_that_is_normed_is_adapted():
 
 @pytest.mark.parametrize("way", OPAQUE)
 def test_what_no_rule_follows_is_named(way, recwarn, monkeypatch):
-    monkeypatch.setattr(lowrank._codecs, "BLOCK_SIZES", (2,))
+    monkeypatch.setattr(lowrank._codecs.formats, "BLOCK_SIZES", (2,))
 
     def fn(p, x):
         h = OPAQUE[way](x * p["scale"], p["deep"]["w"]) + p["bias"]
@@ -369,7 +369,7 @@ def test_a_matrix_contracted_whole_has_no_fan_out():
     ],
 )
 def test_what_is_chosen_by_index_is_adapted_and_quantized(fn, shape, fast_compile, monkeypatch):
-    monkeypatch.setattr(lowrank._codecs, "BLOCK_SIZES", (2,))
+    monkeypatch.setattr(lowrank._codecs.formats, "BLOCK_SIZES", (2,))
     params = {"w": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     args = x, np.array([3, 1, 1], np.int32)
     plan = lowrank.plan(fn, params, *args)

@@ -88,16 +88,16 @@ def test_the_way_back_to_four_bits_is_explicit_and_says_its_error():
 
 def test_layers_are_compared_one_by_one(tmp_path):
     """A stack on disk is never read whole: no program is given more than a layer."""
-    from lowrank_jax import _quantization_error
+    from lowrank_jax._trees import quantization_error
 
     frozen = frozen_of(PARAMS)
     np.save(tmp_path / "layers.npy", PARAMS["layers"])
     mapped = {**PARAMS, "layers": np.load(tmp_path / "layers.npy", mmap_mode="r")}
     seen = []
-    compare = _quantization_error._compare
+    compare = quantization_error._compare
     spy = lambda dense, node: seen.append(dense.shape) or compare(dense, node)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_quantization_error, "_compare", spy)
+        patch.setattr(quantization_error, "_compare", spy)
         errors = lowrank.quantization_error(mapped, frozen)
     assert seen.count((64, 64)) == 3
     assert max(map(np.prod, seen)) == 64 * 64

@@ -396,14 +396,14 @@ def two_stacks(width=64, inner=10):
 
 
 def test_a_stack_on_the_host_is_encoded_there(monkeypatch):
-    from lowrank_jax import _quantize
+    from lowrank_jax._trees import quantize
 
     params, plan = two_stacks()
     quant = lowrank.QuantConfig()
     want = lowrank.quantize(jax.device_put(params), quant, plan=plan)
-    seen, encode = [], _quantize._encode
+    seen, encode = [], quantize._encode
     spy = lambda leaf, *rest: seen.append(leaf) or encode(leaf, *rest)
-    monkeypatch.setattr(_quantize, "_encode", spy)
+    monkeypatch.setattr(quantize, "_encode", spy)
     got = lowrank.quantize(params, quant, plan=plan)
     chex.assert_trees_all_equal(got, want)
     assert seen

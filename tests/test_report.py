@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import NamedSharding, P
 
 import lowrank_jax as lowrank
-from lowrank_jax._table import Table, bytes_text, collapsed
+from lowrank_jax._display.table import Table, bytes_text, collapsed
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

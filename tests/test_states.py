@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lowrank
 from lowrank_jax._codecs import dynamic
-from lowrank_jax._optimizers import states
-from lowrank_jax._optimizers.states import Coded
+from lowrank_jax._training import states
+from lowrank_jax._training.states import Coded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from llama import Llama, LlamaConfig

@@ -31,7 +31,7 @@ TOLERANCE = 100 * float(np.finfo(np.float32).eps)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of two elements, so that small weights have several."""
-    monkeypatch.setattr(_codecs, "BLOCK_SIZES", (2, 32, 64))
+    monkeypatch.setattr(_codecs.formats, "BLOCK_SIZES", (2, 32, 64))
 
 
 def node(shape, fan_in, fan_out, stack=(), *, kind="dot", seed=0, rank=2, dora=False):

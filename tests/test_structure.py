@@ -16,24 +16,19 @@ PACKAGE = Path(lowrank_jax.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Folders, and files beside them: each imports from floors below its own, and from within itself.
+# On one floor `_transforms`, functions of functions, and `_trees`, functions of trees, stand apart.
 FLOORS = [
-    {"_text", "_types"},
-    {"_errors", "_jaxprs", "_rounding", "_statics", "_table"},
-    {"_checks", "_equations"},
-    {"_config_checks", "_paths", "_codecs", "_primitives", "names"},
+    {"_display"},
+    {"_errors"},
+    {"_checks", "_codecs", "_jax"},
+    {"_primitives", "names"},
     {"_nodes"},
-    {"_configs", "_donation"},
-    {"_weights", "_files", "_optimizers", "_specs", "initializers"},
-    {"_remat"},
-    {"_interpreter", "_fingerprint", "bitsandbytes"},
-    {"_lift", "checkpoint"},
-    {"_plan", "_functional", "_report"},
-    {"_targets", "_quantization_error", "peft"},
-    {"_quantize", "_covariances"},
-    {"_init"},
-    {"_adapters"},
+    {"_files", "_operators", "_targeting", "_training"},
+    {"_interpreter", "bitsandbytes", "initializers"},
+    {"_transforms", "_trees"},
+    {"checkpoint", "peft"},
     {"huggingface"},
-    {"_command_line", "__init__"},
+    {"_cli", "__init__"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -93,7 +88,7 @@ def test_private_modules_of_public_packages_are_used_by_few():
         if "._" in other and name.split(".")[0] != other.split(".")[0]
     }
     served = {("huggingface", "peft"), ("huggingface", "bitsandbytes")}
-    served |= {("_command_line", "peft"), ("_command_line", "huggingface")}
+    served |= {("_cli", "peft"), ("_cli", "huggingface")}
     assert users <= served, users - served
 
 
@@ -107,10 +102,35 @@ def test_only_public_jax(path):
 
 
 def test_jaxpr_internals_stay_in_the_seam():
-    for path in MODULES:
-        if dotted(path) not in ("_jaxprs", "_types"):
+    for name, path in NAMES.items():
+        if not name.startswith("_jax."):
             assert "jax.extend" not in set(imports(path)), path
             assert "jax.core" not in set(imports(path)) or path.stem == "bilinear", path
+            assert ".params[" not in path.read_text(), f"{name}: see _jax/equations.py"
+
+
+def test_what_writes_files_needs_no_interpreter():
+    """The two wings apart: functions of trees, and what saves trees, import no transformation."""
+    for name in NAMES:
+        reached, rest = set(), {name}
+        while rest:
+            reached |= rest
+            rest = {other for one in rest for other in own_imports(NAMES[one])} - reached
+        room = name.split(".")[0]
+        if room in ("_trees", "_files", "checkpoint", "peft", "huggingface", "bitsandbytes"):
+            above = {
+                other for other in reached if other.startswith(("_interpreter", "_transforms"))
+            }
+            assert not above, f"{name} needs {above}"
+
+
+def test_formats_are_named_in_their_table_alone():
+    """A comparison with a format's name is a fact that the format's row should state."""
+    for name, path in NAMES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not texts & {"nf4", "fp4", "int8"}, f"{name}, line {node.lineno}"
 
 
 def test_import_loads_no_optional_package():

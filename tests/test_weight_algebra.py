@@ -14,7 +14,7 @@ TOGETHER = 20  # programs compiled as one
 
 @pytest.mark.parametrize("first", range(0, 200, TOGETHER))
 def test_lifted_programs_are_the_dense_ones(first, monkeypatch):
-    monkeypatch.setattr(_codecs, "BLOCK_SIZES", (2, 32, 64))
+    monkeypatch.setattr(_codecs.formats, "BLOCK_SIZES", (2, 32, 64))
     verdicts = judge(range(first, first + TOGETHER), TOGETHER, short=True)
     wrong = [f"seed {v.seed}: {v.wrong}\n{v.text}" for v in verdicts if v.wrong]
     assert not wrong, "\n".join(wrong)

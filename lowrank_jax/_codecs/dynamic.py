@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowrank_jax._codecs import nan_unless
+from lowrank_jax._codecs.blockwise import nan_unless
 
 _DECADES = np.arange(8)
 _STEPS = 10.0 ** (_DECADES - 7) / 2.0 ** (_DECADES + 2)

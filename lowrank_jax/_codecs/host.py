@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._codecs import check_block_size, format_of, midpoints
+from lowrank_jax._codecs.formats import check_block_size, format_of, midpoints
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
 
 _TINY = np.finfo(np.float32).tiny

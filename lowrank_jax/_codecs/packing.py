@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._codecs import format_of
+from lowrank_jax._codecs.formats import format_of
 from lowrank_jax._errors import ConfigError
 
 PACKINGS = ("uint4", "uint8")

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._codecs import lookup, midpoints, nan_unless, normalize_flat
+from lowrank_jax._codecs.blockwise import nan_unless, normalize_flat
+from lowrank_jax._codecs.formats import lookup, midpoints
 
 SCALE_BLOCK = 256  # how many scales share one float32
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_jax._display.text import printable
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._nodes import LowRank
 from lowrank_jax._primitives.contract import inverse
-from lowrank_jax._text import printable
 from lowrank_jax.names import Names, Parameter, parameter
 
 

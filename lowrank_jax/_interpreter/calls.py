@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowrank_jax import _equations, _jaxprs
-from lowrank_jax._equations import Scan, ShardMap, While
 from lowrank_jax._interpreter import control
 from lowrank_jax._interpreter.operation import (
     Operation,
@@ -15,22 +13,24 @@ from lowrank_jax._interpreter.operation import (
     find_sources,
 )
 from lowrank_jax._interpreter.survey import Survey, Value
+from lowrank_jax._jax import equations, jaxprs
+from lowrank_jax._jax.equations import Scan, ShardMap, While
 
 # Calls
 
 
 def _survey_call(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     with survey.inside(eqn):
-        return survey.run(_equations.body(eqn), ins)
+        return survey.run(equations.body(eqn), ins)
 
 
 def _sources_of_call(table: Table, eqn: Any) -> list[Source | None]:
-    return find_sources(table, _equations.body(eqn))
+    return find_sources(table, equations.body(eqn))
 
 
 def _survey_shard_map(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Inside, arrays are the parts on one device."""
-    inner, _ = _jaxprs.opened(ShardMap.of(eqn).jaxpr)
+    inner, _ = jaxprs.opened(ShardMap.of(eqn).jaxpr)
     placed = lambda values, atoms: [
         value.map(lambda view, atom=atom: view.place(atom.aval.shape))
         for value, atom in zip(values, atoms, strict=True)
@@ -105,7 +105,7 @@ def _survey_while(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _survey_cond(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     with survey.inside(eqn):
-        branches = [survey.run(branch, ins[1:]) for branch in _equations.branches(eqn)]
+        branches = [survey.run(branch, ins[1:]) for branch in equations.branches(eqn)]
     outs = [survey.join(eqn, values) for values in zip(*branches, strict=True)]
     return [out.replace(data=out.data or ins[0].data) for out in outs]
 

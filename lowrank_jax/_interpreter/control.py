@@ -9,24 +9,24 @@ from typing import Any
 import jax
 from jax import lax
 
-from lowrank_jax import _equations, _jaxprs
-from lowrank_jax._equations import Jit, Scan, ShardMap, While
 from lowrank_jax._interpreter.interpret import Context, interpret
 from lowrank_jax._interpreter.operation import find_forwarded, find_forwarded_by
-from lowrank_jax._remat import SeenAsDots
-from lowrank_jax._types import Equation
-from lowrank_jax._weights.virtual import Virtual, single_paths
+from lowrank_jax._interpreter.remat import SeenAsDots
+from lowrank_jax._jax import equations, jaxprs
+from lowrank_jax._jax.equations import Jit, Scan, ShardMap, While
+from lowrank_jax._jax.types import Equation
+from lowrank_jax._operators.weight import Weight, single_paths
 
 Out = Sequence[Any] | None
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, Virtual)
+    return isinstance(value, Weight)
 
 
 def _reenter(ctx: Context, eqn: Equation, values: list[Any], call: Callable) -> list[Any]:
     """Evaluate the body through call(run, values); a weight returned unchanged stays outside."""
-    body, through = _equations.body(eqn), find_forwarded_by(ctx.operations, eqn)
+    body, through = equations.body(eqn), find_forwarded_by(ctx.operations, eqn)
     kept = {i: values[j] for i, j in enumerate(through) if j is not None and _is_weight(values[j])}
 
     def run(operands: list[Any]) -> list[Any]:
@@ -63,7 +63,7 @@ def evaluate_jit(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         return evaluate_call(ctx, eqn, values)
     slots: dict[Any, _Slot] = {}  # path outside -> slot
 
-    def enter(leaf: Any) -> Virtual:
+    def enter(leaf: Any) -> Weight:
         slot = slots.setdefault(leaf.path, _Slot(len(slots)))
         numbered: Any = ctx.number(leaf)
         return dataclasses.replace(numbered, path=slot)
@@ -117,7 +117,7 @@ def _placed(outs: list[Any], eqn: Equation) -> list[Any]:
     return [placed.get(i, out) for i, out in enumerate(outs)]
 
 
-def _laid_out(weight: Virtual, sharding: Any) -> Virtual:
+def _laid_out(weight: Weight, sharding: Any) -> Weight:
     """A weight whose arrays are split as its own sharding says, where whole parts can be."""
     kind = jax.sharding.AxisType.Explicit
     if not isinstance(sharding, jax.NamedSharding) or kind in sharding.mesh.axis_types:
@@ -132,7 +132,7 @@ def _laid_out(weight: Virtual, sharding: Any) -> Virtual:
 
 
 def evaluate_remat(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    options = _equations.remat_options(eqn)
+    options = equations.remat_options(eqn)
     if options["policy"] is not None:
         options["policy"] = SeenAsDots(options["policy"])
     return _reenter(ctx, eqn, values, lambda run, v: jax.checkpoint(run, **options)(v))
@@ -169,12 +169,12 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return _reenter(ctx, eqn, parts, call)
 
 
-def _divides(mesh: Any, weight: Virtual, specs: Any) -> bool:
+def _divides(mesh: Any, weight: Weight, specs: Any) -> bool:
     """Whether devices can share the arrays of a weight: whole blocks of a quantized one."""
 
     def fits(array: Any, spec: Any) -> bool:
         pairs = zip(array.shape, spec, strict=False)
-        return all(size % _jaxprs.parts_of(mesh, entry) == 0 for size, entry in pairs)
+        return all(size % jaxprs.parts_of(mesh, entry) == 0 for size, entry in pairs)
 
     return jax.tree.all(jax.tree.map(fits, weight, specs))
 
@@ -184,7 +184,7 @@ def evaluate_scan(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     loop = Scan.of(eqn)
     n_consts, n_carry, first = loop.consts, loop.carries, loop.first_slice
     through = find_forwarded(ctx.operations, loop.jaxpr)
-    fixed: dict[int, Virtual] = {}  # inputs of the body that are weights closed over
+    fixed: dict[int, Weight] = {}  # inputs of the body that are weights closed over
     carry: list[Any] = []
     for i, value in enumerate(values[:first]):
         if i < n_consts or (_is_weight(value) and through[i - n_consts] == i):
@@ -264,7 +264,7 @@ def evaluate_while(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 def evaluate_cond(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     index, *operands = values
-    branches = _equations.branches(eqn)
+    branches = equations.branches(eqn)
     through = [find_forwarded(ctx.operations, branch) for branch in branches]
     kept = {
         i: operands[js[0]]

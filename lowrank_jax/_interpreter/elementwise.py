@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from lowrank_jax import _equations, _jaxprs
 from lowrank_jax._interpreter.interpret import Context
 from lowrank_jax._interpreter.operation import Operation, kind_of
 from lowrank_jax._interpreter.structural import one_or_none
 from lowrank_jax._interpreter.survey import Survey, Value, as_number, merge
-from lowrank_jax._weights.virtual import Virtual
+from lowrank_jax._jax import equations, jaxprs
+from lowrank_jax._operators.weight import Weight
 
 Out = Sequence[Any] | None
 
@@ -23,10 +23,10 @@ def _evaluate_scaled(operation: Callable) -> Callable:
     """lax.mul or lax.div of a weight and one number, or numbers along some of its axes."""
 
     def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-        weight, other = values if isinstance(values[0], Virtual) else values[::-1]
-        if isinstance(other, Virtual) or tuple(weight.shape) != _equations.result_shape(eqn):
+        weight, other = values if isinstance(values[0], Weight) else values[::-1]
+        if isinstance(other, Weight) or tuple(weight.shape) != equations.result_shape(eqn):
             return None
-        if operation is lax.div and not isinstance(values[0], Virtual):
+        if operation is lax.div and not isinstance(values[0], Weight):
             return None
         axes = [axis for axis, size in enumerate(other.shape) if size != 1]
         if not axes:
@@ -45,7 +45,7 @@ def _evaluate_scaled(operation: Callable) -> Callable:
 def _survey_scaled(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """A weight times (or divided by) a number, or numbers along some axes, stays a weight."""
     shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in eqn.invars]
-    out_shape = _equations.result_shape(eqn)
+    out_shape = equations.result_shape(eqn)
     at = int(math.prod(shapes[0]) < math.prod(shapes[1]) and eqn.primitive.name == "mul")
     weight, other = ins[at], ins[1 - at]
     axes = [axis for axis, size in enumerate(shapes[1 - at]) if size != 1]
@@ -63,7 +63,7 @@ def survey_any(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 
     A function with a derivative of its own, say.
     """
-    for body in _equations.bodies(eqn):
+    for body in equations.bodies(eqn):
         taken = [survey.compute(eqn, value) for value in ins]
         with survey.inside(eqn):
             return survey.run(body, taken)
@@ -97,7 +97,7 @@ def _find_direct(survey: Survey, eqn: Any, ins: list[Value]) -> frozenset[Any]:
     if kind == "mix":
         return merge(ins).direct
     moving = [value for value in ins if value.moves]
-    zero = lambda atom: isinstance(atom, _jaxprs.Literal) and np.all(np.asarray(atom.val) == 0)
+    zero = lambda atom: isinstance(atom, jaxprs.Literal) and np.all(np.asarray(atom.val) == 0)
     if eqn.primitive.name in ("max", "min") and any(map(zero, eqn.invars)):
         return frozenset()  # relu
     if kind == "unary" or (kind == "shift" and len(moving) == 1):
@@ -117,7 +117,7 @@ def _is_opaque(survey: Survey, eqn: Any, ins: list[Value]) -> bool:
         for atom, value in zip(eqn.invars, ins, strict=True)
         if value.views or value.computed
     ]
-    whole = _equations.result_shape(eqn) if eqn.outvars else None
+    whole = equations.result_shape(eqn) if eqn.outvars else None
     return whole is not None and any(shape != whole for shape in shapes if shape)
 
 

@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lowrank_jax import _jaxprs
 from lowrank_jax._errors import MaterializeError
 from lowrank_jax._interpreter.nesting import Nesting
 from lowrank_jax._interpreter.operation import OTHER, Table
-from lowrank_jax._types import Equation, Jaxpr
-from lowrank_jax._weights.dense import DenseWeight
-from lowrank_jax._weights.virtual import Virtual, single_paths
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.types import Equation, Jaxpr
+from lowrank_jax._operators.dense import DenseWeight
+from lowrank_jax._operators.weight import Weight, single_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Context(Nesting):
     names: dict[Any, Any] = dataclasses.field(default_factory=dict)
     inline_jit: bool = False
 
-    def record(self, weight: Virtual, eqn: Equation, how: str, reason: str = "") -> None:
+    def record(self, weight: Weight, eqn: Equation, how: str, reason: str = "") -> None:
         """Note a meeting of one leaf and an equation."""
         for path in single_paths(weight.path):
             where = self.where(eqn)
@@ -71,10 +71,10 @@ class Context(Nesting):
 
     def where(self, eqn: Equation) -> tuple[str, str]:
         """The user's line and layer of an equation; those inside a jit know only part of it."""
-        layers = filter(None, map(_jaxprs.user_layer, reversed(self.chain(eqn))))
+        layers = filter(None, map(jaxprs.user_layer, reversed(self.chain(eqn))))
         return self.line(eqn), "/".join(layers)
 
-    def built(self, weight: Virtual, eqn: Equation) -> Any:
+    def built(self, weight: Weight, eqn: Equation) -> Any:
         """The dense array of a weight that meets a larger one: the cheapest there is."""
         for leaf in weight.leaves():
             reason = "a product of two weights builds the smaller"
@@ -85,21 +85,21 @@ class Context(Nesting):
         """The path of a weight; inside a memoized jit weights carry slots."""
         return self.names.get(path, path)
 
-    def names_of(self, weight: Virtual) -> str:
+    def names_of(self, weight: Weight) -> str:
         """The paths of a weight's leaves, for messages."""
         paths = [self.name_of(leaf.path) for leaf in weight.leaves()]
         return ", ".join(repr(name) for path in paths for name in single_paths(path))
 
-    def use(self, weight: Virtual) -> Virtual:
+    def use(self, weight: Weight) -> Weight:
         """The weight for its next use."""
         return weight.map_leaves(self._use_leaf)
 
-    def _use_leaf(self, leaf: Virtual) -> Virtual:
+    def _use_leaf(self, leaf: Weight) -> Weight:
         used = self.number(leaf)
         self.count([leaf.path])
         return used
 
-    def number(self, leaf: Virtual) -> Virtual:
+    def number(self, leaf: Weight) -> Weight:
         """One leaf for its next use; of one made of several the number is above all of theirs."""
         return leaf.for_use(max(self.uses.get(path, 0) for path in single_paths(leaf.path)))
 
@@ -112,7 +112,7 @@ class Context(Nesting):
 
     def dense(self, value: Any, eqn: Equation, reason: str) -> Any:
         """The dense array of a weight that no rule serves here, said aloud."""
-        if not isinstance(value, Virtual):
+        if not isinstance(value, Weight):
             return value
         if not value.leaves():  # of joined weights nothing but plain arrays is left
             return value.materialize()
@@ -128,7 +128,7 @@ class Context(Nesting):
             self.record(leaf, eqn, "materialized", reason + leaf.lost)
         return value.materialize()
 
-    def returned(self, weight: Virtual) -> Any:
+    def returned(self, weight: Weight) -> Any:
         """The dense array of a weight that is a result of the whole function."""
         if self.refuse and weight.leaves():
             raise MaterializeError(
@@ -145,16 +145,16 @@ class Context(Nesting):
 
 def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Evaluate a (closed) jaxpr on arrays and weights; results may be weights too."""
-    inner, consts = _jaxprs.opened(jaxpr)
-    env = dict(zip(_jaxprs.binders(jaxpr), [*consts, *args], strict=True))
+    inner, consts = jaxprs.opened(jaxpr)
+    env = dict(zip(jaxprs.binders(jaxpr), [*consts, *args], strict=True))
     last = _last_uses(inner)
-    read = lambda atom: atom.val if isinstance(atom, _jaxprs.Literal) else env[atom]
+    read = lambda atom: atom.val if isinstance(atom, jaxprs.Literal) else env[atom]
     for number, eqn in enumerate(inner.eqns):
         values = [read(atom) for atom in eqn.invars]
-        if any(isinstance(value, Virtual) for value in values):
+        if any(isinstance(value, Weight) for value in values):
             outs = _apply(ctx, eqn, values)
         else:
-            outs = _jaxprs.bind(eqn, values)
+            outs = jaxprs.bind(eqn, values)
         for var, out in zip(eqn.outvars, outs, strict=True):
             env[var] = out
         for var in last.get(number, ()):
@@ -167,7 +167,7 @@ def _apply(ctx: Context, eqn: Equation, values: list[Any]) -> Sequence[Any]:
     rule = ctx.operations.get(eqn.primitive.name, OTHER).evaluate
     try:
         if rule is not None:
-            with _jaxprs.in_context(eqn):
+            with jaxprs.in_context(eqn):
                 outs = rule(ctx, eqn, values)
             if outs is not None:
                 # the part of joined weights that is a plain array is one again
@@ -175,7 +175,7 @@ def _apply(ctx: Context, eqn: Equation, values: list[Any]) -> Sequence[Any]:
         reason = (
             "no rule for this primitive" if rule is None else "its rule does not cover this form"
         )
-        return _jaxprs.bind(eqn, [ctx.dense(value, eqn, reason) for value in values])
+        return jaxprs.bind(eqn, [ctx.dense(value, eqn, reason) for value in values])
     except MaterializeError:
         raise
     except Exception as error:
@@ -187,7 +187,7 @@ def _annotate(ctx: Context, eqn: Equation, values: list[Any], error: Exception) 
     """Say in the error where in the user's model it arose."""
     if getattr(error, "_lowrank_noted", False):
         return
-    names = sorted({ctx.names_of(v) for v in values if isinstance(v, Virtual)})
+    names = sorted({ctx.names_of(v) for v in values if isinstance(v, Weight)})
     line, layer = ctx.where(eqn)
     where = f" in layer {layer!r}" if layer else ""
     error.add_note(
@@ -200,11 +200,11 @@ def _annotate(ctx: Context, eqn: Equation, values: list[Any], error: Exception) 
 
 def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
     """Equation number -> variables not needed after it, so that eager values are freed."""
-    seen = {atom for atom in jaxpr.outvars if not isinstance(atom, _jaxprs.Literal)}
+    seen = {atom for atom in jaxpr.outvars if not isinstance(atom, jaxprs.Literal)}
     last: dict[int, list[Any]] = {}
     for number in range(len(jaxpr.eqns) - 1, -1, -1):
         for atom in jaxpr.eqns[number].invars:
-            if not isinstance(atom, _jaxprs.Literal) and atom not in seen:
+            if not isinstance(atom, jaxprs.Literal) and atom not in seen:
                 seen.add(atom)
                 last.setdefault(number, []).append(atom)
     return last

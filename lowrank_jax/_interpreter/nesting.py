@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 from typing import Any
 
-from lowrank_jax import _jaxprs
-from lowrank_jax._types import Equation
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.types import Equation
 
 
 @dataclasses.dataclass
@@ -36,4 +36,4 @@ class Nesting:
 
     def line(self, eqn: Equation) -> str:
         """The user's source line of an equation; one inside a jit knows only that around it."""
-        return next(filter(None, map(_jaxprs.user_line, self.chain(eqn))), "an unknown line")
+        return next(filter(None, map(jaxprs.user_line, self.chain(eqn))), "an unknown line")

@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lowrank_jax import _jaxprs
-from lowrank_jax._types import Equation, Jaxpr
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.types import Equation, Jaxpr
 
 # An operand by number, and the order of its axes: a scan over another axis than the first
 # transposes before and after.
@@ -67,10 +67,10 @@ def find_forwarded_by(table: Table, eqn: Equation) -> list[int | None]:
 
 def find_sources(table: Table, jaxpr: Jaxpr) -> list[Source | None]:
     """For each result of a jaxpr, the input that it is but for a transposition, or None."""
-    inner, _ = _jaxprs.opened(jaxpr)
+    inner, _ = jaxprs.opened(jaxpr)
     whole = lambda var: tuple(range(len(var.aval.shape)))
     source: dict[Any, Source] = {var: (i, whole(var)) for i, var in enumerate(inner.invars)}
-    known = lambda atom: None if isinstance(atom, _jaxprs.Literal) else source.get(atom)
+    known = lambda atom: None if isinstance(atom, jaxprs.Literal) else source.get(atom)
     for eqn in inner.eqns:
         for var, found in zip(eqn.outvars, _sources_of(table, eqn), strict=True):
             before = None if found is None else known(eqn.invars[found[0]])

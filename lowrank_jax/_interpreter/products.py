@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from lowrank_jax import _equations
-from lowrank_jax._equations import Dot, RaggedDot
 from lowrank_jax._interpreter.interpret import Context
 from lowrank_jax._interpreter.operation import Operation
 from lowrank_jax._interpreter.structural import is_first_alone, one_or_none
 from lowrank_jax._interpreter.survey import Survey, Value, merge
-from lowrank_jax._weights.virtual import Virtual
+from lowrank_jax._jax import equations
+from lowrank_jax._jax.equations import Dot, RaggedDot
+from lowrank_jax._operators.weight import Weight
 
 Out = Sequence[Any] | None
 
@@ -26,7 +26,7 @@ Out = Sequence[Any] | None
 def _keep_larger(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
     """Of two weights that meet, build the smaller: the only way, and so not a fallback."""
     left, right = values[:2]
-    if isinstance(left, Virtual) and isinstance(right, Virtual):
+    if isinstance(left, Weight) and isinstance(right, Weight):
         if math.prod(left.shape) <= math.prod(right.shape):
             left = ctx.built(left, eqn)
         else:
@@ -34,9 +34,9 @@ def _keep_larger(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
     return [left, right, *values[2:]]
 
 
-def _recorded(ctx: Context, eqn: Any, weight: Virtual, out: Any) -> Out:
+def _recorded(ctx: Context, eqn: Any, weight: Weight, out: Any) -> Out:
     """The result of a product, noted for the report."""
-    if out is not None and not isinstance(out, Virtual):
+    if out is not None and not isinstance(out, Weight):
         for leaf in weight.leaves():
             ctx.record(leaf, eqn, leaf.how)
     return one_or_none(out)
@@ -44,7 +44,7 @@ def _recorded(ctx: Context, eqn: Any, weight: Virtual, out: Any) -> Out:
 
 def _evaluate_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     left, right = _keep_larger(ctx, eqn, values)
-    on_left = isinstance(left, Virtual)
+    on_left = isinstance(left, Weight)
     weight, other = (left, right) if on_left else (right, left)
     numbers, options = Dot.of(eqn)
     return _recorded(ctx, eqn, weight, ctx.use(weight).dot(other, numbers, on_left, options))
@@ -53,7 +53,7 @@ def _evaluate_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 def _evaluate_ragged_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     left, right, sizes = _keep_larger(ctx, eqn, values)
     numbers, options, group_offset = RaggedDot.of(eqn)
-    if not isinstance(right, Virtual) or isinstance(sizes, Virtual) or group_offset is not None:
+    if not isinstance(right, Weight) or isinstance(sizes, Weight) or group_offset is not None:
         return None
     out = ctx.use(right).ragged_dot(left, sizes, numbers, options)
     return _recorded(ctx, eqn, right, out)
@@ -61,18 +61,18 @@ def _evaluate_ragged_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 def _evaluate_conv(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     left, right = _keep_larger(ctx, eqn, values)
-    if not isinstance(right, Virtual):
+    if not isinstance(right, Weight):
         return None
-    return _recorded(ctx, eqn, right, ctx.use(right).conv(left, _equations.conv_options(eqn)))
+    return _recorded(ctx, eqn, right, ctx.use(right).conv(left, equations.conv_options(eqn)))
 
 
 def _evaluate_gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     if not is_first_alone(values):
         return None
-    weight, options = values[0], _equations.gather_options(eqn)
+    weight, options = values[0], equations.gather_options(eqn)
     indices, options = _without_whole_axes(weight.shape, values[1], options)
     if not indices.shape[-1]:  # nothing is chosen: as many copies as there are indices
-        shape = _equations.result_shape(eqn)
+        shape = equations.result_shape(eqn)
         axes = [*map(int, options["dimension_numbers"].offset_dims)]
         bound = lambda array: lax.broadcast_in_dim(array, shape, axes)
         return one_or_none(weight.broadcast(shape, axes, bound))
@@ -148,7 +148,7 @@ def _survey_dot(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     if out.activation:
         return [out]
     # of parameters alone: each is followed on, to a product with data
-    shape = _equations.result_shape(eqn)
+    shape = equations.result_shape(eqn)
     left = ins[0].map(lambda v: v.contract(shape, [*lb, *lf, *(None for _ in rf)], lc))
     right = ins[1].map(lambda v: v.contract(shape, [*rb, *(None for _ in lf), *rf], rc))
     views = tuple(dict.fromkeys((*left.views, *right.views)))
@@ -166,14 +166,14 @@ def _survey_ragged_dot(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value
 
 def _survey_conv(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """The window and the input features are contracted."""
-    out, *taps = _equations.conv_options(eqn)["dimension_numbers"].rhs_spec
+    out, *taps = equations.conv_options(eqn)["dimension_numbers"].rhs_spec
     return _survey_product(survey, eqn, ins, [None, (taps, (), (out,))], "conv")
 
 
 def _survey_gather(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Rows of a table, one index of a stack, or many of them."""
     table, indices = ins
-    options, shape = _equations.gather_options(eqn), _equations.result_shape(eqn)
+    options, shape = equations.gather_options(eqn), equations.result_shape(eqn)
     numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
     many = len(eqn.invars[1].aval.shape) > 1
     out = table.map(lambda view: view.gather(numbers, sizes, shape, indices.data, many), indices)

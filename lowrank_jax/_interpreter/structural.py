@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax import _equations, _jaxprs
-from lowrank_jax._equations import Slice, Split
 from lowrank_jax._interpreter.interpret import Context
 from lowrank_jax._interpreter.operation import Operation, Table
 from lowrank_jax._interpreter.survey import Survey, Value, as_number, merge
-from lowrank_jax._weights.joined import JoinedWeight
-from lowrank_jax._weights.virtual import Virtual
+from lowrank_jax._jax import equations, jaxprs
+from lowrank_jax._jax.equations import Slice, Split
+from lowrank_jax._operators.joined import JoinedWeight
+from lowrank_jax._operators.weight import Weight
 
 Out = Sequence[Any] | None
 
@@ -38,7 +38,7 @@ def all_or_none(results: list[Any]) -> Out:
 
 def is_first_alone(values: list[Any]) -> bool:
     """Whether the first operand is the only weight."""
-    return isinstance(values[0], Virtual) and not any(isinstance(v, Virtual) for v in values[1:])
+    return isinstance(values[0], Weight) and not any(isinstance(v, Weight) for v in values[1:])
 
 
 def structural(arrange: Callable[[Any, Any], Any], **more: Any) -> Operation:
@@ -70,26 +70,26 @@ def divided(arrange: Callable[[Any, Any], list[Any]]) -> Operation:
 
 
 def _transpose(eqn: Any, w: Any) -> Any:
-    return w.transpose(_equations.permutation(eqn))
+    return w.transpose(equations.permutation(eqn))
 
 
 def _source_of_transpose(table: Table, eqn: Any) -> list[Any]:
-    return [(0, _equations.permutation(eqn))]
+    return [(0, equations.permutation(eqn))]
 
 
 def _reshape(eqn: Any, w: Any) -> Any:
-    order = _equations.reshape_order(eqn)
+    order = equations.reshape_order(eqn)
     w = w if order is None else w.transpose(order)
-    return w if w is None else w.reshape(_equations.result_shape(eqn))
+    return w if w is None else w.reshape(equations.result_shape(eqn))
 
 
 def _with_or_without_ones(eqn: Any, w: Any) -> Any:
-    return w.reshape(_equations.result_shape(eqn))
+    return w.reshape(equations.result_shape(eqn))
 
 
 def _broadcast_in_dim(eqn: Any, w: Any) -> Any:
-    bound = lambda array: _jaxprs.bind(eqn, [array])[0]
-    return w.broadcast(_equations.result_shape(eqn), _equations.broadcast_dimensions(eqn), bound)
+    bound = lambda array: jaxprs.bind(eqn, [array])[0]
+    return w.broadcast(equations.result_shape(eqn), equations.broadcast_dimensions(eqn), bound)
 
 
 def _slice(eqn: Any, w: Any) -> Any:
@@ -97,7 +97,7 @@ def _slice(eqn: Any, w: Any) -> Any:
 
 
 def _rev(eqn: Any, w: Any) -> Any:
-    return w.rev(_equations.reversed_axes(eqn))
+    return w.rev(equations.reversed_axes(eqn))
 
 
 def _split(eqn: Any, w: Any) -> list[Any]:
@@ -107,7 +107,7 @@ def _split(eqn: Any, w: Any) -> list[Any]:
 
 
 def _unstack(eqn: Any, w: Any) -> list[Any]:
-    axis = _equations.stacked_axis(eqn)
+    axis = equations.stacked_axis(eqn)
     return [w.take_index(axis, number) for number in range(w.shape[axis])]
 
 
@@ -115,12 +115,12 @@ def _unstack(eqn: Any, w: Any) -> list[Any]:
 
 
 def _evaluate_convert(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    return one_or_none(values[0].astype(_equations.new_dtype(eqn)))
+    return one_or_none(values[0].astype(equations.new_dtype(eqn)))
 
 
 def _survey_convert(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Only casts among floating dtypes leave a weight a weight."""
-    if jnp.issubdtype(_equations.new_dtype(eqn), jnp.floating):
+    if jnp.issubdtype(equations.new_dtype(eqn), jnp.floating):
         return ins
     return [as_number(eqn, survey.compute(eqn, ins[0]))]
 
@@ -129,7 +129,7 @@ def _evaluate_dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     if not is_first_alone(values):
         return None
     weight, starts = values[0], values[1 : 1 + values[0].ndim]
-    sizes = _equations.slice_sizes(eqn)
+    sizes = equations.slice_sizes(eqn)
     parts = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
 
     def take(array: Any, where: dict[int, int]) -> Any:
@@ -154,7 +154,7 @@ def _survey_dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> list[Va
     data = any(start.data for start in ins[1:])
 
     def cut(view: Any) -> Any:
-        for axis, size in enumerate(_equations.slice_sizes(eqn)):
+        for axis, size in enumerate(equations.slice_sizes(eqn)):
             if size != view.shape[axis]:
                 view = view.dynamic_slice(axis, size, data)
         return view
@@ -163,11 +163,11 @@ def _survey_dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> list[Va
 
 
 def _evaluate_concatenate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    return [JoinedWeight.of(values, _equations.joined_axis(eqn))]
+    return [JoinedWeight.of(values, equations.joined_axis(eqn))]
 
 
 def _survey_concatenate(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
-    axis, shape, offset, parts = _equations.joined_axis(eqn), _equations.result_shape(eqn), 0, []
+    axis, shape, offset, parts = equations.joined_axis(eqn), equations.result_shape(eqn), 0, []
     for value, atom in zip(ins, eqn.invars, strict=True):
         place = lambda view, offset=offset: view.join(axis, shape, offset)
         parts.append(value.map(place))
@@ -187,13 +187,13 @@ def _join(survey: Survey, eqn: Any, ins: list[Value], parts: list[Value]) -> lis
 
 def _evaluate_stack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """jnp.stack from JAX 0.12 on."""
-    axis, shape = _equations.stacked_axis(eqn), list(values[0].shape)
+    axis, shape = equations.stacked_axis(eqn), list(values[0].shape)
     slices = all_or_none([value.reshape([*shape[:axis], 1, *shape[axis:]]) for value in values])
     return slices and [JoinedWeight.of(slices, axis)]
 
 
 def _survey_stack(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
-    axis, shape = _equations.stacked_axis(eqn), _equations.result_shape(eqn)
+    axis, shape = equations.stacked_axis(eqn), equations.result_shape(eqn)
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     kept = [i for i in range(len(shape)) if i != axis]
     parts = [
@@ -205,7 +205,7 @@ def _survey_stack(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Padding around a weight is joined to it."""
-    edges = _equations.padding(eqn)
+    edges = equations.padding(eqn)
     if not is_first_alone(values) or any(min(edge) < 0 or edge[2] for edge in edges):
         return None
     weight, value = values
@@ -218,7 +218,7 @@ def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 
 def _survey_pad(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
-    parts = [ins[0].map(lambda view: view.pad(_equations.padding(eqn))), Value()]
+    parts = [ins[0].map(lambda view: view.pad(equations.padding(eqn))), Value()]
     survey.take(eqn, ins[1].views)
     return _join(survey, eqn, [ins[0], ins[1].replace(views=())], parts)
 
@@ -233,7 +233,7 @@ def _same(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _identity(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Copies, names and sharding constraints say something of the base alone."""
-    moved = values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0], base_only=True)
+    moved = values[0].each(lambda array: jaxprs.bind(eqn, [array])[0], base_only=True)
     return one_or_none(moved)
 
 
@@ -246,10 +246,10 @@ def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """A move of one weight is a move of its base, to the memory of the host or of the device."""
     if len(values) > 1:
         return None
-    (weight,), (target,) = values, _equations.devices(eqn)
-    if _jaxprs.is_host(target):
-        return one_or_none(weight.put(_jaxprs.to_host))
-    moved = weight.put(_jaxprs.on_device)
+    (weight,), (target,) = values, equations.devices(eqn)
+    if jaxprs.is_host(target):
+        return one_or_none(weight.put(jaxprs.to_host))
+    moved = weight.put(jaxprs.on_device)
     if moved is None or isinstance(target, jax.memory.Space):
         return one_or_none(moved)
     return _identity(ctx, eqn, [moved])
@@ -257,11 +257,11 @@ def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Each array is laid out as the axes of the weight that it runs along."""
-    wanted = _equations.new_sharding(eqn)
+    wanted = equations.new_sharding(eqn)
 
     def move(array: Any, spec: Any) -> Any:
         sharding = type(wanted)(wanted.mesh, spec, memory_kind=wanted.memory_kind)
-        return _equations.resharded(eqn, array, sharding)
+        return equations.resharded(eqn, array, sharding)
 
     return one_or_none(values[0].reshard(wanted.spec, move))
 
@@ -272,7 +272,7 @@ def _stop_gradient(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 def _everywhere(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """reduce_precision acts on the base and on the factors."""
-    return one_or_none(values[0].each(lambda array: _jaxprs.bind(eqn, [array])[0]))
+    return one_or_none(values[0].each(lambda array: jaxprs.bind(eqn, [array])[0]))
 
 
 def _barrier(ctx: Context, eqn: Any, values: list[Any]) -> Out:

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import _jaxprs
 from lowrank_jax._interpreter.nesting import Nesting
 from lowrank_jax._interpreter.operation import OTHER, Table
 from lowrank_jax._interpreter.views import Roles, View
-from lowrank_jax._types import Equation, Jaxpr
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.types import Equation, Jaxpr
 
 Key = tuple[int, ...]  # an equation, and those that it is nested in
 
@@ -109,12 +109,12 @@ class Survey(Nesting):
 
     def run(self, jaxpr: Jaxpr, args: Sequence[Value]) -> list[Value]:
         """The values of the results of a jaxpr."""
-        inner, consts = _jaxprs.opened(jaxpr)
-        binders = _jaxprs.binders(jaxpr)
+        inner, consts = jaxprs.opened(jaxpr)
+        binders = jaxprs.binders(jaxpr)
         constant = lambda var: argument(var.aval) if self.constants_are_data else Value()
         values = [*map(constant, binders[: len(consts)]), *args]
         env = dict(zip(binders, values, strict=True))
-        read = lambda atom: Value() if isinstance(atom, _jaxprs.Literal) else env[atom]
+        read = lambda atom: Value() if isinstance(atom, jaxprs.Literal) else env[atom]
         otherwise: Any = self.operations[""].survey
         for eqn in inner.eqns:
             rule = self.operations.get(eqn.primitive.name, OTHER).survey or otherwise

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._errors import ConfigError
-from lowrank_jax._nodes import LowRank
+from lowrank_jax._nodes.low_rank import LowRank
 from lowrank_jax._nodes.seeded import seeded_uniform
 from lowrank_jax._primitives.contract import RANK, Labels
 

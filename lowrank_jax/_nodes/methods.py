@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from lowrank_jax._nodes import LowRank
 from lowrank_jax._nodes.family import (
     IA3,
     LoHa,
@@ -15,6 +14,7 @@ from lowrank_jax._nodes.family import (
     start_loha,
     start_vera,
 )
+from lowrank_jax._nodes.low_rank import LowRank
 
 
 @dataclasses.dataclass(frozen=True)

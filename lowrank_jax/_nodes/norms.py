@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax import _jaxprs
+from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes.quantized import Quantized, dense_sharding, dequantized
 from lowrank_jax._primitives.contract import accumulator, labeled_spec
 
@@ -34,15 +34,15 @@ def squared_norm(leaf: Any, stack: Sequence[int], fan_out: Sequence[int]) -> jax
         return _squared_norm(leaf, axes, len(stack))
     out = jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, axes))
     run = lambda leaf: _squared_norm(leaf, axes, len(stack))
-    with _jaxprs.mesh_of(jax.tree.leaves(leaf)[0]):
-        return _jaxprs.by_the_compiler(run, out, leaf)
+    with jaxprs.mesh_of(jax.tree.leaves(leaf)[0]):
+        return jaxprs.by_the_compiler(run, out, leaf)
 
 
 def sharding_of(leaf: Any) -> Any:
     """How a leaf lies, dense, where its type says that it is split, or None."""
     if isinstance(leaf, Quantized):
         return dense_sharding(leaf)
-    return jax.typeof(leaf).sharding if _jaxprs.is_split(leaf) else None
+    return jax.typeof(leaf).sharding if jaxprs.is_split(leaf) else None
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

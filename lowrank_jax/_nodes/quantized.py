@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import _codecs, _jaxprs
+from lowrank_jax import _codecs
 from lowrank_jax._codecs.packing import pack, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK, decode_scales, encode_scales
 from lowrank_jax._errors import AxesError, LowrankError, TreeError
+from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._primitives.quantized_dot import Form
 
@@ -215,8 +216,8 @@ def dequantized(node: Quantized) -> jax.Array:
     sharding = dense_sharding(node)
     if sharding is None:
         return _dequantized(node)
-    with _jaxprs.mesh_of(node.codes):
-        return _jaxprs.by_the_compiler(_dequantized, sharding, node)
+    with jaxprs.mesh_of(node.codes):
+        return jaxprs.by_the_compiler(_dequantized, sharding, node)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -230,7 +231,7 @@ def _dequantized(node: Quantized) -> jax.Array:
 
 def dense_sharding(node: Quantized) -> Any:
     """How the dense leaf lies where the node's types say that it is split, or None."""
-    if not any(map(_jaxprs.is_split, jax.tree.leaves(node))):
+    if not any(map(jaxprs.is_split, jax.tree.leaves(node))):
         return None
     sharding = jax.typeof(node.codes).sharding
     entries = dict(zip(node.labels, sharding.spec, strict=False))

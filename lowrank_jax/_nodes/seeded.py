@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import _jaxprs
 from lowrank_jax._errors import ConfigError
+from lowrank_jax._jax import jaxprs
 
 # jax.random draws 23 bits of a float32's fraction
 _BITS = 23
@@ -50,12 +50,12 @@ def seeded_uniform(seed: int, stream: int, shape: tuple[int, ...], bound: float)
             "bits: exclude the leaf, or take a smaller rank"
         )
     zero, *words = (np.uint32(word) for word in (0, seed % 2**32, stream))
-    key = _jaxprs.threefry2x32(zero, words[0], zero, words[1])
+    key = jaxprs.threefry2x32(zero, words[0], zero, words[1])
     number = jnp.uint32(0)
     for axis in range(len(shape)):
         stride = np.uint32(math.prod(shape[axis + 1 :]))
         number = number + stride * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    high, low = _jaxprs.threefry2x32(*key, jnp.zeros_like(number), number)
+    high, low = jaxprs.threefry2x32(*key, jnp.zeros_like(number), number)
     bits = high ^ low
     # from -2^22 up to 2^22 - 1: exact in float32, so that the product alone is rounded
     centered = (bits >> np.uint32(32 - _BITS)).astype(jnp.int32) - np.int32(2 ** (_BITS - 1))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lowrank_jax import _codecs, _jaxprs
+from lowrank_jax import _codecs
 from lowrank_jax._errors import TreeError
+from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, unnormed
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.quantized import Quantized
@@ -45,7 +46,7 @@ def _check_codes(leaf: Quantized, path: str) -> None:
     place, elements = leaf.leading + 1, leaf.block_size // (2 if halved else 1)
     codes, blocks = tuple(leaf.codes.shape), -(-math.prod(leaf.blocked) // leaf.block_size)
     fits = place > 0 and codes[place] == elements
-    if fits and not _jaxprs.is_manual():  # else a device has a part of the blocks
+    if fits and not jaxprs.is_manual():  # else a device has a part of the blocks
         fits = codes[place - 1] == blocks
     if not fits or tuple(leaf.scales.shape) != codes[:place] + codes[place + 1 :]:
         raise TreeError(

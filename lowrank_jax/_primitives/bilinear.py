@@ -21,7 +21,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 
-from lowrank_jax._jaxprs import Primitive, is_plain
+from lowrank_jax._jax.jaxprs import Primitive, is_plain
 
 Labels = tuple[Hashable, ...]
 

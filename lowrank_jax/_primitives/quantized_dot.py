@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
-from lowrank_jax._jaxprs import Primitive, ShapedArray, is_automatic
+from lowrank_jax._jax.jaxprs import Primitive, ShapedArray, is_automatic
 
 
 class Form:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks import anything, checked, name_text, texts_mapping
+from lowrank_jax._checks.arguments import anything, checked, name_text, texts_mapping
 from lowrank_jax._codecs import FORMATS
 from lowrank_jax._codecs.packing import to_bnb_bytes, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP

@@ -13,8 +13,8 @@ import numpy as np
 from lowrank_jax._codecs import format_of
 from lowrank_jax._codecs.packing import from_bnb_bytes, pack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP
-from lowrank_jax._configs import QuantConfig
 from lowrank_jax._nodes.quantized import Quantized, flat_order, quantized
+from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax.bitsandbytes._quant_state import QuantState
 
 

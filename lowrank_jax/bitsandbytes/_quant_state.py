@@ -17,14 +17,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks import is_finite
-from lowrank_jax._codecs import BLOCK_SIZES, FORMATS
+from lowrank_jax._checks.arguments import is_finite
+from lowrank_jax._codecs import FORMATS
+from lowrank_jax._codecs.formats import BLOCK_SIZES
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
+from lowrank_jax._display.text import shorten
 from lowrank_jax._errors import CheckpointError, ConfigError, listing
 from lowrank_jax._files.json_text import parse_json
 from lowrank_jax._files.tensor_file import AXES_LIMIT
-from lowrank_jax._paths import nearest_names
-from lowrank_jax._text import shorten
+from lowrank_jax._jax.paths import nearest_names
 
 DTYPES = ("bfloat16", "float16", "float32")
 STORAGES = ("uint8", *DTYPES)

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._checks import checked, integer_like
-from lowrank_jax._configs import LoraConfig
+from lowrank_jax._checks.arguments import checked, integer_like
 from lowrank_jax._errors import AxesError, CheckpointError, TreeError
-from lowrank_jax._files.processes import by_the_first
-from lowrank_jax._fingerprint import Fingerprint, fingerprint
+from lowrank_jax._jax.paths import flatten, in_structure, nested, renamed
+from lowrank_jax._jax.processes import by_the_first
 from lowrank_jax._nodes import is_node, nodes_of
-from lowrank_jax._paths import flatten, in_structure, nested, renamed
+from lowrank_jax._targeting.configs import LoraConfig
+from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
 from lowrank_jax.checkpoint._archive import has_manifest, read_archive, read_manifest, write_archive
 from lowrank_jax.checkpoint._background import Saving, settle
 from lowrank_jax.checkpoint._entries import (

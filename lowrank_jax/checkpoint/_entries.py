@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._configs import LoraConfig
+from lowrank_jax._display.text import quoted
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._files.processes import gathered, placed
-from lowrank_jax._fingerprint import Fingerprint, to_host
+from lowrank_jax._jax.paths import DEEPEST, flatten
+from lowrank_jax._jax.processes import gathered, placed
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3
 from lowrank_jax._nodes.methods import METHODS
-from lowrank_jax._paths import DEEPEST, flatten
-from lowrank_jax._text import quoted
+from lowrank_jax._targeting.configs import LoraConfig
+from lowrank_jax._trees.fingerprint import Fingerprint, to_host
 
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._fingerprint import Fingerprint, differences, fingerprint
+from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
 from lowrank_jax._nodes.family import Rows
-from lowrank_jax._paths import flatten
+from lowrank_jax._trees.fingerprint import Fingerprint, differences, fingerprint
 from lowrank_jax.checkpoint._entries import parts_of, refuse, static_fields
 
 

@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import checkpoint, peft
-from lowrank_jax._checks import checked, floating_dtype
-from lowrank_jax._configs import QuantConfig
+from lowrank_jax._checks.arguments import checked, floating_dtype
 from lowrank_jax._errors import CheckpointError, TreeError
 from lowrank_jax._files.gguf import SUFFIX, GgufTensors
 from lowrank_jax._files.safetensors import Tensors, open_folder
+from lowrank_jax._jax.paths import flatten, in_structure
 from lowrank_jax._nodes import is_node, unnormed
 from lowrank_jax._nodes.quantized import Axes
-from lowrank_jax._paths import flatten, in_structure
-from lowrank_jax._plan import Plan
-from lowrank_jax._quantize import axes_of_blocks, refuse_bad, targets_of
+from lowrank_jax._targeting.configs import QuantConfig
+from lowrank_jax._targeting.plan import Plan
+from lowrank_jax._trees.quantize import axes_of_blocks, refuse_bad, targets_of
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._folder import (
     beside,

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_jax._display.text import printable
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.json_text import read_object
 from lowrank_jax._files.safetensors import INDEX, SINGLE
 from lowrank_jax._files.tensor_file import write_tensors
 from lowrank_jax._files.whole_files import Write, replace_files
 from lowrank_jax._files.within import read_within
-from lowrank_jax._text import printable
 
 CONFIG, CONFIG_LIMIT = "config.json", 1 << 24
 _BESIDE = {".json", ".jinja", ".model", ".txt"}

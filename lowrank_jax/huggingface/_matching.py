@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.safetensors import Tensors
 from lowrank_jax._files.torch_layout import known_names, use_of
-from lowrank_jax._plan import Plan
+from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.huggingface._leaves import Lying, keys_of, lying
 from lowrank_jax.names import Names, Parameter, parameter
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._adapters import merge
 from lowrank_jax._files.safetensors import Tensors
 from lowrank_jax._files.tensor_file import TensorFile
-from lowrank_jax._plan import Use
+from lowrank_jax._targeting.plan import Use
+from lowrank_jax._trees.adapters import merge
 from lowrank_jax.huggingface._folder import Lazy
 from lowrank_jax.names import Parameter
 from lowrank_jax.peft._folder import CONFIG, read_config, tensors_path

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._configs import QuantConfig
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.safetensors import Tensors
 from lowrank_jax._nodes.host import empty
 from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax.bitsandbytes._layout import laid_out
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._leaves import Lying

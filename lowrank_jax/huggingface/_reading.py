@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._configs import QuantConfig
-from lowrank_jax._files.processes import placed
 from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._jax.processes import placed
 from lowrank_jax._nodes.host import quantized_on_host
 from lowrank_jax._nodes.quantized import Axes
-from lowrank_jax._quantize import quantized_shapes
-from lowrank_jax._specs import specs
+from lowrank_jax._targeting.configs import QuantConfig
+from lowrank_jax._trees.quantize import quantized_shapes
+from lowrank_jax._trees.specs import specs
 from lowrank_jax.huggingface._leaves import Lying
 
 

@@ -14,10 +14,10 @@ from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.safetensors import SINGLE, Tensors
 from lowrank_jax._files.tensor_file import DTYPES
 from lowrank_jax._files.torch_layout import known_names, refuse_name, use_of
-from lowrank_jax._fingerprint import to_host
 from lowrank_jax._nodes import as_dense, is_adapter
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax._plan import Plan
+from lowrank_jax._targeting.plan import Plan
+from lowrank_jax._trees.fingerprint import to_host
 from lowrank_jax.huggingface._folder import Lazy
 from lowrank_jax.huggingface._leaves import Lying, keys_of, lying
 from lowrank_jax.huggingface._matching import is_buffer

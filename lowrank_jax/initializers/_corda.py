@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._checks import anything, checked, positive
+from lowrank_jax._checks.arguments import anything, checked, positive
 from lowrank_jax._errors import ConfigError
 from lowrank_jax.initializers._data import checked_arrays, damped, same_fan_in
 from lowrank_jax.initializers._random import Factors, Initializer

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import _jaxprs
 from lowrank_jax._errors import ConfigError, listing
-from lowrank_jax._types import PyTree
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax.initializers._spectral import product
 
 # As much as the trace of a covariance of 4096 inputs: doubling ends, whatever came.
@@ -43,7 +43,7 @@ def checked_arrays(name: str, data: PyTree, square: bool) -> dict[str, jax.Array
             problems.append(f"{path}: a shape without values")
             continue
         arrays[path] = jnp.asarray(array, jnp.float32)  # in which large numbers are not finite
-        if not _jaxprs.is_tracer(array) and not bool(jnp.all(jnp.isfinite(arrays[path]))):
+        if not jaxprs.is_tracer(array) and not bool(jnp.all(jnp.isfinite(arrays[path]))):
             problems.append(f"{path}: values that are not finite in float32")
     if problems:
         raise ConfigError(f"{name} cannot be used:\n{listing(problems)}")

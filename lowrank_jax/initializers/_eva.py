@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import _jaxprs
-from lowrank_jax._checks import anything, checked
-from lowrank_jax._configs import LoraConfig
+from lowrank_jax._checks.arguments import anything, checked
 from lowrank_jax._errors import ConfigError, PatternError
-from lowrank_jax._paths import ALL_LINEAR, Pattern, matches
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.paths import ALL_LINEAR, Pattern, matches
+from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax.initializers._data import checked_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
 
@@ -78,7 +78,7 @@ def eva(
     if rho < 1:
         raise ConfigError(f"rho must be a number of at least 1, not {rho!r}")
     data = checked_arrays("covariances", covariances, square=True)
-    if traced := [path for path, array in data.items() if _jaxprs.is_tracer(array)]:
+    if traced := [path for path, array in data.items() if jaxprs.is_tracer(array)]:
         raise ConfigError(
             f"covariances[{traced[0]!r}] is traced: ranks are static, so call eva outside of jit"
         )

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks import anything, checked, rank
-from lowrank_jax._configs import QuantConfig
+from lowrank_jax._checks.arguments import anything, checked, rank
+from lowrank_jax._codecs.rounding import round_to
 from lowrank_jax._nodes.quantized import dequantized, quantized
-from lowrank_jax._rounding import round_to
+from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax.initializers._data import checked_arrays, same_fan_in, unit
 from lowrank_jax.initializers._random import Factors, Initializer
 from lowrank_jax.initializers._spectral import balanced, nearest, product, remainder

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks import anything, checked, positive, shown
+from lowrank_jax._checks.arguments import anything, checked, positive, shown
 from lowrank_jax._errors import ConfigError
 from lowrank_jax.initializers._data import checked_arrays
 from lowrank_jax.initializers._random import Factors, Initializer

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks import checked, factor_scale, key, nothing, rank, shape_of_matrix
+from lowrank_jax._checks.arguments import checked, factor_scale, key, nothing, rank, shape_of_matrix
+from lowrank_jax._codecs.rounding import round_to
 from lowrank_jax._errors import ConfigError
-from lowrank_jax._rounding import round_to
 
 Factors = tuple[jax.Array, jax.Array, jax.Array | None]
 Initializer = Callable[[jax.Array, jax.Array, int, float], Factors]

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks import checked, count, factor_scale, key, matrix, nothing, rank
+from lowrank_jax._checks.arguments import checked, count, factor_scale, key, matrix, nothing, rank
 from lowrank_jax.initializers._random import Factors, Initializer
 
 # In float32 whatever the backend's default: what a rounded product loses, the base loses for good.

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks import checked
-from lowrank_jax._configs import LoraConfig
+from lowrank_jax._checks.arguments import checked
 from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listing
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._files.torch_layout import known_names, misnumbered, numbered, stack_axes, use_of
+from lowrank_jax._jax.paths import flatten, in_structure
 from lowrank_jax._nodes import Full, LowRank, is_adapter, is_node, nodes_of, normed, unnormed
 from lowrank_jax._nodes.family import Rows
-from lowrank_jax._paths import flatten, in_structure
-from lowrank_jax._plan import Plan
+from lowrank_jax._targeting.configs import LoraConfig
+from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.names import Names, Parameter
 from lowrank_jax.peft._config import alpha_of, extras_of
 from lowrank_jax.peft._factors import match_factors

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lowrank_jax._config_checks import check_json
+from lowrank_jax._checks.fields import check_json
 from lowrank_jax._errors import CheckpointError, ConfigError
 
 # LoraConfig of peft 0.21.2, as save_pretrained writes it

@@ -15,8 +15,8 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._files.torch_layout import Layout, layout_of
-from lowrank_jax._fingerprint import to_host
 from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._trees.fingerprint import to_host
 from lowrank_jax.names import Parameter
 from lowrank_jax.peft._parsing import AdapterConfig
 from lowrank_jax.peft._tensors import split_key, tied_module

@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from lowrank_jax._display.text import shorten
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._text import shorten
 from lowrank_jax.peft._regex import Node, RegexError, parse_regex
 
 # steps of an automaton; steps that all of its matches may look at, some 0.2 microseconds each; what

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._fingerprint import to_host
 from lowrank_jax._nodes import Adapted, Full, LowRank, normed
 from lowrank_jax._nodes.methods import label_of
-from lowrank_jax._weights.materialize import materialize
+from lowrank_jax._operators.materialize import materialize
+from lowrank_jax._trees.fingerprint import to_host
 
 
 def foreign(node: Any) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.torch_layout import Layout
-from lowrank_jax._fingerprint import to_host
 from lowrank_jax._nodes import Full, as_dense
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.full import full_of
+from lowrank_jax._trees.fingerprint import to_host
 from lowrank_jax.peft._matching import Matching, Place
 from lowrank_jax.peft._tensors import TOKENS
 

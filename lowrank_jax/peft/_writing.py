@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax._configs import LoraConfig
 from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listing
 from lowrank_jax._files.tensor_file import DTYPES
 from lowrank_jax._files.torch_layout import (
@@ -18,12 +17,13 @@ from lowrank_jax._files.torch_layout import (
     refuse_name,
     use_of,
 )
-from lowrank_jax._fingerprint import to_host
+from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import Full, LowRank, as_dense, is_node, nodes_of, unnormed
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.methods import label_of, method_of
-from lowrank_jax._paths import flatten
-from lowrank_jax._plan import Plan
+from lowrank_jax._targeting.configs import LoraConfig
+from lowrank_jax._targeting.plan import Plan
+from lowrank_jax._trees.fingerprint import to_host
 from lowrank_jax.names import Names, Parameter
 from lowrank_jax.peft._config import alpha_of, to_json
 from lowrank_jax.peft._difference import moved_factors

@@ -1,0 +1,320 @@
+"""Checks of the arguments of public functions against their annotations."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import errno
+import functools
+import inspect
+import math
+import operator
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._display.text import quoted
+from lowrank_jax._errors import ConfigError, LowrankError, TreeError
+
+F = TypeVar("F", bound=Callable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What an argument may be.
+
+    Args:
+      holds: whether a value is of the kind; it raises nothing.
+      expected: the kind in words, for the error.
+    """
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+    def __or__(self, other: Kind) -> Kind:
+        expected = " or ".join(filter(None, (self.expected, other.expected)))
+        return Kind(lambda value: self.holds(value) or other.holds(value), expected)
+
+
+def checked(error: type[LowrankError] = ConfigError, /, **own: Kind) -> Callable[[F], F]:
+    """Make a decorator that checks each argument of a call against its annotation.
+
+    Args:
+      error: the class of the errors.
+      **own: argument -> Kind, in place of its annotation.
+
+    Returns:
+      A decorator. The function it returns raises an error that names the first wrong argument, what
+      came and what was expected.
+    """
+
+    def decorate(function: F) -> F:
+        parameters = [*inspect.signature(function).parameters.values()]
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        keyword = (inspect.Parameter.KEYWORD_ONLY, *variable)
+        order = [parameter.name for parameter in parameters if parameter.kind not in keyword]
+        shown_order = ", ".join(name for name in order if name != "cls")
+        optional = {parameter.name for parameter in parameters if parameter.default is None}
+
+        @functools.cache
+        def kinds() -> Mapping[str, Kind]:
+            """Argument -> Kind; at the first call, when all annotations can be resolved."""
+            named = [parameter for parameter in parameters if parameter.kind not in variable]
+            given = {p.name: p.annotation for p in named if p.annotation is not p.empty}
+            names = given.keys() - own.keys()
+            hints = {name: _resolved(given[name], function) for name in names}
+            return {name: kind_of(hint) for name, hint in hints.items()} | own
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            known = kinds()
+            for name, value in (*zip(order, args, strict=False), *kwargs.items()):
+                kind = known.get(name)
+                if kind is None or kind.holds(value) or (value is None and name in optional):
+                    continue
+                where = f" takes ({shown_order})" if name in order else ""
+                raise error(
+                    f"{function.__name__}{where}: {name} is {shown(value)}; expected "
+                    f"{kind.expected}"
+                )
+            return function(*args, **kwargs)
+
+        return typing.cast(F, wrapper)
+
+    return decorate
+
+
+def _resolved(annotation: Any, function: Callable) -> Any:
+    """The type that an annotation names."""
+    if not isinstance(annotation, str):
+        return annotation
+    return eval(annotation, inspect.unwrap(function).__globals__)
+
+
+def shown(value: Any) -> str:
+    """A value in a few words: its type, and itself where that is short."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    name = type(value).__name__
+    article = "an" if name[:1].lower() in "aeiou" else "a"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{article} {name} of shape {value.shape} and dtype {value.dtype}"
+    plain = isinstance(value, int | float | complex | str | bytes | os.PathLike)
+    text = ascii(quoted(value))[1:-1] if isinstance(value, int) else ascii(value) if plain else ""
+    return f"{article} {name}" + (f", {text}" if 0 < len(text) <= 60 else "")
+
+
+def kind_of(annotation: Any) -> Kind:
+    """The Kind of the values that an annotation allows."""
+    if annotation is None or annotation is types.NoneType:
+        return nothing
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        parts = [part for part in inner if part is not str or os.PathLike not in inner]
+        return functools.reduce(Kind.__or__, map(kind_of, parts))
+    if annotation is os.PathLike:
+        return path
+    if annotation in _KINDS:
+        return _KINDS[annotation]
+    if origin is tuple or annotation is tuple:
+        return integers
+    if origin is collections.abc.Sequence:
+        return texts
+    if origin is collections.abc.Callable or annotation is collections.abc.Callable:
+        return function
+    return instance_of(origin or annotation)
+
+
+def instance_of(cls: type) -> Kind:
+    """The Kind of the instances of a class."""
+    name = "mapping" if cls is collections.abc.Mapping else cls.__name__
+    article = "an" if name[:1].lower() in "aeiou" else "a"
+    return Kind(lambda value: isinstance(value, cls), f"{article} {name}")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer of Python or NumPy, and not a bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_index(value: Any) -> bool:
+    """Whether a value is an integer that can number the entries of an axis, from either end."""
+    return is_integer(value) and abs(value) < 2**31
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number, not a bool, and finite in float32."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, np.generic):  # those of bfloat16 too
+        numeric = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating))
+    if not numeric:
+        return False
+    try:
+        return math.isfinite(value) and abs(float(value)) <= float(np.finfo(np.float32).max)
+    except OverflowError:
+        return False
+
+
+def is_number_like(value: Any) -> bool:
+    """Whether a value is a finite number, or an array of real numbers, traced ones too."""
+    if isinstance(value, jax.Array) or type(value) is np.ndarray:
+        dtype = value.dtype
+        return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return is_finite(value)
+
+
+def is_key(value: Any) -> bool:
+    """Whether a value is one PRNG key, typed or an old-style array of uint32."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        return False
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value.shape == ()
+    return value.dtype == np.uint32 and value.shape in ((2,), (4,))
+
+
+def _is_index_like(value: Any) -> bool:
+    """Whether a value is an integer, or an array of one, with a value."""
+    try:
+        operator.index(value)
+    except Exception:  # JAX's own of a tracer too
+        return False
+    return not isinstance(value, bool) and getattr(value, "dtype", None) != np.bool_
+
+
+def is_seed(value: Any) -> bool:
+    """Whether a value is an integer that `jax.random.key` takes whole."""
+    return is_integer(value) and 0 <= value < 2**32
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a value names what may be there: no name is too long, and no link in a circle."""
+    if not isinstance(value, str | os.PathLike):
+        return False
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text or "\0" in text:
+        return False
+    try:
+        os.stat(text)
+    except UnicodeEncodeError:
+        return False
+    except OSError as error:
+        return error.errno not in (errno.ENAMETOOLONG, errno.ELOOP)
+    return True
+
+
+def _is_transformation(value: Any) -> bool:
+    """Whether a value has what Optax calls of a transformation."""
+    return all(callable(getattr(value, name, None)) for name in ("init", "update"))
+
+
+def _is_matrix(value: Any) -> bool:
+    """Whether a value is a matrix of an initializer, of floats and with an entry at least."""
+    if not isinstance(value, jax.Array | np.ndarray) or value.ndim != 2 or not value.size:
+        return False
+    return value.dtype in (np.float32, np.float64)
+
+
+def _is_shape_of_matrix(value: Any) -> bool:
+    """Whether a value has the shape of a matrix, with an entry at least, and a floating dtype."""
+    if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return False
+    return len(value.shape) == 2 and value.size > 0 and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a value is one number that JAX takes as it is, or an array of one."""
+    if isinstance(value, jax.Array) or type(value) is np.ndarray:
+        return value.shape == () and is_number_like(value)
+    return is_finite(value) and (not is_integer(value) or is_index(value))
+
+
+def _is_factor_scale(value: Any) -> bool:
+    """Whether a value is a scalar above 0, or may be."""
+    return is_scalar(value) and (hasattr(value, "shape") or value > 0)
+
+
+def _is_tree_of_arrays(value: Any) -> bool:
+    """Whether a value is a container, or an array itself."""
+    if value is None or not jax.tree_util.all_leaves([value]):
+        return value is not None
+    return hasattr(value, "shape") and hasattr(value, "dtype") and not is_other_dtype(value)
+
+
+def _is_floating_dtype(value: Any) -> bool:
+    """Whether a value names a floating dtype."""
+    if not isinstance(value, str | type | np.dtype):
+        return hasattr(value, "dtype") and callable(value) and _is_floating_dtype(value.dtype)
+    try:
+        return jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
+def is_other_dtype(value: Any) -> bool:
+    """Whether a value is a NumPy array of a dtype that JAX has not."""
+    return isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "OSUMm"
+
+
+def refuse_other_dtypes(values: Sequence[Any], paths: Sequence[str]) -> None:
+    """Raise where an argument that is to be traced has a dtype that JAX has not."""
+    for value, where in zip(values, paths, strict=True):
+        if is_other_dtype(value):
+            raise TreeError(
+                f"{where!r} is a NumPy array of {value.dtype}, which JAX has no arrays of: take it "
+                "out of the tree"
+            )
+
+
+anything = Kind(lambda value: True, "anything")
+path = Kind(_is_path, "a path that the file system takes, as non-empty text or a pathlib.Path")
+function = Kind(callable, "a function")
+number = Kind(is_finite, "a finite number")
+number_like = Kind(is_number_like, "a finite number or an array of real numbers")
+key = Kind(is_key, "a PRNG key (jax.random.key(0))")
+key_or_seed = key | Kind(is_seed, "an integer seed in [0, 2**32)")
+transformation = Kind(
+    _is_transformation, "an Optax transformation, as optax.adamw(1e-3) returns it"
+)
+texts_mapping = Kind(
+    lambda value: (
+        isinstance(value, collections.abc.Mapping) and all(isinstance(key, str) for key in value)
+    ),
+    "a mapping whose keys are texts",
+)
+factor_scale = Kind(_is_factor_scale, "a finite number above 0")
+rate = Kind(is_scalar, "a finite number") | Kind(callable, "a schedule")
+nothing = Kind(lambda value: value is None, "None")
+integer_like = Kind(_is_index_like, "an integer")
+shape_of_matrix = Kind(_is_shape_of_matrix, "a floating matrix [fan-in, fan-out], or its shape")
+matrix = Kind(_is_matrix, "a float32 or float64 matrix [fan-in, fan-out]")
+rank = Kind(lambda value: is_index(value) and value > 0, "an integer of at least 1 and below 2**31")
+count = Kind(lambda value: is_index(value) and value >= 0, "an integer in [0, 2**31)")
+positive = Kind(
+    lambda value: is_finite(value) and value >= np.finfo(np.float32).tiny, "a finite number above 0"
+)
+function_of_params = Kind(callable, "a function of (params, *args): model.apply, say")
+tree_of_arrays = Kind(_is_tree_of_arrays, "a tree of arrays")
+name_text = Kind(lambda value: isinstance(value, str) and bool(value), "non-empty text")
+floating_dtype = Kind(_is_floating_dtype, "a floating dtype")
+integers = Kind(
+    lambda value: isinstance(value, tuple | list) and all(map(is_integer, value)),
+    "a tuple of integers",
+)
+texts = Kind(
+    lambda value: isinstance(value, tuple | list) and all(isinstance(i, str) for i in value),
+    "a sequence of texts",
+)
+
+_KINDS: dict[Any, Kind] = {
+    Any: anything,
+    bool: Kind(lambda value: isinstance(value, bool), "True or False"),
+    int: Kind(is_integer, "an integer"),
+    float: number,
+    str: Kind(lambda value: isinstance(value, str), "text"),
+}

@@ -1,0 +1,99 @@
+"""Checks of the values of configurations, and of the JSON that they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lowrank_jax._checks.arguments import is_finite, rank, shown
+from lowrank_jax._display.text import quoted
+from lowrank_jax._errors import ConfigError
+
+DEEPEST, _BITS = 50, 1024
+
+
+def _is_finite_float(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def check_json(name: str, value: Any, depth: int = 0) -> None:
+    """Raise where a value is not one of JSON, or not one that goes to a file and back."""
+    if depth > DEEPEST:
+        raise ConfigError(f"{name[:80]} is nested more than {DEEPEST} deep")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{name} has the key {quoted(key)}: keys of JSON are texts")
+            check_json(f"{name}[{quoted(key)}]", item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            check_json(f"{name}[{index}]", item, depth + 1)
+    elif isinstance(value, int):
+        if value.bit_length() > _BITS:
+            raise ConfigError(f"{name} is an integer of more than {_BITS} bits")
+    elif not (value is None or isinstance(value, str) or _is_finite_float(value)):
+        raise ConfigError(f"{name} is {shown(value)}, which is not a JSON value")
+
+
+def check_rank(name: str, value: Any) -> None:
+    """Raise where a value is not a rank."""
+    if not isinstance(value, int) or not rank.holds(value):
+        raise ConfigError(f"{name} must be {rank.expected}, not {quoted(value)}")
+
+
+def check_alpha(name: str, value: Any) -> None:
+    """Raise where a value is not the numerator of a scale."""
+    if not isinstance(value, int | float) or not is_finite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a finite number above 0, not {quoted(value)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise where a value is not a bool."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {quoted(value)}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise where a value is not one of some texts."""
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name} must be one of {tuple(choices)}, not {quoted(value)}")
+
+
+def check_keys(cls: Any, values: Any) -> None:
+    """Raise where what from_dict was given is not a mapping of fields of the class."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{cls.__name__}.from_dict takes a mapping, as to_dict returns it, not {shown(values)}"
+        )
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known, key=str):
+        raise ConfigError(f"unknown {cls.__name__} keys {unknown}; known are {sorted(known)}")
+
+
+def check_scale(what: str, scale: float) -> None:
+    """Raise where a scale is not a normal number of float32: XLA would take it for 0."""
+    limits = np.finfo(np.float32)
+    if not float(limits.tiny) <= scale <= float(limits.max):
+        raise ConfigError(
+            f"{what} give the scale {scale}, which is 0 or infinite in float32: take an alpha "
+            "nearer to the rank"
+        )
+
+
+def pairs_of(name: str, value: Any) -> list[Any]:
+    """The items of a mapping of JSON, or of a list of pairs in its place."""
+    pairs = [*value.items()] if isinstance(value, Mapping) else value
+    is_regex = lambda key: isinstance(key, Mapping) and {"re"} <= {*key} <= {"re", "flags"}
+    is_key = lambda key: isinstance(key, str | re.Pattern) or is_regex(key)
+    is_pair = lambda item: isinstance(item, list | tuple) and len(item) == 2 and is_key(item[0])
+    if not isinstance(pairs, list | tuple) or not all(map(is_pair, pairs)):
+        raise ConfigError(
+            f"{name} takes a mapping of pattern to value, or a list of [pattern, value], not "
+            f"{shown(value)}"
+        )
+    return [*pairs]

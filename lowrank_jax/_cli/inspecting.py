@@ -1,0 +1,183 @@
+"""What a folder is: an adapter of PEFT's, a checkpoint, or a model, told from its headers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_jax import checkpoint
+from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import path as path_like
+from lowrank_jax._display.text import printable
+from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.safetensors import INDEX, SINGLE, open_folder
+from lowrank_jax._files.tensor_file import TensorFile
+from lowrank_jax._jax.paths import flatten
+from lowrank_jax._nodes import LowRank, is_node
+from lowrank_jax.huggingface._folder import read_config
+from lowrank_jax.peft._folder import CONFIG, tensors_path
+from lowrank_jax.peft._folder import read_config as read_adapter
+from lowrank_jax.peft._parsing import parse
+from lowrank_jax.peft._tensors import split_key
+
+_FIRST = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+_SHOWN = 10
+
+
+@checked(CheckpointError, folder=path_like)
+def described(folder: Path) -> list[str]:
+    """Lines about a folder; those that say what is odd begin with "odd: ".
+
+    Raises:
+      CheckpointError: it is none of what is known, or is damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder")
+    if (folder / CONFIG).exists():
+        return _adapter(folder)
+    if checkpoint.exists(folder):
+        return _checkpoint(folder)
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        return _model(folder)
+    pickles = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
+    )
+    raise CheckpointError(
+        f"{folder} holds no {CONFIG}, no manifest.json, no {SINGLE} and no {INDEX}: no adapter, "
+        "checkpoint or model"
+        + (f"; {pickles[0]} is a pickle, and nothing here unpickles" if pickles else "")
+    )
+
+
+def _adapter(folder: Path) -> list[str]:
+    """An adapter of PEFT's."""
+    config = parse(read_adapter(folder), str(folder / CONFIG))
+    lines = [
+        "a PEFT adapter" + (" with DoRA" if config["use_dora"] else ""),
+        f"base model: {printable(config['base_model_name_or_path'] or 'not named')}",
+    ]
+    with TensorFile(tensors_path(folder)) as file:
+        lines.append(_sizes(file.entries.values()))
+        split = {key: split_key(key) for key in file.entries}
+        parts: dict[str, dict[str, str]] = {}
+        for key, of in split.items():
+            if of is not None:
+                parts.setdefault(of[0], {})[of[1]] = key
+        ranks, whole, odd = (
+            Counter(),
+            [],
+            [f"{printable(k)}: no key of an adapter" for k in split if not split[k]],
+        )
+        for module, named in parts.items():
+            if not any(part.startswith("lora_") for part in named):
+                whole.append(module)
+            for first, second in _FIRST.items():
+                if (first in named) != (second in named):
+                    odd.append(f"{printable(module)}: has one of {first} and {second}")
+                elif first in named:
+                    rank = next(iter(file.entries[named[first]].shape), 0)
+                    if rank == 0:
+                        odd.append(f"{module}: factors of rank 0")
+                        continue
+                    ranks[rank, config.scale(module, rank)] += 1
+                    if rank != (other := config.rank(module)):
+                        odd.append(f"{printable(module)}: rank {rank}, and {CONFIG} says {other}")
+                    if not file.read(named[first]).any() or not file.read(named[second]).any():
+                        odd.append(
+                            f"{printable(module)}: a factor is 0, so that it changes nothing"
+                        )
+        odd += [f"{printable(key)}: not finite" for key in split if not _is_finite(file.read(key))]
+    lines += _ranks(ranks)
+    lines += [f"other modules saved: {len(whole)}, {_some(whole)}"] if whole else []
+    return lines + _odd(odd)
+
+
+def _checkpoint(folder: Path) -> list[str]:
+    """One of ours; restoring it verifies every byte."""
+    found = checkpoint.restore(folder)
+    nodes = dict(flatten(found.lora, is_leaf=is_node)[0])
+    ranks, odd = Counter(), []
+    for path, node in nodes.items():
+        if isinstance(node, LowRank):
+            ranks[node.rank, node.scale] += 1
+        arrays = [np.asarray(x) for x in vars(node).values() if hasattr(x, "__array__")]
+        odd += [f"{printable(path)}: not finite"] if not all(map(_is_finite, arrays)) else []
+    dora = any(getattr(node, "magnitude", None) is not None for node in nodes.values())
+    whole = [path for path, node in nodes.items() if not isinstance(node, LowRank)]
+    arrays = [x for n in nodes.values() for x in vars(n).values() if hasattr(x, "__array__")]
+    step = "no step" if found.step is None else f"step {found.step}"
+    base = "not recorded" if found.fingerprint is None else repr(found.fingerprint)
+    state = "with" if found.opt_state is not None else "without"
+    lines = [
+        f"a checkpoint of lowrank_jax{' with DoRA' if dora else ''}, {step}, {state} an optimizer",
+        f"base: {base}",
+        _sizes(arrays),
+        *_ranks(ranks),
+    ]
+    lines += [f"leaves trained whole: {len(whole)}, {_some(whole)}"] if whole else []
+    return lines + _odd(odd)
+
+
+def _model(folder: Path) -> list[str]:
+    """A model of Hugging Face's, dense or quantized."""
+    config = read_config(folder)
+    quantization = config.get("quantization_config")
+    kind = "a dense model"
+    if isinstance(quantization, dict):
+        kind = f"a model quantized by {printable(quantization.get('quant_method'))}"
+    names = config.get("architectures") or config.get("model_type") or "no config.json"
+    names = names if isinstance(names, list) else [names]
+    with open_folder(folder) as tensors:
+        entries = {key: tensors.entry(key) for key in tensors}
+        files = {tensors.file(key) for key in tensors}
+    lines = [f"{kind}: {', '.join(map(printable, names[:_SHOWN]))}", _sizes(entries.values())]
+    lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
+    odd = [] if config else ["there is no config.json: transformers will not load it"]
+    if (folder / SINGLE).exists() and (folder / INDEX).exists():
+        odd.append(f"{INDEX} stands beside {SINGLE}, which is the one that is read")
+    odd += [
+        f"{printable(p.name)}: of no file of this model"
+        for p in folder.glob("*.safetensors")
+        if p.name not in files
+    ]
+    return lines + _odd(odd)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return array.dtype.kind in "iub" or bool(np.isfinite(array.astype(np.float32)).all())
+
+
+def _sizes(arrays: Iterable[Any]) -> str:
+    """Counts, dtypes and bytes of what has shapes and dtypes."""
+    sizes: Counter = Counter()
+    count = number = total = 0
+    for array in arrays:
+        size = math.prod(array.shape)
+        sizes[np.dtype(array.dtype).name] += size
+        count, number, total = count + 1, number + size, total + size * array.dtype.itemsize
+    dtypes = ", ".join(f"{name} {size:,}" for name, size in sizes.most_common())
+    return f"{count} tensors, {number:,} numbers ({dtypes}), {total:,} bytes"
+
+
+def _ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:
+    total = sum(ranks.values())
+    pairs = [f"{n} of rank {r}, scale {s:.6g}" for (r, s), n in sorted(ranks.items())]
+    return [f"adapted weights: {total}, {'; '.join(pairs)}"] if ranks else []
+
+
+def _some(names: list[str]) -> str:
+    left = len(names) - _SHOWN
+    return ", ".join(map(printable, sorted(names)[:_SHOWN])) + (
+        f" and {left} more" if left > 0 else ""
+    )
+
+
+def _odd(problems: list[str]) -> list[str]:
+    left = len(problems) - _SHOWN
+    more = [f"odd: {left} more"] if left > 0 else []
+    return [f"odd: {problem}" for problem in problems[:_SHOWN]] + more

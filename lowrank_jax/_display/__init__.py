@@ -1,0 +1,1 @@
+"""Tables as text, in terminals and in notebooks."""

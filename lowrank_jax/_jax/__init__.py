@@ -1,0 +1,1 @@
+"""The seam to JAX: what drifts between its releases, and trees of arrays."""

@@ -1,0 +1,329 @@
+"""Paths of leaves, the patterns that choose among them, and trees made of leaves by path."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import heapq
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lowrank_jax._display.text import quoted
+from lowrank_jax._errors import CheckpointError, PatternError, TreeError, listing_of
+from lowrank_jax._jax.statics import is_plain
+from lowrank_jax._jax.types import PyTree
+
+ALL_LINEAR = "all-linear"
+
+DEEPEST = 300  # keys of a path that a tree is made of
+_COMPARED = 100  # characters of a name that are compared with another's
+
+Pattern = str | re.Pattern
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """Join a key path by "/"."""
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def flatten_with_keys(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
+    """Flatten into [(keys, leaf)] and the treedef; the value of a wrapper adds no key.
+
+    A wrapper is what Flax puts around an array: nnx.Variable, nn.Partitioned, nn.meta.AxisMetadata.
+    A field that is called "value" in anything else is a key like any other.
+    """
+    leaves, treedef = flattened(jax.tree.flatten, tree, is_leaf)
+    if is_plain(treedef):
+        return [*zip(keys_of(treedef), leaves, strict=True)], treedef
+    keyed, treedef = flattened(jax.tree_util.tree_flatten_with_path, tree, is_leaf)
+    wrappers = _wrappers()
+    if wrappers and any(_is_value(key) for keys, _ in keyed for key in keys):
+        keyed = list(_unwrapped((), tree, is_leaf or (lambda _: False), wrappers))
+    return keyed, treedef
+
+
+def _refuse_unsorted(
+    keys: tuple[Any, ...], tree: PyTree, is_leaf: Callable[[Any], bool], error: Exception
+) -> None:
+    """Raise where the keys of a dict cannot be sorted, as JAX must to flatten it."""
+    if is_leaf(tree):
+        return
+    if isinstance(tree, dict):
+        try:
+            sorted(tree)
+        except TypeError:
+            at = f"at {path_of(keys)!r}" if keys else "at its root"
+            kinds = " and ".join(sorted({type(key).__name__ for key in tree}))
+            raise TreeError(
+                f"a tree has a dict {at} whose keys are of types that cannot be sorted ({kinds}): "
+                "JAX flattens a dict by its sorted keys; make them of one type, text say"
+            ) from error
+        children = [((jax.tree_util.DictKey(key),), child) for key, child in tree.items()]
+    else:
+        below = lambda other: other is not tree
+        children = jax.tree_util.tree_leaves_with_path(tree, is_leaf=below)
+    for key, child in children:
+        if child is not tree:
+            _refuse_unsorted((*keys, *key), child, is_leaf, error)
+
+
+def flattened(flatten: Callable, tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> Any:
+    """jax's own flattening; keys that it cannot sort are refused by path."""
+    try:
+        return flatten(tree, is_leaf=is_leaf)
+    except (TypeError, ValueError) as error:
+        _refuse_unsorted((), tree, is_leaf or (lambda _: False), error)
+        raise
+
+
+@functools.lru_cache(maxsize=1024)
+def keys_of(treedef: Any) -> tuple[tuple[Any, ...], ...]:
+    """The keys of each leaf of a structure without wrappers."""
+    numbers = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    return tuple(keys for keys, _ in jax.tree_util.tree_leaves_with_path(numbers))
+
+
+@functools.lru_cache(maxsize=1024)
+def _paths_of(treedef: Any) -> tuple[str, ...]:
+    """The path of each leaf of a structure without wrappers."""
+    return _told_apart([path_of(keys) for keys in keys_of(treedef)])
+
+
+def _told_apart(paths: Sequence[str]) -> tuple[str, ...]:
+    """The paths, no two of which are alike."""
+    if len({*paths}) != len(paths):
+        twice = sorted(path for path, count in Counter(paths).items() if count > 1)
+        raise TreeError(
+            f"two leaves share the path {twice[0]!r}: keys that print alike, or keys with '/' in "
+            "them, cannot be told apart by path; rename one of them"
+        )
+    return tuple(paths)
+
+
+def _wrappers() -> tuple[type, ...]:
+    """Flax's classes whose value stands for them; none where Flax is not imported."""
+    of = lambda module, name: vars(sys.modules.get(module) or object).get(name)
+    named = [
+        ("flax.core.meta", "AxisMetadata"),
+        ("flax.nnx", "Variable"),
+        ("flax.nnx", "VariableState"),  # until Flax 0.12
+    ]
+    return tuple(kind for names in named if isinstance(kind := of(*names), type))
+
+
+def _is_value(key: Any) -> bool:
+    """Whether a key is that of an attribute called "value"."""
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
+
+
+def _unwrapped(
+    before: tuple[Any, ...],
+    tree: PyTree,
+    is_leaf: Callable[[Any], bool],
+    wrappers: tuple[type, ...],
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The leaves of a tree by their keys, less those of the values of wrappers."""
+    closed = lambda node: isinstance(node, wrappers) or is_leaf(node)
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=closed):
+        keys = (*before, *keys)
+        if not isinstance(node, wrappers) or is_leaf(node):
+            yield keys, node
+            continue
+        below = lambda other, node=node: other is not node  # one level: the wrapper's own children
+        for (first, *rest), child in jax.tree_util.tree_leaves_with_path(node, is_leaf=below):
+            own = (*keys, *rest) if _is_value(first) else (*keys, first, *rest)
+            if isinstance(child, jax.Array):  # most are
+                yield own, child
+            else:
+                yield from _unwrapped(own, child, is_leaf, wrappers)
+
+
+def flatten(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[str, Any]], Any]:
+    """Flatten into [(path, leaf)] and the treedef; two leaves of one path are refused."""
+    leaves, treedef = flattened(jax.tree.flatten, tree, is_leaf)
+    if is_plain(treedef):
+        return [*zip(_paths_of(treedef), leaves, strict=True)], treedef
+    keyed, treedef = flatten_with_keys(tree, is_leaf)
+    paths = _told_apart([path_of(keys) for keys, _ in keyed])
+    return [(path, leaf) for path, (_, leaf) in zip(paths, keyed, strict=True)], treedef
+
+
+def renamed(saved: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    """Saved leaves by the paths wanted, where they differ in keys called "value" alone.
+
+    Files of older releases have no such key at the end of a path, whatever it was of, and have one
+    of a wrapper's in the middle.
+    """
+    bare = lambda path: tuple(key for key in path.split("/") if key != "value")
+    wanted = set(wanted)
+    lost = [path for path in saved if path not in wanted]
+    new = [path for path in wanted if path not in saved]
+    old = {bare(path): path for path in lost}
+    names = {bare(path): path for path in new}
+    if len(old) < len(lost) or len(names) < len(new):
+        return dict(saved)
+    place = {old[key]: path for key, path in names.items() if key in old}
+    return {place.get(path, path): leaf for path, leaf in saved.items()}
+
+
+def path_hash(path: str) -> int:
+    """A 32-bit number of the path, the same in every process and on every host."""
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=4).digest(), "big")
+
+
+def check_pattern(pattern: Any) -> None:
+    """Raise where a value is not a pattern."""
+    if isinstance(pattern, re.Pattern):
+        if not isinstance(pattern.pattern, str):
+            raise PatternError(f"pattern {pattern!r} is a bytes regex; compile it from a str")
+    elif not isinstance(pattern, str) or not pattern:
+        raise PatternError(
+            f"a pattern is a non-empty glob string or a compiled re.Pattern, not {quoted(pattern)}"
+        )
+    elif "" in pattern.split("/"):
+        raise PatternError(
+            f"pattern {quoted(pattern)} has an empty segment: paths have no leading, trailing or "
+            "doubled '/'"
+        )
+
+
+def compile_pattern(pattern: Pattern) -> re.Pattern:
+    """A glob on the whole path (`*` within a segment, `**` zero or more segments) as a regex."""
+    check_pattern(pattern)
+    if isinstance(pattern, re.Pattern):
+        return pattern
+    segments = pattern.split("/")
+    regex = ""
+    for index, segment in enumerate(segments):
+        last = index == len(segments) - 1
+        if segment == "**":
+            regex += (
+                ".*" if last and index == 0 else "(?:[^/]+(?:/[^/]+)*)?" if last else "(?:[^/]+/)*"
+            )
+        else:
+            body = re.escape(segment).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+            regex += body if last else body + "/"
+    # "x/**" also matches "x" itself: zero segments
+    if len(segments) > 1 and segments[-1] == "**":
+        regex = regex.replace("/(?:[^/]+(?:/[^/]+)*)?", "(?:/[^/]+)*")
+    return re.compile(regex)
+
+
+def matches(pattern: Pattern, path: str) -> bool:
+    """Whether the pattern matches the whole path.
+
+    >>> matches("layers_*/**/kernel", "layers_0/mlp/up/kernel")
+    True
+    >>> matches("*/kernel", "layers_0/mlp/kernel")
+    False
+    """
+    return compile_pattern(pattern).fullmatch(path) is not None
+
+
+def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
+    """The paths most like the pattern, for error messages."""
+    text = str(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)[:_COMPARED]
+    names = [name for name in text.split("/") if name.strip("*.?")] or [text]
+    alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+    score = lambda path: sum(
+        max(alike(n, part) for part in path[:_COMPARED].split("/")) for n in names
+    )
+    return sorted(_alike(text, paths), key=score, reverse=True)[:count]
+
+
+def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The names most like another one, for error messages."""
+    name = name[:_COMPARED]
+    score = lambda other: difflib.SequenceMatcher(None, other[:_COMPARED], name).ratio()
+    return sorted(_alike(name, names), key=score, reverse=True)[:count]
+
+
+def _alike(text: str, names: Iterable[str], count: int = 100) -> list[str]:
+    """The names that share the most triples of characters with a text: a cheap comparison first."""
+    names = [*names]
+    if len(names) <= count:
+        return names
+    triples = {text[i : i + 3] for i in range(len(text) - 2)}
+    shared = lambda name: sum(triple in name[:_COMPARED] for triple in triples)
+    return heapq.nlargest(count, names, key=shared)
+
+
+def no_match(pattern: Pattern, paths: Sequence[str], what: str) -> PatternError:
+    """The error of a pattern that matches nothing."""
+    shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    if not paths:
+        return PatternError(f"{what} pattern {shown!r} matches nothing: the tree has no leaves")
+    near = ", ".join(repr(path) for path in nearest(pattern, paths))
+    return PatternError(
+        f"{what} pattern {shown!r} matches none of the {len(paths)} leaves; the nearest paths are "
+        f"{near}. A pattern is matched against the whole path: '*' stays within one segment, "
+        f"'**' spans segments{_suggested(pattern, paths)}"
+    )
+
+
+def _suggested(pattern: Pattern, paths: Sequence[str]) -> str:
+    """The glob that was likely meant: the same words, at another depth."""
+    if isinstance(pattern, re.Pattern):
+        return ""
+    words = pattern.removeprefix("**/").removesuffix("/**")
+    for glob in (f"**/{words}", f"**/{words}/kernel", f"**/{words}/**"):
+        if words.strip("*/") and any(map(compile_pattern(glob).fullmatch, paths)):
+            return f" (try {glob!r})"
+    return ""
+
+
+def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict[str, Pattern]:
+    """Map each path that some pattern matches to the first such pattern.
+
+    Raises:
+      PatternError: patterns match no path; the message names each and the paths nearest to it.
+    """
+    chosen: dict[str, Pattern] = {}
+    missed = []
+    for pattern in patterns:
+        regex = compile_pattern(pattern)
+        hits = [path for path in paths if regex.fullmatch(path)]
+        if not hits:
+            missed.append(pattern)
+        for path in hits:
+            chosen.setdefault(path, pattern)
+    if len(missed) == 1:
+        raise no_match(missed[0], paths, what)
+    if missed:
+        text = listing_of((str(no_match(p, paths, what)) for p in missed), len(missed))
+        raise PatternError(f"{len(missed)} patterns match nothing:\n{text}")
+    return chosen
+
+
+def in_structure(tree: PyTree, leaves: dict[str, Any], is_leaf: Any = None) -> Any:
+    """A tree's structure with these at its leaves, None where there is none."""
+    own, treedef = flatten(tree, is_leaf=is_leaf)
+    return jax.tree.unflatten(treedef, [leaves.get(path) for path, _ in own])
+
+
+def nested(leaves: dict[str, Any]) -> Any:
+    """Nested dicts by path; the leaf itself where the tree was one leaf."""
+    if set(leaves) == {""}:
+        return leaves[""]
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        if len(parents) > DEEPEST:
+            raise CheckpointError(f"{path[:80]!r}... is of more than {DEEPEST} keys")
+        inner = tree
+        for key in parents:
+            inner = inner.setdefault(key, {}) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or last in inner:
+            raise CheckpointError(f"{path!r} is a leaf and a branch (a '/' in a key): rename it")
+        inner[last] = leaf
+    return tree

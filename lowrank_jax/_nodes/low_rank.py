@@ -1,0 +1,166 @@
+"""The node of low-rank factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+
+from lowrank_jax._errors import AxesError, forgotten
+from lowrank_jax._nodes.serialization import Node
+from lowrank_jax._primitives.contract import RANK, Labels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LowRank(Node):
+    r"""Factors of one leaf: $\Delta W = s\,a\,b$, transposed back to the kernel's layout.
+
+    Args:
+      a: [*stack, *fan_in, r].
+      b: [*stack, r, *fan_out].
+      magnitude: DoRA's magnitude m, [*stack, *fan_out], or None. With it
+        $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b\rVert$, the norm of each output
+        feature, constant to every derivative.
+      fan_in, fan_out, stack: the kernel's axes, by number, in the kernel's own order.
+      scale: s, a static number: it is never trained.
+      kind: "dot", "conv" or "lookup", the use that decided the axes.
+      folded: whether magnitude is already divided by the norm, as fold_norms leaves it.
+      moved: whether an initializer moved weight out of the base (PiSSA and its like): the change is
+        then of the base that init returned, and not of the parameters it was given.
+
+    Source: LoRA, arXiv 2106.09685, equation 3; DoRA, arXiv 2402.09353, equation 5.
+    """
+
+    a: Any
+    b: Any
+    magnitude: Any = None
+    fan_in: tuple[int, ...] = dataclasses.field(default=(0,), metadata={"static": True})
+    fan_out: tuple[int, ...] = dataclasses.field(default=(1,), metadata={"static": True})
+    stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    kind: str = dataclasses.field(default="dot", metadata={"static": True})
+    folded: bool = dataclasses.field(default=False, metadata={"static": True})
+    moved: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    held: ClassVar[tuple[str, ...]] = ("a", "b")  # the arrays that it always has
+
+    @property
+    def rank(self) -> int:
+        """r, the inner dimension."""
+        return self.a.shape[-1]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a and b have the largest rank that the weight can have."""
+        if self.a is None or any(RANK not in labels for labels in self.labels):
+            return False
+        at, columns = len(self.stacked), self.a.shape[-1]
+        return self.rank >= min(math.prod(f.shape[at:]) // columns for f in (self.a, self.b))
+
+    def _more(self) -> list[str]:
+        known = all(array is None or hasattr(array, "shape") for array in (self.a, self.b))
+        return [f"rank={self.rank}" + " (full)" * self.is_full] if known else []
+
+    @property
+    def labels(self) -> tuple[Labels, Labels]:
+        """For each axis of a and of b the axis of the weight that it runs along, or RANK."""
+        return (*self.stack, *self.fan_in, RANK), (*self.stack, RANK, *self.fan_out)
+
+    @property
+    def labeled(self) -> dict[str, Labels]:
+        """For each array that there is, by its field, the axes of the weight that it runs along."""
+        a, b = self.labels
+        labels = {"a": a, "b": b, "magnitude": (*self.stack, *self.fan_out)}
+        return {name: own for name, own in labels.items() if getattr(self, name) is not None}
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Sizes of the axes that every array has: of stacked adapters, then of stacked weights."""
+        name, labels = next(iter(self.labeled.items()))
+        shape = getattr(self, name).shape
+        return shape[: len(shape) - len(labels) + len(self.stack)]
+
+    @property
+    def adapters(self) -> int:
+        """Number of axes of stacked adapters, which lead every array."""
+        return len(self.stacked) - len(self.stack)
+
+    def factors(self) -> tuple[Any, Any]:
+        """Arrays [*stack, *fan_in, r] and [*stack, r, *fan_out], whose product times s is added."""
+        return self.a, self.b
+
+    def for_shape(self, shape: Sequence[int]) -> LowRank:
+        """The adapter of a weight of this shape, which inside shard_map is a part of the whole.
+
+        Which stack axes a loop or vmap took away its sizes tell: an adapter of [3, 4, 2, 5] with
+        stack axes 0 and 2 stands at [4, 2, 5] without axis 0, at [3, 4, 5] without axis 2.
+
+        Raises:
+          AxesError: they do not tell.
+        """
+        gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - len(shape)
+        if not 0 < gone <= len(self.stack):
+            return self
+        left = map(self._without, itertools.combinations(self.stack, gone))
+        found = {(n.fan_in, n.fan_out, n.stack): n for n in left if n.shape == tuple(shape)}
+        if len(found) > 1:
+            raise AxesError(
+                f"an adapter with stack axes {self.stack}, fan_in={self.fan_in} and "
+                f"fan_out={self.fan_out} stands at a weight of shape {tuple(shape)}: its sizes do "
+                "not tell which stack axis a loop or vmap took away; put the loop inside the "
+                "lifted function"
+            )
+        return next(iter(found.values()), self)
+
+    def _without(self, lost: Sequence[int]) -> LowRank:
+        """The adapter whose arrays have lost these stack axes."""
+        shift = lambda axes: tuple(
+            axis - sum(axis > other for other in lost) for axis in axes if axis not in lost
+        )
+        axes = {name: shift(getattr(self, name)) for name in ("fan_in", "fan_out", "stack")}
+        return dataclasses.replace(self, **axes)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it is the adapter of a weight of this shape."""
+        return tuple(self.for_shape(shape).shape) == tuple(shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense delta; stack axes that a loop or vmap took away are left out."""
+        fan_in, fan_out, stack = self.axes(self.a.ndim - 1 + len(self.fan_out))
+        shape = [0] * (len(fan_in) + len(fan_out) + len(stack))
+        for axis, size in zip(stack + fan_in, self.a.shape[:-1], strict=True):
+            shape[axis] = size
+        for axis, size in zip(fan_out, self.b.shape[len(stack) + 1 :], strict=True):
+            shape[axis] = size
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense delta."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the factors."""
+        return self.a.dtype
+
+    def axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """fan_in, fan_out and stack axes of a leaf of ndim axes, leading stack ones mapped away."""
+        gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - ndim
+        if not 0 <= gone <= len(self.stack):
+            raise AxesError(
+                f"an adapter with fan_in={self.fan_in}, fan_out={self.fan_out}, "
+                f"stack={self.stack} stands at a weight of {ndim} axes; a vmapped or stacked "
+                "adapter is to be used under jax.vmap"
+            )
+        node = self._without(sorted(self.stack)[:gone]) if gone else self
+        return node.fan_in, node.fan_out, node.stack
+
+    def __jax_array__(self):
+        raise forgotten("a LowRank adapter")

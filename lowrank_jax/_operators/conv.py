@@ -1,0 +1,80 @@
+"""Convolutions with a low-rank kernel: to r channels with a, then a mix of channels with b."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._operators.branch import apply, times
+from lowrank_jax._primitives.contract import RANK, arrange
+
+
+def conv(w: Any, other: Any, options: dict[str, Any]) -> jax.Array | None:
+    """Convolve with a to r channels, then mix channels with b; grouped kernels group a too."""
+    numbers = options["dimension_numbers"]
+    out_axis, in_axis, *window = numbers.rhs_spec
+    groups = options["feature_group_count"]
+    if options["batch_group_count"] != 1:
+        return None
+    a, a_axes, b, b_axes = w.a, w.a_axes, w.b, w.b_axes
+    if out_axis in a_axes:
+        a, a_axes, b, b_axes = b, b_axes, a, a_axes
+    narrow = {axis for axis in range(w.ndim) if w.shape[axis] == 1}
+    if {*a_axes} & {out_axis} or {*b_axes} & {in_axis, *window} - narrow:
+        return None
+    if {*w.gain_axes} - narrow - {out_axis}:
+        return None
+    squeezed = w.replaced(a=a, a_axes=a_axes, b=b, b_axes=b_axes).dropped(narrow - {out_axis})
+    return _conv(squeezed, other, options, groups)
+
+
+def _conv(w: Any, x: jax.Array, options: dict[str, Any], groups: int) -> jax.Array | None:
+    """A kernel whose a has the window and in axes and whose b has the out axis."""
+    numbers = options["dimension_numbers"]
+    out_axis, *taps = numbers.rhs_spec
+    rank = w.a.shape[w.a_axes.index(RANK)]
+    fan_in = math.prod(w.shape[axis] for axis in taps)
+    outputs = w.shape[out_axis]
+    cheap = fan_in * outputs <= rank * (fan_in * groups + outputs)
+    if groups > 1 and cheap and w.key is None:
+        # a grouped kernel this small is cheaper to add to than to convolve beside
+        return lax.conv_general_dilated(x, w.materialize(), **options)
+    thin = {name: value for name, value in options.items() if name != "out_sharding"}
+
+    def base(x: jax.Array) -> Any:
+        return w.base.conv(x, options)
+
+    def branch(w: Any, x: jax.Array) -> jax.Array:
+        return _branch(w, x, numbers, groups, thin)
+
+    def after(y: jax.Array, gains: jax.Array) -> jax.Array:
+        labels = tuple(out_axis if axis == numbers.out_spec[1] else None for axis in range(y.ndim))
+        return times(y, labels, gains, w.gain_axes)
+
+    return apply(w, x, base, branch, after=after)
+
+
+def _branch(w: Any, x: jax.Array, numbers: Any, groups: int, options: dict[str, Any]) -> jax.Array:
+    """The convolution with a, and the mix with b."""
+    out_axis, *taps = numbers.rhs_spec
+    rank, outputs, dtype = w.a.shape[w.a_axes.index(RANK)], w.shape[out_axis], w.dtype
+    sizes = {**dict(enumerate(w.shape)), RANK: rank}
+    kernel = arrange(w.a.astype(dtype), w.a_axes, (RANK, *taps), sizes)
+    kernel = jnp.tile(kernel, (groups,) + (1,) * len(taps))
+    spec = type(numbers)(numbers.lhs_spec, tuple(range(w.ndim)), numbers.out_spec)
+    thin = {**options, "dimension_numbers": spec, "preferred_element_type": None}
+    inner = lax.conv_general_dilated(x, kernel, **thin)
+    feature = numbers.out_spec[1]
+    inner = jnp.moveaxis(w.scaled(inner).astype(x.dtype), feature, 0)
+    b = arrange(w.b.astype(dtype), w.b_axes, (RANK, out_axis), sizes)
+    inner = inner.reshape(groups, rank, *inner.shape[1:])
+    b = b.reshape(rank, groups, outputs // groups)
+    last = {name: options.get(name) for name in ("precision", "preferred_element_type")}
+    mixed = lax.dot_general(inner, b, (((1,), (0,)), ((0,), (1,))), **last)  # [g, *rest, o / g]
+    mixed = jnp.moveaxis(mixed, -1, 1)
+    mixed = mixed.reshape(outputs, *mixed.shape[2:])
+    return jnp.moveaxis(mixed, 0, feature)

@@ -1,0 +1,66 @@
+"""Products of a quantized weight: the blocks are decoded where the activation is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.types import PyTree
+from lowrank_jax._operators.blocks import Conv, Dot, GroupedDecoding, Layout, Ragged, without_layout
+from lowrank_jax._operators.dense import DenseWeight
+from lowrank_jax._primitives.quantized_dot import quantized_dot
+
+
+def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+    """lax.dot_general; None where it contracts a part of the axes that blocks run along."""
+    (lc, rc), (lb, rb) = numbers
+    contracted, batch = (lc, lb) if on_left else (rc, rb)
+    blocked = {*w.layout.blocked}
+    if blocked & {*batch} or len(blocked & {*contracted}) not in (0, len(blocked)):
+        return None
+    if not jnp.issubdtype(other.dtype, jnp.floating):
+        return None
+    decode, parts, layout = w.decoder
+    op = Dot(_here(w, layout), numbers, on_left, without_layout(options))
+    like = lambda w, other: w.dot(other, numbers, on_left, options)
+    return _product(w, like, op, decode, other, *parts)
+
+
+def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+    """lax.ragged_dot_general."""
+    if not jnp.issubdtype(other.dtype, jnp.floating):
+        return None
+    decode, parts, layout = w.decoder
+    op = Ragged(_here(w, layout), numbers, without_layout(options))
+    like = lambda w, other: w.ragged_dot(other, sizes, numbers, options)
+    return _product(w, like, op, GroupedDecoding(decode), other, *parts, sizes)
+
+
+def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
+    """lax.conv_general_dilated."""
+    decode, parts, layout = w.decoder
+    op = Conv(_here(w, layout), without_layout(options))
+    like = lambda w, other: w.conv(other, options)
+    return _product(w, like, op, decode, other, *parts)
+
+
+def _product(w: Any, like: PyTree, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
+    """A product, on a mesh with explicit axes laid out as like(dense weight, other)."""
+    run = lambda other, *parts: quantized_dot(other, parts, op, decode)
+    if not any(map(jaxprs.is_explicit, (other, *parts))):
+        return run(other, *parts)
+    dense = lambda own, other: like(DenseWeight(own.materialize()), other)
+    result = jax.eval_shape(dense, w, other)
+    if not any(map(jaxprs.is_split, (result, other, *parts))):
+        return run(other, *parts)
+    return jaxprs.by_the_compiler(run, result.sharding, other, *parts)
+
+
+def _here(w: Any, layout: Layout) -> Layout:
+    """The layout with the sizes that this device has."""
+    shape = w.shape
+    return dataclasses.replace(layout, sizes=tuple(shape[axis] for axis in layout.blocked))

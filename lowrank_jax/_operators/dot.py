@@ -1,0 +1,170 @@
+"""Products of a low-rank weight: the base's as the user wrote it, plus the factors'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._operators.branch import apply, stacked_keys, times
+from lowrank_jax._primitives.bilinear import product_dtype
+from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract, cost
+
+
+def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+    """The base's product as the user wrote it, plus the factors' products."""
+    (lc, rc), (lb, rb) = numbers
+    mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
+    x_labels = operand_labels(other.ndim, mine, theirs)
+    bound = {*mine[0], *mine[1]}
+    free = [axis for axis in range(w.ndim) if axis not in bound]
+    x_free = [label for label in x_labels if isinstance(label, tuple)]
+    out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
+    sizes = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
+    last = {"preferred_element_type": options.get("preferred_element_type")}
+    # layers that all take this activation: dropout makes it one for each, [*stacked, ...]
+    stacked = stacked_keys(w, x_labels)
+    labels_of = lambda x: (*stacked, *x_labels) if x.ndim > other.ndim else x_labels
+    before = after = None
+    if {*w.gain_axes} <= {*out}:
+        after = lambda y, gains: times(y, out, gains, w.gain_axes)
+    elif {*w.gain_axes} <= {*x_labels}:
+        before = lambda x, gains: times(x, labels_of(x), gains, w.gain_axes)
+    else:  # a gain that varies along summed and kept axes at once
+        return None
+
+    def base(x: jax.Array) -> Any:
+        if x.ndim == other.ndim:
+            return w.base.dot(x, numbers, on_left, options)
+        shift = lambda axes: tuple(axis + len(stacked) for axis in axes)
+        own = mine[0], (*stacked, *mine[1])
+        its = shift(theirs[0]), (*range(len(stacked)), *shift(theirs[1]))
+        sides = (own, its) if on_left else (its, own)
+        plain = {name: value for name, value in options.items() if name != "out_sharding"}
+        y = w.base.dot(x, tuple(zip(*sides, strict=True)), on_left, plain)
+        made = (*stacked, *(label for label in out if label not in stacked))
+        return None if y is None else arrange(y, made, out, {})
+
+    def branch(w: Any, x: jax.Array) -> jax.Array:
+        value, labels = _branch(w, x, labels_of(x), out, sizes, on_left, options, last)
+        return arrange(value, labels, out, sizes)
+
+    return apply(w, other, base, branch, before=before, after=after, stacked=stacked)
+
+
+def _branch(
+    w: Any,
+    x: jax.Array,
+    x_labels: Labels,
+    out: Labels,
+    sizes: dict[Any, int],
+    on_left: bool,
+    options: dict[str, Any],
+    last: dict[str, Any],
+) -> tuple[jax.Array, Labels]:
+    """x·a·b, or x·b·a where that takes fewer multiplications."""
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
+    dtype = product_dtype(x.dtype, w.dtype)
+    factors = [
+        (w.a.astype(w.dtype), w.a_axes),
+        (w.b.astype(w.dtype), w.b_axes),
+    ]
+    totals = []
+    for (_, first), (_, second) in (factors, factors[::-1]):
+        one, left = cost(sizes, x_labels, first, {*second, *out})
+        two, _ = cost(sizes, left, second, out)
+        totals.append(one + two)
+    if totals[1] < totals[0]:
+        factors.reverse()
+    (first, first_axes), (second, second_axes) = factors
+    precision = {"precision": options.get("precision")}
+    pair = lambda x, xl, y, yl, keep, **kw: (
+        contract(y, yl, x, xl, keep, **kw) if on_left else contract(x, xl, y, yl, keep, **kw)
+    )
+    inner, labels = pair(x, x_labels, first, first_axes, {*second_axes, *out}, **precision)
+    inner = w.scaled(inner).astype(dtype)
+    return pair(inner, labels, second, second_axes, {*out}, **precision, **last)
+
+
+def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any | None:
+    """Groups of rows times a weight each: ragged products with each factor that has the groups."""
+    (contracting, batching) = numbers.dot_dimension_numbers
+    (lc, rc), (lb, rb) = contracting, batching
+    groups = tuple(numbers.rhs_group_dimensions)
+    ragged = tuple(numbers.lhs_ragged_dimensions)
+    if lb or rb or len(groups) != 1 or len(ragged) != 1 or ragged[0] in lc:
+        return None
+    if ({*w.a_axes} & {*w.b_axes}) - {RANK, groups[0]}:  # a stack axis that is no group
+        return None
+    x_labels = operand_labels(other.ndim, (rc, rb), (lc, lb))
+    rows = ("x", ragged[0])
+    x_free = [label for label in x_labels if isinstance(label, tuple)]
+    free = [axis for axis in range(w.ndim) if axis not in rc and axis != groups[0]]
+    out = (*x_free, *free)
+    extents = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
+    precision = {"precision": options.get("precision")}
+    last = {**precision, "preferred_element_type": options.get("preferred_element_type")}
+
+    def base(x: jax.Array) -> Any:
+        return w.base.ragged_dot(x, sizes, numbers, options)
+
+    def branch(w: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        step = lambda x, xl, y, yl, keep, options: _ragged(
+            x, xl, y, yl, keep, groups[0], rows, sizes, options
+        )
+        keep = {*w.b_axes, *out}
+        value, labels = step(x, x_labels, w.a.astype(w.dtype), w.a_axes, keep, precision)
+        value = w.scaled(value).astype(product_dtype(x.dtype, w.dtype))
+        value, labels = step(value, labels, w.b.astype(w.dtype), w.b_axes, {*out}, last)
+        return arrange(value, labels, out, extents)
+
+    if not {*w.gain_axes} <= {*out, groups[0]}:
+        return None
+
+    def after(y: jax.Array, gains: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Each row times the gains of its group: a product with a column of ones."""
+        ones = jnp.ones((other.shape[ragged[0]], 1), gains.dtype)
+        labels = (*w.gain_axes, "one")
+        each = _ragged(
+            ones, (rows, "one"), gains[..., None], labels, {*out}, groups[0], rows, sizes, {}
+        )
+        return times(y, out, *each)
+
+    return apply(w, other, base, branch, sizes, after=after)
+
+
+def _ragged(
+    x: jax.Array,
+    xl: Labels,
+    y: jax.Array,
+    yl: Labels,
+    keep: Any,
+    group: int,
+    rows: Any,
+    sizes: jax.Array,
+    options: dict[str, Any],
+) -> tuple[jax.Array, Labels]:
+    """contract(x, y), row groups of x meeting group g of y where y has groups."""
+    if group not in yl:
+        return contract(x, xl, y, yl, keep, **options)
+    summed = [label for label in xl if label in yl and label not in keep]
+    at = lambda labels, chosen: tuple(labels.index(label) for label in chosen)
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=((at(xl, summed), at(yl, summed)), ((), ())),
+        lhs_ragged_dimensions=(xl.index(rows),),
+        rhs_group_dimensions=(yl.index(group),),
+    )
+    out = lax.ragged_dot_general(x, y, sizes, numbers, **options)
+    rest = [label for label in (*xl, *yl) if label not in summed and label != group]
+    return out, tuple(rest)
+
+
+def operand_labels(ndim: int, mine: Any, theirs: Any) -> Labels:
+    """Labels of the other operand: the weight's axis where they meet, ("x", i) elsewhere."""
+    labels: list[Any] = [("x", i) for i in range(ndim)]
+    for weight_axes, operand_axes in zip(mine, theirs, strict=True):
+        for weight_axis, axis in zip(weight_axes, operand_axes, strict=True):
+            labels[axis] = weight_axis
+    return tuple(labels)

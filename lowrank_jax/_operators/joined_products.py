@@ -1,0 +1,185 @@
+r"""Products of joined weights: one product of their dense bases, as the model has it.
+
+With $W = [W_1\ W_2]$ along an axis that the product keeps, $y = x W = [y_1\ y_2]$ and part i adds
+its adapter's change to $y_i$: $y_i + s\,(x a_i) b_i$, or DoRA's $c_i \odot (y_i + s\,(x a_i) b_i)$.
+Along an axis that it contracts, $y = x W$ and each part adds its change to the whole. Either way
+the base's sum is the model's own, to the bit. Quantized parts have a product each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._operators.dense import DenseWeight
+from lowrank_jax._operators.low_rank import LowRankWeight
+from lowrank_jax._operators.weight import Weight
+from lowrank_jax._operators.zero import ZeroWeight
+from lowrank_jax._primitives.bilinear import product_dtype
+from lowrank_jax._primitives.contract import accumulator
+
+Product = Callable[[Weight, Any, dict[str, Any]], Any]  # of a weight, an operand and options
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class MultipliedWeight(DenseWeight):
+    """A dense weight whose product with one operand is known.
+
+    Args:
+      value: the weight.
+      operand: the operand.
+      product: their product.
+    """
+
+    operand: Any
+    product: Any
+
+    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> jax.Array:
+        """lax.dot_general."""
+        known = other is self.operand
+        return self.product if known else super().dot(other, numbers, on_left, options)
+
+    def ragged_dot(
+        self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]
+    ) -> jax.Array:
+        """lax.ragged_dot_general."""
+        known = other is self.operand
+        return self.product if known else super().ragged_dot(other, sizes, numbers, options)
+
+    def conv(self, other: Any, options: dict[str, Any]) -> jax.Array:
+        """lax.conv_general_dilated."""
+        return self.product if other is self.operand else super().conv(other, options)
+
+
+def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+    """lax.dot_general."""
+    (lc, rc), (lb, rb) = numbers
+    mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
+    product = lambda part, x, options: part.dot(x, numbers, on_left, options)
+    if w.axis in mine[0]:
+        return _sum(w, product, other, theirs[0][mine[0].index(w.axis)], options)
+    if w.axis in mine[1]:
+        at = theirs[1][mine[1].index(w.axis)]
+        return _join(w, product, other, w.cut(other, at), mine[1].index(w.axis), options)
+    free = [axis for axis in range(w.ndim) if axis not in (*mine[0], *mine[1])]
+    ahead = len(lb) + (0 if on_left else other.ndim - len(theirs[0]) - len(theirs[1]))
+    return _join(w, product, other, None, ahead + free.index(w.axis), options)
+
+
+def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+    """lax.ragged_dot_general."""
+    (lc, rc), (_, rb) = numbers.dot_dimension_numbers
+    if len(numbers.rhs_group_dimensions) != 1 or {*numbers.lhs_ragged_dimensions} & {*lc}:
+        return None  # the groups are of a contracted axis, and the result has an axis of them
+    product = lambda part, x, options: part.ragged_dot(x, sizes, numbers, options)
+    if w.axis in rc:
+        return _sum(w, product, other, lc[rc.index(w.axis)], options)
+    bound = (*rc, *rb, *numbers.rhs_group_dimensions)
+    if w.axis in bound:
+        return None
+    free = [axis for axis in range(w.ndim) if axis not in bound]
+    return _join(w, product, other, None, other.ndim - len(lc) + free.index(w.axis), options)
+
+
+def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
+    """lax.conv_general_dilated."""
+    numbers = options["dimension_numbers"]
+    out_axis, in_axis, *_ = numbers.rhs_spec
+    product = lambda part, x, options: part.conv(x, options)
+    if options.get("feature_group_count", 1) != 1 or options.get("batch_group_count", 1) != 1:
+        return None
+    if w.axis == in_axis:
+        return _sum(w, product, other, numbers.lhs_spec[1], options)
+    if w.axis != out_axis:
+        return None
+    return _join(w, product, other, None, numbers.out_spec[1], options)
+
+
+def _join(
+    w: Any, product: Product, other: Any, pieces: list | None, at: int, options: dict[str, Any]
+) -> Any:
+    """The results of all parts joined along an axis; where pieces is None each takes `other`."""
+    if options.get("out_sharding") is not None:
+        return None
+    pieces = [other] * len(w.parts) if pieces is None else pieces
+    bases = _dense_bases(w)
+    if bases is None:
+        return _joined(w.parts, product, pieces, at, options)
+    y = product(_whole(w, bases), other, options)
+    if not _has_gain(w):
+        parts = [_change(part) for part in w.parts]
+        return _plus(y, _joined(parts, product, pieces, at, options))
+    ends = itertools.accumulate((part.shape[w.axis] for part in w.parts), initial=0)
+    parts = []
+    for part, base, piece, cut in zip(
+        w.parts, bases, pieces, itertools.pairwise(ends), strict=True
+    ):
+        known = MultipliedWeight(base.value, piece, lax.slice_in_dim(y, *cut, axis=at))
+        parts.append(part.on(known) if isinstance(part, LowRankWeight) else known)
+    return _joined(parts, product, pieces, at, options)
+
+
+def _joined(
+    parts: Any, product: Product, pieces: list, at: int, options: dict[str, Any]
+) -> jax.Array | None:
+    results = [product(*pair, options) for pair in zip(parts, pieces, strict=True)]
+    return None if any(y is None for y in results) else lax.concatenate(results, at)
+
+
+def _sum(w: Any, product: Product, other: jax.Array, at: int, options: dict[str, Any]) -> Any:
+    """The results of all parts, summed before they are rounded to the product's dtype."""
+    if options.get("out_sharding") is not None:
+        return None
+    wanted = options.get("preferred_element_type") or product_dtype(other.dtype, w.dtype)
+    exact = {**options, "preferred_element_type": accumulator(wanted)}
+    pairs = list(zip(w.parts, w.cut(other, at), strict=True))
+    bases = _dense_bases(w)
+    if bases is None:
+        return _total([product(*pair, exact) for pair in pairs], wanted)
+    changes = []
+    for (part, piece), base in zip(pairs, bases, strict=True):
+        if isinstance(part, LowRankWeight) and part.gain is not None:
+            changed = product(part, piece, exact)
+            changes.append(None if changed is None else changed - product(base, piece, exact))
+        else:
+            changes.append(product(_change(part), piece, exact))
+    return _plus(product(_whole(w, bases), other, options), _total(changes, wanted))
+
+
+def _total(results: list[Any], dtype: jax.typing.DTypeLike) -> jax.Array | None:
+    if any(y is None for y in results):
+        return None
+    return functools.reduce(jnp.add, results).astype(dtype)
+
+
+def _plus(y: jax.Array, change: jax.Array | None) -> jax.Array | None:
+    return None if change is None else y + change.astype(y.dtype)
+
+
+def _dense_bases(w: Any) -> list[Any] | None:
+    """The base of each part, where every one is dense."""
+    bases = [part.base if type(part) is LowRankWeight else part for part in w.parts]
+    return bases if all(type(base) is DenseWeight for base in bases) else None
+
+
+def _whole(w: Any, bases: list[Any]) -> DenseWeight:
+    """The bases joined."""
+    return DenseWeight(lax.concatenate([base.value for base in bases], w.axis))
+
+
+def _has_gain(w: Any) -> bool:
+    return any(type(part) is LowRankWeight and part.gain is not None for part in w.parts)
+
+
+def _change(part: Any) -> Any:
+    """What a part adds to its base."""
+    nothing = ZeroWeight(part.shape, part.dtype)
+    return part.on(nothing) if isinstance(part, LowRankWeight) else nothing

@@ -1,0 +1,34 @@
+"""The dense weight that a node stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from lowrank_jax._errors import LowrankError
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._nodes import Adapted, LowRank, as_dense
+from lowrank_jax._operators.low_rank import LowRankWeight
+from lowrank_jax._primitives.contract import accumulator
+
+
+def materialize(node: Any) -> Any:
+    """The dense weight of a node (or an array): summed in float32, cast once to the base's dtype.
+
+    Raises:
+      LowrankError: the node is an adapter without its base.
+    """
+    if isinstance(node, LowRank):
+        raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
+    if not isinstance(node, Adapted):
+        return as_dense(node)
+    node = jaxprs.on_device(node)
+    if isinstance(node.delta, LowRank):
+        return LowRankWeight.of(node, None).materialize()
+    if node.multiplier is None:
+        return node.delta.value.astype(node.base.dtype)  # whatever the base is
+    base = as_dense(node.base)
+    whole = base.astype(accumulator(base.dtype))
+    change = node.delta.value.astype(whole.dtype) - whole
+    return (whole + change * jnp.asarray(node.multiplier, whole.dtype)).astype(base.dtype)

@@ -1,0 +1,178 @@
+r"""A quantized weight times numbers along some of its axes, in flight.
+
+$x\,(W \odot v) = (x \odot v)\,W$ where v runs along fan-in, $(x W) \odot v$ where it runs along
+fan-out. The codes stay as they are, and derivatives reach v.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._operators.branch import times
+from lowrank_jax._operators.dot import operand_labels
+from lowrank_jax._operators.labeled import LabeledWeight
+from lowrank_jax._operators.scaling import is_wide
+from lowrank_jax._operators.weight import Weight
+from lowrank_jax._primitives.contract import accumulator, reshape_groups
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class StretchedWeight(LabeledWeight):
+    """A weight times an array.
+
+    Args:
+      base: the weight.
+      by: the array, whose axes run along some of the weight's.
+      by_axes: which, for each axis of `by`.
+    """
+
+    base: Weight
+    by: Any
+    by_axes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+
+    labeled = ("by",)
+
+    @property
+    def path(self) -> Any:  # type: ignore[override]
+        """Path of the weight."""
+        return self.base.path
+
+    @property
+    def how(self) -> str:  # type: ignore[override]
+        """As of the weight."""
+        return self.base.how
+
+    def materialize(self) -> jax.Array:
+        """The dense product."""
+        return times(self.base.materialize(), tuple(range(self.ndim)), self.by, self.by_axes)
+
+    def leaves(self) -> tuple[Weight, ...]:
+        """Those of the weight."""
+        return self.base.leaves()
+
+    def map_leaves(self, fn: Callable[[Any], Weight]) -> StretchedWeight:
+        """The same, with fn of each leaf."""
+        return self.replaced(base=self.base.map_leaves(fn))
+
+    def for_use(self, number: int) -> StretchedWeight:
+        """The weight for this use."""
+        return self.replaced(base=self.base.for_use(number))
+
+    # Structural operations
+
+    def each(self, fn: Callable, base_only: bool = False) -> StretchedWeight | None:
+        """Apply an identity of values."""
+        changes = {} if base_only else {"by": fn(self.by)}
+        return self.on(self.base.each(fn, base_only), **changes)
+
+    def frozen(self) -> StretchedWeight | None:
+        """Stop the gradients of both."""
+        return self.on(self.base.frozen(), by=lax.stop_gradient(self.by))
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> StretchedWeight | None:
+        """Convert the weight, to a dtype whose range holds what the product may be."""
+        if not jnp.issubdtype(dtype, jnp.floating) or not is_wide(dtype):
+            return None
+        return self.on(self.base.astype(dtype))
+
+    def reshape(self, shape: Sequence[int]) -> StretchedWeight | None:
+        """Split or merge axes; the array then has all of those that it had a part of."""
+        if 0 in self.shape:
+            return None
+        groups = reshape_groups(self.shape, shape)
+        held = {a for old, _ in groups if {*old} & {*self.by_axes} for a in old} | {*self.by_axes}
+        axes = tuple(sorted(held))
+        sizes = [self.shape[axis] for axis in axes]
+        if math.prod(sizes) == math.prod(self.shape) and len(axes) > 1:
+            return None  # a number for each entry
+        place = [axes.index(axis) for axis in self.by_axes]
+        order = sorted(range(len(place)), key=place.__getitem__)
+        by = lax.transpose(self.by, order)
+        by = lax.broadcast_in_dim(by, sizes, [place[i] for i in order])
+        return super(StretchedWeight, self.replaced(by=by, by_axes=axes)).reshape(shape)
+
+    def multiply(self, scalar: Any, fn: Callable) -> StretchedWeight:
+        """fn of the array, in float32 at least."""
+        by = self.by.astype(accumulator(self.by.dtype, self.dtype))
+        return self.replaced(by=fn(by, jnp.asarray(scalar).astype(by.dtype)))
+
+    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> StretchedWeight:
+        """Times another array."""
+        return stretched(self, by, axes, fn)
+
+    # Products
+
+    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+        """lax.dot_general."""
+        (lc, rc), (lb, rb) = numbers
+        mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
+        labels = operand_labels(other.ndim, mine, theirs)
+        free = [axis for axis in range(self.ndim) if axis not in (*mine[0], *mine[1])]
+        x_free = [label for label in labels if isinstance(label, tuple)]
+        out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
+        run = lambda x: self.base.dot(x, numbers, on_left, options)
+        return self._product(run, other, labels, out)
+
+    def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+        """lax.ragged_dot_general, where the rows are free."""
+        (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
+        groups = numbers.rhs_group_dimensions
+        if lb or rb or len(groups) != 1 or {*numbers.lhs_ragged_dimensions} & {*lc}:
+            return None
+        labels = operand_labels(other.ndim, (rc, rb), (lc, lb))
+        free = [axis for axis in range(self.ndim) if axis not in (*rc, *groups)]
+        out = (*(label for label in labels if isinstance(label, tuple)), *free)
+        run = lambda x: self.base.ragged_dot(x, sizes, numbers, options)
+        (ragged,) = numbers.lhs_ragged_dimensions
+        own = self._of_rows(groups[0], ("x", ragged), sizes, other.shape[ragged])
+        return own._product(run, other, labels, out)
+
+    def _of_rows(self, group: int, row: Any, sizes: Any, count: int) -> StretchedWeight:
+        """Numbers of each group as numbers of its rows."""
+        if group not in self.by_axes:
+            return self
+        ends = jnp.cumsum(sizes)
+        groups = jnp.searchsorted(ends, jnp.arange(count, dtype=ends.dtype), side="right")
+        by = jnp.take(self.by, groups, axis=self.by_axes.index(group), mode="clip")
+        axes = tuple(row if axis == group else axis for axis in self.by_axes)
+        return self.replaced(by=by, by_axes=axes)
+
+    def conv(self, other: Any, options: dict[str, Any]) -> Any:
+        """lax.conv_general_dilated, of numbers along input or output features."""
+        numbers = options["dimension_numbers"]
+        out_axis, in_axis, *_ = numbers.rhs_spec
+        if options["batch_group_count"] != 1:
+            return None
+        at = lambda spec, axis: tuple(axis if i == spec[1] else None for i in range(other.ndim))
+        grouped = options["feature_group_count"] != 1
+        labels = () if grouped else at(numbers.lhs_spec, in_axis)
+        run = lambda x: self.base.conv(x, options)
+        return self._product(run, other, labels, at(numbers.out_spec, out_axis))
+
+    def _product(self, run: Any, x: Any, labels: Any, out: Any) -> Any:
+        """run(x), the array acting on x or on the result, whichever has its axes."""
+        if {*self.by_axes} <= {*out}:
+            y = run(x)
+            stretch = lambda y, by: times(y, out, by, self.by_axes)
+            return None if y is None else jaxprs.laid_out_like(y, stretch, y, self.by)
+        if {*self.by_axes} <= {*labels}:
+            stretch = lambda x, by: times(x, labels, by, self.by_axes)
+            return run(jaxprs.laid_out_like(x, stretch, x, self.by))
+        return None
+
+
+def stretched(weight: Weight, by: Any, axes: Sequence[int], fn: Callable) -> StretchedWeight:
+    """fn(weight, by), a product or a quotient, `by` having the weight's axes of these numbers."""
+    if fn is lax.div:
+        by = by.astype(accumulator(by.dtype))
+        by = jnp.ones((), by.dtype) / by
+    return StretchedWeight(weight, by, tuple(axes))

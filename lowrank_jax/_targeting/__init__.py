@@ -1,0 +1,1 @@
+"""Which leaves: patterns, configurations, plans, and the targets they resolve to."""

@@ -1,0 +1,281 @@
+"""Which leaves get an adapter, and of which axes, rank and scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lowrank_jax._errors import (
+    AxesError,
+    ConfigError,
+    LowrankError,
+    PatternError,
+    PlanWarning,
+    TreeError,
+    listing,
+)
+from lowrank_jax._jax.paths import ALL_LINEAR, matches, no_match, select
+from lowrank_jax._nodes.methods import find_method
+from lowrank_jax._targeting.configs import LoraConfig
+from lowrank_jax._targeting.plan import PRODUCTS, Plan, Use
+
+KINDS = (*PRODUCTS, "lookup")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One leaf to adapt: its axes, rank, scale and kind."""
+
+    fan_in: tuple[int, ...]
+    fan_out: tuple[int, ...]
+    stack: tuple[int, ...]
+    rank: int
+    scale: float
+    kind: str
+
+
+def resolve(leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
+    """Map the path of each leaf to adapt to its Target; every bad leaf is listed in one error."""
+    chosen, linear = choose(leaves, config.targets, config.exclude, plan, [*config.axes])
+    ways = [{*chosen}, train_whole(leaves, config), {*train_rows(leaves, config)}]
+    if clash := sorted(path for path in set().union(*ways) if sum(path in way for way in ways) > 1):
+        raise ConfigError(
+            f"{clash[0]!r} is to be trained in two ways, of targets, train and train_rows: exclude "
+            "it from all but one"
+        )
+    for name in ("rank_pattern", "alpha_pattern", "stack", "axes"):
+        for pattern in getattr(config, name):
+            if not any(matches(pattern, path) for path in chosen):
+                raise no_match(pattern, list(chosen), f"{name} (over the adapted leaves)")
+    named = [pattern for pattern in (*config.targets, *config.axes) if pattern != ALL_LINEAR]
+    targets, problems = {}, []
+    for path in chosen:
+        by_name = any(matches(pattern, path) for pattern in named)
+        try:
+            targets[path] = _target(path, leaves[path], config, plan, by_name)
+        except LowrankError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        text = listing([str(problem) for problem in problems])
+        raise type(problems[0])(f"{len(problems)} leaves cannot be adapted:\n{text}")
+    if not targets:
+        raise PatternError(f"no leaf is left to adapt: {why_none(plan, linear)}")
+    return targets
+
+
+def _check_plan(leaves: Mapping[str, Any], plan: Plan) -> None:
+    """A plan is of one tree."""
+    problems = [f"{path}: in the plan, not in params" for path in plan if path not in leaves]
+    problems += [f"{path}: in params, not in the plan" for path in leaves if path not in plan]
+    problems += [
+        f"{path}: shape {tuple(leaf.shape)}, but {plan[path].shape} in the plan"
+        for path, leaf in leaves.items()
+        if path in plan and tuple(leaf.shape) != plan[path].shape
+    ]
+    if problems:
+        raise TreeError(
+            "the plan was made of another tree than params; call plan(fn, params, ...) with these "
+            f"params, at the same level of the tree:\n{listing(problems)}"
+        )
+
+
+def choose(
+    leaves: Mapping[str, Any],
+    targets: Sequence[Any],
+    exclude: Sequence[Any],
+    plan: Plan | None,
+    axes: Sequence[Any] = (),
+) -> tuple[list[str], bool]:
+    """Paths of the targets in the tree's order, and whether "all-linear" was among them.
+
+    Patterns of `axes` choose leaves beside those of targets.
+    """
+    if plan is not None:
+        _check_plan(leaves, plan)
+    floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    named = [pattern for pattern in targets if pattern != ALL_LINEAR]
+    linear = len(named) < len(targets)
+    chosen = set(_select(named, floating, leaves, "targets"))
+    chosen |= set(_select(axes, floating, leaves, "axes"))
+    if linear:
+        if plan is None:
+            raise AxesError(
+                'targets="all-linear" needs to know how the function uses its parameters: pass '
+                "plan=lowrank.plan(fn, params, *args)"
+            )
+        chosen |= {path for path in floating if plan[path].linear}
+    chosen -= set(_select(exclude, floating, leaves, "exclude"))
+    return [path for path in leaves if path in chosen], linear
+
+
+def warn_of_passed_over(
+    plan: Plan | None, targets: Sequence[Any], chosen: Collection[str], known: Sequence[Any]
+) -> None:
+    """Name the leaves that "all-linear" passes over though a product takes what is made of them.
+
+    Not those that a pattern of `known` names: the user knows of them.
+    """
+    names = [
+        f"{path!r} ({use.reason})"
+        for path, use in (plan or {}).items()
+        if ALL_LINEAR in targets
+        and use.passed_over
+        and path not in chosen
+        and not any(matches(pattern, path) for pattern in known)
+    ]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(
+            '"all-linear" passes over leaves that reach a product, or an opaque call, by operations'
+            f" that no rule follows: {', '.join(names[:5])}{more}. Name a matrix in targets to have"
+            " it adapted (and built densely at each use); exclude the leaves to end this warning",
+            PlanWarning,
+            stacklevel=4,  # past the wrapper that checks the arguments of init
+        )
+
+
+def _select(
+    patterns: Sequence[Any], floating: Sequence[str], leaves: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+    """paths.select over the floating leaves, saying when a pattern names only others."""
+    for pattern in patterns:
+        hits = [path for path in leaves if matches(pattern, path)]
+        if hits and not any(path in floating for path in hits):
+            leaf = leaves[hits[0]]
+            raise PatternError(
+                f"{what} pattern {pattern!r} matches only leaves that are not floating, like "
+                f"{hits[0]!r} ({leaf.dtype}): integers, booleans and PRNG keys are never adapted"
+            )
+    return select(patterns, floating, what)
+
+
+def train_whole(leaves: Mapping[str, Any], config: LoraConfig) -> set[str]:
+    """Paths of the leaves that are trained whole."""
+    floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return set(_select(config.train, floating, leaves, "train"))
+
+
+def train_rows(leaves: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The rows to train of each table, by path."""
+    floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return {
+        path: tuple(sorted({*rows}))
+        for pattern, rows in reversed([*config.train_rows.items()])
+        for path in _select([pattern], floating, leaves, "train_rows")
+    }
+
+
+def why_none(plan: Plan | None, linear: bool) -> str:
+    """Why no target was found."""
+    if not linear:
+        return "exclude removes every leaf that targets names"
+    finals = [path for path, use in (plan or {}).items() if use.final]
+    if finals:
+        return (
+            f'"all-linear" leaves out the final projection, here {finals[0]!r}, and found no other '
+            "matrix product; name the leaf in targets to adapt it"
+        )
+    return '"all-linear" found no leaf that a matrix product or convolution consumes:\n' + str(plan)
+
+
+def _first(patterns: Mapping, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+
+
+def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name: bool) -> Target:
+    """Axes from the plan (or [i, o] for a matrix), rank and scale from the configuration.
+
+    A leaf that no pattern names, chosen by "all-linear" alone, takes at most the rank it can have;
+    its scale stays that of the rank asked for.
+    """
+    use = plan[path] if plan is not None else None
+    if jnp.finfo(leaf.dtype).bits < 16:
+        raise AxesError(
+            f"{path!r} has dtype {leaf.dtype}: factors cast to 8 bits would lose the adapter; cast "
+            "the leaf to bfloat16 first"
+        )
+    if (pair := _first(config.axes, path, None)) is not None:
+        fan_in, fan_out, stack = _named_axes(path, leaf.ndim, *pair)
+        kind = use.op if use is not None and use.op in KINDS else "dot"
+    else:
+        why = "a low-rank product needs fan-in and fan-out axes"
+        remedy = f"say which by LoraConfig(axes={{{path!r}: (fan_in, fan_out)}}), "
+        fan_in, fan_out, stack, kind = axes_of(path, tuple(leaf.shape), use, why, remedy)
+        if by_name and leaf.ndim == 2 and not (fan_in and fan_out):
+            fan_in, fan_out, stack = (0,), (1,), ()  # built densely where it is used
+    if (override := _first(config.stack, path, None)) is not None:
+        stack = _stack(path, leaf.ndim, override)
+        fan_in = tuple(axis for axis in fan_in if axis not in stack)
+        fan_out = tuple(axis for axis in fan_out if axis not in stack)
+        freed = set(range(leaf.ndim)) - {*stack, *fan_in, *fan_out}
+        fan_out = tuple(sorted({*fan_out, *freed}))
+    if not fan_in or not fan_out:
+        raise AxesError(
+            f"{path!r} of shape {tuple(leaf.shape)} has no {'fan-in' if not fan_in else 'fan-out'} "
+            "axes to put a low-rank product between; exclude it, or train it whole (train=...)"
+        )
+    own = _first(config.rank_pattern, path, None)
+    rank = config.rank if own is None else own
+    alpha = _first(config.alpha_pattern, path, config.alpha)
+    scale = config.scale_of(rank, alpha)
+    sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (fan_in, fan_out)]
+    narrow = rank > min(sizes) and find_method(config.method).rank_is_bounded
+    if narrow and min(sizes) and own is None and not by_name:
+        rank = min(sizes)
+    elif narrow:
+        raise ConfigError(
+            f"rank {rank} is larger than {path!r} can have: its fan-in is {sizes[0]} and its "
+            f"fan-out {sizes[1]}; set rank_pattern={{{path!r}: {min(sizes)}}} or less, exclude it, "
+            "or train it whole (train=...)"
+        )
+    return Target(fan_in, fan_out, stack, rank, scale, kind)
+
+
+def _named_axes(
+    path: str, ndim: int, fan_in: Sequence[int], fan_out: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """fan_in and fan_out as they are given, and the axes that are left."""
+    both = [*fan_in, *fan_out]
+    inside = [axis % ndim for axis in both if -ndim <= axis < ndim]
+    if len({*inside}) < len(both) or not fan_in or not fan_out:
+        raise AxesError(
+            f"axes of {path!r} are fan_in={tuple(fan_in)}, fan_out={tuple(fan_out)}: the leaf has "
+            f"{ndim} axes; give one or more to each, none of them twice"
+        )
+    order = lambda axes: tuple(sorted(axis % ndim for axis in axes))
+    return order(fan_in), order(fan_out), order({*range(ndim)} - {*inside})
+
+
+def axes_of(
+    path: str, shape: tuple[int, ...], use: Use | None, why: str, remedy: str = ""
+) -> tuple[Any, Any, Any, str]:
+    """fan_in, fan_out, stack and kind of one leaf; why they are needed, for messages."""
+    if use is not None and (use.fan_in or use.fan_out):
+        return use.fan_in, use.fan_out, use.stack, use.op
+    if len(shape) == 2:
+        return (0,), (1,), (), "dot"
+    if use is None and len(shape) > 2:
+        raise AxesError(
+            f"{path!r} has shape {shape}: which of its axes are contracted cannot be told from the "
+            "shape; pass plan=lowrank.plan(fn, params, *args)"
+        )
+    found = "" if use is None else f", and the plan found no product that takes it (op {use.op!r})"
+    raise AxesError(
+        f"{path!r} has shape {shape}{found}: {why}; {remedy if len(shape) > 2 else ''}exclude it, "
+        "or train it whole (train=...)"
+    )
+
+
+def _stack(path: str, ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
+    """Normalized stack axes of an override."""
+    if any(not -ndim <= axis < ndim for axis in axes):
+        raise AxesError(f"stack={tuple(axes)} for {path!r}: the leaf has {ndim} axes")
+    return tuple(sorted({axis % ndim for axis in axes}))

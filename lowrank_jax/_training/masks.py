@@ -1,0 +1,292 @@
+"""Optax over adapters: what is trained, what it is called, and nothing for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._checks.arguments import (
+    checked,
+    factor_scale,
+    function,
+    rate,
+    shown,
+    transformation,
+    tree_of_arrays,
+)
+from lowrank_jax._errors import ConfigError, TreeError
+from lowrank_jax._jax.paths import flatten
+from lowrank_jax._jax.types import PyTree
+from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
+from lowrank_jax._nodes.methods import method_of
+
+if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
+    import optax
+
+
+@checked(tree=tree_of_arrays)
+def trainable_mask(tree: PyTree) -> Any:
+    """Mark what is trained: True at factors, magnitudes and Full leaves, False elsewhere.
+
+    Args:
+      tree: a combined tree, an adapter, or a parameter tree (all False).
+
+    Returns:
+      A tree of the same structure with a bool at each leaf: what optax.masked and
+      optax.partition want.
+
+    Source: optax.masked, whose frozen leaves need zeroed updates too: see only_adapters.
+
+    >>> import lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> params = {"w": jnp.ones((2, 2)), "c": jnp.ones(2)}
+    >>> base, lora = lowrank.init(jax.random.key(0), params, config)
+    >>> mask = trainable_mask(lowrank.combine(base, lora))
+    >>> mask["w"].base, mask["w"].delta.a, mask["c"]
+    (False, True, False)
+    """
+
+    def mark(node: Any) -> Any:
+        if isinstance(node, Adapted):
+            frozen = jax.tree.map(lambda _: False, node)
+            return Adapted(
+                frozen.base,
+                jax.tree.map(lambda _: True, node.delta),
+                frozen.multiplier,
+                frozen.key,
+                node.rate,
+            )
+        return jax.tree.map(lambda _: is_adapter(node), node)
+
+    leaves, treedef = flatten(tree, is_leaf=is_node)
+    return jax.tree.unflatten(treedef, [mark(leaf) for _, leaf in leaves])
+
+
+@checked()
+def factor_labels(lora: PyTree) -> Any:
+    """Name what is trained: "a", "b", "magnitude" or "full", for optax.partition.
+
+    Give optax.partition this function itself: labels in the form of an nnx.Module can be called,
+    and optax would call them. "full" is what is trained itself and by no product: Full leaves, and
+    rows of a table.
+
+    Args:
+      lora: an adapter.
+
+    Returns:
+      A tree of the same structure with a label at each leaf.
+
+    Raises:
+      TreeError: a leaf is no adapter node.
+
+    Source: LoRA+, arXiv 2402.12354, which gives a and b their own learning rates.
+
+    >>> import lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> _, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
+    >>> factor_labels(lora)["w"].a, factor_labels(lora)["w"].b
+    ('a', 'b')
+    """
+
+    def label(node: Any) -> Any:
+        if isinstance(node, LowRank):
+            whole = method_of(node).is_direct
+            return dataclasses.replace(
+                node, **{name: "full" if whole else name for name in node.labeled}
+            )
+        if isinstance(node, Full):
+            return dataclasses.replace(node, value="full")
+        raise TreeError(
+            "factor_labels takes an adapter (the second result of init); it met "
+            f"{type(node).__name__}"
+        )
+
+    leaves, treedef = flatten(lora, is_leaf=is_node)
+    return jax.tree.unflatten(treedef, [label(leaf) for _, leaf in leaves])
+
+
+@checked(tx=transformation)
+def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Train the adapters of a combined tree and leave the rest alone.
+
+    It goes outermost: around optax.MultiSteps and clipping, which are then of the adapters alone.
+    Donate the old parameters to a jitted step, or the base is copied at each.
+
+    Args:
+      tx: any optax transformation; it sees the trainable leaves only.
+
+    Returns:
+      A transformation for combined trees (in a TrainState or an nnx.Optimizer): no state for frozen
+      leaves, an update of zero for them whatever their gradient (float0 too).
+
+    Raises:
+      TreeError: when initialized on a tree without adapters.
+
+    Source: optax.masked passes the raw gradients of masked leaves through; here they are dropped.
+
+    >>> import lowrank_jax as lowrank, optax
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
+    >>> state = only_adapters(optax.adam(1e-3)).init(lowrank.combine(base, lora))
+    >>> sorted(leaf.size for leaf in jax.tree.leaves(state))  # count, and mu, nu of a and b
+    [1, 2, 2, 2, 2]
+    """
+    import optax
+
+    inner: Any = optax.with_extra_args_support(tx)
+
+    def start(params: PyTree) -> Any:
+        nodes = _nodes(params)
+        if not nodes:
+            raise TreeError(
+                "only_adapters was initialized on a tree without adapters: pass "
+                "lowrank.combine(base, lora)"
+            )
+        return inner.init(nodes)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        if params is None:
+            raise TreeError("only_adapters needs the parameters: tx.update(grads, state, params)")
+        gradients, nodes = _nodes(updates), _nodes(params)
+        if set(gradients) != set(nodes):
+            raise TreeError(
+                "the gradients and the parameters hold adapters at different paths "
+                f"({sorted(set(gradients) ^ set(nodes))[:3]}): differentiate with respect to the "
+                "combined tree"
+            )
+        updated, state = inner.update(gradients, state, nodes, **extra)
+        small: Any = updated
+        leaves, treedef = flatten(params, is_leaf=is_node)
+        full = [_updated(leaf, small.get(path)) for path, leaf in leaves]
+        return jax.tree.unflatten(treedef, full), state
+
+    return optax.GradientTransformationExtraArgs(start, update)
+
+
+@checked(fn=function, tree=tree_of_arrays)
+def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -> Any:
+    """Change the adapters of a combined tree: $a_p \\to fn(a)_p$ for each path p.
+
+    They are as the transformation within `only_adapters` has them, so that what optax makes of its
+    state and of parameters can be made of these: the weights that schedule-free evaluates, say.
+
+    Args:
+      fn: takes a dict of path -> adapter and returns such a dict, of the same paths.
+      tree: a combined tree.
+
+    Returns:
+      The tree with these adapters.
+
+    Raises:
+      TreeError: the tree holds no adapters, or fn returns other paths.
+
+    Source: schedule-free learning, arXiv 2405.15682.
+
+    >>> import lowrank_jax as lowrank, optax
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
+    >>> tree = lowrank.combine(base, lora)
+    >>> state = only_adapters(optax.contrib.schedule_free_sgd(0.1)).init(tree)
+    >>> averaged = lambda nodes: optax.contrib.schedule_free_eval_params(state, nodes)
+    >>> map_adapters(averaged, tree)["w"].delta.a.shape
+    (2, 1)
+    """
+    nodes = _nodes(tree)
+    if not nodes:
+        raise TreeError("map_adapters takes (fn, tree): tree holds no adapters; pass combine(...)")
+    changed = fn(nodes)
+    if not isinstance(changed, dict) or set(changed) != set(nodes):
+        raise TreeError(
+            f"map_adapters takes (fn, tree): fn returned {shown(changed)}; expected a dict of the "
+            f"{len(nodes)} paths of adapters it was given"
+        )
+    leaves, treedef = flatten(tree, is_leaf=is_node)
+
+    def put(leaf: Any, node: Any) -> Any:
+        return dataclasses.replace(leaf, delta=node) if isinstance(leaf, Adapted) else node
+
+    return jax.tree.unflatten(
+        treedef, [put(leaf, changed[path]) if path in changed else leaf for path, leaf in leaves]
+    )
+
+
+def _nodes(tree: PyTree) -> dict[str, Any]:
+    """path -> adapter node: a flat dict, which every container of parameters can turn into."""
+    found = {}
+    for path, leaf in flatten(tree, is_leaf=is_node)[0]:
+        if is_adapter(leaf):
+            found[path] = leaf.delta if isinstance(leaf, Adapted) else leaf
+    return found
+
+
+def _updated(leaf: Any, update: Any) -> Any:
+    """The update of one leaf: that of its adapter, and no change of anything frozen."""
+    if update is None:
+        return jax.tree.map(_no_change, leaf)
+    if not isinstance(leaf, Adapted):
+        return update
+    still = jax.tree.map(_no_change, leaf)
+    return dataclasses.replace(still, delta=update)
+
+
+@jax.tree_util.register_static
+class Unchanged:
+    """The update of a PRNG key, which has no zero: a key and this are that key."""
+
+    def __radd__(self, key: Any) -> Any:
+        return key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unchanged)
+
+    def __hash__(self) -> int:
+        return hash(Unchanged)
+
+
+def _no_change(leaf: Any) -> Any:
+    """A scalar zero of the leaf's dtype: nothing of the leaf's size is made."""
+    dtype = jnp.result_type(leaf)
+    return Unchanged() if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.zeros((), dtype)
+
+
+@checked(make_tx=function, learning_rate=rate, ratio=factor_scale)
+def lora_plus(
+    make_tx: Callable[[Any], optax.GradientTransformation], learning_rate: Any, ratio: float = 16.0
+) -> optax.GradientTransformation:
+    r"""LoRA+: b and magnitudes learn at $\lambda\eta$, everything else at $\eta$.
+
+    Args:
+      make_tx: learning rate -> optax transformation, optax.adamw say.
+      learning_rate: eta, a number or a schedule.
+      ratio: lambda.
+
+    Returns:
+      A transformation for adapters (the second result of init).
+
+    Source: LoRA+, arXiv 2402.12354, section 4.
+
+    >>> import lowrank_jax as lowrank, optax
+    >>> config = lowrank.LoraConfig(rank=1, targets="w")
+    >>> _, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, config)
+    >>> tx = lora_plus(optax.sgd, 0.5)
+    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)
+    >>> float(updates["w"].a[0, 0]), float(updates["w"].b[0, 0])
+    (-0.5, -8.0)
+    """
+    import optax
+
+    faster: Any = lambda count: ratio * learning_rate(count)
+    if not callable(learning_rate):
+        faster = ratio * learning_rate
+    slow, fast = make_tx(learning_rate), make_tx(faster)
+    if not transformation.holds(slow):
+        raise ConfigError(
+            f"make_tx returned {shown(slow)}; expected {transformation.expected}: pass optax.adamw"
+        )
+    return optax.partition({"a": slow, "full": slow, "b": fast, "magnitude": fast}, factor_labels)

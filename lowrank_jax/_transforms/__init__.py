@@ -1,0 +1,1 @@
+"""Functions of functions: lift, plan, report, covariances, functional."""

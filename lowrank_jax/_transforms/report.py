@@ -1,0 +1,311 @@
+"""report: what is trained, what it costs, and how each adapted weight was used."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from lowrank_jax._checks.arguments import (
+    checked,
+    function_of_params,
+    refuse_other_dtypes,
+    tree_of_arrays,
+)
+from lowrank_jax._display.table import Table, Tabled, bytes_text, collapsed, shape_text
+from lowrank_jax._display.text import printable
+from lowrank_jax._interpreter.interpret import Context, Record
+from lowrank_jax._interpreter.table import OPERATIONS
+from lowrank_jax._jax.paths import flatten
+from lowrank_jax._jax.types import PyTree
+from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node, unnormed
+from lowrank_jax._nodes.methods import label_of
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._nodes.sizes import bits_of, bytes_of, count_of, device_bytes_of, sum_over
+from lowrank_jax._operators.dora import count_still
+from lowrank_jax._transforms.lift import evaluate, split
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of the frozen base, of the adapters, and of the scales of quantized leaves."""
+
+    base: int = 0
+    adapters: int = 0
+    scales: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.base + self.adapters + self.scales
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafReport:
+    """One adapted or quantized leaf.
+
+    Args:
+      kind: "LoRA", "DoRA", "LoHa", "VeRA", "(IA)^3", "rows" of a table; "whole" for a leaf
+        trained whole, "frozen" for a quantized one alone.
+      shape: of the leaf.
+      rank, scale: of its adapter, if it has one.
+      trainable: number of values trained.
+      format: of a quantized base: "nf4", say; else None.
+      bits: of the base, for each of its values, scales included.
+      uses: one Record for each equation that took it, in order.
+      still: number of output features that are 0 and have DoRA's magnitude, so that nothing moves
+        them; 0 where the values are not at hand.
+      full: whether rank is the largest that the leaf can have.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    scale: float | None
+    trainable: int
+    format: str | None
+    bits: float
+    uses: tuple[Record, ...] = ()
+    still: int = 0
+    full: bool = False
+
+    @property
+    def how(self) -> str:
+        """How it was used: "factored 2×", "materialized 1×", "dense 1×", "unused"."""
+        counts = Counter(use.how for use in self.uses)
+        return ", ".join(f"{how} {count}×" for how, count in counts.items()) or "unused"
+
+
+class Report(Tabled):
+    """A mapping of path -> LeafReport, over the adapted leaves; `str` and HTML show all of it.
+
+    Args:
+      leaves: path -> LeafReport.
+      trainable: number of values trained.
+      frozen: number of values that are not.
+      memory: bytes of the arrays, each counted once however many devices hold it.
+      device_memory: bytes on one device, where sharding makes that another number.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[str, LeafReport],
+        trainable: int,
+        frozen: int,
+        memory: Memory,
+        device_memory: Memory,
+    ):
+        super().__init__(leaves)
+        self.trainable, self.frozen = trainable, frozen
+        self.memory, self.device_memory = memory, device_memory
+
+    @property
+    def total(self) -> int:
+        """Number of values, frozen and trained."""
+        return self.frozen + self.trainable
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was built densely, never used, or cannot learn; like layers in one sentence."""
+        found = [
+            (path, f"is built densely at {use.primitive}, {use.source}: {use.reason}")
+            for path, leaf in self.items()
+            for use in leaf.uses
+            if use.how in ("materialized", "built")
+        ]
+        found += [
+            (path, "is adapted, but nothing used it: its gradient is zero")
+            for path, leaf in self.items()
+            if leaf.how == "unused"
+        ]
+        found += [
+            (
+                path,
+                f"has {leaf.still} output features of zeros: DoRA gives them no direction, and "
+                "they never learn; adapt the leaf without DoRA, or train it whole",
+            )
+            for path, leaf in self.items()
+            if leaf.still
+        ]
+        return tuple(printable(" ".join(row), 2000) for row, _ in collapsed(dict.fromkeys(found)))
+
+    def _summary(self) -> Table:
+        """Counts and bytes, of all devices and, where that differs, of one."""
+        places = [self.memory]
+        columns = ["", "values", "share", "memory"]
+        if self.device_memory != self.memory:
+            places.append(self.device_memory)
+            columns.append("on one device")
+        rows = []
+        for name, part, count in (
+            ("frozen", "base", self.frozen),
+            ("trained", "adapters", self.trainable),
+        ):
+            share = f"{100 * count / max(1, self.total):.2f}%"
+            sizes = [bytes_text(getattr(memory, part)) for memory in places]
+            rows.append((name, f"{count:,}", share, *sizes))
+        if self.memory.scales:
+            sizes = [bytes_text(memory.scales) for memory in places]
+            rows.append(("scales of quantized leaves", "", "", *sizes))
+        return Table(tuple(columns), tuple(rows), frozenset(columns[1:]))
+
+    def _table(self) -> Table:
+        """One row for each adapted leaf, or for leaves that differ in the number of a layer."""
+        rows = [
+            (path, shape_text(leaf.shape), _adapter(leaf), str(leaf.trainable), leaf.how)
+            for path, leaf in self.items()
+        ]
+        summed = [
+            (path, shape, adapter, f"{count * int(trainable):,}", how)
+            for (path, shape, adapter, trainable, how), count in collapsed(rows)
+        ]
+        columns = (
+            "leaf",
+            "shape",
+            "kept as" if self.memory.scales else "adapter",
+            "trained",
+            "use",
+        )
+        return Table(columns, tuple(summed), frozenset({"trained"}))
+
+    def __str__(self) -> str:
+        parts = [str(self._summary()), *([str(self._table())] if self else [])]
+        if self.notes:
+            parts.append("\n".join(f"- {note}" for note in self.notes))
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        """HTML for a notebook: the tables, and every equation behind a fold."""
+        lines = [
+            f"<li><code>{html.escape(printable(path))}</code>: {html.escape(_use_text(use))}</li>"
+            for path, leaf in self.items()
+            for use in leaf.uses
+        ]
+        notes = [f"<li>{html.escape(note)}</li>" for note in self.notes]
+        return (
+            "<div>"
+            + self._summary().html()
+            + (self._table().html() if self else "")
+            + (f"<ul>{''.join(notes)}</ul>" if notes else "")
+            + f"<details><summary>{len(lines)} equations</summary>"
+            + f"<ul>{''.join(lines)}</ul></details></div>"
+        )
+
+    def __rich__(self) -> Any:
+        """What rich.print shows."""
+        from rich.console import Group
+        from rich.text import Text
+
+        parts = [self._summary().rich()] + ([self._table().rich()] if self else [])
+        return Group(*parts, *(Text(f"- {note}") for note in self.notes))
+
+
+def _adapter(leaf: LeafReport) -> str:
+    if leaf.kind == "whole":
+        return "trained whole"
+    over = "" if leaf.format is None else f"{leaf.format}, {leaf.bits:.2f} bits"
+    if leaf.rank is None:
+        return over
+    rank = f"{leaf.rank} (full)" if leaf.full else f"{leaf.rank}"
+    return f"{leaf.kind} r={rank} s={leaf.scale:.4g}" + (f" on {over}" if over else "")
+
+
+def _use_text(use: Record) -> str:
+    layer = f", {use.layer}" if use.layer else ""
+    return f"{use.how} at {use.primitive}, {use.source}{layer}"
+
+
+@checked(fn=function_of_params, tree=tree_of_arrays)
+def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
+    """Count what is trained and what it costs, and say how fn uses every adapted weight.
+
+    A dry run on shapes: nothing is computed, save which of DoRA's norms are 0 where values are at
+    hand. Each use of an adapted weight is "factored", $x W + s (x a) b$; "materialized", built
+    densely because no rule covers the equation; or "built", because a product of two weights has to
+    build the smaller. A leaf trained whole is "dense".
+
+    Args:
+      fn: the function, as for lift (a lifted one serves too).
+      tree: its first argument: a combined tree, or parameters without adapters. Arrays, or
+        jax.ShapeDtypeStruct.
+      *args: other arguments of fn: arrays or jax.ShapeDtypeStruct, or anything static.
+      **kwargs: likewise.
+
+    Returns:
+      A Report: a mapping of path -> LeafReport over the adapted leaves, with the counts and bytes
+      of all. str(), rich and notebooks show it.
+
+    Raises:
+      TreeError: tree is an adapter without its base.
+
+    Source: the counts are those of LoRA, arXiv 2106.09685, section 4.2.
+
+    >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=2, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((64, 32))}, config)
+    >>> fn = lambda params, x: x @ params["w"]
+    >>> print(report(fn, lowrank.combine(base, lora), jnp.ones((1, 64))))
+             values   share    memory
+    ---------------------------------
+    frozen    2,048  91.43%  8.00 KiB
+    trained     192   8.57%     768 B
+    <BLANKLINE>
+    leaf  shape  adapter       trained  use
+    -----------------------------------------------
+    w     64×32  LoRA r=2 s=2      192  factored 1×
+    """
+    call, dynamic, paths = split((tree, *args), kwargs)
+    refuse_other_dtypes(dynamic, paths)
+    ctx = Context(OPERATIONS, inline_jit=True)
+    jax.eval_shape(lambda dynamic: evaluate(fn, call, dynamic, paths, ctx), dynamic)
+    leaves = [(path, unnormed(leaf)) for path, leaf in flatten(tree, is_leaf=is_node)[0]]
+    nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
+    uses: dict[str, list[Record]] = {}
+    for record in ctx.records:
+        uses.setdefault(record.path, []).append(record)
+    leaves = {path: _leaf(node, tuple(uses.get(path, ()))) for path, node in nodes.items()}
+    base_of = lambda leaf: leaf.base if isinstance(leaf, Adapted) else leaf
+    frozen = jax.tree.map(base_of, tree, is_leaf=is_node)
+    deltas = [
+        node.delta if isinstance(node, Adapted) else node
+        for node in nodes.values()
+        if is_adapter(node)
+    ]
+    scales = [
+        (leaf.scales, leaf.nested, leaf.offset, leaf.nested_map)
+        for leaf in map(unnormed, jax.tree.leaves(frozen, is_leaf=is_node))
+        if isinstance(leaf, Quantized)
+    ]
+
+    def memory(size: Callable[[Any], int]) -> Memory:
+        base = sum_over(size, frozen) - sum_over(size, scales)
+        return Memory(base, sum_over(size, deltas), sum_over(size, scales))
+
+    counted = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_node) if hasattr(leaf, "shape")]
+    return Report(
+        leaves,
+        sum_over(count_of, deltas),
+        sum(map(count_of, counted)),
+        memory(bytes_of),
+        memory(device_bytes_of),
+    )
+
+
+def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
+    """What there is to say of one node."""
+    shape, base = tuple(node.shape), unnormed(node.base if isinstance(node, Adapted) else node)
+    format = base.format if isinstance(base, Quantized) else None
+    bits = bits_of(base)
+    if isinstance(node, Quantized):
+        return LeafReport("frozen", shape, None, None, 0, format, bits, uses)
+    delta = node.delta if isinstance(node, Adapted) else node
+    count = sum_over(count_of, delta)
+    if isinstance(delta, Full):
+        return LeafReport("whole", shape, None, None, count, format, bits, uses)
+    still = count_still(node.base, delta) if isinstance(node, Adapted) else 0
+    numbers = delta.rank, delta.scale, count
+    return LeafReport(label_of(delta), shape, *numbers, format, bits, uses, still, delta.is_full)

@@ -1,0 +1,1 @@
+"""Functions of trees: init, combine, merge, quantize, specs, fingerprints."""

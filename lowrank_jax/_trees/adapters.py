@@ -1,0 +1,253 @@
+"""combine, partition, merge: a frozen tree and its trainable mirror, put together and apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._checks.arguments import checked, key, number_like, shown, tree_of_arrays
+from lowrank_jax._errors import ConfigError, TreeError, listing
+from lowrank_jax._jax.paths import flatten, path_hash
+from lowrank_jax._jax.types import PyTree
+from lowrank_jax._nodes import (
+    Adapted,
+    Full,
+    LowRank,
+    Normed,
+    is_node,
+    normed,
+)
+from lowrank_jax._operators.dora import gain_of
+from lowrank_jax._operators.materialize import materialize
+from lowrank_jax._trees.init import typed_key
+
+
+@checked(scale=number_like, key=key)
+def combine(
+    base: PyTree,
+    lora: PyTree,
+    *,
+    scale: Any = 1.0,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> Any:
+    r"""Put base and adapter into one tree of nodes, without arithmetic.
+
+    $W_\text{eff} = W + m\,s\,a\,b$ with m the multiplier `scale`.
+
+    The tree shares the buffers of base, and base those of the parameters, on purpose: nothing
+    frozen is held twice. So a jitted step that donates the combined tree consumes the parameters.
+
+    Args:
+      base: the frozen tree, as init returns it. Raw parameters will do: with DoRA the norms of
+        their leaves are then computed here, at each call.
+      lora: the adapter, as init returns it.
+      scale: m, a number or a traced scalar; 0 turns the adapter off. It multiplies all that the
+        adapter changes, DoRA's change of magnitude included.
+      dropout: rate in [0, 1) on the input of the adapter branch of matrix products and
+        convolutions, a mask for each leaf, use and layer; look-ups have no input to drop. A weight
+        that a loop uses at every step, without slicing it, has one mask for all steps.
+      key: PRNG key of the masks, needed with dropout.
+
+    Returns:
+      A tree like base with Adapted nodes, for functions made by lift.
+
+    Raises:
+      TreeError: lora does not fit base; every path that does not is listed.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1.
+
+    >>> import lowrank_jax as lowrank
+    >>> params = {"w": jnp.ones((4, 3)), "scale": jnp.ones(3)}
+    >>> config = lowrank.LoraConfig(rank=2, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), params, config)
+    >>> tree = combine(base, lora)
+    >>> type(tree["w"]).__name__, tree["w"].shape, tree["scale"].shape
+    ('Adapted', (4, 3), (3,))
+    """
+    leaves, treedef = flatten(base, is_leaf=is_node)
+    nodes = _nodes_of(leaves, lora)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ConfigError(f"dropout is a static rate in [0, 1), not {dropout!r}")
+    if dropout and key is None:
+        raise ConfigError("dropout needs a key: combine(base, lora, dropout=rate, key=key)")
+    multiplier = _multiplier(scale)
+    combined = []
+    for path, leaf in leaves:
+        node = nodes.get(path)
+        if node is None:
+            combined.append(leaf)
+            continue
+        if isinstance(node, LowRank) and node.magnitude is not None and not node.folded:
+            _, fan_out, stack = node.for_shape(leaf.shape).axes(leaf.ndim)
+            known = isinstance(leaf, Normed) and leaf.axes == (*stack, *fan_out)
+            leaf = leaf if known else normed(leaf, node)
+        masks = None
+        if dropout and isinstance(node, LowRank):
+            masks = _mask_keys(key, path, node)
+        own = multiplier if multiplier is None else jnp.array(multiplier)  # it may be donated
+        rate = float(dropout) if masks is not None else 0.0
+        combined.append(Adapted(leaf, node, own, masks, rate))
+    return jax.tree.unflatten(treedef, combined)
+
+
+def _multiplier(scale: Any) -> jax.Array | None:
+    """The scale as a scalar array, or None for 1."""
+    if isinstance(scale, int | float) and scale == 1:
+        return None
+    scale = scale if hasattr(scale, "dtype") else float(scale)
+    if jnp.shape(scale):
+        raise ConfigError(
+            f"scale is one number, not an array of shape {jnp.shape(scale)}; for a sweep, jax.vmap "
+            "over a function of the scale"
+        )
+    return jnp.asarray(scale, jnp.float32)
+
+
+def _mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
+    """One dropout key for each stacked weight of a leaf."""
+    leaf_key = jax.random.fold_in(typed_key(key), path_hash(path))
+    return jax.random.split(leaf_key, node.stacked) if node.stacked else leaf_key
+
+
+def _nodes_of(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, Any]:
+    """Adapter nodes by path, checked against the base."""
+    nodes = dict(flatten(lora, is_leaf=is_node)[0])
+    arrays = dict(leaves)
+    swapped = any(isinstance(leaf, LowRank | Full) for leaf in arrays.values())
+    if swapped or any(isinstance(leaf, Adapted) for leaf in arrays.values()):
+        what = "the adapter" if swapped else "a combined tree"
+        raise TreeError(
+            f"the first argument is {what}, not a base: the order is (base, lora)"
+            + ("" if swapped else "; lowrank.partition(tree) takes a combined tree apart")
+        )
+    problems = []
+    for path, node in nodes.items():
+        if not isinstance(node, LowRank | Full):
+            raise TreeError(
+                f"{path!r} of the adapter is {type(node).__name__}, not LowRank, Full or None: "
+                "pass the second result of init"
+            )
+        if path not in arrays:
+            problems.append(f"{path}: in the adapter, not in the base")
+        elif not hasattr(arrays[path], "shape"):
+            problems.append(f"{path}: {shown(arrays[path])} in the base, not an array")
+        elif not node.fits(arrays[path].shape):
+            problems.append(
+                f"{path}: the adapter is for shape {tuple(node.shape)}, the base has "
+                f"{tuple(arrays[path].shape)}"
+            )
+    if problems:
+        raise TreeError(
+            "the adapter does not fit the base: it belongs to another model, or to another level "
+            f"of the tree (params against variables['params']):\n{listing(problems)}"
+        )
+    if not nodes:
+        raise TreeError("the adapter holds no node: pass the second result of init")
+    return nodes
+
+
+@checked(tree=tree_of_arrays)
+def partition(tree: PyTree) -> tuple[Any, Any]:
+    """Take a combined tree apart into (base, lora): the inverse of combine.
+
+    Args:
+      tree: what combine returned, or a tree like it (after an update, say).
+
+    Returns:
+      (base, lora); scale and dropout, which are of one call, are dropped.
+
+    Source: structural only, no arithmetic.
+
+    >>> import lowrank_jax as lowrank
+    >>> params = {"w": jnp.ones((4, 3))}
+    >>> config = lowrank.LoraConfig(rank=2, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), params, config)
+    >>> again, same = partition(combine(base, lora))
+    >>> same["w"] is lora["w"], again["w"] is base["w"]
+    (True, True)
+    """
+    leaves, treedef = flatten(tree, is_leaf=is_node)
+    if bare := [path for path, leaf in leaves if isinstance(leaf, LowRank | Full)]:
+        raise TreeError(f"{bare[0]!r} is an adapter without its base: pass a combined tree")
+    base = [leaf.base if isinstance(leaf, Adapted) else leaf for _, leaf in leaves]
+    lora = [leaf.delta if isinstance(leaf, Adapted) else None for _, leaf in leaves]
+    return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
+
+
+@checked(scale=number_like)
+def merge(base: PyTree, lora: PyTree, *, scale: Any = 1.0) -> Any:
+    r"""Fold the adapter into dense weights: $W + m\,s\,a\,b$, added in float32 and cast once.
+
+    Args:
+      base: the frozen tree; it is not changed.
+      lora: the adapter.
+      scale: m, as in combine.
+
+    Returns:
+      A dense tree like the parameters, with their dtypes. Leaves that are not adapted are base's
+      own arrays; none is the adapter's.
+
+    Raises:
+      TreeError: lora does not fit base.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1 ("no additional inference latency").
+
+    >>> import lowrank_jax as lowrank
+    >>> params = {"w": jnp.ones((4, 3))}
+    >>> config = lowrank.LoraConfig(rank=2, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), params, config)
+    >>> bool((merge(base, lora)["w"] == params["w"]).all())
+    True
+    """
+
+    def dense(leaf: Any) -> Any:
+        whole = isinstance(leaf, Adapted) and isinstance(leaf.delta, Full)
+        # the adapter may be donated, and what is merged stays
+        return jnp.array(materialize(leaf), copy=True) if whole else materialize(leaf)
+
+    return jax.tree.map(dense, combine(base, lora, scale=scale), is_leaf=is_node)
+
+
+@checked()
+def fold_norms(base: PyTree, lora: PyTree) -> Any:
+    r"""Make DoRA as cheap as LoRA for inference: compute its norms once and for all.
+
+    $y = c \odot (x W + s\,(x a) b)$ with $c = m / \lVert W + s\,a\,b \rVert$ kept in place of m.
+
+    Args:
+      base: the frozen tree.
+      lora: the adapter.
+
+    Returns:
+      The adapter with c, [*stack, *fan_out], for magnitude. It gives the same function, takes no
+      norm, and is not for training: a and b no longer change c. Save the adapter before.
+
+    Raises:
+      TreeError: lora does not fit base, or has no magnitude to fold.
+
+    Source: DoRA, arXiv 2402.09353, equation 5.
+
+    >>> import lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=2, targets="w", dora=True)
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, config)
+    >>> fold_norms(base, lora)["w"].magnitude, lora["w"].magnitude
+    (Array([1., 1., 1.], dtype=float32), Array([2., 2., 2.], dtype=float32))
+    """
+    leaves = dict(flatten(base, is_leaf=is_node)[0])
+    nodes = _nodes_of(list(leaves.items()), lora)
+    if all(getattr(node, "magnitude", None) is None for node in nodes.values()):
+        raise TreeError(
+            "the adapter has no magnitude: there is nothing to fold in one without DoRA"
+        )
+
+    def fold(path: str, node: Any) -> Any:
+        if not isinstance(node, LowRank) or node.magnitude is None:
+            return node
+        return dataclasses.replace(node, magnitude=gain_of(leaves[path], node), folded=True)
+
+    pairs, treedef = flatten(lora, is_leaf=is_node)
+    return jax.tree.unflatten(treedef, [fold(path, node) for path, node in pairs])

@@ -1,0 +1,161 @@
+"""Content hashes: the fingerprint of a tree of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._checks.arguments import checked, shown, tree_of_arrays
+from lowrank_jax._errors import TreeError
+from lowrank_jax._jax.paths import flatten, renamed
+from lowrank_jax._jax.processes import gathered
+from lowrank_jax._jax.types import PyTree
+from lowrank_jax._nodes import Normed, is_adapter, unnormed
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Fingerprint:
+    """Identity of a tree; equal for trees of equal paths, shapes, dtypes and bytes.
+
+    Args:
+      leaves: (path, shape, dtype name, SHA-256 of the bytes in hex) of each leaf, by path.
+    """
+
+    leaves: tuple[tuple[str, tuple[int, ...], str, str], ...]
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256, in hex, of all leaves."""
+        return hashlib.sha256(repr(self.leaves).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Fingerprint({len(self.leaves)} leaves, {self.digest[:16]})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fingerprint as plain JSON values."""
+        leaves = {path: [list(shape), dtype, sha] for path, shape, dtype, sha in self.leaves}
+        return {"algorithm": "sha256", "leaves": leaves}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
+        """The fingerprint of the values of `to_dict`."""
+        try:
+            algorithm = values["algorithm"]
+            leaves = [
+                (str(path), tuple(int(size) for size in shape), str(dtype), str(sha))
+                for path, (shape, dtype, sha) in values["leaves"].items()
+            ]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise TreeError(
+                f"values is {shown(values)}, not a dictionary of Fingerprint.to_dict "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if algorithm != "sha256":
+            raise TreeError(f"fingerprints are by 'sha256', not {algorithm!r}")
+        return cls(tuple(sorted(leaves)))
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """One line for each path in which `other` is not this tree."""
+        show = lambda leaf: f"{leaf[1]}{list(leaf[0])} of SHA-256 {leaf[2][:12]}"
+        mine, theirs = ({p: show(rest) for p, *rest in f.leaves} for f in (self, other))
+        return differences(renamed(mine, theirs), theirs)
+
+
+def differences(expected: Mapping[str, str], came: Mapping[str, str]) -> list[str]:
+    """One line for each key that is missing, unexpected, or not what was expected."""
+    lines = []
+    for key in sorted(expected.keys() | came.keys()):
+        if key not in came:
+            lines.append(f"{key}: missing, expected {expected[key]}")
+        elif key not in expected:
+            lines.append(f"{key}: unexpected, {came[key]}")
+        elif came[key] != expected[key]:
+            lines.append(f"{key}: {came[key]}, expected {expected[key]}")
+    return lines
+
+
+@checked(tree=tree_of_arrays)
+def fingerprint(tree: PyTree) -> Fingerprint:
+    """Compute the identity of a base: path, shape, dtype and SHA-256 of the bytes of each leaf.
+
+    Leaf by leaf: at most a few leaves are on the host at once, and none stays there. Neither the
+    order of keys nor sharding nor the kind of container (dict, nnx.State) changes it. Compute it
+    once and hand it to `checkpoint.save` in place of the tree.
+
+    Args:
+      tree: any pytree of arrays, of any dtype; typed PRNG keys count as their data, and the norms
+        that DoRA has a base carry do not count.
+
+    Returns:
+      A small frozen object: compare with ==, store with to_dict / from_dict.
+
+    Raises:
+      TreeError: a leaf has no values (traced, abstract, deleted, not numeric), or the tree holds
+        adapters.
+
+    Source: SHA-256, FIPS 180-4.
+
+    >>> params = {"w": jnp.ones((4, 3), jnp.bfloat16), "step": jnp.array(3)}
+    >>> fingerprint(params)
+    Fingerprint(2 leaves, 497348a38e8647fe)
+    >>> fingerprint(params) == fingerprint({**params, "step": jnp.array(4)})
+    False
+    """
+    own, treedef = flatten(tree, is_leaf=lambda leaf: isinstance(leaf, Normed))
+    plain = jax.tree.unflatten(treedef, [unnormed(leaf) for _, leaf in own])
+    leaves = flatten(plain, is_leaf=is_adapter)[0]
+    if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
+        raise TreeError(
+            f"a fingerprint is of the frozen base, and {adapted[0]!r} is an adapter: pass the base "
+            "(lowrank.partition takes a combined tree apart)"
+        )
+    # nodes of other kinds (quantized leaves) count by their parts
+    leaves = flatten(plain)[0]
+    if jax.process_count() > 1:  # leaves are gathered by all processes, in one order
+        return Fingerprint(tuple(sorted(_leaf(path, gathered(leaf)) for path, leaf in leaves)))
+    # hashlib releases the GIL: threads read and hash several leaves at once
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return Fingerprint(
+            tuple(sorted(pool.map(_leaf, *zip(*leaves, strict=True)))) if leaves else ()
+        )
+
+
+def _leaf(path: str, leaf: Any) -> tuple[str, tuple[int, ...], str, str]:
+    """Path, shape, dtype name and content hash of one leaf."""
+    array = to_host(path, leaf)
+    return path, array.shape, array.dtype.name, sha256(array)
+
+
+def to_host(path: str, leaf: Any) -> np.ndarray:
+    """A leaf's values as a contiguous array, which no jax.Array keeps alive; copied if need be."""
+    try:
+        if jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if isinstance(leaf, jax.Array):
+            # numpy.asarray leaves its host copy in the jax.Array: give it one to throw away
+            shards = [shard.data for shard in leaf.addressable_shards]
+            leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+        array = np.asarray(leaf, order="C")
+    except Exception as error:
+        raise TreeError(
+            f"{path!r} has no values to read ({type(error).__name__}): {error}"
+        ) from error
+    if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise TreeError(
+            f"{path!r} is {type(leaf).__name__}, not an array of numbers with values; take it out "
+            "of the tree, or make it one"
+        )
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def sha256(array: np.ndarray) -> str:
+    """SHA-256 of a contiguous array's bytes, in hex."""
+    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()

@@ -1,0 +1,228 @@
+"""init: the adapter of a parameter tree, and the base that is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import initializers
+from lowrank_jax._checks.arguments import anything, checked, is_seed, key_or_seed, shown
+from lowrank_jax._errors import ConfigError, TreeError
+from lowrank_jax._jax.paths import Pattern, flatten, matches, no_match, path_hash
+from lowrank_jax._jax.types import PyTree
+from lowrank_jax._nodes import (
+    LowRank,
+    is_adapter,
+    is_node,
+    normed,
+    trained_whole,
+    unnormed,
+)
+from lowrank_jax._nodes.family import start_rows
+from lowrank_jax._nodes.methods import find_method
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._operators.dora import norms_of
+from lowrank_jax._targeting.configs import LoraConfig
+from lowrank_jax._targeting.plan import Plan
+from lowrank_jax._targeting.targets import (
+    Target,
+    resolve,
+    train_rows,
+    train_whole,
+    warn_of_passed_over,
+)
+from lowrank_jax._trees.factors import make_factors
+from lowrank_jax._trees.quantize import quantize_leaf, refuse_bad
+
+Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
+
+
+@checked(key=key_or_seed, initializer=anything)
+def init(
+    key: jax.Array | int,
+    params: PyTree,
+    config: LoraConfig,
+    *,
+    plan: Plan | None = None,
+    initializer: Initializer | str | Mapping[Pattern, Initializer | str] | None = None,
+) -> tuple[Any, Any]:
+    r"""Make the adapter of a parameter tree.
+
+    For each target $W$ of shape [*stack, *i, *o] (in any order of axes): a is [*stack, *i, r], b is
+    [*stack, r, *o], and $W_\text{eff} = W + s\,a\,b$; with `config.dora`
+    $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b \rVert$ for each output feature, m
+    being that norm at first.
+
+    Args:
+      key: PRNG key, or an integer seed of one; a leaf's own key is fold_in(key, hash of its path),
+        so that adding a target changes no other adapter.
+      params: any pytree of arrays.
+      config: which leaves, of which rank and scale.
+      plan: of the function that uses params; needed for "all-linear" and for leaves of more than
+        two axes. Without it a matrix is taken as [i, o].
+      initializer: (key, weight [i, o] float32, rank, scale) -> (a, b, residual or None), the name
+        of one ("pissa"), or a mapping of pattern -> either, in which a leaf's own path goes before
+        patterns; None is kaiming, and `lookup` for tables read by rows. A function that brings data
+        is a callable pytree, whose arrays have the leaf's stack axes first. A float64 leaf's weight
+        arrives as float64. What rounding the factors to `factor_dtype` takes from a b is added to
+        the residual, so that the function is kept.
+
+    Returns:
+      (base, lora). base is params itself, save where an initializer moved weight into the factors,
+      and where config.dora has leaves carry their squared norm (Normed nodes). lora mirrors params:
+      LowRank at the targets, Full at leaves of config.train, None elsewhere. It shares no array
+      with params or base, so it may be donated; base shares those of params.
+
+    Raises:
+      PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy.
+
+    Warns:
+      PlanWarning: naming the leaves that "all-linear" passes over though they reach a product, by
+        operations that no rule follows.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; DoRA, arXiv 2402.09353, section 4.
+
+    >>> config = LoraConfig(rank=2, targets="dense/kernel")
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    >>> base, lora = init(jax.random.key(0), params, config)
+    >>> lora["dense"]["kernel"].a.shape, lora["dense"]["kernel"].scale, lora["dense"]["bias"]
+    ((4, 2), 2.0, None)
+    """
+    given: Any = key
+    root = jax.random.key(operator.index(given)) if is_seed(given) else typed_key(given)
+    leaves, treedef = flatten(params, is_leaf=is_node)
+    if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
+        raise TreeError(
+            f"params already holds adapters ({adapted[0]!r} and {len(adapted) - 1} more): pass the "
+            "base, or lowrank.merge(base, lora) to start from the merged weights"
+        )
+    arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
+    targets = resolve(arrays, config, plan)
+    whole, rows = train_whole(arrays, config), train_rows(arrays, config)
+    warn_of_passed_over(plan, config.targets, targets, (*config.exclude, *whole, *rows))
+    if find_method(config.method).start and initializer is not None:
+        raise ConfigError(f"an initializer is of LoRA's a and b; {config.method!r} has its own")
+    chosen = _initializers(initializer, targets)
+    base, lora = [], []
+    for path, leaf in leaves:
+        node, leaf = None, unnormed(leaf)
+        if path in targets:
+            leaf_key = jax.random.fold_in(root, path_hash(path))
+            leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], chosen[path], config)
+        elif path in whole:
+            node = trained_whole(leaf)
+        elif path in rows:
+            node = start_rows(path, leaf, rows[path], config.factor_dtype)
+        base.append(leaf)
+        lora.append(node)
+    return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
+
+
+def _initializers(given: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
+    """The initializer of each target, None where it is the default.
+
+    A target's own path goes before patterns, of which the first that matches wins: what is made
+    from data names each leaf, and a path may hold a "*".
+    """
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(targets, _initializer("initializer", given))
+    found: dict[str, Any] = {}
+    for pattern, value in given.items():
+        own = _initializer(f"initializer[{pattern!r}]", value)
+        if isinstance(pattern, str) and pattern in targets:
+            hits = [pattern]
+        else:
+            hits = [path for path in targets if matches(pattern, path) and path not in given]
+            if not any(matches(pattern, path) for path in targets):
+                raise no_match(pattern, list(targets), "initializer (over the adapted leaves)")
+        for path in hits:
+            found.setdefault(path, own)
+    return {path: found.get(path) for path in targets}
+
+
+def _initializer(name: str, value: Any) -> Any:
+    """The function of an initializer, which may be given by name."""
+    if value is None or (callable(value) and not isinstance(value, type)):
+        return value
+    if isinstance(value, str) and value in initializers.BY_NAME:
+        return initializers.BY_NAME[value]
+    raise ConfigError(
+        f"{name} is {shown(value)}; expected a function (key, weight, rank, scale) -> "
+        f"(a, b, residual), one of the names {sorted(initializers.BY_NAME)}, or a mapping of "
+        "pattern to either"
+    )
+
+
+def typed_key(key: jax.Array) -> jax.Array:
+    """A typed key of an old-style uint32 one, whose words tell what made it.
+
+    A key of Threefry is one in a process with another default too: a checkpoint may bring it there.
+    """
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    settings: Any = jax.config  # JAX 0.10 does not declare the names of its settings
+    words, default = key.shape[-1], settings.jax_default_prng_impl
+    if _KEY_WORDS.get(default, words) == words:
+        return jax.random.wrap_key_data(key)
+    made_by = next((impl for impl, size in _KEY_WORDS.items() if size == words), default)
+    return jax.random.wrap_key_data(key, impl=made_by)
+
+
+_KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
+
+
+def _init_leaf(
+    key: jax.Array, path: str, leaf: Any, target: Target, initializer: Any, config: LoraConfig
+) -> tuple[Any, LowRank]:
+    """The base that is left of one leaf, and its adapter."""
+    if start := find_method(config.method).start:
+        return _normed(leaf, start(key, leaf, target, config), config)
+    if initializer is None:
+        initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
+    quant = getattr(initializer, "quant", None)
+    try:
+        made = make_factors(key, path, leaf, target, initializer, config.factor_dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{path!r}: {error}") from error
+    a, b, residual = made
+    if residual is not None:
+        if isinstance(leaf, Quantized):
+            raise ConfigError(
+                f"{path!r} is quantized, and its initializer moves weight out of the base: pass "
+                "dense parameters and quantize after, or take another initializer"
+            )
+        if quant is None:
+            leaf = residual.astype(leaf.dtype)
+        else:
+            leaf = _quantized(path, residual, leaf, target, quant)
+    axes = target.fan_in, target.fan_out, target.stack
+    node = LowRank(a, b, None, *axes, target.scale, target.kind, moved=residual is not None)
+    return _normed(leaf, node, config)
+
+
+def _normed(leaf: Any, node: LowRank, config: LoraConfig) -> tuple[Any, LowRank]:
+    """With DoRA the leaf carries its squared norms, and the adapter a magnitude."""
+    if not config.dora:
+        return leaf, node
+    leaf = normed(leaf, node)
+    return leaf, dataclasses.replace(node, magnitude=_norms(leaf, node))
+
+
+_norms = jax.jit(norms_of)
+
+
+def _quantized(path: str, residual: Any, leaf: Any, target: Target, quant: Any) -> Quantized:
+    """The base of an initializer that quantizes it, of the leaf's own dtype."""
+    if target.kind == "lookup":
+        raise ConfigError(
+            f"{path!r} is read by rows: an initializer that quantizes the base is for products; "
+            "exclude the leaf, or give it another initializer"
+        )
+    node, bad = quantize_leaf(path, residual, target.fan_in, target.stack, quant)
+    refuse_bad({path: bad}, {path: residual})
+    return dataclasses.replace(node, weight_dtype=jnp.dtype(leaf.dtype).name)

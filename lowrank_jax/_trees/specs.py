@@ -1,0 +1,174 @@
+"""specs: how base and adapter lie on a mesh, from how the dense parameters do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import NamedSharding
+from jax import P as PartitionSpec
+
+from lowrank_jax._checks.arguments import checked
+from lowrank_jax._errors import TreeError, listing
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.paths import flatten
+from lowrank_jax._jax.types import PyTree
+from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, unnormed
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._primitives.contract import RANK, labeled_spec
+
+Spec = PartitionSpec | NamedSharding
+
+
+@checked()
+def specs(tree: PyTree, dense_specs: Any) -> Any:
+    """Give every array of a tree the PartitionSpec that follows from the dense parameter's.
+
+    A factor's axis is split as the axis of the weight that it runs along, and the axis of the rank
+    is not split: a weight [i, o] of P("data", "model") has a: P("data", None), b: P(None, "model").
+    The codes and scales of a quantized leaf are split as its axes are, whole blocks to a device;
+    scales of scales, and a leaf kept flat, along stack axes alone.
+
+    Args:
+      tree: a base, an adapter, or a combined tree; jax.ShapeDtypeStruct will do (jax.eval_shape of
+        init, to make an adapter that is sharded from the start).
+      dense_specs: PartitionSpec, NamedSharding or None (not split) by the leaves of the dense
+        parameters. One at a branch holds for all leaves below it.
+
+    Returns:
+      The tree's own structure with a PartitionSpec at every array, or a NamedSharding where that is
+      what dense_specs has: jax.device_put and jax.jit take those as they are.
+
+    Raises:
+      TreeError: a leaf has no spec, a spec has no leaf or more entries than its leaf has axes, or
+        would split a block; all are listed.
+
+    Source: the layout of Megatron-LM, arXiv 1909.08053 section 3, carried over to the factors.
+
+    >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> from jax.sharding import PartitionSpec as P
+    >>> config = lowrank.LoraConfig(rank=2, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((8, 4))}, config)
+    >>> split = specs(lora, {"w": P("data", "model")})
+    >>> split["w"].a == P("data", None), split["w"].b == P(None, "model")
+    (True, True)
+    """
+    is_spec = lambda leaf: leaf is None or isinstance(leaf, Spec)
+    given = dict(flatten(dense_specs, is_leaf=is_spec)[0])
+    if wrong := [path for path, spec in given.items() if not is_spec(spec)]:
+        raise TreeError(
+            f"dense_specs holds {type(given[wrong[0]]).__name__} at {wrong[0]!r}, where a "
+            "PartitionSpec, a NamedSharding or None is expected: the order is (tree, dense_specs)"
+        )
+    leaves, treedef = flatten(tree, is_leaf=is_node)
+    many = _stacked_adapters([leaf for _, leaf in leaves])
+    found, used, problems = [], set(), []
+    for path, leaf in leaves:
+        at = _nearest(given, path)
+        if at is None:
+            problems.append(f"{path}: no spec")
+            continue
+        used.add(at)
+        spec = given[at] if given[at] is not None else PartitionSpec()
+        ndim = _ndim(leaf, many)
+        if len(_entries(spec)) > ndim:
+            problems.append(f"{path}: {_entries(spec)} for a leaf of {ndim} axes")
+            continue
+        if problem := _indivisible(unnormed(getattr(leaf, "base", leaf)), spec):
+            problems.append(f"{path}: {problem}")
+            continue
+        found.append(_of(leaf, spec, ndim, many))
+    if not any(isinstance(leaf, LowRank | Full) for _, leaf in leaves):  # an adapter has few paths
+        unused = [path for path, spec in given.items() if spec is not None and path not in used]
+        problems += [f"{path}: a spec, but no leaf" for path in unused]
+    if problems:
+        raise TreeError(
+            "dense_specs does not fit the tree: pass the specs of the dense parameters, at the "
+            f"same level of the tree:\n{listing(problems)}"
+        )
+    return jax.tree.unflatten(treedef, found)
+
+
+def _nearest(given: Mapping[str, Any], path: str) -> str | None:
+    """The path of the spec that holds for a leaf: its own, or a branch's above it."""
+    parts = path.split("/")
+    above = ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return next((name for name in above if name in given), None)
+
+
+def _entries(spec: Spec) -> PartitionSpec:
+    return spec.spec if isinstance(spec, NamedSharding) else spec
+
+
+def _indivisible(leaf: Any, spec: Spec) -> str | None:
+    """Why a leaf in blocks cannot be split so, or None."""
+    if not isinstance(leaf, Quantized) or leaf.order is not None:
+        return None
+    first, entries = leaf.leading, tuple(_entries(spec))
+    last = first + len(leaf.blocked) - 1
+    inner = range(first + 1, min(last + 1, len(entries)))
+    if within := [axis for axis in inner if entries[axis] is not None]:
+        return (
+            f"axis {within[0]} is split, but blocks of {leaf.block_size} run through axes {first} "
+            f"to {last}; split axis {first}, or another one"
+        )
+    entry = entries[first] if first < len(entries) else None
+    if entry is None or not isinstance(spec, NamedSharding):
+        return None
+    names = (entry,) if isinstance(entry, str) else entry
+    blocks, devices = leaf.codes.shape[first], jaxprs.parts_of(spec.mesh, entry)
+    if blocks % devices == 0:
+        return None
+    return (
+        f"axis {first} is {blocks} blocks of {leaf.block_size}, which {devices} devices "
+        f"({', '.join(names)}) cannot share; split another axis, or quantize it in smaller blocks"
+    )
+
+
+def _stacked_adapters(leaves: Sequence[Any]) -> int:
+    """How many axes of stacked adapters lead the arrays of an adapter."""
+    return max((leaf.adapters for leaf in leaves if isinstance(leaf, LowRank)), default=0)
+
+
+def _ndim(leaf: Any, many: int) -> int:
+    """Number of axes of the dense leaf, without those of stacked adapters."""
+    if isinstance(leaf, LowRank):
+        return len(leaf.fan_in) + len(leaf.fan_out) + len(leaf.stack)
+    return getattr(leaf, "ndim", 0) - (many if isinstance(leaf, Full) else 0)
+
+
+def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
+    """The leaf with specs in place of its arrays."""
+    entries = _entries(spec)
+    ahead = (RANK,) * many
+    wrap = lambda own: (
+        NamedSharding(spec.mesh, own, memory_kind=spec.memory_kind)
+        if isinstance(spec, NamedSharding)
+        else own
+    )
+    if isinstance(leaf, Full):
+        value = labeled_spec(entries, (*ahead, *range(ndim))) if many else entries
+        return dataclasses.replace(leaf, value=wrap(value))
+    if isinstance(leaf, Adapted):
+        keys = leaf.delta.stack if isinstance(leaf.delta, LowRank) else ()
+        return dataclasses.replace(
+            leaf,
+            base=_of(leaf.base, spec, ndim),
+            delta=_of(leaf.delta, spec, ndim),
+            multiplier=None if leaf.multiplier is None else wrap(PartitionSpec()),
+            key=None if leaf.key is None else wrap(labeled_spec(entries, keys)),
+        )
+    if isinstance(leaf, Normed):
+        squares = wrap(labeled_spec(entries, leaf.axes))
+        return dataclasses.replace(leaf, value=_of(leaf.value, spec, ndim), squares=squares)
+    if isinstance(leaf, Quantized):
+        return leaf.mapped(lambda labels: wrap(labeled_spec(entries, labels)))
+    if not isinstance(leaf, LowRank):
+        return wrap(entries)
+    parts = {
+        name: wrap(labeled_spec(entries, (*ahead, *labels)))
+        for name, labels in leaf.labeled.items()
+    }
+    return dataclasses.replace(leaf, **parts)
