@@ -592,14 +592,14 @@ def test_second_writer_errors_at_once(tmp_path):
 def test_a_reader_that_meets_a_save_reads_the_new_one(tmp_path, monkeypatch):
     lora, config = made(linen_base())
     checkpoint.save(tmp_path, lora=lora, config=config, step=1)
-    read = checkpoint.read_archive
+    read = checkpoint._restore.read_archive
 
     def late(*args):
-        monkeypatch.setattr(checkpoint, "read_archive", read)
+        monkeypatch.setattr(checkpoint._restore, "read_archive", read)
         checkpoint.save(tmp_path, lora=lora, config=config, step=2)
         return read(*args)
 
-    monkeypatch.setattr(checkpoint, "read_archive", late)
+    monkeypatch.setattr(checkpoint._restore, "read_archive", late)
     assert checkpoint.restore(tmp_path).step == 2
 
 

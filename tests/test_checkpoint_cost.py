@@ -23,7 +23,7 @@ def adapter(count, rows=1024):
 def test_restoring_keeps_few_arrays_on_the_host(tmp_path, monkeypatch):
     lora = adapter(12, rows=1 << 20)  # 8 MiB each
     checkpoint.save(tmp_path / "x", lora=lora, config=CONFIG)
-    alive, loaded = weakref.WeakValueDictionary(), checkpoint.loaded
+    alive, loaded = weakref.WeakValueDictionary(), checkpoint._restore.loaded
     most = 0
 
     def counted(entry, array, sharding):
@@ -32,7 +32,7 @@ def test_restoring_keeps_few_arrays_on_the_host(tmp_path, monkeypatch):
         most = max(most, len(alive))
         return loaded(entry, array, sharding)
 
-    monkeypatch.setattr(checkpoint, "loaded", counted)
+    monkeypatch.setattr(checkpoint._restore, "loaded", counted)
     found = checkpoint.restore(tmp_path / "x").lora
     assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), found, lora))
     assert most <= 2
@@ -77,10 +77,12 @@ def test_orbax_copies_no_array(tmp_path, monkeypatch):
     class Array(np.ndarray):
         __deepcopy__ = refuse
 
-    write = checkpoint.write_archive
+    write = checkpoint._save.write_archive
     views = lambda arrays: {name: array.view(Array) for name, array in arrays.items()}
     monkeypatch.setattr(
-        checkpoint, "write_archive", lambda path, body, arrays: write(path, body, views(arrays))
+        checkpoint._save,
+        "write_archive",
+        lambda path, body, arrays: write(path, body, views(arrays)),
     )
     checkpoint.save(tmp_path / "x", lora=adapter(2), config=CONFIG)
 

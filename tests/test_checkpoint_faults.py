@@ -335,8 +335,8 @@ def test_what_like_asks_for_in_vain(tmp_path):
 
 
 def test_async_saves_what_was_there_at_the_call(tmp_path, monkeypatch):
-    write, go = checkpoint.write_archive, threading.Event()
-    monkeypatch.setattr(checkpoint, "write_archive", lambda *args: (go.wait(), write(*args)))
+    write, go = checkpoint._save.write_archive, threading.Event()
+    monkeypatch.setattr(checkpoint._save, "write_archive", lambda *args: (go.wait(), write(*args)))
     lora, counts = adapter(3), np.arange(4)
     saving = save_async(tmp_path, 3, lora=lora, extra={"counts": counts})
     changed = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)(lora)
@@ -397,8 +397,8 @@ def test_a_program_that_ends_finishes_its_saves_and_tells_of_errors(tmp_path):
     code = (
         "import sys, time, numpy as np, lowrank_jax as lowrank\n"
         "from lowrank_jax import checkpoint\n"
-        "write = checkpoint.write_archive\n"
-        "checkpoint.write_archive = lambda *args: (time.sleep(0.3), write(*args))\n"
+        "write = checkpoint._save.write_archive\n"
+        "checkpoint._save.write_archive = lambda *args: (time.sleep(0.3), write(*args))\n"
         "lora = {'w': lowrank.LowRank(np.ones((4, 2), 'f'), np.ones((2, 4), 'f'))}\n"
         "config = lowrank.LoraConfig(targets='w')\n"
         "for path in sys.argv[1:]:\n"

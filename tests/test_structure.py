@@ -145,6 +145,15 @@ def test_import_loads_no_optional_package():
     assert not loaded & optional
 
 
+@pytest.mark.parametrize("path", [p for p in MODULES if p.stem == "__init__"], ids=dotted)
+def test_packages_hold_imports_alone(path):
+    """Code stands in files named for what it does; `__all__` and `__version__` are no code."""
+    for node in ast.parse(path.read_text()).body:
+        named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0])
+        known = isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)
+        assert known or named in ("__all__", "__version__"), f"{dotted(path)}, line {node.lineno}"
+
+
 def test_every_file_is_of_one_concept():
     for path in MODULES:
         assert len(path.read_text().splitlines()) <= 350, f"{path.stem} wants to be two files"

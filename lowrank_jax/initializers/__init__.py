@@ -7,6 +7,7 @@ of your own needs no registration: any pure function will do, and one that bring
 callable pytree (`jax.tree_util.Partial`) whose arrays have the leaf's stack axes leading.
 """
 
+from lowrank_jax.initializers._by_name import BY_NAME as BY_NAME
 from lowrank_jax.initializers._corda import corda
 from lowrank_jax.initializers._eva import eva
 from lowrank_jax.initializers._loftq import loftq
@@ -14,12 +15,6 @@ from lowrank_jax.initializers._lora_ga import lora_ga
 from lowrank_jax.initializers._random import Factors as Factors
 from lowrank_jax.initializers._random import gaussian, kaiming, lookup, orthogonal
 from lowrank_jax.initializers._spectral import olora, pissa, randomized_pissa
-
-# those that are functions (key, weight, rank, scale) themselves, by name
-BY_NAME = {
-    function.__name__: function
-    for function in (gaussian, kaiming, lookup, olora, orthogonal, pissa)
-}
 
 __all__ = [
     "corda",

@@ -1,0 +1,105 @@
+"""The command line: `python -m lowrank_jax inspect | merge | convert`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from lowrank_jax import huggingface, names
+from lowrank_jax._cli.converting import convert
+from lowrank_jax._cli.inspecting import described
+from lowrank_jax._display.text import printable, printable_lines
+from lowrank_jax._errors import LowrankError
+
+TABLES = sorted(name for name, value in vars(names).items() if isinstance(value, names.Table))
+
+# a line names a few things, each of which is cut to a fraction of this
+_LINE = 4000
+
+
+def _table(name: str) -> names.Table:
+    """The table of that name, in any case."""
+    if name.upper() not in TABLES:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TABLES)}")
+    return getattr(names, name.upper())
+
+
+def _inspect(options: argparse.Namespace) -> list[str]:
+    return described(options.folder)
+
+
+def _merge(options: argparse.Namespace) -> list[str]:
+    changed = huggingface.merge(options.base, options.adapter, options.out, names=options.names)
+    return [f"{options.out}: {len(changed)} tensors of {options.base} changed by {options.adapter}"]
+
+
+def _convert(options: argparse.Namespace) -> list[str]:
+    kind = convert(options.source, options.out, options.names)
+    return [f"{options.out}: {kind}, made of {options.source}"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lowrank_jax",
+        description="Adapters and models on disk: what they are, merged, converted.",
+        epilog="Only headers and the tensors at hand are in memory. Nothing is unpickled. The exit "
+        "status is 0, or 1 with the reason on standard error.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True)
+    table = {
+        "type": _table,
+        "metavar": "TABLE",
+        "help": "what torch calls the leaves of a checkpoint: "
+        f"{', '.join(t.lower() for t in TABLES)}; without it, a leaf's path with dots for slashes",
+    }
+
+    what = "say what a folder holds: a PEFT adapter, a checkpoint, a model"
+    command = commands.add_parser("inspect", help=what, description=f"{what.capitalize()}.")
+    command.add_argument("folder", type=Path)
+    command.set_defaults(run=_inspect)
+
+    what = "fold an adapter into a model's safetensors, tensor by tensor"
+    command = commands.add_parser(
+        "merge",
+        help=what,
+        description=f"{what.capitalize()}: W + s B A in float32, cast once to W's dtype. No code "
+        "of the model is needed. That the adapter was trained on this model is not checked.",
+    )
+    command.add_argument("base", type=Path, help="folder of the model")
+    command.add_argument("adapter", type=Path, help="folder of a PEFT adapter, or a checkpoint")
+    command.add_argument("out", type=Path, help="folder to write; a model in it is replaced")
+    command.add_argument("--names", **table)
+    command.set_defaults(run=_merge)
+
+    what = "turn a checkpoint of lowrank_jax into a PEFT adapter, or the other way round"
+    command = commands.add_parser(
+        "convert",
+        help=what,
+        description=f"{what.capitalize()}. A checkpoint made of a PEFT adapter calls its leaves as "
+        "PEFT calls the modules: model/layers/0/self_attn/q_proj/kernel.",
+    )
+    command.add_argument("source", type=Path, help="folder of either kind")
+    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("--names", **table)
+    command.set_defaults(run=_convert)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        _print([printable(line, _LINE) for line in options.run(options)], sys.stdout)
+    except (LowrankError, OSError) as error:
+        _print([printable_lines(f"lowrank_jax: {error}")], sys.stderr)
+        return 1
+    return 0
+
+
+def _print(lines: list[str], stream: TextIO) -> None:
+    """Print lines; characters that the stream has no bytes for are escaped."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), file=stream)

@@ -1,0 +1,158 @@
+"""Read 4-bit weights that bitsandbytes wrote."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._checks.arguments import checked, name_text, texts_mapping
+from lowrank_jax._errors import AxesError, CheckpointError, listing_of
+from lowrank_jax._files.safetensors import open_folder
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax.bitsandbytes._layout import laid_out
+from lowrank_jax.bitsandbytes._quant_state import QuantState, read
+from lowrank_jax.bitsandbytes._tensors import StateTensors, refuse_other_models
+
+
+@checked(CheckpointError, tensors=texts_mapping, name=name_text)
+def from_state_dict(
+    tensors: Mapping[str, Any], name: str, *, transpose: bool = True, packing: str = "uint4"
+) -> Quantized:
+    """The quantized leaf that a state dict of bitsandbytes holds.
+
+    Args:
+      tensors: name -> NumPy or JAX array, the weight and the tensors beside it, and any others.
+      name: the weight tensor's full key, "model.layers.0.self_attn.q_proj.weight". With "{}" for
+        the layer's number, all layers as one stacked leaf [L, in, out]; one "{}" a stack axis.
+      transpose: swap the last two axes, [out, in] -> [in, out]; False for look-up tables, which
+        stay [rows, features].
+      packing: of the codes, as of QuantConfig.
+
+    Returns:
+      The leaf that `quantize` would make, with the file's own codes and scales.
+
+    Raises:
+      CheckpointError: a tensor is missing, left over, or not as bitsandbytes writes it.
+      AxesError: the weight has one axis.
+      ConfigError: the packing is unknown.
+
+    Source: bitsandbytes 0.50.2, nn.Linear4bit and functional.QuantState.
+
+    >>> import lowrank_jax as lowrank
+    >>> params = {"kernel": jnp.linspace(-1, 1, 64 * 3).reshape(64, 3)}
+    >>> node = lowrank.quantize(params, lowrank.QuantConfig(targets="kernel"))["kernel"]
+    >>> tensors = to_state_dict(node, "layer.weight")
+    >>> again = from_state_dict(tensors, "layer.weight")
+    >>> again.shape, bool((lowrank.dequantize(again) == lowrank.dequantize(node)).all())
+    ((64, 3), True)
+    """
+    if "{}" not in name:
+        return _node(read(tensors, name), name, transpose, packing)
+    pattern = re.compile(re.escape(name).replace(r"\{\}", "(0|[1-9][0-9]{0,17})"))
+    found = {tuple(map(int, m.groups())) for key in tensors if (m := pattern.fullmatch(key))}
+    if not found:
+        raise CheckpointError(f"no tensor is called {name!r} with numbers for '{{}}'")
+    sizes = [1 + max(index) for index in zip(*found, strict=True)]
+    if count := math.prod(sizes) - len(found):
+        missing = (numbered(name, i) for i in _indices(sizes) if i not in found)
+        raise CheckpointError(
+            f"{name!r} cannot be stacked; missing are\n{listing_of(missing, count)}"
+        )
+    names = [numbered(name, index) for index in _indices(sizes)]
+    nodes = {
+        key: from_state_dict(tensors, key, transpose=transpose, packing=packing) for key in names
+    }
+    kind = lambda node: (jax.tree.structure(node), node.shape)
+    if other := [key for key in names if kind(nodes[key]) != kind(nodes[names[0]])]:
+        raise CheckpointError(
+            f"{name!r} cannot be stacked: {other[0]!r} differs from {names[0]!r} in shape, format "
+            "or nested_quant_map; load them one by one"
+        )
+    stacked = lambda *leaves: jnp.stack(leaves).reshape(*sizes, *leaves[0].shape)
+    return jax.tree.map(stacked, *nodes.values())
+
+
+def numbered(name: str, index: tuple[int, ...]) -> str:
+    """The name with numbers for its "{}"."""
+    return functools.reduce(lambda text, i: text.replace("{}", str(i), 1), index, name)
+
+
+def _indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The indices of an array in C order, one at a time however many there are."""
+    if not sizes:
+        yield ()
+        return
+    *outer, last = sizes
+    for index in _indices(outer):
+        for number in range(last):
+            yield (*index, number)
+
+
+def _node(state: QuantState, name: str, transpose: bool, packing: str) -> Quantized:
+    """The leaf of one weight."""
+    shape, axis = state.shape, len(state.shape) - 1
+    if transpose:
+        if axis < 1:
+            raise AxesError(f"{name} is of shape {list(shape)}: pass transpose=False")
+        shape, axis = (*shape[:-2], shape[-1], shape[-2]), axis - 1
+    return laid_out(state, shape, (axis,), packing)
+
+
+@checked(CheckpointError)
+def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, Any]:
+    """Every tensor of a prequantized model's folder, as transformers' save_pretrained writes it.
+
+    Each tensor is read on its own, so that beside the result there is one at a time. Where a device
+    cannot hold the model, load under `jax.default_device` of a CPU and put each leaf in its place.
+
+    Args:
+      directory: with config.json, and model.safetensors or shards and their index.
+      packing: of the codes, as of QuantConfig.
+
+    Returns:
+      torch's names -> Quantized [in, out] for the weights in 4 bits; NumPy arrays as they are,
+      [out, in], for the others. The tensors beside a weight are part of it.
+
+    Raises:
+      CheckpointError: the folder is not of a 4-bit bitsandbytes model, or a file, a shard, or a
+        tensor is missing, left over or damaged. Nothing is unpickled.
+      ConfigError: the packing is unknown.
+
+    Source: transformers 5.23, quantizers/quantizer_bnb_4bit.py; safetensors.
+
+    >>> import json, tempfile
+    >>> import lowrank_jax as lowrank
+    >>> from safetensors.numpy import save_file
+    >>> params = {"kernel": jnp.ones((64, 3))}
+    >>> node = lowrank.quantize(params, lowrank.QuantConfig(targets="kernel"))["kernel"]
+    >>> config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "config.json").write_text(json.dumps(config))
+    ...     tensors = {**to_state_dict(node, "q_proj.weight"), "q_proj.bias": np.zeros(3)}
+    ...     save_file(tensors, Path(directory, "model.safetensors"))
+    ...     {name: leaf.shape for name, leaf in load(directory).items()}
+    {'q_proj.bias': (3,), 'q_proj.weight': (64, 3)}
+    """
+    folder = Path(directory)
+    refuse_other_models(folder)
+    with open_folder(folder) as files:
+        tensors = StateTensors(files, folder)
+        leaves: dict[str, Any] = {}
+        for name in tensors:
+            if name in tensors.weights:
+                try:
+                    node = _node(tensors.state(name), name, True, packing)
+                except AxesError as error:
+                    raise CheckpointError(f"{folder} is damaged: {error}") from error
+                leaves[name] = jax.block_until_ready(node)  # else the files' arrays pile up
+            else:
+                leaves[name] = tensors[name]
+        return leaves

@@ -1,0 +1,31 @@
+"""Paths of checkpoints, and the errors of reading and writing there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lowrank_jax._errors import AxesError, CheckpointError, TreeError
+
+
+@contextlib.contextmanager
+def checkpoint_errors(what: str, where: str = "") -> Iterator[None]:
+    """Every error as a CheckpointError; the library's own keep their words, after where it is."""
+    try:
+        yield
+    except (CheckpointError, TreeError, AxesError) as error:
+        if not where and isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{where}: {error}" if where else str(error)) from error
+    except Exception as error:
+        raise CheckpointError(f"{what} ({type(error).__name__}: {error})") from error
+
+
+def path_of(directory: str | os.PathLike) -> Path:
+    """The directory as an absolute path, which Orbax asks for."""
+    text = os.fspath(directory)
+    if not isinstance(text, str) or "://" in text:
+        raise CheckpointError(f"{text!r} is no path on a local or mounted file system")
+    return Path(os.path.abspath(text))

@@ -1,0 +1,176 @@
+"""Restore a checkpoint, every byte verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_jax._checks.arguments import checked
+from lowrank_jax._errors import CheckpointError
+from lowrank_jax._jax.paths import flatten, in_structure, nested, renamed
+from lowrank_jax._nodes import is_node, nodes_of
+from lowrank_jax._targeting.configs import LoraConfig
+from lowrank_jax._trees.fingerprint import Fingerprint
+from lowrank_jax.checkpoint._archive import has_manifest, read_archive, read_manifest
+from lowrank_jax.checkpoint._entries import (
+    loaded,
+    parts_of,
+    read_body,
+)
+from lowrank_jax.checkpoint._fitting import (
+    dense_shapes,
+    fitted,
+    refuse_malformed,
+    refuse_other_base,
+    static_differences,
+)
+from lowrank_jax.checkpoint._paths import checkpoint_errors, path_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What restore returns.
+
+    Args:
+      lora: the adapter.
+      config: its LoraConfig.
+      opt_state: the optimizer's state, or None where none was saved.
+      step: the step, or None.
+      fingerprint: of the base it was trained on, or None: pass it to the next save as `base`.
+      extra: what else was saved, or None.
+    """
+
+    lora: Any
+    config: LoraConfig
+    opt_state: Any = None
+    step: int | None = None
+    fingerprint: Fingerprint | None = None
+    extra: Any = None
+
+
+@checked(CheckpointError)
+def exists(directory: str | os.PathLike) -> bool:
+    """Whether there is a checkpoint: False until the first save there has come to its end.
+
+    Args:
+      directory: the path given to save.
+
+    Returns:
+      True where restore finds a checkpoint, though it may find it damaged.
+
+    Source: a checkpoint is there when its manifest is, the last file that save writes.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     exists(directory)
+    False
+    """
+    return has_manifest(path_of(directory))
+
+
+@checked(CheckpointError)
+def restore(
+    directory: str | os.PathLike, *, base: Any = None, like: Any = None, check_base: bool = True
+) -> Checkpoint:
+    """Restore what save wrote, every byte verified before it is used; nothing is unpickled.
+
+    Args:
+      directory: the path given to save.
+      base: the frozen tree: lora comes in its structure, None where untouched, and another base
+        than the one trained on is refused. Its fingerprint is enough for the check alone.
+      like: a mapping or object with any of `lora`, `opt_state` and `extra`: arrays or
+        ShapeDtypeStructs, whose structure, and sharding where they have one, the result takes;
+        shapes, dtypes, axes and scales must be those saved.
+      check_base: False takes another base, as long as the shapes fit.
+
+    Returns:
+      A Checkpoint. Without base and like.lora, lora is nested dicts by path with nodes at the
+      adapted leaves; without like.opt_state, opt_state is nested dicts of arrays; so is extra.
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is damaged or of an unknown version, or it does
+        not fit base or like; all that is wrong is listed.
+
+    Source: the layout is this library's own; the arrays are Orbax's (PyTreeCheckpointHandler).
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> params = {"w": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
+    >>> lora = {"w": lowrank.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3))), "bias": None}
+    >>> config = lowrank.LoraConfig(rank=2, targets="w")
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save(directory, lora=lora, config=config, base=params)
+    ...     print(restore(directory, base=params).lora["bias"])
+    ...     try:
+    ...         restore(directory, base={**params, "bias": jnp.ones(3)})
+    ...     except lowrank.CheckpointError as error:
+    ...         print(str(error).split(":")[0])
+    None
+    this base is not the one the adapter was trained on
+    """
+    directory = path_of(directory)
+    while True:
+        body = read_manifest(directory)
+        try:
+            return _restored(directory, body, base, like, check_base)
+        except CheckpointError:
+            if body["folder"] == read_manifest(directory)["folder"]:
+                raise
+
+
+def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: bool) -> Checkpoint:
+    """Fit the manifest's entries to base and like; only then read the arrays."""
+    where = f"the manifest in {directory}"
+    with checkpoint_errors(f"{where} is malformed: not written by save", where):
+        config, trained_on, step, nodes, saved = read_body(body)
+        refuse_malformed(nodes)
+        dense_shapes(nodes)
+    get = like.get if isinstance(like, Mapping) else lambda name: getattr(like, name, None)
+    likes = {what: get(what) for what in ("lora", *saved)}
+    if like is not None and all(part is None for part in likes.values()):
+        raise CheckpointError(
+            f"like is a {type(like).__name__} that holds none of {', '.join(likes)}: pass, for "
+            'example, {"lora": lora}'
+        )
+    shardings: dict[str, Any] = {}
+    with checkpoint_errors(f"the checkpoint at {directory} does not fit"):
+        if base is not None:
+            if not isinstance(base, Fingerprint):
+                nodes = renamed(nodes, [path for path, _ in flatten(base, is_leaf=is_node)[0]])
+            refuse_other_base(nodes, trained_on, base, check_base)
+        if likes["lora"] is not None:
+            wanted = nodes_of(likes["lora"])
+            nodes = renamed(nodes, wanted)
+            shardings |= fitted(
+                "lora", parts_of(wanted), parts_of(nodes), static_differences(wanted, nodes)
+            )
+            trees = {"lora": in_structure(likes["lora"], nodes, is_node)}
+        elif base is not None and not isinstance(base, Fingerprint):
+            trees = {"lora": in_structure(base, nodes, is_node)}
+        else:
+            trees = {"lora": nested(nodes)}
+        for what, leaves in saved.items():
+            if likes[what] is not None:
+                wanted = dict(flatten(likes[what])[0])
+                leaves = renamed(leaves or {}, wanted)
+                shardings |= fitted(what, wanted, leaves)
+                trees[what] = in_structure(likes[what], leaves)
+            else:
+                trees[what] = None if leaves is None else nested(leaves)
+    with checkpoint_errors(f"the arrays at {directory} could not be read"):
+        entries = {entry.name: entry for entry in jax.tree.leaves(trees)}
+
+        def make(name: str, array: np.ndarray) -> Any:
+            if name in entries:
+                # once it is ready, nothing holds the array that it was made of
+                return jax.block_until_ready(loaded(entries[name], array, shardings.get(name)))
+
+        leaves = read_archive(directory, body, make)
+        trees = jax.tree.map(lambda entry: leaves[entry.name], trees)
+    return Checkpoint(**trees, config=config, step=step, fingerprint=trained_on)

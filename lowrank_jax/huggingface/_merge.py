@@ -1,0 +1,88 @@
+"""Merge an adapter into a model, from folder to folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from lowrank_jax import checkpoint, peft
+from lowrank_jax._checks.arguments import checked
+from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.safetensors import open_folder
+from lowrank_jax._targeting.plan import Plan
+from lowrank_jax.huggingface._folder import (
+    beside,
+    read_config,
+    refuse_quantized,
+    ties,
+    write_model,
+)
+from lowrank_jax.huggingface._merging import flat, merged
+from lowrank_jax.names import Names
+
+
+@checked(CheckpointError)
+def merge(
+    base: str | os.PathLike,
+    adapter: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    names: Names = None,
+) -> list[str]:
+    r"""Fold an adapter into a model's folder, tensor by tensor, without the model's code.
+
+    $W' = W + s\,B A$ in float32, cast once; with DoRA, patterns of ranks and alphas, modules saved
+    whole, trained biases, rows of tables and weights that two modules share, as peft.load has them.
+    Beside the adapter there is one tensor in memory at a time; the files are those of base, in
+    name, order and dtype. That base is the model that the adapter was trained on is not checked:
+    no file of PEFT's says.
+
+    Args:
+      base: the model's folder; its tensors may be links, and files beside them must not lead out
+        of it, as like_folder of save says.
+      adapter: a folder that PEFT or peft.save wrote, or one of checkpoint.save.
+      folder: where the merged model comes; made where missing, the model in it is replaced.
+      names: leaf -> module, for a checkpoint, as of peft.save.
+
+    Returns:
+      The names of the tensors that changed.
+
+    Raises:
+      CheckpointError: the adapter does not fit the model, or cannot be merged; all that is wrong is
+        listed, and nothing is written.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; peft 0.21.2, tuners/lora/layer.py.
+
+    >>> import tempfile
+    >>> import lowrank_jax as lowrank
+    >>> params = {"head": {"kernel": jnp.ones((4, 3))}}
+    >>> lora = {"head": {"kernel": lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), scale=0.5)}}
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     save(f"{root}/base", params)
+    ...     lowrank.peft.save(f"{root}/adapter", lora, lowrank.LoraConfig())
+    ...     merge(f"{root}/base", f"{root}/adapter", f"{root}/merged")
+    ...     load(f"{root}/merged", params)["head"]["kernel"][0].tolist()
+    ['head.weight']
+    [2.0, 2.0, 2.0]
+    """
+    base, adapter, folder = Path(base), Path(adapter), Path(folder)
+    if folder.resolve() in (base.resolve(), adapter.resolve()):
+        raise CheckpointError(f"{folder} is one of the folders to read: name another to write to")
+    if names is not None and not checkpoint.exists(adapter):
+        raise CheckpointError(
+            f"names is for a checkpoint's leaves: {adapter} is none, and PEFT's modules have names"
+        )
+    if checkpoint.exists(adapter):
+        with tempfile.TemporaryDirectory() as place:
+            saved = checkpoint.restore(adapter)
+            peft.save(place, saved.lora, saved.config, names=names)
+            return merge(base, place, folder)
+    config = read_config(base)
+    refuse_quantized(base, config)
+    with open_folder(base) as tensors:
+        found = flat(tensors, adapter, ties(config))
+        _, nodes, _ = peft.load(adapter, found.leaves, plan=Plan(found.uses), names=found.names)
+        nodes = {key: node for key, node in nodes.items() if node is not None}
+        write_model(folder, merged(tensors, nodes, found), beside(base))
+    return sorted(nodes)

@@ -1,0 +1,155 @@
+"""A table of rules: a path in a tree <-> a module and its parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+
+from lowrank_jax._checks.arguments import checked
+from lowrank_jax._errors import CheckpointError
+
+KINDS = {
+    **dict.fromkeys(("kernel", "embedding", "scale", "weight", "w"), "weight"),
+    **dict.fromkeys(("bias", "b"), "bias"),
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of a torch module.
+
+    Args:
+      module: the module's name, with "{}" for the layer's number where one leaf holds all layers.
+      kind: the parameter's name within it: "weight", "bias", or another.
+      fan_in_fan_out: the torch weight is [in, out], as GPT-2's Conv1D has it, not [out, in].
+      tied: the module that shares the weight, where a model has no weight of its own for it.
+    """
+
+    module: str
+    kind: str = "weight"
+    fan_in_fan_out: bool = False
+    tied: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The parameter's name in a state dict."""
+        return f"{self.module}.{self.kind}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Rules that name a model's leaves; calling it with a path gives the Parameter, or None.
+
+    A rule's left side is a module's path in the tree: "/" between keys, "|" between spellings of
+    a key, "#" for a layer: `layers_0`, `layers/0`, `layers.0`, or `layers` alone where all layers
+    are stacked. Its right side is the module's name, "{}" for the layer's number. The last key of a
+    leaf says which of the module's parameters it is: kernel, embedding and scale are the weight.
+    The first rule that matches wins.
+
+    Args:
+      modules: the rules.
+      parameters: rules for leaves with a last key of their own: the whole path -> the whole name.
+      layers: spellings of the key that holds the layers.
+      prefixes: spellings of keys that may stand before the path a rule tells, any number of them.
+      fan_in_fan_out: last parts of the names of modules whose torch weight is [in, out].
+      tied: look-up table -> the projection that shares its weight in models that tie the two.
+
+    >>> table = Table({"#/attn|attention/query|q_proj": "model.layers.{}.self_attn.q_proj"})
+    >>> table("params/layers_3/attn/query/kernel").key
+    'model.layers.3.self_attn.q_proj.weight'
+    >>> table("params/layers/attn/query/bias").key
+    'model.layers.{}.self_attn.q_proj.bias'
+    """
+
+    modules: Mapping[str, str]
+    parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layers: str = "layers|layer|blocks|block|h"
+    prefixes: str = "params|batch_stats|model|language_model|transformer|encoder|decoder"
+    fan_in_fan_out: tuple[str, ...] = ()
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, path: str) -> Parameter | None:
+        """The parameter that the leaf at path is, or None where no rule tells."""
+        if (key := _first(self._rules[1], path)) is not None:
+            module, _, kind = key.rpartition(".")
+            return self._parameter(module, kind)
+        head, _, last = path.rpartition("/")
+        module = _first(self._rules[0], head) if last in KINDS else None
+        return None if module is None else self._parameter(module, KINDS[last])
+
+    def _parameter(self, module: str, kind: str) -> Parameter:
+        if kind != "weight":
+            return Parameter(module, kind)
+        last = module.rpartition(".")[2]
+        return Parameter(module, kind, last in self.fan_in_fan_out, self.tied.get(module))
+
+    @functools.cached_property
+    def _rules(self) -> tuple[list[tuple[re.Pattern, str]], list[tuple[re.Pattern, str]]]:
+        """The two kinds of rules, compiled."""
+        compiled = lambda rules: [(self._compiled(left), right) for left, right in rules.items()]
+        return compiled(self.modules), compiled(self.parameters)
+
+    def _compiled(self, rule: str) -> re.Pattern:
+        layer = rf"(?:{self.layers})(?:[_./](\d+))?"
+        keys = [
+            layer if key == "#" else f"(?:{'|'.join(map(re.escape, key.split('|')))})"
+            for key in rule.split("/")
+        ]
+        return re.compile(rf"(?:(?:{self.prefixes})/)*" + "/".join(keys))
+
+
+def _first(rules: list[tuple[re.Pattern, str]], path: str) -> str | None:
+    """The right side of the first rule that matches, the layer's number put in."""
+    for pattern, right in rules:
+        if found := pattern.fullmatch(path):
+            number = found.group(1) if pattern.groups else None
+            return right if number is None else right.replace("{}", number)
+    return None
+
+
+Names = Mapping[str, str | Parameter] | Callable[[str], str | Parameter | None] | None
+
+
+@checked(CheckpointError)
+def parameter(path: str, names: Names = None) -> Parameter | None:
+    """The torch parameter that the leaf at a path is.
+
+    Args:
+      path: the leaf's keys joined by "/".
+      names: a table of this module; or a mapping from paths, or a function of the path, to a
+        module's name (with "{}" for the layer's number of a leaf that holds all layers), to a
+        Parameter, or to None. None: the path without its last key, "/" -> ".".
+
+    Returns:
+      The Parameter, or None where names has none for that path. Where names gives a module's name
+      alone, the path's last key says which parameter.
+
+    Raises:
+      CheckpointError: names gave something else.
+
+    Source: torch.nn.Module.named_parameters; Flax's names of parameters.
+
+    >>> from lowrank_jax.names import GPT2, LLAMA
+    >>> parameter("params/head/kernel").key
+    'params.head.weight'
+    >>> parameter("model/layers/0/self_attn/q_proj/kernel", LLAMA).key
+    'model.layers.0.self_attn.q_proj.weight'
+    >>> parameter("h_1/attn/c_attn/kernel", GPT2)
+    Parameter(module='transformer.h.1.attn.c_attn', kind='weight', fan_in_fan_out=True, tied=None)
+    """
+    head, _, last = path.rpartition("/")
+    if names is None:
+        named = head.replace("/", ".") or None
+    else:
+        named = names.get(path) if isinstance(names, Mapping) else names(path)
+    if named is None or isinstance(named, Parameter):
+        return named
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(
+            f"names gives {named!r} for {path!r}: expected a module's name, a Parameter, or None"
+        )
+    return Parameter(named, KINDS.get(last, last))

@@ -1,0 +1,61 @@
+"""ViT, under the names of transformers 4 and 5."""
+
+from __future__ import annotations
+
+from lowrank_jax.names._table import Table
+
+
+def _vit(layer: str, query: str, key: str, value: str, out: str, up: str, down: str) -> Table:
+    """ViT's table, from the names of a layer and of its parts."""
+    parts = {
+        "attention/attention/query|attention/query|attention/q_proj": query,
+        "attention/attention/key|attention/key|attention/k_proj": key,
+        "attention/attention/value|attention/value|attention/v_proj": value,
+        "attention/output/dense|attention/out|attention/o_proj": out,
+        "intermediate/dense|mlp/fc1": up,
+        "output/dense|mlp/fc2": down,
+        "layernorm_before": "layernorm_before",
+        "layernorm_after": "layernorm_after",
+    }
+    return Table(
+        {
+            **{
+                f"#/{rule}": f"vit.{layer}.{{}}.{name}"
+                for rules, name in parts.items()
+                for rule in rules.split("|")
+            },
+            "embeddings/patch_embeddings/projection": "vit.embeddings.patch_embeddings.projection",
+            "layernorm": "vit.layernorm",
+            "pooler/dense": "vit.pooler.dense",
+            "classifier": "classifier",
+        },
+        {
+            f"embeddings/{name}": f"vit.embeddings.{name}"
+            for name in ("cls_token", "position_embeddings", "mask_token")
+        },
+        prefixes=Table.prefixes + "|vit",
+    )
+
+
+# checkpoints' names, which are the modules' up to transformers 4
+VIT = _vit(
+    "encoder.layer",
+    "attention.attention.query",
+    "attention.attention.key",
+    "attention.attention.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+
+
+# the modules' names in transformers 5: those that its adapters are saved under
+VIT5 = _vit(
+    "layers",
+    "attention.q_proj",
+    "attention.k_proj",
+    "attention.v_proj",
+    "attention.o_proj",
+    "mlp.fc1",
+    "mlp.fc2",
+)

@@ -1,0 +1,179 @@
+"""Read adapters that PEFT wrote."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax._checks.arguments import checked
+from lowrank_jax._errors import CheckpointError, LowrankError, listing
+from lowrank_jax._files.tensor_file import TensorFile
+from lowrank_jax._files.torch_layout import known_names, misnumbered, numbered, stack_axes, use_of
+from lowrank_jax._jax.paths import flatten, in_structure
+from lowrank_jax._nodes import Full, LowRank, is_node, normed, unnormed
+from lowrank_jax._nodes.family import Rows
+from lowrank_jax._targeting.configs import LoraConfig
+from lowrank_jax._targeting.plan import Plan
+from lowrank_jax.names import Names, Parameter
+from lowrank_jax.peft._config import alpha_of, extras_of
+from lowrank_jax.peft._factors import match_factors
+from lowrank_jax.peft._folder import CONFIG, read_config, tensors_path
+from lowrank_jax.peft._matching import Matching, Place
+from lowrank_jax.peft._parsing import AdapterConfig, parse
+from lowrank_jax.peft._tensors import PREFIX, TOKENS
+from lowrank_jax.peft._whole import match_tokens, match_whole
+
+
+@checked(CheckpointError)
+def load(
+    directory: str | os.PathLike, params: Any, *, plan: Plan | None = None, names: Names = None
+) -> tuple[Any, Any, LoraConfig]:
+    r"""Load an adapter that `peft` saved.
+
+    a = A.T, b = B.T. Modules saved whole, trained biases and lora_bias (bias + s times it) come
+    back as Full leaves, trained rows of a table (trainable_token_indices) as Rows.
+
+    A leaf that stacks layers has one rank and one scale: smaller ranks are padded with zeros, and
+    other scales folded into b, which is exact up to the rounding of b; layers without factors get
+    zeros, which no gradient moves.
+
+    Args:
+      directory: with adapter_config.json and adapter_model.safetensors.
+      params: the parameters it was trained on; arrays, Quantized leaves or ShapeDtypeStructs.
+      plan: of the function that uses params; needed for kernels of more than two axes.
+      names: leaf -> module, as of lowrank.names.parameter: LLAMA or another table, say.
+
+    Returns:
+      (base, lora, config), as init returns the first two; config names the leaves by their paths.
+
+    Raises:
+      CheckpointError: a field of the configuration is wrong, or asks for what is not supported; a
+        tensor is missing, unexpected, misshapen, of another dtype or not finite: all of them are
+        listed. A file is damaged or leads out of the directory. Nothing is unpickled.
+
+    Source: peft 0.21.2, utils/save_and_load.py and tuners/lora.
+
+    >>> import tempfile
+    >>> import lowrank_jax as lowrank
+    >>> lora = {"head": {"kernel": lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), scale=0.5)}}
+    >>> params = {"head": {"kernel": jnp.zeros((4, 3))}}
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save(directory, lora, lowrank.LoraConfig())
+    ...     base, again, config = load(directory, params)
+    >>> config.rank, config.alpha, lowrank.merge(base, again)["head"]["kernel"][0].tolist()
+    (2, 1, [1.0, 1.0, 1.0])
+    """
+    folder = Path(directory)
+    text = read_config(folder)
+    config = parse(text, str(folder / CONFIG))
+    leaves = flatten(params, is_leaf=is_node)[0]
+    floating = {
+        path: unnormed(leaf)
+        for path, leaf in leaves
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    with TensorFile(tensors_path(folder)) as file:
+        if read_config(folder) != text:
+            raise CheckpointError(f"{folder} was saved anew while it was read: load it again")
+        matching = Matching(file, config)
+        builds = _match(matching, floating, known_names(floating, names), plan)
+        if problems := [*matching.problems, *matching.leftover()]:
+            raise CheckpointError(
+                f"the adapter at {folder} does not fit params:\n{listing(problems)}"
+            )
+        if not builds:
+            raise CheckpointError(f"the adapter at {folder} holds no tensor")
+        nodes = {path: build() for path, build in builds.items()}
+    if matching.not_finite:
+        raise CheckpointError(
+            f"the adapter at {folder} holds NaN or infinity, where a model would give nothing "
+            "else: save it again from a run that did not diverge, or in a dtype that its values "
+            f"fit in:\n{listing(sorted(matching.not_finite))}"
+        )
+    base = {
+        path: normed(leaf, nodes[path]) if _has_norm(leaf, nodes.get(path)) else leaf
+        for path, leaf in leaves
+    }
+    trees = (in_structure(params, found, is_node) for found in (base, nodes))
+    try:
+        return *trees, _config(config, nodes)
+    except LowrankError as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
+
+
+def _has_norm(leaf: Any, node: Any) -> bool:
+    """Whether init would give a leaf its squared norms."""
+    dora = isinstance(node, LowRank) and node.magnitude is not None
+    return dora and not isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _match(
+    matching: Matching, leaves: dict[str, Any], named: dict[str, Parameter], plan: Plan | None
+) -> dict[str, Callable[[], Any]]:
+    """How to make the node of each leaf that the file has something for."""
+    builds = {}
+    # weights first: a bias takes what came beside the factors of its weight
+    for path in sorted(named, key=lambda path: named[path].kind != "weight"):
+        leaf, name = leaves[path], named[path]
+        use = use_of(plan, path)
+        stack = stack_axes(name, use)
+        if len(stack) != name.module.count("{}") or max(stack, default=-1) >= leaf.ndim:
+            matching.unnamed.append(misnumbered(path, len(stack), name))
+            continue
+        indices = np.ndindex(*(leaf.shape[axis] for axis in stack))
+        modules = {index: numbered(name.module, index) for index in indices}
+        build = _match_leaf(matching, Place(path, leaf, name, use, modules))
+        if build is not None:
+            builds[path] = build
+    return builds
+
+
+def _match_leaf(matching: Matching, place: Place) -> Callable[[], Any] | None:
+    """How to make the node of a leaf, if the file has one for it."""
+    modules = place.modules.values()
+    if place.name.kind != "weight":
+        return match_whole(matching, place)
+    adapted = any(map(matching.adapts, modules))
+    if place.leaf.ndim > len(stack_axes(place.name, place.use)) + 1:
+        matching.problems += [
+            f"{PREFIX}{module}: no factors, and target_modules names it ({place.path!r})"
+            for module in modules
+            if matching.config.targets(module) and not matching.adapts(module)
+        ]
+    tokens = any(TOKENS in matching.parts.get(module, {}) for module in modules)
+    if tokens and adapted:
+        return matching.drop(
+            place, f"{place.path!r}: factors and trainable tokens; a leaf has one adapter"
+        )
+    match = match_tokens if tokens else match_factors if adapted else match_whole
+    return match(matching, place)
+
+
+def _config(config: AdapterConfig, nodes: dict[str, Any]) -> LoraConfig:
+    """The LoraConfig of what was loaded, its patterns the leaves' own paths."""
+    odd = lambda path: set(path) & set("*?") or "" in path.split("/")  # no glob of itself
+    exact = lambda path: re.compile(re.escape(path)) if odd(path) else path
+    lowranks = {path: node for path, node in sorted(nodes.items()) if type(node) is LowRank}
+    rslora = config["use_rslora"]
+    alphas = {path: alpha_of(node.scale, node.rank, rslora) for path, node in lowranks.items()}
+    dtypes = {jnp.dtype(node.dtype).name for node in lowranks.values()}
+    return LoraConfig(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        targets=tuple(map(exact, lowranks)),
+        rank_pattern={exact(p): n.rank for p, n in lowranks.items() if n.rank != config["r"]},
+        alpha_pattern={exact(p): a for p, a in alphas.items() if a != config["lora_alpha"]},
+        rslora=rslora,
+        dora=config["use_dora"],
+        train=tuple(exact(path) for path, node in sorted(nodes.items()) if isinstance(node, Full)),
+        train_rows={exact(p): n.rows for p, n in sorted(nodes.items()) if isinstance(n, Rows)},
+        factor_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+        extras=extras_of(config.values),
+    )
