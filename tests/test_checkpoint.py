@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lowrank_jax as lowrank
 from lowrank_jax import CheckpointError, TreeError, _nodes, checkpoint
 from lowrank_jax._jax.paths import path_of
+from lowrank_jax._trees import fingerprint as hashing
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
 from lowrank_jax.checkpoint import _archive, _entries, _fitting
 
@@ -732,7 +733,7 @@ def test_checkpoints_with_paths_of_older_releases_come_back(tmp_path, monkeypatc
     lora, config = made(base, targets=["attn/*", "layers/up"], train="layers/g")
     state = drawn(jax.eval_shape(optax.adam(1e-3).init, lora))
     with monkeypatch.context() as older:
-        for module in (_entries, _fitting, fingerprint, _nodes):
+        for module in (_entries, _fitting, hashing, _nodes.adapted):
             older.setattr(module, "flatten", paths_of_older_releases)
         checkpoint.save(tmp_path, lora=lora, config=config, base=base, opt_state=state)
     body = json.loads((tmp_path / "manifest.json").read_text())

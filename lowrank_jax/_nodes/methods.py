@@ -67,8 +67,11 @@ def find_method(name: str) -> Method:
 
 
 def method_of(node: LowRank) -> Method:
-    """The method of an adapter."""
-    return next(row for row in METHODS if row.node is type(node))
+    """The method of an adapter; factors of rank 0 are how (IA)^3 was once written."""
+    kind = (
+        IA3 if type(node) is LowRank and getattr(node.a, "shape", ())[-1:] == (0,) else type(node)
+    )
+    return next(row for row in METHODS if row.node is kind)
 
 
 def label_of(node: LowRank) -> str:

@@ -146,7 +146,8 @@ class QuantizedWeight(Weight):
 
         def dense(weight: QuantizedWeight) -> jax.Array:
             decode, parts, layout = weight.decoder
-            return layout.dense(decode(*parts))
+            sizes = tuple(weight.shape[axis] for axis in layout.blocked)  # of this device
+            return dataclasses.replace(layout, sizes=sizes).dense(decode(*parts))
 
         if not any(map(jaxprs.is_split, self.parts)):
             return dense(self)
