@@ -52,7 +52,7 @@ def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> Header:
     if not path.is_file():
         raise ValueError("it is not a regular file")
     data = np.memmap(path, mode="r")
-    at = _Reader(memoryview(data))
+    at = _Reader(data.data)
     magic, version = bytes(at.take(4)), at.number("I")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError("it does not begin as one, of version 2 or 3, little-endian")

@@ -120,9 +120,8 @@ class QuantizedWeight(Weight):
         extent = dict(zip(layout.axes, blocks, strict=True)) | dict.fromkeys(layout.units, 1)
         if layout.blocked:
             first, *rest = layout.blocked
-            sizes = layout.sizes
-            extent |= dict(zip(rest, sizes[1:], strict=True))
-            extent[first] = extent[BLOCKS] * extent[ELEMENTS] // math.prod(sizes[1:])
+            extent |= dict(zip(rest, layout.sizes[1:], strict=True))
+            extent[first] = extent[BLOCKS] * extent[ELEMENTS] // math.prod(layout.sizes[1:])
         return tuple(extent[axis] for axis in range(layout.ndim))
 
     @property

@@ -18,8 +18,8 @@ from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import Equation, PyTree
 from lowrank_jax._nodes import is_adapter, is_node
+from lowrank_jax._operators.covariance_probe import CovarianceProbe, Event
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.observed import Log, Observed, Sight
 from lowrank_jax._operators.weight import Weight
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
@@ -99,18 +99,27 @@ def _targets(params: PyTree, config: LoraConfig, plan: Plan | None) -> dict[str,
 
 @dataclasses.dataclass
 class _Watch(Context):
-    """A context that keeps what was seen at each equation, and loses no target from sight.
+    """A context that keeps what each product told, and builds no target densely.
 
     Where a loop traces its body once more, the last time is the one that counts.
     """
 
-    seen: dict[str, dict[Any, tuple[Record, Sight]]] = dataclasses.field(default_factory=dict)
+    seen: dict[str, dict[Any, tuple[Record, set[Event]]]] = dataclasses.field(default_factory=dict)
+    latest: dict[str, set[Event]] = dataclasses.field(default_factory=dict)
+
+    def _use_leaf(self, leaf: Weight) -> Weight:
+        used = super()._use_leaf(leaf)
+        if isinstance(used, CovarianceProbe):
+            told = self.latest[used.path] = set[Event]()
+            used = used.replaced(notify=told.add)
+        return used
 
     def record(self, weight: Weight, eqn: Equation, how: str, reason: str = "") -> None:
         super().record(weight, eqn, how, reason)
-        if isinstance(weight, Observed) and (sight := weight.log.take()):
+        told = self.latest.pop(weight.path, set())
+        if Event.OBSERVED in told:
             here = (*map(id, self.frame), id(eqn))
-            self.seen.setdefault(weight.path, {})[here] = self.records[-1], sight
+            self.seen.setdefault(weight.path, {})[here] = self.records[-1], told
 
     def built(self, weight: Weight, eqn: Equation) -> Any:
         if _is_observed(weight):
@@ -131,7 +140,7 @@ class _Watch(Context):
 def _is_observed(value: Any) -> bool:
     """Whether a value is a target, or joins one with others."""
     leaves = value.leaves() if isinstance(value, Weight) else ()
-    return any(isinstance(leaf, Observed) for leaf in leaves)
+    return any(isinstance(leaf, CovarianceProbe) for leaf in leaves)
 
 
 def _measure(
@@ -145,7 +154,6 @@ def _measure(
     traced = lift.trace(fn, call, dynamic, paths)
     watch = _Watch(OPERATIONS, inline_jit=True)
     at = {paths.index(path): path for path in targets}  # params are the first argument
-    logs = {path: Log() for path in targets}  # one product may be with several, joined
     shape = {}
     for number, path in at.items():
         size = lambda axes, leaf=dynamic[number]: tuple(leaf.shape[axis] for axis in axes)
@@ -157,7 +165,7 @@ def _measure(
         if number not in at:
             return value
         path, base = at[number], value if isinstance(value, Weight) else DenseWeight(value)
-        return Observed.watching(base, totals[path], targets[path], path, logs[path])
+        return CovarianceProbe.of(base, totals[path], targets[path], path)
 
     def number_of(totals: Mapping[str, jax.Array]) -> Any:
         values = [enter(number, leaf, totals) for number, leaf in enumerate(dynamic)]
@@ -186,8 +194,8 @@ def _check(targets: Mapping[str, Target], watch: _Watch) -> None:
     missed = {  # as a set, in order
         f"{path}: {record.primitive} at {record.source}": None
         for path, found in watch.seen.items()
-        for record, sight in found.values()
-        if not sight.reached
+        for record, told in found.values()
+        if Event.DIFFERENTIATED not in told
     }
     if missed:
         raise LowrankError(

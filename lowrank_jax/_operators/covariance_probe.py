@@ -1,15 +1,16 @@
-r"""A weight in flight that observes its inputs: $C = \sum x x^\top$ over the tokens it meets.
+r"""A weight whose products give their input's covariance, $C = \sum x x^\top$, as a derivative.
 
-It is a frozen base and two arrays whose axes follow the weight's by their labels, as factors do: so
-the verbs that pass a low-rank weight on are its own. `a` is the total, [*stack, i * i], of zeros:
-a product returns the base's, and says that its derivative by the total is $C$, whatever the
-cotangent is. So autodiff sums over uses, loops and branches, and keeps the $C$ of stacked weights
-apart. `b` is [*fan_in]: where in the flattened input of the leaf each entry stands.
+It is a frozen base and two arrays whose axes follow the weight's by their labels. `total` is
+[*stack, i * i], of zeros: a product returns the base's, and says that its derivative by the total
+is $C$, whatever the cotangent is. So autodiff sums over uses, loops and branches, and keeps the $C$
+of stacked weights apart. `places` is [*fan_in]: where in the flattened input of the leaf each entry
+stands.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,65 +22,69 @@ from jax import lax
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._operators import dot, gather
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.low_rank import LowRankWeight
+from lowrank_jax._operators.labeled import LabeledWeight
 from lowrank_jax._operators.weight import Weight, slicing
 from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract
 
 _OTHER = "i"  # the label of the second axis of C; RANK is that of the first
 _EXACT = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+_STATIC = {"static": True}
 
 
-class Sight:
-    """One observed product, and whether autodiff came by."""
+class Event(enum.Enum):
+    """What a probe tells of one product."""
 
-    reached = False
-
-
-class Log:
-    """Holds the latest sight until its equation is recorded."""
-
-    def __init__(self) -> None:
-        self.sight: Sight | None = None
-
-    def take(self) -> Sight | None:
-        """The sight noted last, once."""
-        sight, self.sight = self.sight, None
-        return sight
+    OBSERVED = "its input is all of fan-in"
+    DIFFERENTIATED = "autodiff came by"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Observed(LowRankWeight):
-    """A base that observes; uses which do not contract all of fan-in are left unobserved."""
+class CovarianceProbe(LabeledWeight):
+    """A base that observes its inputs; uses which do not contract all of fan-in are left out.
 
-    log: Log = dataclasses.field(metadata={"static": True})
+    Args:
+      base: the weight.
+      total: zeros, [*stack, i * i].
+      places: integers, [*fan_in].
+      total_axes, places_axes: their labels.
+      path: of the leaf.
+      notify: told each Event of a product.
+    """
+
+    base: Weight
+    total: Any
+    places: Any
+    total_axes: Labels = dataclasses.field(metadata=_STATIC)
+    places_axes: Labels = dataclasses.field(metadata=_STATIC)
+    path: Any = dataclasses.field(metadata=_STATIC)
+    notify: Callable[[Event], None] = dataclasses.field(metadata=_STATIC)
+
+    labeled = ("total", "places")
 
     @classmethod
-    def watching(cls, base: Weight, total: Any, axes: Any, path: str, log: Log) -> Observed:
-        """The weight of a leaf, total being [*stack, i * i]; axes has its fan_in and stack."""
+    def of(cls, base: Weight, total: jax.Array, axes: Any, path: str) -> CovarianceProbe:
+        """The probe of a leaf; axes has its fan_in and stack."""
         shape = [base.shape[axis] for axis in axes.fan_in]
-        return cls(
-            base=base,
-            a=total,
-            b=jnp.arange(math.prod(shape)).reshape(shape),
-            multiplier=None,
-            key=None,
-            gain=None,
-            a_axes=(*axes.stack, RANK),
-            b_axes=tuple(axes.fan_in),
-            key_axes=(),
-            gain_axes=(),
-            scale=1.0,
-            rate=0.0,
-            path=path,
-            log=log,
-        )
+        places = jnp.arange(math.prod(shape)).reshape(shape)
+        labels = (*axes.stack, RANK), tuple(axes.fan_in)
+        return cls(base, total, places, *labels, path, lambda event: None)
+
+    @property
+    def how(self) -> str:  # type: ignore[override]
+        """As of the base."""
+        return self.base.how
 
     def materialize(self) -> Any:
         """The dense base."""
         return self.base.materialize()
 
-    # Verbs that pass the weight on: what cuts fan-in would hide how its parts vary together.
+    def astype(self, dtype: Any) -> Any:
+        """Convert the base."""
+        floating = jnp.issubdtype(dtype, jnp.floating)
+        return self.on(self.base.astype(dtype)) if floating else None
+
+    # Structural operations: what cuts fan-in would hide how its parts vary together.
 
     def each(self, fn: Callable, base_only: bool = False) -> Any:
         """Identities are of the base."""
@@ -95,22 +100,22 @@ class Observed(LowRankWeight):
 
     def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> Any:
         """Scale the base along other axes than fan-in, whose numbers are part of the input."""
-        return None if {*axes} & {*self.b_axes} else self.on(self.base.stretch(by, axes, fn))
+        return None if {*axes} & {*self.places_axes} else self.on(self.base.stretch(by, axes, fn))
 
     def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> Any:
         """Take a part of the stack or of fan-out, or reverse any axis."""
         cut = {axis for axis in axes if sizes[axis] != self.shape[axis]}
-        return None if cut & {*self.b_axes} else super().index(fn, sizes, axes)
+        return None if cut & {*self.places_axes} else super().index(fn, sizes, axes)
 
     def slice(self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) -> Any:
         """lax.slice of the stack or of fan-out."""
         _, sizes = slicing(self.shape, starts, limits, strides)
         cut = {axis for axis in sizes if sizes[axis] != self.shape[axis]}
-        return None if cut & {*self.b_axes} else super().slice(starts, limits, strides)
+        return None if cut & {*self.places_axes} else super().slice(starts, limits, strides)
 
     def unstack(self) -> tuple[Any, Any] | None:
         """Slices along the leading axis."""
-        return None if 0 in self.b_axes else super().unstack()
+        return None if 0 in self.places_axes else super().unstack()
 
     def reshard(self, spec: Any, fn: Callable) -> Any:
         """Lay out the base."""
@@ -120,7 +125,7 @@ class Observed(LowRankWeight):
         """In a shard_map one device cannot tell whether others see the same input."""
         return None
 
-    # Verbs that consume the weight.
+    # Products
 
     def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
         """lax.dot_general."""
@@ -134,7 +139,7 @@ class Observed(LowRankWeight):
         def covariance(x: jax.Array, places: jax.Array) -> jax.Array:
             return self._product(*self._inputs(x, labels, places))
 
-        return self._observing(y, covariance, other, self.b)
+        return self._observing(y, covariance, other, self.places)
 
     def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
         """lax.ragged_dot_general: one C for each group of rows."""
@@ -157,7 +162,7 @@ class Observed(LowRankWeight):
             )
             return lax.ragged_dot_general(x, x, sizes, by_group, **_EXACT)
 
-        return self._observing(y, covariance, other, self.b, sizes)
+        return self._observing(y, covariance, other, self.places, sizes)
 
     def conv(self, other: Any, options: dict[str, Any]) -> Any:
         """lax.conv_general_dilated: the tokens are patches, those of every group."""
@@ -181,25 +186,27 @@ class Observed(LowRankWeight):
             tokens = tuple(("x", axis) for axis in range(other.ndim))
             return self._product(*self._inputs(patches, (*tokens, *taps), places))
 
-        return self._observing(y, covariance, other, self.b)
+        return self._observing(y, covariance, other, self.places)
 
     def gather(self, indices: Any, options: dict[str, Any]) -> Any:
         """lax.gather: of stacked weights it is a weight; a look-up has no input to observe."""
         numbers = options["dimension_numbers"]
         indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
         values = self._plainly("gather", indices, options)
-        if indices.ndim > 1 and not indexed <= {*self.a_axes}:
+        if indices.ndim > 1 and not indexed <= {*self.total_axes}:
             return values
         cut = {d for d in range(self.ndim) if options["slice_sizes"][d] != self.shape[d]}
-        if (cut | indexed) & {*self.b_axes} or cut - indexed:
+        if (cut | indexed) & {*self.places_axes} or cut - indexed:
             return None
         gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
         kept = [axis for axis in range(self.ndim) if axis not in gone]
         others = [axis for axis in range(values.ndim) if axis not in numbers.offset_dims]
         place = dict(zip(kept, numbers.offset_dims, strict=True))
         place |= {("n", i): axis for i, axis in enumerate(others)}
-        a, labels = gather.gather_labeled(self.a, self.a_axes, indices, options, self.shape)
-        return self.replaced(a=a, a_axes=labels)._renumbered(place, DenseWeight(values))
+        total, labels = gather.gather_labeled(
+            self.total, self.total_axes, indices, options, self.shape
+        )
+        return self.replaced(total=total, total_axes=labels)._renumbered(place, DenseWeight(values))
 
     def _plainly(self, verb: str, *args: Any) -> Any:
         """What the base does, built densely where it cannot."""
@@ -210,15 +217,17 @@ class Observed(LowRankWeight):
 
     def _contracted(self, axes: Sequence[int]) -> bool:
         """Whether a product sums over all of fan-in."""
-        return bool(self.b_axes) and {*self.b_axes} <= {*axes}
+        return bool(self.places_axes) and {*self.places_axes} <= {*axes}
 
     def _stacked(self) -> set[Any]:
         """Axes that enumerate weights here."""
-        return {axis for axis, size in enumerate(self.shape) if axis in self.a_axes and size > 1}
+        return {
+            axis for axis, size in enumerate(self.shape) if axis in self.total_axes and size > 1
+        }
 
     def _inputs(self, x: jax.Array, labels: Labels, places: jax.Array) -> tuple[jax.Array, Labels]:
         """x with its fan-in flattened to a last axis, in the order of the leaf; and its labels."""
-        fan_in = self.b_axes
+        fan_in = self.places_axes
         tokens = tuple(label for label in labels if label not in fan_in)
         x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(self.dtype)
         x = arrange(x, labels, (*tokens, *fan_in), {})
@@ -229,15 +238,15 @@ class Observed(LowRankWeight):
     def _product(self, x: jax.Array, labels: Labels) -> jax.Array:
         """The sum of x x^T over tokens, as the total lies."""
         other = (*labels[:-1], _OTHER)
-        square = tuple(c for a in self.a_axes for c in ((a, _OTHER) if a == RANK else (a,)))
+        square = tuple(c for a in self.total_axes for c in ((a, _OTHER) if a == RANK else (a,)))
         out, made = contract(x, labels, x, other, {*square}, **_EXACT)
         sizes: dict[Any, int] = {**dict(enumerate(self.shape)), RANK: x.shape[-1]}
         return arrange(out, made, square, {**sizes, _OTHER: x.shape[-1]})
 
     def _observing(self, y: Any, covariance: Callable, *operands: Any) -> Any:
         """y, with the covariance of operands for its derivative by the total."""
-        sight = self.log.sight = Sight()
-        kind = jax.typeof(self.a)
+        self.notify(Event.OBSERVED)
+        kind = jax.typeof(self.total)
 
         @jax.custom_vjp
         def observed(y: Any, total: Any, *operands: Any) -> Any:
@@ -247,7 +256,7 @@ class Observed(LowRankWeight):
             return y, operands
 
         def backward(operands: Any, cotangent: Any) -> Any:
-            sight.reached = True
+            self.notify(Event.DIFFERENTIATED)
             make = lambda *operands: covariance(*operands).reshape(kind.shape)
             if any(map(jaxprs.is_split, operands)):
                 change = jaxprs.by_the_compiler(make, kind.sharding, *operands)
@@ -256,4 +265,4 @@ class Observed(LowRankWeight):
             return cotangent, change, *(None for _ in operands)
 
         observed.defvjp(forward, backward)
-        return observed(y, self.a, *operands)
+        return observed(y, self.total, *operands)
