@@ -27,7 +27,9 @@ def public_functions():
         for name in own:
             value = getattr(module, name)
             at_home = module is lowrank or hasattr(module, "__all__")
-            if inspect.isfunction(value) and (at_home or value.__module__ == module.__name__):
+            if inspect.isfunction(value) and (
+                at_home or value.__module__.startswith(module.__name__)
+            ):
                 found[f"{module.__name__}.{name}".removeprefix("lowrank_jax.")] = value
     for kind in (*CONFIGS, lowrank.Fingerprint):
         found[f"{kind.__name__}.from_dict"] = kind.from_dict

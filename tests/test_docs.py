@@ -30,7 +30,8 @@ def public():
         found[info.name] = module = importlib.import_module(info.name)
         exported = getattr(module, "__all__", ())
         for name, value in vars(module).items():
-            own = getattr(value, "__module__", None) == info.name or name in exported
+            home = getattr(value, "__module__", None) or ""
+            own = home == info.name or home.startswith(f"{info.name}._") or name in exported
             if own and (inspect.isfunction(value) or inspect.isclass(value)):
                 found[f"{info.name}.{name}"] = value
     return {name: value for name, value in sorted(found.items()) if "._" not in name}
