@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lowrank
-from lowrank_jax._cli import TABLES, main
+from lowrank_jax._cli.main import TABLES, main
 from lowrank_jax._files.safetensors import open_folder
 from lowrank_jax._files.tensor_file import TensorFile, write_tensors
 from lowrank_jax._jax.paths import flatten

@@ -47,6 +47,7 @@ def from_state_dict(
     Source: bitsandbytes 0.50.2, nn.Linear4bit and functional.QuantState.
 
     >>> import lowrank_jax as lowrank
+    >>> from lowrank_jax.bitsandbytes import to_state_dict
     >>> params = {"kernel": jnp.linspace(-1, 1, 64 * 3).reshape(64, 3)}
     >>> node = lowrank.quantize(params, lowrank.QuantConfig(targets="kernel"))["kernel"]
     >>> tensors = to_state_dict(node, "layer.weight")
@@ -131,6 +132,8 @@ def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, A
     >>> import json, tempfile
     >>> import lowrank_jax as lowrank
     >>> from safetensors.numpy import save_file
+    >>> import numpy as np
+    >>> from lowrank_jax.bitsandbytes import to_state_dict
     >>> params = {"kernel": jnp.ones((64, 3))}
     >>> node = lowrank.quantize(params, lowrank.QuantConfig(targets="kernel"))["kernel"]
     >>> config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}

@@ -101,6 +101,7 @@ def restore(
 
     >>> import tempfile
     >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> from lowrank_jax.checkpoint import save
     >>> params = {"w": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
     >>> lora = {"w": lowrank.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3))), "bias": None}
     >>> config = lowrank.LoraConfig(rank=2, targets="w")

@@ -71,6 +71,7 @@ def save(
 
     >>> import tempfile
     >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> from lowrank_jax.checkpoint import restore
     >>> config = lowrank.LoraConfig(rank=2, targets="w")
     >>> lora = {"w": lowrank.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), scale=2.0), "bias": None}
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -122,6 +123,7 @@ def save_async(
 
     >>> import tempfile
     >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> from lowrank_jax.checkpoint import restore
     >>> config = lowrank.LoraConfig(rank=2, targets="w")
     >>> lora = {"w": lowrank.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)))}
     >>> with tempfile.TemporaryDirectory() as directory:

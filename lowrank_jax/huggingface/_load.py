@@ -80,6 +80,8 @@ def load(
     Source: transformers 5.23, modeling_utils.py and quantizer_bnb_4bit.py; safetensors.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> from lowrank_jax.huggingface import save
     >>> params = {"embed": {"embedding": jnp.ones((5, 4))}, "head": {"kernel": jnp.ones((4, 3))}}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(folder, params)

@@ -56,6 +56,8 @@ def merge(
 
     >>> import tempfile
     >>> import lowrank_jax as lowrank
+    >>> import jax.numpy as jnp
+    >>> from lowrank_jax.huggingface import load, save
     >>> params = {"head": {"kernel": jnp.ones((4, 3))}}
     >>> lora = {"head": {"kernel": lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), scale=0.5)}}
     >>> with tempfile.TemporaryDirectory() as root:

@@ -62,6 +62,7 @@ def load(
 
     >>> import tempfile
     >>> import lowrank_jax as lowrank
+    >>> from lowrank_jax.peft import save
     >>> lora = {"head": {"kernel": lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), scale=0.5)}}
     >>> params = {"head": {"kernel": jnp.zeros((4, 3))}}
     >>> with tempfile.TemporaryDirectory() as directory:

@@ -73,6 +73,8 @@ def save(
 
     >>> import tempfile
     >>> import jax, lowrank_jax as lowrank
+    >>> import jax.numpy as jnp
+    >>> from lowrank_jax.peft import load
     >>> params = {"layers_0": {"attn": {"query": {"kernel": jnp.ones((4, 3))}}}}
     >>> config = lowrank.LoraConfig(rank=2, targets="**/kernel", extras={"task_type": "CAUSAL_LM"})
     >>> base, lora = lowrank.init(jax.random.key(0), params, config)
@@ -114,6 +116,7 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
     Source: LoRA, arXiv 2106.09685, section 4.1; what servers take: vLLM, lora/peft_helper.py.
 
     >>> import lowrank_jax as lowrank
+    >>> import jax.numpy as jnp
     >>> params = {"w": jnp.ones((4, 3)), "norm": jnp.ones(3)}
     >>> config = lowrank.LoraConfig(rank=2, targets="w", train="norm")
     >>> base, lora = lowrank.init(jax.random.key(0), params, config)
