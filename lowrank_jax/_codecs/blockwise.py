@@ -130,7 +130,7 @@ def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Arr
 def _divide(x: jax.Array | np.float32, y: jax.Array) -> jax.Array:
     """x / y, x >= 0 and y >= 2**-126, rounded as IEEE 754 says; 0 where below 2**-126.
 
-    XLA's division is no such thing: off by an ulp or two on GPUs (rcp.approx, div.full), and on
+    XLA's division does not: it is off by an ulp or two on GPUs (rcp.approx, div.full), and on
     CPU by whether it becomes a product. This is long division of the mantissas, in integers.
     """
     x, y = jnp.broadcast_arrays(x, y)

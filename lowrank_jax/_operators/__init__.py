@@ -1,1 +1,1 @@
-"""Weights in flight: what a product meets where an adapted or quantized weight stands."""
+"""Weight operators: what stands for an adapted or quantized weight while a jaxpr is evaluated."""

@@ -1,4 +1,4 @@
-"""A dense array as a weight in flight: every verb is JAX's own."""
+"""A dense array as a weight operator: every method is JAX's own."""
 
 from __future__ import annotations
 

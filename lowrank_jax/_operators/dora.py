@@ -1,4 +1,4 @@
-r"""DoRA in flight: the one number that multiplies each output feature.
+r"""DoRA's gain: the one number that multiplies each output feature.
 
 $y = c \odot (x W + s\,(x a) b)$ with $c = m / \lVert W + s\,a\,b \rVert$. c is made once for each
 call of the lifted function, outside every loop, so that no loop and no rematerialization makes it
@@ -25,7 +25,7 @@ from lowrank_jax._primitives.contract import accumulator
 
 
 def weight_of(leaf: Any, path: Any = None) -> Weight:
-    """A frozen leaf as a weight in flight."""
+    """A frozen leaf as a weight operator."""
     leaf = unnormed(leaf)
     if isinstance(leaf, Quantized):
         return QuantizedWeight.of(leaf, path)

@@ -1,4 +1,4 @@
-r"""A low-rank weight in flight: a dense base and two factors whose axes carry labels.
+r"""A low-rank weight operator: a base and two factors whose axes carry labels.
 
 $W[d] = \text{base}[d] + s \sum_r a[\cdot, r]\, b[\cdot, r]$. Each axis of a and b is labeled with
 the axis of the weight that it runs along, so a transpose renumbers labels and moves nothing. An
@@ -42,8 +42,8 @@ class LowRankWeight(LabeledWeight):
     """Base, factors, multiplier and dropout key of one weight, with the labels of their axes.
 
     With DoRA's `gain` the delta is that of gain (W + s a b), one number for each output feature.
-    The base is itself a weight in flight, dense or quantized, and does what is asked of it in its
-    own way; a verb that it does not have, this weight does not have either.
+    The base is itself a weight operator, dense or quantized; where it has no rule (None), this
+    weight has none either.
     """
 
     base: Weight
@@ -138,7 +138,7 @@ class LowRankWeight(LabeledWeight):
         """The same weight with a dropout key of its own for this use."""
         return self if self.key is None else self.replaced(key=_fold(self.key, number))
 
-    # Verbs that pass the weight on.
+    # Structural operations
 
     def each(self, fn: Callable, base_only: bool = False) -> LowRankWeight | None:
         """Apply an identity of values to the base, and to the factors unless base_only."""
@@ -182,7 +182,7 @@ class LowRankWeight(LabeledWeight):
             return whole
         return whole.replaced(multiplier=fn(self.multiplier, type(spec)()))
 
-    # Verbs that consume the weight.
+    # Products
 
     def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
         """lax.dot_general."""

@@ -1,4 +1,4 @@
-r"""A quantized weight in flight: its blocks stay small until the product that they meet.
+r"""A quantized weight operator: its blocks stay small until the product that they meet.
 
 Each axis of the decoded blocks carries a label, the axis of the weight that it is now, so that a
 transpose moves nothing; the axes that hold the blocks are one run of the weight's axes, cut in two.

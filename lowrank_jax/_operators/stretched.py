@@ -1,4 +1,4 @@
-r"""A quantized weight times numbers along some of its axes, in flight.
+r"""A quantized weight times numbers along some of its axes.
 
 $x\,(W \odot v) = (x \odot v)\,W$ where v runs along fan-in, $(x W) \odot v$ where it runs along
 fan-out. The codes stay as they are, and derivatives reach v.

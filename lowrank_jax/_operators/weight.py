@@ -1,6 +1,6 @@
-"""What an interpreter needs of a weight that is not an array: the verbs the rules call.
+"""The interface of weight operators: what the rules of the interpreter call.
 
-Every verb returns the result, or None where this weight cannot take part without being built.
+Every method returns the result, or None where this weight cannot take part without being built.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def reversing(axes: Sequence[int]) -> Take:
 
 
 class Weight:
-    """A weight in flight through the interpreter; subclasses say what each verb means."""
+    """A weight operator: it stands for a dense weight; subclasses say what each method does."""
 
     path: Any
     shape: tuple[int, ...]

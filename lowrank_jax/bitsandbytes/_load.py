@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from lowrank_jax._checks.arguments import checked, name_text, texts_mapping
 from lowrank_jax._errors import AxesError, CheckpointError, listing_of
 from lowrank_jax._files.safetensors import open_folder
+from lowrank_jax._files.torch_layout import numbered
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax.bitsandbytes._layout import laid_out
 from lowrank_jax.bitsandbytes._quant_state import QuantState, read
@@ -79,11 +79,6 @@ def from_state_dict(
         )
     stacked = lambda *leaves: jnp.stack(leaves).reshape(*sizes, *leaves[0].shape)
     return jax.tree.map(stacked, *nodes.values())
-
-
-def numbered(name: str, index: tuple[int, ...]) -> str:
-    """The name with numbers for its "{}"."""
-    return functools.reduce(lambda text, i: text.replace("{}", str(i), 1), index, name)
 
 
 def _indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:

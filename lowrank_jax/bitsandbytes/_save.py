@@ -14,9 +14,9 @@ from lowrank_jax._codecs import FORMATS
 from lowrank_jax._codecs.packing import to_bnb_bytes, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP
 from lowrank_jax._errors import AxesError, ConfigError, TreeError
+from lowrank_jax._files.torch_layout import numbered
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax.bitsandbytes._layout import order_of_blocks
-from lowrank_jax.bitsandbytes._load import numbered
 from lowrank_jax.bitsandbytes._quant_state import QuantState, write
 
 
