@@ -25,7 +25,6 @@ from lowrank_jax._files.whole_files import clear, flush, make_folder, put_in_pla
 from lowrank_jax._trees.fingerprint import differences, sha256
 from lowrank_jax.checkpoint._orbax import (
     make_checkpointer,
-    parts_of_sizes,
     read_arrays,
     write_arrays,
 )
@@ -135,23 +134,24 @@ def read_archive(
             problems.append(f"files of {sizes} bytes cannot hold arrays of {claims} bytes")
         if problems:
             raise _damaged(directory, problems)
-        found: dict[str, Any] = {}
-        with _hashers() as pool:
-            nbytes = {
-                name: math.prod(s) * dtype.itemsize for name, (s, dtype, _) in described.items()
-            }
-            for part in parts_of_sizes(nbytes):
-                read = read_arrays(checkpointer, folder, [name for name in part if name in claimed])
-                for name in part:
-                    shape, dtype, _ = described[name]
-                    read[name] = np.zeros(shape, dtype) if 0 in shape else read[name].view(dtype)
-                hashes = pool.map(sha256, [read[name] for name in part])
-                for name, sha in zip(part, hashes, strict=True):
-                    array = read.pop(name)
-                    if sha != described[name][2]:
-                        problems.append(f"{name}: its SHA-256 is not the one in the manifest")
-                    elif not problems:
-                        found[name] = make(name, array)
+    found: dict[str, Any] = {}
+    with quiet(folder.name), _hashers() as pool:
+
+        def receive(read: dict[str, np.ndarray]) -> None:
+            hashes = pool.map(sha256, read.values())
+            for name, sha in zip(list(read), hashes, strict=True):
+                _, dtype, expected = described[name]
+                array = read.pop(name)
+                if sha != expected:
+                    problems.append(f"{name}: its SHA-256 is not the one in the manifest")
+                elif not problems:
+                    found[name] = make(name, array.view(dtype))
+
+        receive(
+            {n: np.zeros(shape, dtype) for n, (shape, dtype, _) in described.items() if 0 in shape}
+        )
+        nbytes = {name: math.prod(s) * dtype.itemsize for name, (s, dtype) in claimed.items()}
+        read_arrays(folder, nbytes, receive)
     if problems:
         raise _damaged(directory, problems)
     return found

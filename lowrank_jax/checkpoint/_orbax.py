@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-# arrays are restored, and files written, in parts of this size: several are hashed at once, and
-# restoring keeps one part on the host
-_PART = 1 << 25
+# arrays are restored in parts of this size: several are hashed at once, and one part is on the host
+_PART = 1 << 22
+# files are of this size at most: several are hashed at once
+_FILE = 1 << 25
+# what TensorStore keeps of the files while it reads: Orbax has 100 MB
+_CACHE = {"cache_pool#ocdbt": {"total_bytes_limit": 1 << 20}}
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -21,23 +24,46 @@ def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     # Orbax refuses arrays of no elements: their shape in the manifest is all there is
     kept = {name: _bytes(array) for name, array in arrays.items() if array.size}
     with make_checkpointer() as checkpointer:
-        checkpointer.save(folder, ocp.args.PyTreeSave(kept, ocdbt_target_data_file_size=_PART))
+        checkpointer.save(folder, ocp.args.PyTreeSave(kept, ocdbt_target_data_file_size=_FILE))
 
 
-def read_arrays(checkpointer: Any, folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Some of the arrays of a folder."""
+def read_arrays(
+    folder: Path, sizes: Mapping[str, int], receive: Callable[[dict[str, np.ndarray]], None]
+) -> None:
+    """Read the arrays of these names and sizes in bytes, and hand them over part by part.
+
+    Orbax returns every array of a restore at once, and each restore reads the metadata of the whole
+    folder, so that neither one call nor a call for each part would do: the handler of the arrays
+    hands each part over as soon as it is read, and lets go of it.
+    """
     import orbax.checkpoint as ocp
+    import tensorstore as ts
 
-    if not names:
-        return {}
-    options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-    part = ocp.args.PyTreeRestore(
-        item=dict.fromkeys(names, 0), restore_args=options, partial_restore=True
+    class Streaming(ocp.type_handlers.NumpyHandler):
+        async def deserialize(self, infos, args=None):
+            args = args or [ocp.RestoreArgs()] * len(infos)
+            context = ts.Context(_CACHE, parent=infos[0].ts_context)
+            for info in infos:
+                info.ts_context = context
+            asked = {info.name: (info, arg) for info, arg in zip(infos, args, strict=True)}
+            for part in _in_parts(sizes):
+                arrays = await super().deserialize(*zip(*(asked[n] for n in part), strict=True))
+                read = dict(zip(part, arrays, strict=True))
+                del arrays
+                receive(read)
+            return [np.zeros(0)] * len(infos)
+
+    if not sizes:
+        return
+    options = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in sizes}
+    everything = ocp.args.PyTreeRestore(
+        item=dict.fromkeys(sizes, 0), restore_args=options, partial_restore=True
     )
-    return checkpointer.restore(folder, part)
+    with make_checkpointer(Streaming()) as checkpointer:
+        checkpointer.restore(folder, everything)
 
 
-def parts_of_sizes(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+def _in_parts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     """The names in groups, of at most _PART bytes if they have more than one."""
     part, total = [], 0
     for name, size in sizes.items():
@@ -50,8 +76,12 @@ def parts_of_sizes(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         yield part
 
 
-def make_checkpointer() -> Any:
-    """Orbax's checkpointer; uncompressed, so that sizes on disk bound those in memory."""
+def make_checkpointer(arrays: Any = None) -> Any:
+    """Orbax's checkpointer; uncompressed, so that sizes on disk bound those in memory.
+
+    Args:
+      arrays: the type handler of NumPy arrays, or None for one that writes.
+    """
     import orbax.checkpoint as ocp
 
     # this process works alone, whatever the others do
@@ -60,7 +90,7 @@ def make_checkpointer() -> Any:
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
     )
     # nothing changes the arrays while they are written: Orbax need not copy them
-    arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    arrays = arrays or ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
