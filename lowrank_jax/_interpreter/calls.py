@@ -30,7 +30,7 @@ def _sources_of_call(table: Table, eqn: Any) -> list[Source | None]:
 
 def _survey_shard_map(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Inside, arrays are the parts on one device."""
-    inner, _ = jaxprs.opened(ShardMap.of(eqn).jaxpr)
+    inner, _ = jaxprs.split_jaxpr(ShardMap.of(eqn).jaxpr)
     placed = lambda values, atoms: [
         value.map(lambda view, atom=atom: view.place(atom.aval.shape))
         for value, atom in zip(values, atoms, strict=True)

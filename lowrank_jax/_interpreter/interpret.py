@@ -145,7 +145,7 @@ class Context(Nesting):
 
 def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Evaluate a (closed) jaxpr on arrays and weights; results may be weights too."""
-    inner, consts = jaxprs.opened(jaxpr)
+    inner, consts = jaxprs.split_jaxpr(jaxpr)
     env = dict(zip(jaxprs.binders(jaxpr), [*consts, *args], strict=True))
     last = _last_uses(inner)
     read = lambda atom: atom.val if isinstance(atom, jaxprs.Literal) else env[atom]

@@ -67,7 +67,7 @@ def find_forwarded_by(table: Table, eqn: Equation) -> list[int | None]:
 
 def find_sources(table: Table, jaxpr: Jaxpr) -> list[Source | None]:
     """For each result of a jaxpr, the input that it is but for a transposition, or None."""
-    inner, _ = jaxprs.opened(jaxpr)
+    inner, _ = jaxprs.split_jaxpr(jaxpr)
     whole = lambda var: tuple(range(len(var.aval.shape)))
     source: dict[Any, Source] = {var: (i, whole(var)) for i, var in enumerate(inner.invars)}
     known = lambda atom: None if isinstance(atom, jaxprs.Literal) else source.get(atom)

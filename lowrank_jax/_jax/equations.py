@@ -167,7 +167,7 @@ def bodies(eqn: Any) -> list[Any]:
     shapes = lambda atoms: [getattr(atom.aval, "shape", None) for atom in atoms]
     found = []
     for value in eqn.params.values():
-        inner, _ = jaxprs.opened(value)
+        inner, _ = jaxprs.split_jaxpr(value)
         if not hasattr(inner, "eqns"):
             continue
         sides = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
@@ -238,7 +238,7 @@ class Scan(NamedTuple):
 
 def _split_scan(eqn: Any) -> tuple[int, int]:
     """Numbers of constants and carries of a scan: sequences have one axis more outside the body."""
-    inner, _ = jaxprs.opened(eqn.params["jaxpr"])
+    inner, _ = jaxprs.split_jaxpr(eqn.params["jaxpr"])
     ndim = lambda atoms: [len(atom.aval.shape) for atom in atoms]
 
     def sequences(outside: Sequence[Any], inside: Sequence[Any]) -> int:

@@ -27,7 +27,7 @@ def threefry2x32(*words: Any) -> Sequence[jax.Array]:
     return threefry2x32_p.bind(*words)
 
 
-def opened(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
+def split_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
     """A jaxpr with its constants: a ClosedJaxpr up to JAX 0.11, one Jaxpr since."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     consts = getattr(jaxpr, "consts", ())
@@ -36,13 +36,13 @@ def opened(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
 
 def binders(jaxpr: Jaxpr) -> list[Any]:
     """The variables of constants and inputs, in the order their values are given."""
-    inner, _ = opened(jaxpr)
+    inner, _ = split_jaxpr(jaxpr)
     return [*getattr(inner, "constvars", ()), *inner.invars]
 
 
 def users(jaxpr: Jaxpr, number: int) -> list[Any]:
     """The equations that take an input, given by number."""
-    inner, _ = opened(jaxpr)
+    inner, _ = split_jaxpr(jaxpr)
     var = inner.invars[number]
     return [eqn for eqn in inner.eqns if any(atom is var for atom in eqn.invars)]
 

@@ -194,7 +194,7 @@ def evaluate(
       ClosesOverTracers: it is to be kept, and fn closes over tracers, of another trace next time.
     """
     traced = trace(fn, call, dynamic, paths)
-    if known is not None and any(map(jaxprs.is_tracer, jaxprs.opened(traced.jaxpr)[1])):
+    if known is not None and any(map(jaxprs.is_tracer, jaxprs.split_jaxpr(traced.jaxpr)[1])):
         raise ClosesOverTracers
     # an argument without nodes that was made in the caller's own trace is the caller's business: an
     # nnx.Rngs of a key for this call, say

@@ -49,7 +49,7 @@ def plan(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> Plan:
     leaves = [(path, leaf) for path, leaf in flatten(params, is_leaf=is_node)[0] if is_array(leaf)]
     call, dynamic, paths = split((params, *args), kwargs)
     traced = trace(fn, call, dynamic, paths)
-    inner, _ = jaxprs.opened(traced.jaxpr)
+    inner, _ = jaxprs.split_jaxpr(traced.jaxpr)
     given = [var.aval for var in inner.invars[len(leaves) :]]
     survey = Survey(OPERATIONS, constants_are_data=not any(aval.ndim for aval in given))
     values = [
