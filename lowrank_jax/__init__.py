@@ -55,8 +55,8 @@ from lowrank_jax._trees.adapters import partition as partition
 from lowrank_jax._trees.fingerprint import Fingerprint as Fingerprint
 from lowrank_jax._trees.fingerprint import fingerprint as fingerprint
 from lowrank_jax._trees.init import init as init
-from lowrank_jax._trees.quantization_error import Deviation as Deviation
-from lowrank_jax._trees.quantization_error import Deviations as Deviations
+from lowrank_jax._trees.quantization_error import QuantizationError as QuantizationError
+from lowrank_jax._trees.quantization_error import QuantizationErrors as QuantizationErrors
 from lowrank_jax._trees.quantization_error import quantization_error as quantization_error
 from lowrank_jax._trees.quantize import dequantize as dequantize
 from lowrank_jax._trees.quantize import quantize as quantize

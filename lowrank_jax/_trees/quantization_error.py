@@ -23,7 +23,7 @@ from lowrank_jax._nodes.sizes import bits_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Deviation:
+class QuantizationError:
     r"""What quantization did to one leaf, W, kept as codes that stand for W'.
 
     Args:
@@ -43,7 +43,7 @@ class Deviation:
     largest: float
 
 
-class Deviations(Tabled):
+class QuantizationErrors(Tabled):
     """A mapping of path -> Deviation, over the quantized leaves; `str` and HTML show all of it.
 
     Args:
@@ -68,7 +68,7 @@ class Deviations(Tabled):
 
 
 @checked()
-def quantization_error(dense: Any, frozen: PyTree) -> Deviations:
+def quantization_error(dense: Any, frozen: PyTree) -> QuantizationErrors:
     r"""Measure what quantization did to each leaf.
 
     $\lVert W' - W \rVert_F / \lVert W \rVert_F$, with W' what the codes stand for. Leaves, and
@@ -108,7 +108,9 @@ def quantization_error(dense: Any, frozen: PyTree) -> Deviations:
     )
     _check(wanted, leaves)
     chosen = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
-    return Deviations({path: _deviation(wanted[path], leaf) for path, leaf in chosen.items()})
+    return QuantizationErrors(
+        {path: _deviation(wanted[path], leaf) for path, leaf in chosen.items()}
+    )
 
 
 def _check(dense: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
@@ -145,7 +147,7 @@ def _check(dense: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
         )
 
 
-def _deviation(dense: Any, node: Quantized) -> Deviation:
+def _deviation(dense: Any, node: Quantized) -> QuantizationError:
     """One leaf, stacked layers one by one; sums of rows are added up in float64."""
     squares = norm = total = largest = 0.0
     for index in np.ndindex(node.shape[: node.stacked]):
@@ -154,7 +156,7 @@ def _deviation(dense: Any, node: Quantized) -> Deviation:
         squares, norm, total = np.add((squares, norm, total), [part.sum() for part in sums])
         largest = np.maximum(largest, most)
     relative = math.sqrt(squares / norm) if norm else math.inf if squares else 0.0
-    return Deviation(
+    return QuantizationError(
         node.shape,
         node.format,
         bits_of(node),

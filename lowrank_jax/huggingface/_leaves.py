@@ -19,7 +19,7 @@ Index = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Lying:
+class TensorMapping:
     """A leaf and the tensors that hold it, one for each layer that it stacks.
 
     Args:
@@ -83,7 +83,9 @@ def keys_of(path: str, shape: Shape, name: Parameter, use: Any) -> dict[Index, s
     return {index: numbered(name.key, index) for index in np.ndindex(*sizes)}
 
 
-def lying(path: str, shape: Shape, name: Parameter, use: Any, tensor: Shape | None = None) -> Lying:
+def lying(
+    path: str, shape: Shape, name: Parameter, use: Any, tensor: Shape | None = None
+) -> TensorMapping:
     """How a leaf lies in its tensors, of which one has the shape `tensor`, where that is known.
 
     Raises:
@@ -104,7 +106,7 @@ def lying(path: str, shape: Shape, name: Parameter, use: Any, tensor: Shape | No
         raise CheckpointError(
             f"shape {list(tensor)}, expected {list(wanted)} for {path!r} of shape {shape}{hint}"
         )
-    return Lying(path, keys, layout, wanted)
+    return TensorMapping(path, keys, layout, wanted)
 
 
 def _told_by(tensor: Shape, shape: Shape, stack: Index, name: Parameter) -> Layout | None:

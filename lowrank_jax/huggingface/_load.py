@@ -26,7 +26,7 @@ from lowrank_jax.huggingface._folder import (
     read_config,
     ties,
 )
-from lowrank_jax.huggingface._leaves import Lying
+from lowrank_jax.huggingface._leaves import TensorMapping
 from lowrank_jax.huggingface._matching import is_floating, matched
 from lowrank_jax.huggingface._prequantized import in_four_bits
 from lowrank_jax.huggingface._reading import read_leaf, read_quantized
@@ -148,7 +148,7 @@ def _sharding(leaf: Any) -> Any:
 
 
 def _blocks(
-    leaves: dict[str, Any], found: dict[str, Lying], quant: QuantConfig, plan: Plan | None
+    leaves: dict[str, Any], found: dict[str, TensorMapping], quant: QuantConfig, plan: Plan | None
 ) -> dict[str, tuple[Axes, Axes]]:
     """Path -> the axes that blocks run along and the stack axes, of the leaves to quantize."""
     blocks = {}

@@ -14,7 +14,7 @@ from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.safetensors import Tensors
 from lowrank_jax._files.torch_layout import known_names, use_of
 from lowrank_jax._targeting.plan import Plan
-from lowrank_jax.huggingface._leaves import Lying, keys_of, lying
+from lowrank_jax.huggingface._leaves import TensorMapping, keys_of, lying
 from lowrank_jax.names import Names, Parameter, parameter
 
 # what modules register beside their parameters: masks, positions, frequencies, counters
@@ -38,7 +38,7 @@ class Found:
       missing, unexpected, misfits: the problems, by kind.
     """
 
-    leaves: dict[str, Lying] = dataclasses.field(default_factory=dict)
+    leaves: dict[str, TensorMapping] = dataclasses.field(default_factory=dict)
     missing: list[str] = dataclasses.field(default_factory=list)
     unexpected: list[str] = dataclasses.field(default_factory=list)
     misfits: list[str] = dataclasses.field(default_factory=list)

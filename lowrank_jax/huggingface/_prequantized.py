@@ -18,12 +18,12 @@ from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax.bitsandbytes._layout import laid_out
 from lowrank_jax.bitsandbytes._tensors import StateTensors
-from lowrank_jax.huggingface._leaves import Lying
+from lowrank_jax.huggingface._leaves import TensorMapping
 from lowrank_jax.huggingface._reading import put_in_place
 
 
 def in_four_bits(
-    leaves: dict[str, Lying],
+    leaves: dict[str, TensorMapping],
     tensors: Tensors,
     quant: QuantConfig | None,
     chosen: Collection[str],
@@ -57,7 +57,7 @@ def in_four_bits(
     return readers
 
 
-def _misfit(lying: Lying, tensors: StateTensors, quant: QuantConfig | None) -> str:
+def _misfit(lying: TensorMapping, tensors: StateTensors, quant: QuantConfig | None) -> str:
     """What is wrong with a leaf, if anything."""
     keys = list(lying.keys.values())
     if dense := [key for key in keys if key not in tensors.weights]:
@@ -84,7 +84,7 @@ def _kind(header: dict[str, Any]) -> tuple[str, int, bool]:
 
 
 def _read(
-    tensors: StateTensors, lying: Lying, packing: str, dtype: Any, sharding: Any
+    tensors: StateTensors, lying: TensorMapping, packing: str, dtype: Any, sharding: Any
 ) -> Quantized:
     """A leaf of codes, read layer by layer."""
     layer, layout = lying.layer, lying.layout

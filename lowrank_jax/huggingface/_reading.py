@@ -17,17 +17,17 @@ from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax._trees.quantize import quantized_shapes
 from lowrank_jax._trees.specs import specs
-from lowrank_jax.huggingface._leaves import Lying
+from lowrank_jax.huggingface._leaves import TensorMapping
 
 
-def read_leaf(tensors: Tensors, lying: Lying, dtype: Any, sharding: Any) -> jax.Array:
+def read_leaf(tensors: Tensors, lying: TensorMapping, dtype: Any, sharding: Any) -> jax.Array:
     """A dense leaf."""
     return put_in_place(_host(tensors, lying, dtype), lying.path, sharding)
 
 
 def read_quantized(
     tensors: Tensors,
-    lying: Lying,
+    lying: TensorMapping,
     dtype: Any,
     axes: tuple[Axes, Axes],
     quant: QuantConfig,
@@ -50,7 +50,7 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _host(tensors: Tensors, lying: Lying, dtype: Any) -> np.ndarray:
+def _host(tensors: Tensors, lying: TensorMapping, dtype: Any) -> np.ndarray:
     """The values of a leaf, in a buffer of their own."""
     if not lying.layout.stack:
         return _cast(lying.from_tensor(tensors[lying.keys[()]]), dtype)
@@ -59,7 +59,7 @@ def _host(tensors: Tensors, lying: Lying, dtype: Any) -> np.ndarray:
     return leaf
 
 
-def _layers(tensors: Tensors, lying: Lying, dtype: Any) -> Iterator[np.ndarray]:
+def _layers(tensors: Tensors, lying: TensorMapping, dtype: Any) -> Iterator[np.ndarray]:
     """The parts of a leaf along its first axis, a stack axis."""
     shape, inner = lying.layout.shape[1:], tuple(axis - 1 for axis in lying.layout.stack[1:])
     rest = tuple(axis for axis in range(len(shape)) if axis not in inner)
@@ -76,7 +76,7 @@ def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
     return array.astype(dtype, copy=False)
 
 
-def _fill(view: np.ndarray, first: tuple[int, ...], tensors: Tensors, lying: Lying) -> None:
+def _fill(view: np.ndarray, first: tuple[int, ...], tensors: Tensors, lying: TensorMapping) -> None:
     """Write the layers whose index begins so into their places, each cast on its way."""
     for index, key in lying.keys.items():
         if index[: len(first)] == first:

@@ -19,7 +19,7 @@ from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._trees.fingerprint import to_host
 from lowrank_jax.huggingface._folder import Lazy
-from lowrank_jax.huggingface._leaves import Lying, keys_of, lying
+from lowrank_jax.huggingface._leaves import TensorMapping, keys_of, lying
 from lowrank_jax.huggingface._matching import is_buffer
 from lowrank_jax.names import Names
 
@@ -95,7 +95,7 @@ def _differences(tensors: Mapping[str, Lazy], original: Tensors) -> list[str]:
     ]
 
 
-def _read(leaf: Any, place: Lying, index: tuple[int, ...]) -> np.ndarray:
+def _read(leaf: Any, place: TensorMapping, index: tuple[int, ...]) -> np.ndarray:
     """One tensor: one layer goes to the host."""
     if isinstance(leaf, Quantized) and place.layout.stack != tuple(range(leaf.stacked)):
         leaf = as_dense(leaf)
