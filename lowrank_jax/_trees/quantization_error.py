@@ -44,10 +44,10 @@ class QuantizationError:
 
 
 class QuantizationErrors(Tabled):
-    """A mapping of path -> Deviation, over the quantized leaves; `str` and HTML show all of it.
+    """A mapping of path -> QuantizationError, over the quantized leaves; `str` and HTML show all of it.
 
     Args:
-      leaves: path -> Deviation.
+      leaves: path -> QuantizationError.
     """
 
     def _table(self) -> Table:
@@ -82,7 +82,7 @@ def quantization_error(dense: Any, frozen: PyTree) -> QuantizationErrors:
       frozen: what quantize made of it.
 
     Returns:
-      A mapping of path -> Deviation over the quantized leaves; str(), rich and notebooks show it.
+      A mapping of path -> QuantizationError over the quantized leaves; str(), rich and notebooks show it.
 
     Raises:
       TreeError: the trees do not fit each other (all that does not is listed), frozen has no
