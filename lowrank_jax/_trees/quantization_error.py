@@ -44,7 +44,7 @@ class QuantizationError:
 
 
 class QuantizationErrors(Tabled):
-    """A mapping of path -> QuantizationError, over the quantized leaves; `str` and HTML show all of it.
+    """A mapping of path -> QuantizationError, shown whole by str and in notebooks.
 
     Args:
       leaves: path -> QuantizationError.
@@ -82,7 +82,7 @@ def quantization_error(dense: Any, frozen: PyTree) -> QuantizationErrors:
       frozen: what quantize made of it.
 
     Returns:
-      A mapping of path -> QuantizationError over the quantized leaves; str(), rich and notebooks show it.
+      A mapping of path -> QuantizationError over the quantized leaves.
 
     Raises:
       TreeError: the trees do not fit each other (all that does not is listed), frozen has no
