@@ -19,7 +19,7 @@ import lowrank_jax as lowrank
 from lowrank_jax import initializers
 from lowrank_jax._nodes.quantized import dequantized, quantized
 from lowrank_jax._trees import factors
-from lowrank_jax.initializers._data import damped
+from lowrank_jax.initializers._data import damp_covariance
 
 GOLDEN = Path(__file__).parent / "golden" / "peft_initializers"
 EPS = float(np.finfo(np.float32).eps)
@@ -255,12 +255,14 @@ def test_corda_without_data_is_pissa():
 def test_damping_doubles_till_the_inverse_is_good():
     cov = jnp.ones((64, 64))  # of rank one
     for damping, doubled in ((1e-7, True), (1e-5, True), (0.01, False)):
-        safe, inverse = map(np.asarray, damped(cov, damping))
+        safe, inverse = map(np.asarray, damp_covariance(cov, damping))
         doublings = np.log2((safe[0, 0] - 1) / damping)
         assert abs(doublings - round(doublings)) < 0.01
         assert (round(doublings) > 0) == doubled
         assert np.linalg.norm(safe @ inverse - np.eye(64)) < 0.1  # sums in another order than ours
-    assert np.isnan(np.asarray(damped(jnp.full((4, 4), jnp.nan), 0.01)[1])).all()  # and it ends
+    assert np.isnan(
+        np.asarray(damp_covariance(jnp.full((4, 4), jnp.nan), 0.01)[1])
+    ).all()  # and it ends
 
 
 @pytest.mark.parametrize("form", ["peft", "paper"])
@@ -582,11 +584,11 @@ def test_equal_static_fields_of_initializers_are_told_apart():
 def test_loftq_quantizes_what_the_rounded_factors_leave(dtype):
     weight = normal(64, 24)
     a, b, _ = run(initializers.loftq(NF4, 1), weight)  # the first turn, of which the second is made
-    kept = run(initializers.loftq(NF4, 2).rounded_to(dtype), weight)[2]
+    kept = run(initializers.loftq(NF4, 2).with_factor_dtype(dtype), weight)[2]
     cast = lambda x: np.asarray(jnp.asarray(x, dtype), np.float32)
     away = lambda a, b: np.linalg.norm(kept - (weight - product(a, b)))
     assert away(cast(a), cast(b)) < 0.1 * away(a, b)  # but for a few ties
-    made = run(initializers.loftq(NF4, 2).rounded_to(dtype), weight)
+    made = run(initializers.loftq(NF4, 2).with_factor_dtype(dtype), weight)
     for factor in made[:2]:
         np.testing.assert_array_equal(factor, cast(factor))
     # through init, with the factors as they are kept

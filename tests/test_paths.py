@@ -14,7 +14,7 @@ from flax import nnx, struct
 import lowrank_jax as lowrank
 from lowrank_jax._jax.paths import flatten, matches, path_hash, select
 from lowrank_jax._nodes import is_node
-from lowrank_jax._transforms.lift import split
+from lowrank_jax._transforms.lift import split_arguments
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_only_the_value_of_a_wrapper_adds_no_key(tree, paths):
     leaves, expected = jax.tree.flatten(tree)
     assert treedef == expected
     assert all(one is other for (_, one), other in zip(found, leaves, strict=True))
-    _, dynamic, named = split((tree,), {"other": tree})
+    _, dynamic, named = split_arguments((tree,), {"other": tree})
     assert [p for p in named if not p.startswith("other")] == paths
     assert [p.removeprefix("other/") for p in named if p.startswith("other")] == paths
     assert len(dynamic) == 2 * len(leaves)

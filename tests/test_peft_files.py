@@ -104,7 +104,7 @@ def test_a_save_that_comes_between_is_noticed(tmp_path, monkeypatch):
 
     def late(folder):
         save(tmp_path, 2.0, rank=3)
-        return _folder.tensors_path(folder)
+        return _folder.find_tensors(folder)
 
     monkeypatch.setattr(lowrank.peft._load, "tensors_path", late)
     refused(tmp_path, "was saved anew while it was read: load it again")

@@ -15,7 +15,7 @@ from lowrank_jax._errors import CheckpointError, LowrankError
 from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._jax.paths import nested
 from lowrank_jax.names import Names
-from lowrank_jax.peft._folder import CONFIG, tensors_path
+from lowrank_jax.peft._folder import CONFIG, find_tensors
 from lowrank_jax.peft._tensors import split_key
 
 
@@ -52,7 +52,7 @@ def convert(source: Path, target: Path, names: Names = None) -> str:
 def _params(folder: Path) -> Any:
     """The tree that an adapter is for, as far as its file tells."""
     leaves: dict[str, Any] = {}
-    with TensorFile(tensors_path(folder)) as file:
+    with TensorFile(find_tensors(folder)) as file:
         entries = {split: e for key, e in file.entries.items() if (split := split_key(key))}
     for (module, part), entry in entries.items():
         last, shape = "bias", entry.shape

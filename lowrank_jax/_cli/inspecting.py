@@ -20,9 +20,9 @@ from lowrank_jax._files.tensor_file import TensorFile
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import LowRank, is_node
 from lowrank_jax.huggingface._folder import read_config
-from lowrank_jax.peft._folder import CONFIG, tensors_path
-from lowrank_jax.peft._folder import read_config as read_adapter
-from lowrank_jax.peft._parsing import parse
+from lowrank_jax.peft._folder import CONFIG, find_tensors
+from lowrank_jax.peft._folder import read_config_bytes as read_adapter
+from lowrank_jax.peft._parsing import parse_config
 from lowrank_jax.peft._tensors import split_key
 
 _FIRST = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
@@ -56,12 +56,12 @@ def described(folder: Path) -> list[str]:
 
 def _adapter(folder: Path) -> list[str]:
     """An adapter of PEFT's."""
-    config = parse(read_adapter(folder), str(folder / CONFIG))
+    config = parse_config(read_adapter(folder), str(folder / CONFIG))
     lines = [
         "a PEFT adapter" + (" with DoRA" if config["use_dora"] else ""),
         f"base model: {printable(config['base_model_name_or_path'] or 'not named')}",
     ]
-    with TensorFile(tensors_path(folder)) as file:
+    with TensorFile(find_tensors(folder)) as file:
         lines.append(_sizes(file.entries.values()))
         split = {key: split_key(key) for key in file.entries}
         parts: dict[str, dict[str, str]] = {}

@@ -69,20 +69,22 @@ def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -
     """
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def run(call: lift.Call, paths: tuple[str, ...], dynamic: list[Any]) -> dict[str, jax.Array]:
+    def run(
+        call: lift.CallSignature, paths: tuple[str, ...], dynamic: list[Any]
+    ) -> dict[str, jax.Array]:
         (params, *_), _ = call.arguments(dynamic)
-        targets = _targets(params, config, plan)
+        targets = _resolve_targets(params, config, plan)
         return _measure(fn, targets, call, paths, dynamic)
 
     def measure(params: PyTree, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-        call, dynamic, paths = lift.split((params, *args), kwargs)
+        call, dynamic, paths = lift.split_arguments((params, *args), kwargs)
         lift.check_hashable(call)
         return run(call, tuple(paths), dynamic)
 
     return measure
 
 
-def _targets(params: PyTree, config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
+def _resolve_targets(params: PyTree, config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
     """The targets, all of which have inputs."""
     leaves, _ = flatten(params, is_leaf=is_node)
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
@@ -98,7 +100,7 @@ def _targets(params: PyTree, config: LoraConfig, plan: Plan | None) -> dict[str,
 
 
 @dataclasses.dataclass
-class _Watch(Context):
+class _ProbeContext(Context):
     """A context that keeps what each product told, and builds no target densely.
 
     Where a loop traces its body once more, the last time is the one that counts.
@@ -122,12 +124,12 @@ class _Watch(Context):
             self.seen.setdefault(weight.path, {})[here] = self.records[-1], told
 
     def built(self, weight: Weight, eqn: Equation) -> Any:
-        if _is_observed(weight):
+        if _has_probe(weight):
             return self.dense(weight, eqn, "it meets a weight that is no smaller")
         return super().built(weight, eqn)
 
     def dense(self, value: Any, eqn: Equation, reason: str) -> Any:
-        if not _is_observed(value):
+        if not _has_probe(value):
             return super().dense(value, eqn, reason)
         line, _ = self.where(eqn)
         raise LowrankError(
@@ -137,7 +139,7 @@ class _Watch(Context):
         )
 
 
-def _is_observed(value: Any) -> bool:
+def _has_probe(value: Any) -> bool:
     """Whether a value is a target, or joins one with others."""
     leaves = value.leaves() if isinstance(value, Weight) else ()
     return any(isinstance(leaf, CovarianceProbe) for leaf in leaves)
@@ -146,13 +148,13 @@ def _is_observed(value: Any) -> bool:
 def _measure(
     fn: Callable,
     targets: Mapping[str, Target],
-    call: lift.Call,
+    call: lift.CallSignature,
     paths: Sequence[str],
     dynamic: Sequence[Any],
 ) -> dict[str, jax.Array]:
     """The derivative, by totals of zeros, of a number that depends on all results of fn."""
     traced = lift.trace(fn, call, dynamic, paths)
-    watch = _Watch(OPERATIONS, inline_jit=True)
+    watch = _ProbeContext(OPERATIONS, inline_jit=True)
     at = {paths.index(path): path for path in targets}  # params are the first argument
     shape = {}
     for number, path in at.items():
@@ -161,7 +163,7 @@ def _measure(
         shape[path] = (*size(targets[path].stack), rows, rows)
 
     def enter(number: int, leaf: Any, totals: Mapping[str, jax.Array]) -> Any:
-        value = lift._enter(leaf, paths[number]) if is_node(leaf) else leaf
+        value = lift.wrap_node(leaf, paths[number]) if is_node(leaf) else leaf
         if number not in at:
             return value
         path, base = at[number], value if isinstance(value, Weight) else DenseWeight(value)
@@ -176,11 +178,11 @@ def _measure(
 
     zeros = {path: jnp.zeros((*s[:-2], s[-1] ** 2), jnp.float32) for path, s in shape.items()}
     totals = jax.grad(number_of)(zeros)
-    _check(targets, watch)
+    _check_observed(targets, watch)
     return {path: total.reshape(shape[path]) for path, total in totals.items()}
 
 
-def _check(targets: Mapping[str, Target], watch: _Watch) -> None:
+def _check_observed(targets: Mapping[str, Target], watch: _ProbeContext) -> None:
     """Refuse sums that lack a product."""
     if blind := [
         f"{path}: no product contracts its axes {target.fan_in}"

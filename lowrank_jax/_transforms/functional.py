@@ -16,7 +16,7 @@ from lowrank_jax._jax.jaxprs import is_tracer
 from lowrank_jax._jax.paths import flatten, in_structure
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import is_node
-from lowrank_jax._transforms.lift import is_array, split, trace
+from lowrank_jax._transforms.lift import is_array, split_arguments, trace
 
 if TYPE_CHECKING:  # imported where it is used: the core does not depend on Flax
     from flax import nnx
@@ -63,7 +63,7 @@ def functional(
     >>> sorted(params), bool((fn(params, jnp.ones((2, 4))) == model(jnp.ones((2, 4)))).all())
     (['bias', 'kernel'], True)
     """
-    pure, params, state = _Pure.of(model, wrt, method)
+    pure, params, state = _SplitModule.of(model, wrt, method)
 
     def fn(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         out, after = pure.call(params, state, args, kwargs)
@@ -115,7 +115,7 @@ def functional_with_state(
     >>> float(state["mean"][0]), round(float(new["mean"][0]), 4)
     (0.0, 0.01)
     """
-    pure, params, state = _Pure.of(model, wrt, method)
+    pure, params, state = _SplitModule.of(model, wrt, method)
 
     def fn(params: PyTree, state: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         out, after = pure.call(params, state, args, kwargs)
@@ -131,22 +131,22 @@ def functional_with_state(
     return fn, params, state
 
 
-class _Pure:
+class _SplitModule:
     """A module taken apart: what merges it, calls it, and takes it apart again."""
 
     def __init__(self, graphdef: Any, wrt: Any, method: Callable, params: PyTree, state: PyTree):
         self.graphdef, self.wrt, self.method = graphdef, wrt, method
-        self.params, self.state = _kinds(params), _kinds(state)
+        self.params, self.state = _find_variable_types(params), _find_variable_types(state)
         # a State made of its structure: nnx.merge takes no dict where a variable holds a tree
         self.structures = jax.tree.structure(params), jax.tree.structure(state)
 
     @classmethod
-    def of(cls, model: Any, wrt: Any, method: Method | None) -> tuple[_Pure, Any, Any]:
+    def of(cls, model: Any, wrt: Any, method: Method | None) -> tuple[_SplitModule, Any, Any]:
         """The parts of a module, its parameters and its other state."""
         from flax import nnx
 
         if not isinstance(model, nnx.Module):
-            raise _no_module(model)
+            raise _make_module_error(model)
         wrt = nnx.Param if wrt is None else wrt
         try:
             nnx.filterlib.to_predicate(wrt)
@@ -160,17 +160,20 @@ class _Pure:
                 f"{type(model).__name__} has no parameters of {wrt!r}: pass wrt, a filter of the "
                 "variables to be adapted"
             )
-        pure = cls(graphdef, wrt, _callable(model, method), params, state)
+        pure = cls(graphdef, wrt, _resolve_method(model, method), params, state)
         return pure, nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
-    def call(
+    def apply(
         self, params: PyTree, state: PyTree, args: Any, kwargs: Any
     ) -> tuple[Any, tuple[Any, Any]]:
         """The result of a call, and (params, state) after it."""
         from flax import nnx
 
         # by path, not by order: numbers of layers may have become text, which has "10" before "2"
-        leaves = _checked(self.params, params, "params"), _checked(self.state, state, "state")
+        leaves = (
+            _match_leaves(self.params, params, "params"),
+            _match_leaves(self.state, state, "state"),
+        )
         states = map(jax.tree.unflatten, self.structures, leaves)
         model = nnx.merge(self.graphdef, *states)
         out = self.method(model, *args, **kwargs)
@@ -181,7 +184,10 @@ class _Pure:
 
     def _refuse_other_graph(self, params: PyTree, state: PyTree) -> None:
         """Raise, naming what a call added to the model or took from it."""
-        now, known = {**_kinds(params), **_kinds(state)}, {**self.params, **self.state}
+        now, known = (
+            {**_find_variable_types(params), **_find_variable_types(state)},
+            {**self.params, **self.state},
+        )
         added = [f"{path} ({now[path]}): added" for path in now if path not in known]
         gone = [f"{path} ({known[path]}): removed" for path in known if path not in now]
         if not added + gone:
@@ -196,51 +202,51 @@ class _Pure:
             f"nnx.pop(model, nnx.Intermediate)):\n{listing(added + gone)}"
         )
 
-    def in_structure(self, state: PyTree, after: Any) -> Any:
+    def restore_structure(self, state: PyTree, after: Any) -> Any:
         """The state after a call in the containers and with the keys of the one before it."""
         leaves = dict(flatten(after)[0])
         if lost := sorted(leaves.keys() ^ self.state.keys()):
             raise StateError(
                 "the call gives variables of the model other leaves than they had, and the state "
                 "that is returned has the structure of the one that came. Give these variables "
-                f"values of their final structure before the call:\n{self.listed(lost)}"
+                f"values of their final structure before the call:\n{self.format_variables(lost)}"
             )
         return in_structure(state, leaves)
 
-    def changed(
+    def find_changed(
         self, params: PyTree, state: PyTree, after: Any, args: Any, kwargs: Any
     ) -> list[str]:
         """Paths of the variables that a call does not leave as they came."""
-        before, now = _leaves(params, state), _leaves(*after)
+        before, now = _flatten_both(params, state), _flatten_both(*after)
         both = [path for path in before if is_array(before[path]) and is_array(now.get(path))]
         others = [path for path in {**before, **now} if path not in both]
-        found = [path for path in others if not _same(before.get(path), now.get(path))]
+        found = [path for path in others if not _is_same(before.get(path), now.get(path))]
         both = [path for path in both if before[path] is not now[path]]
         # nnx.jit, nnx.remat and nnx.scan hand every variable on, as another array: of those the
         # values tell which are the ones that came, or a trace where there are none
         if not any(is_tracer(tree[path]) for path in both for tree in (before, now)):
-            return found + [path for path in both if not _equal(before[path], now[path])]
+            return found + [path for path in both if not _is_equal(before[path], now[path])]
         run = lambda params, state: list(
-            map(_leaves(*self.call(params, state, args, kwargs)[1]).get, both)
+            map(_flatten_both(*self.apply(params, state, args, kwargs)[1]).get, both)
         )
-        call, dynamic, paths = split((params, state), {})
+        call, dynamic, paths = split_arguments((params, state), {})
         through = find_forwarded(OPERATIONS, trace(run, call, dynamic, paths).jaxpr)
         entered = [path for path, leaf in before.items() if is_array(leaf)]
         pairs = zip(both, through[: len(both)], strict=True)
         return found + [path for path, i in pairs if i is None or entered[i] != path]
 
-    def listed(self, paths: list[str]) -> str:
+    def format_variables(self, paths: list[str]) -> str:
         """Variables, one to a line, with their types."""
         kinds = {**self.params, **self.state}
         return listing([f"{path} ({kinds.get(path, 'new')})" for path in paths])
 
 
-def _leaves(params: PyTree, state: PyTree) -> dict[str, Any]:
+def _flatten_both(params: PyTree, state: PyTree) -> dict[str, Any]:
     """Leaves of both by path."""
     return {path: leaf for tree in (params, state) for path, leaf in flatten(tree)[0]}
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _is_equal(one: Any, other: Any) -> bool:
     """Whether two arrays are equal in every value, NaNs too."""
     if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
         one, other = jax.random.key_data(one), jax.random.key_data(other)
@@ -248,12 +254,12 @@ def _equal(one: Any, other: Any) -> bool:
     return one.dtype == other.dtype and bool(jnp.array_equal(one, other, equal_nan=floating))
 
 
-def _same(one: Any, other: Any) -> bool:
+def _is_same(one: Any, other: Any) -> bool:
     """Whether two values that are no arrays are equal."""
     return one is other or (type(one) is type(other) and not is_array(one) and bool(one == other))
 
 
-def _no_module(value: Any) -> TreeError:
+def _make_module_error(value: Any) -> TreeError:
     """The error for what is no module, with the remedy for what it is."""
     if isinstance(value, type):
         came, remedy = f"the class {value.__name__}", "make an instance of it, with its rngs"
@@ -264,7 +270,7 @@ def _no_module(value: Any) -> TreeError:
     return TreeError(f"functional takes an instance of nnx.Module, not {came}: {remedy}")
 
 
-def _callable(model: Any, method: Method | None) -> Callable:
+def _resolve_method(model: Any, method: Method | None) -> Callable:
     """The function (model, *args, **kwargs) that a call runs."""
     if callable(method):
         return method
@@ -277,7 +283,7 @@ def _callable(model: Any, method: Method | None) -> Callable:
     return lambda model, /, *args, **kwargs: getattr(model, name)(*args, **kwargs)
 
 
-def _kinds(state: PyTree) -> dict[str, str]:
+def _find_variable_types(state: PyTree) -> dict[str, str]:
     """Path of each leaf of a State -> type name of the variable that it is, or is part of."""
     from flax import nnx
 
@@ -290,7 +296,7 @@ def _kinds(state: PyTree) -> dict[str, str]:
     return found
 
 
-def _checked(expected: dict[str, str], tree: PyTree, what: str) -> list[Any]:
+def _match_leaves(expected: dict[str, str], tree: PyTree, what: str) -> list[Any]:
     """The leaves of a tree that has the model's variables and no others, in the model's order."""
     leaves = flatten(tree, is_leaf=is_node)[0]
     if any(is_node(leaf) for _, leaf in leaves):

@@ -38,7 +38,7 @@ FALLBACKS = ("warn", "raise", "silent")
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class CallSignature:
     """The arguments of one call, flattened: arrays and nodes in `dynamic`, the rest in `static`.
 
     `owners` has, for each of the dynamic ones, the number of the argument that it is in. As part of
@@ -50,7 +50,7 @@ class Call:
     static: tuple[Static, ...]
     owners: tuple[int, ...]
 
-    def arguments(self, dynamic: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def unflatten(self, dynamic: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """args and kwargs with these values for the arrays."""
         moving, fixed = iter(dynamic), iter(self.static)
         leaves = [next(moving) if place else next(fixed).value for place in self.places]
@@ -66,37 +66,39 @@ def is_array(value: Any) -> bool:
     )
 
 
-def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any], tuple[str, ...]]:
+def split_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[CallSignature, list[Any], tuple[str, ...]]:
     """Flatten arguments into a Call, its arrays and nodes, and the path of each."""
     leaves, treedef = flattened(jax.tree.flatten, (args, kwargs), is_node)
     if is_plain(treedef):
-        named = _named_of(treedef)
+        named = _name_treedef_leaves(treedef)
     else:
         keyed, treedef = flatten_with_keys((args, kwargs), is_node)
-        leaves, named = [leaf for _, leaf in keyed], _named([keys for keys, _ in keyed])
+        leaves, named = [leaf for _, leaf in keyed], _name_leaves([keys for keys, _ in keyed])
     places = tuple(map(is_array, leaves))
     dynamic = list(itertools.compress(leaves, places))
     static = tuple(Static(leaf) for leaf, place in zip(leaves, places, strict=True) if not place)
     paths, owners = named
     owners = tuple(itertools.compress(owners, places))
-    call = Call(Static(treedef), places, static, owners)
+    call = CallSignature(Static(treedef), places, static, owners)
     return call, dynamic, tuple(itertools.compress(paths, places))
 
 
-def _named(keyed: Sequence[Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _name_leaves(keyed: Sequence[Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The path of each leaf of (args, kwargs), and the number of the argument that it is in."""
     numbers: dict[Any, int] = {}
     owners = [numbers.setdefault(tuple(keys[:2]), len(numbers)) for keys in keyed]
-    return tuple(map(_argument_path, keyed)), tuple(owners)
+    return tuple(map(_format_path, keyed)), tuple(owners)
 
 
 @functools.lru_cache(maxsize=1024)
-def _named_of(treedef: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _name_treedef_leaves(treedef: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The same of a plain structure."""
-    return _named(keys_of(treedef))
+    return _name_leaves(keys_of(treedef))
 
 
-def _argument_path(keys: Sequence[Any]) -> str:
+def _format_path(keys: Sequence[Any]) -> str:
     """The path within the first argument; other arguments are named before theirs."""
     group, which, *rest = keys
     path = path_of(rest)
@@ -107,7 +109,7 @@ def _argument_path(keys: Sequence[Any]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traced:
+class TracedFunction:
     """A function traced on dense leaves.
 
     Args:
@@ -121,7 +123,7 @@ class Traced:
     moved: tuple[int, ...]
 
     @property
-    def changed(self) -> list[int]:
+    def mutated(self) -> list[int]:
         """Arguments that the function changed in place: an nnx.Module is such an argument.
 
         nnx.jit, nnx.remat and nnx.scan hand every variable on as another array, the same or not:
@@ -131,7 +133,9 @@ class Traced:
         return [i for i, source in zip(self.moved, through, strict=True) if source != i]
 
 
-def trace(fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str]) -> Traced:
+def trace(
+    fn: Callable, call: CallSignature, dynamic: Sequence[Any], paths: Sequence[str]
+) -> TracedFunction:
     """Trace fn on dense leaves."""
     moved: tuple[int, ...] = ()
 
@@ -155,13 +159,15 @@ def trace(fn: Callable, call: Call, dynamic: Sequence[Any], paths: Sequence[str]
     for leaf, path in zip(dynamic, paths, strict=True):
         if is_node(leaf):
             check(leaf, path)
-    hosted = [is_node(leaf) and any(map(jaxprs.is_on_host, _base(leaf))) for leaf in dynamic]
+    hosted = [
+        is_node(leaf) and any(map(jaxprs.is_on_host, _frozen_arrays(leaf))) for leaf in dynamic
+    ]
     avals = [jax.eval_shape(materialize, leaf) if is_node(leaf) else leaf for leaf in dynamic]
     jaxpr, (out, _) = jax.make_jaxpr(flat, return_shape=True)(*avals)
-    return Traced(jaxpr, jax.tree.structure(out), moved)
+    return TracedFunction(jaxpr, jax.tree.structure(out), moved)
 
 
-def _base(node: Any) -> list[Any]:
+def _frozen_arrays(node: Any) -> list[Any]:
     """The arrays of the frozen leaf of a node."""
     return jax.tree.leaves(unnormed(node.base if isinstance(node, Adapted) else node))
 
@@ -179,7 +185,7 @@ class ClosesOverTracers(Exception):
 
 def evaluate(
     fn: Callable,
-    call: Call,
+    call: CallSignature,
     dynamic: Sequence[Any],
     paths: Sequence[str],
     ctx: Context,
@@ -201,14 +207,14 @@ def evaluate(
     adapted = {call.owners[i] for i, leaf in enumerate(dynamic) if is_node(leaf)}
     has_value = known or [not jaxprs.is_tracer(leaf) for leaf in dynamic]
     kept = lambda i: call.owners[i] in adapted or has_value[i]
-    if changed := [paths[i] for i in traced.changed if kept(i)]:
+    if changed := [paths[i] for i in traced.mutated if kept(i)]:
         raise StateError(f"the function changes its arguments: {_IN_PLACE}:\n{listing(changed)}")
     for i, (leaf, path) in enumerate(zip(dynamic, paths, strict=True)):
         if is_node(leaf) and isinstance(getattr(leaf, "delta", leaf), Full):
             for eqn in jaxprs.users(traced.jaxpr, i):
                 ctx.records.append(Record(path, eqn.primitive.name, "dense", *ctx.where(eqn)))
     values = [
-        _enter(leaf, path) if is_node(leaf) else leaf
+        wrap_node(leaf, path) if is_node(leaf) else leaf
         for leaf, path in zip(dynamic, paths, strict=True)
     ]
     outs = interpret(ctx, traced.jaxpr, values)[: traced.out_tree.num_leaves]
@@ -216,7 +222,7 @@ def evaluate(
     return jax.tree.unflatten(traced.out_tree, dense)
 
 
-def _enter(node: Any, path: str) -> Any:
+def wrap_node(node: Any, path: str) -> Any:
     """The value that stands for a node inside: a weight, or an array for a leaf trained whole."""
     if isinstance(node, Adapted):
         return materialize(node) if isinstance(node.delta, Full) else LowRankWeight.of(node, path)
@@ -266,23 +272,26 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     opens: list[bool] = []  # whether fn was seen to close over tracers
 
     def run(
-        call: Call, paths: tuple[str, ...], known: tuple[bool, ...] | None, dynamic: Sequence[Any]
+        call: CallSignature,
+        paths: tuple[str, ...],
+        known: tuple[bool, ...] | None,
+        dynamic: Sequence[Any],
     ) -> Any:
         ctx = Context(OPERATIONS, refuse=fallback == "raise")
         out = evaluate(fn, call, dynamic, paths, ctx, known)
         if fallback == "warn":
-            _warn(ctx.records, warned)
+            _warn_materialized(ctx.records, warned)
         return out
 
     jitted = jax.jit(run, static_argnums=(0, 1, 2))
 
     @functools.wraps(fn, updated=())
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        call, dynamic, paths = split(args, kwargs)
+        call, dynamic, paths = split_arguments(args, kwargs)
         if not any(map(is_node, dynamic)):
             return fn(*args, **kwargs)
         traced = any(map(jaxprs.is_tracer, jax.tree.leaves(dynamic)))
-        if traced and (opens or _unhashable(call) or not jaxprs.runs_at_once()):
+        if traced and (opens or _find_unhashable(call) or not jaxprs.runs_at_once()):
             return run(call, paths, None, dynamic)
         check_hashable(call)
         known = tuple(not jaxprs.is_tracer(leaf) for leaf in dynamic)
@@ -295,7 +304,7 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     return lifted
 
 
-def _unhashable(call: Call) -> list[Any]:
+def _find_unhashable(call: CallSignature) -> list[Any]:
     """Static arguments that cannot be part of a cache key."""
     found = []
     for item in call.static:
@@ -306,16 +315,16 @@ def _unhashable(call: Call) -> list[Any]:
     return found
 
 
-def check_hashable(call: Call) -> None:
+def check_hashable(call: CallSignature) -> None:
     """Static arguments of a call that is compiled are part of a cache key."""
-    if found := _unhashable(call):
+    if found := _find_unhashable(call):
         raise LowrankError(
             f"the argument {found[0]!r} is neither an array nor hashable, so the lifted function "
             "cannot be compiled for it: pass an array, or close over it"
         )
 
 
-def _warn(records: Sequence[Record], warned: set[tuple[Any, str]]) -> None:
+def _warn_materialized(records: Sequence[Record], warned: set[tuple[Any, str]]) -> None:
     """One warning for each path and primitive, in the life of the lifted function."""
     for record in records:
         if record.how == "materialized" and (record.path, record.primitive) not in warned:

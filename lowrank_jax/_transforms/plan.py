@@ -18,7 +18,7 @@ from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import is_node
 from lowrank_jax._targeting.plan import PRODUCTS, Plan, Use
-from lowrank_jax._transforms.lift import is_array, split, trace
+from lowrank_jax._transforms.lift import is_array, split_arguments, trace
 
 
 @checked(fn=function_of_params)
@@ -47,44 +47,46 @@ def plan(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> Plan:
     ('dot', (0,), (1,), 'other')
     """
     leaves = [(path, leaf) for path, leaf in flatten(params, is_leaf=is_node)[0] if is_array(leaf)]
-    call, dynamic, paths = split((params, *args), kwargs)
+    call, dynamic, paths = split_arguments((params, *args), kwargs)
     traced = trace(fn, call, dynamic, paths)
     inner, _ = jaxprs.split_jaxpr(traced.jaxpr)
     given = [var.aval for var in inner.invars[len(leaves) :]]
     survey = Survey(OPERATIONS, constants_are_data=not any(aval.ndim for aval in given))
     values = [
-        _parameter(path, var.aval) if i < len(leaves) else argument(var.aval)
+        _make_value(path, var.aval) if i < len(leaves) else argument(var.aval)
         for i, (path, var) in enumerate(zip(paths, inner.invars, strict=True))
     ]
     outs = survey.run(traced.jaxpr, values)[: traced.out_tree.num_leaves]
     for i, value in enumerate(outs):
         for view in value.views:
             survey.note(view.path, (i,), "return at the results", view.read(by_rows=True))
-    final = _final(survey, outs)
-    uses = {path: _use(path, leaf, survey, final) for path, leaf in leaves}
+    final = _find_final(survey, outs)
+    uses = {path: _summarize_use(path, leaf, survey, final) for path, leaf in leaves}
     routers = {path for key in survey.routers for path in survey.leaves.get(key, ())}
     uses |= {path: dataclasses.replace(uses[path], router=True) for path in routers}
-    for path, shared in _shared(survey, uses).items():
+    for path, shared in _find_shared(survey, uses).items():
         uses[path] = dataclasses.replace(uses[path], shared=shared)
     results = [var.aval for var in inner.outvars[: len(outs)] if is_number(var.aval.dtype)]
     scalar = bool(results) and not any(aval.ndim for aval in results)
-    return Plan(uses, _SCALAR if scalar and not any(use.final for use in uses.values()) else "")
+    return Plan(
+        uses, _SCALAR_RESULT if scalar and not any(use.final for use in uses.values()) else ""
+    )
 
 
-_SCALAR = (
+_SCALAR_RESULT = (
     "the function returns a scalar, from which no final projection can be told: plan a function "
     "that returns the model's outputs, or exclude the final projection by name"
 )
 
 
-def _parameter(path: str, aval: Any) -> Value:
+def _make_value(path: str, aval: Any) -> Value:
     """What a leaf holds: integers are as constants."""
     if not jnp.issubdtype(aval.dtype, jnp.floating):
         return Value()
     return Value((View.of(path, aval.shape),))
 
 
-def _final(survey: Survey, outs: Sequence[Value]) -> dict[str, set[Any]]:
+def _find_final(survey: Survey, outs: Sequence[Value]) -> dict[str, set[Any]]:
     """Leaves with a product that reaches a result directly and that no other leaf's depends on."""
     found: dict[str, set[Any]] = {}
     for key in frozenset().union(*(value.direct for value in outs)):
@@ -96,7 +98,7 @@ def _final(survey: Survey, outs: Sequence[Value]) -> dict[str, set[Any]]:
     return found
 
 
-def _shared(survey: Survey, uses: Mapping[str, Use]) -> dict[str, tuple[tuple[int, str], ...]]:
+def _find_shared(survey: Survey, uses: Mapping[str, Use]) -> dict[str, tuple[tuple[int, str], ...]]:
     """For each leaf, fan-out axes that are stack axes of a weight that multiplies its product."""
     found: dict[str, dict[int, str]] = {}
     for key, before in survey.before.items():
@@ -112,7 +114,7 @@ def _shared(survey: Survey, uses: Mapping[str, Use]) -> dict[str, tuple[tuple[in
     return {path: tuple(sorted(axes.items())) for path, axes in found.items()}
 
 
-def _use(path: str, leaf: Any, survey: Survey, final: Mapping[str, set[Any]]) -> Use:
+def _summarize_use(path: str, leaf: Any, survey: Survey, final: Mapping[str, set[Any]]) -> Use:
     """Fold the uses of one leaf: the first product with data decides the axes."""
     found, reason = survey.uses.get(path, {}), survey.unfollowed.get(path, "")
     known = [roles for several, _ in found.values() for roles in several]

@@ -27,7 +27,7 @@ from lowrank_jax._nodes.methods import label_of
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.sizes import bits_of, bytes_of, count_of, device_bytes_of, sum_over
 from lowrank_jax._operators.dora import count_still
-from lowrank_jax._transforms.lift import evaluate, split
+from lowrank_jax._transforms.lift import evaluate, split_arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Report(Tabled):
     def _table(self) -> Table:
         """One row for each adapted leaf, or for leaves that differ in the number of a layer."""
         rows = [
-            (path, shape_text(leaf.shape), _adapter(leaf), str(leaf.trainable), leaf.how)
+            (path, shape_text(leaf.shape), _format_adapter(leaf), str(leaf.trainable), leaf.how)
             for path, leaf in self.items()
         ]
         summed = [
@@ -181,7 +181,7 @@ class Report(Tabled):
     def _repr_html_(self) -> str:
         """HTML for a notebook: the tables, and every equation behind a fold."""
         lines = [
-            f"<li><code>{html.escape(printable(path))}</code>: {html.escape(_use_text(use))}</li>"
+            f"<li><code>{html.escape(printable(path))}</code>: {html.escape(_format_use(use))}</li>"
             for path, leaf in self.items()
             for use in leaf.uses
         ]
@@ -204,7 +204,7 @@ class Report(Tabled):
         return Group(*parts, *(Text(f"- {note}") for note in self.notes))
 
 
-def _adapter(leaf: LeafReport) -> str:
+def _format_adapter(leaf: LeafReport) -> str:
     if leaf.kind == "whole":
         return "trained whole"
     over = "" if leaf.format is None else f"{leaf.format}, {leaf.bits:.2f} bits"
@@ -214,7 +214,7 @@ def _adapter(leaf: LeafReport) -> str:
     return f"{leaf.kind} r={rank} s={leaf.scale:.4g}" + (f" on {over}" if over else "")
 
 
-def _use_text(use: Record) -> str:
+def _format_use(use: Record) -> str:
     layer = f", {use.layer}" if use.layer else ""
     return f"{use.how} at {use.primitive}, {use.source}{layer}"
 
@@ -258,7 +258,7 @@ def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     -----------------------------------------------
     w     64×32  LoRA r=2 s=2      192  factored 1×
     """
-    call, dynamic, paths = split((tree, *args), kwargs)
+    call, dynamic, paths = split_arguments((tree, *args), kwargs)
     refuse_other_dtypes(dynamic, paths)
     ctx = Context(OPERATIONS, inline_jit=True)
     jax.eval_shape(lambda dynamic: evaluate(fn, call, dynamic, paths, ctx), dynamic)
@@ -267,7 +267,7 @@ def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     uses: dict[str, list[Record]] = {}
     for record in ctx.records:
         uses.setdefault(record.path, []).append(record)
-    leaves = {path: _leaf(node, tuple(uses.get(path, ()))) for path, node in nodes.items()}
+    leaves = {path: _report_leaf(node, tuple(uses.get(path, ()))) for path, node in nodes.items()}
     base_of = lambda leaf: leaf.base if isinstance(leaf, Adapted) else leaf
     frozen = jax.tree.map(base_of, tree, is_leaf=is_node)
     deltas = [
@@ -295,7 +295,7 @@ def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     )
 
 
-def _leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
+def _report_leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     """What there is to say of one node."""
     shape, base = tuple(node.shape), unnormed(node.base if isinstance(node, Adapted) else node)
     format = base.format if isinstance(base, Quantized) else None

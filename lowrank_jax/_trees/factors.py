@@ -94,8 +94,8 @@ def _factors(
 
     def make(key: Any, weight: Any, data: PyTree) -> Any:
         own = form.value if callable(form.value) else jax.tree.unflatten(form.value, data)
-        if hasattr(own, "rounded_to"):
-            own = own.rounded_to(dtype)
+        if hasattr(own, "with_factor_dtype"):
+            own = own.with_factor_dtype(dtype)
         made = own(key, weight, target.rank, target.scale)
         _refuse_other_results(made, name)
         return made

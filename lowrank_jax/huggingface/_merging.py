@@ -22,8 +22,8 @@ from lowrank_jax._targeting.plan import Use
 from lowrank_jax._trees.adapters import merge
 from lowrank_jax.huggingface._folder import Lazy
 from lowrank_jax.names import Parameter
-from lowrank_jax.peft._folder import CONFIG, read_config, tensors_path
-from lowrank_jax.peft._parsing import AdapterConfig, parse
+from lowrank_jax.peft._folder import CONFIG, find_tensors, read_config_bytes
+from lowrank_jax.peft._parsing import AdapterConfig, parse_config
 from lowrank_jax.peft._tensors import TOKENS, split_key
 
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "wpe")
@@ -55,9 +55,9 @@ class _Adapter:
 
 def _read(folder: Path) -> _Adapter:
     """The header of an adapter's file."""
-    config = parse(read_config(folder), str(folder / CONFIG))
+    config = parse_config(read_config_bytes(folder), str(folder / CONFIG))
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    with TensorFile(tensors_path(folder)) as file:
+    with TensorFile(find_tensors(folder)) as file:
         for key, entry in file.entries.items():
             module, part = split_key(key) or ("", key)
             parts.setdefault(module, {})[part] = entry.shape

@@ -10,9 +10,9 @@ import jax
 
 from lowrank_jax._checks.arguments import anything, checked, positive
 from lowrank_jax._errors import ConfigError
-from lowrank_jax.initializers._data import checked_arrays, damped, same_fan_in
+from lowrank_jax.initializers._data import check_fan_in, damp_covariance, validate_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
-from lowrank_jax.initializers._spectral import balanced, product, remainder, svd
+from lowrank_jax.initializers._spectral import balance_factors, compute_residual, matmul, svd
 
 MODES = ("ipm", "kpm")
 
@@ -28,12 +28,12 @@ class Corda:
 
     def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
         del key
-        same_fan_in(self.covariance, weight)
-        covariance, inverse = damped(self.covariance, self.damping)
-        u, sigma, vt = svd(product(covariance, weight))
+        check_fan_in(self.covariance, weight)
+        covariance, inverse = damp_covariance(self.covariance, self.damping)
+        u, sigma, vt = svd(matmul(covariance, weight))
         kept = slice(rank) if self.mode == "ipm" else slice(len(sigma) - rank, None)
-        a, b = balanced(product(inverse, u[:, kept]), sigma[kept], vt[kept], scale)
-        return a, b, remainder(weight, a, b, scale)
+        a, b = balance_factors(matmul(inverse, u[:, kept]), sigma[kept], vt[kept], scale)
+        return a, b, compute_residual(weight, a, b, scale)
 
 
 @checked(covariances=anything, damping=positive)
@@ -70,5 +70,5 @@ def corda(
     """
     if mode not in MODES:
         raise ConfigError(f"mode must be one of {MODES}, not {mode!r}")
-    data = checked_arrays("covariances", covariances, square=True)
+    data = validate_arrays("covariances", covariances, square=True)
     return {path: Corda(array, mode, float(damping)) for path, array in data.items()}

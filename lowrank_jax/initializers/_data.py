@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from lowrank_jax._errors import ConfigError, listing
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax.initializers._spectral import product
+from lowrank_jax.initializers._spectral import matmul
 
 # As much as the trace of a covariance of 4096 inputs: doubling ends, whatever came.
-MOST_DAMPING = 4096.0
+MAX_DAMPING = 4096.0
 
 
-def checked_arrays(name: str, data: PyTree, square: bool) -> dict[str, jax.Array]:
+def validate_arrays(name: str, data: PyTree, square: bool) -> dict[str, jax.Array]:
     """Data by path: arrays [*stack, rows, columns], finite where their values are known."""
     if not isinstance(data, Mapping) or not data:
         raise ConfigError(
@@ -50,7 +50,7 @@ def checked_arrays(name: str, data: PyTree, square: bool) -> dict[str, jax.Array
     return arrays
 
 
-def same_fan_in(covariance: jax.Array, weight: jax.Array) -> None:
+def check_fan_in(covariance: jax.Array, weight: jax.Array) -> None:
     """A covariance is of the weight's own inputs."""
     if covariance.shape != (len(weight),) * 2:
         raise ConfigError(
@@ -60,15 +60,18 @@ def same_fan_in(covariance: jax.Array, weight: jax.Array) -> None:
         )
 
 
-def unit(covariance: jax.Array) -> jax.Array:
+def normalize_covariance(covariance: jax.Array) -> jax.Array:
     """The covariance with a mean of 1 on its diagonal; one of no data stays 0."""
     mean = jnp.trace(covariance) / len(covariance)
     return covariance / jnp.where(mean > 0, mean, 1)
 
 
-def damped(covariance: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+def damp_covariance(covariance: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
     """The unit covariance + damping * I and its inverse; damping doubles till that is good."""
-    covariance, identity = unit(covariance), jnp.eye(len(covariance), dtype=covariance.dtype)
+    covariance, identity = (
+        normalize_covariance(covariance),
+        jnp.eye(len(covariance), dtype=covariance.dtype),
+    )
 
     def with_inverse(damping: Any) -> tuple[Any, jax.Array, jax.Array]:
         safe = covariance + damping * identity
@@ -76,8 +79,8 @@ def damped(covariance: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]
 
     def bad(state: PyTree) -> jax.Array:
         damping, safe, inverse = state
-        good = jnp.linalg.norm(product(safe, inverse) - identity) < 0.05  # a NaN is not
-        return ~good & (damping < MOST_DAMPING)
+        good = jnp.linalg.norm(matmul(safe, inverse) - identity) < 0.05  # a NaN is not
+        return ~good & (damping < MAX_DAMPING)
 
     state = with_inverse(jnp.asarray(damping, covariance.dtype))
     return jax.lax.while_loop(bad, lambda state: with_inverse(2 * state[0]), state)[1:]

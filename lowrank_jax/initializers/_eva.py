@@ -17,7 +17,7 @@ from lowrank_jax._errors import ConfigError, PatternError
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import ALL_LINEAR, Pattern, matches
 from lowrank_jax._targeting.configs import LoraConfig
-from lowrank_jax.initializers._data import checked_arrays
+from lowrank_jax.initializers._data import validate_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
 
 
@@ -77,25 +77,25 @@ def eva(
     """
     if rho < 1:
         raise ConfigError(f"rho must be a number of at least 1, not {rho!r}")
-    data = checked_arrays("covariances", covariances, square=True)
+    data = validate_arrays("covariances", covariances, square=True)
     if traced := [path for path, array in data.items() if jaxprs.is_tracer(array)]:
         raise ConfigError(
             f"covariances[{traced[0]!r}] is traced: ranks are static, so call eva outside of jit"
         )
-    old = {path: _first(config.rank_pattern, path, config.rank) for path in data}
+    old = {path: _match_first(config.rank_pattern, path, config.rank) for path in data}
     most = {
         path: min(round(old[path] * float(rho)), array.shape[-1]) for path, array in data.items()
     }
     initializers, shares = {}, {}
     for path, array in data.items():
-        initializers[path], shares[path] = _components(array, most[path])
+        initializers[path], shares[path] = _find_components(array, most[path])
     layers = {path: math.prod(array.shape[:-2]) for path, array in data.items()}
-    new = _spend(old, shares, layers)
+    new = _allocate_ranks(old, shares, layers)
     kept = {path: initializers[path] for path, rank in new.items() if rank}
-    return kept, _with_ranks(config, old, new)
+    return kept, _replace_ranks(config, old, new)
 
 
-def _components(covariance: jax.Array, most: int) -> tuple[Eva, np.ndarray]:
+def _find_components(covariance: jax.Array, most: int) -> tuple[Eva, np.ndarray]:
     """The leading eigenvectors, and the share of variance that each explains."""
     values, vectors = jnp.linalg.eigh(covariance)
     values, vectors = values[..., ::-1], vectors[..., ::-1]
@@ -105,7 +105,7 @@ def _components(covariance: jax.Array, most: int) -> tuple[Eva, np.ndarray]:
     return Eva(vectors[..., :most]), np.asarray(shares).reshape(-1, most).mean(0)
 
 
-def _spend(
+def _allocate_ranks(
     old: dict[str, int], shares: dict[str, np.ndarray], layers: dict[str, int]
 ) -> dict[str, int]:
     """The ranks that a budget of all old ones buys, the largest shares first."""
@@ -119,13 +119,13 @@ def _spend(
     return new
 
 
-def _with_ranks(config: LoraConfig, old: dict[str, int], new: dict[str, int]) -> LoraConfig:
+def _replace_ranks(config: LoraConfig, old: dict[str, int], new: dict[str, int]) -> LoraConfig:
     """The config with these ranks, before its own patterns, for the first match wins."""
-    exact = {path: _exactly(path) for path in new}
+    exact = {path: _to_exact_pattern(path) for path in new}
     ranks = {exact[path]: rank for path, rank in new.items() if rank and rank != old[path]}
     alphas = {}
     for path, rank in new.items():
-        alpha = _first(config.alpha_pattern, path, config.alpha)
+        alpha = _match_first(config.alpha_pattern, path, config.alpha)
         if alpha is not None and exact[path] in ranks:
             alphas[exact[path]] = alpha * rank / old[path]
     empty = tuple(exact[path] for path, rank in new.items() if not rank)
@@ -142,12 +142,12 @@ def _with_ranks(config: LoraConfig, old: dict[str, int], new: dict[str, int]) ->
     )
 
 
-def _first(patterns: Mapping, path: str, default: Any) -> Any:
+def _match_first(patterns: Mapping, path: str, default: Any) -> Any:
     """The value of the first pattern that matches."""
     return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
 
 
-def _exactly(path: str) -> Pattern:
+def _to_exact_pattern(path: str) -> Pattern:
     """The pattern of one path: itself, where nothing in it is a wildcard."""
     try:
         plain = "*" not in path and "?" not in path and path != ALL_LINEAR and matches(path, path)

@@ -14,9 +14,9 @@ from lowrank_jax._checks.arguments import anything, checked, rank
 from lowrank_jax._codecs.rounding import round_to
 from lowrank_jax._nodes.quantized import dequantized, quantized
 from lowrank_jax._targeting.configs import QuantConfig
-from lowrank_jax.initializers._data import checked_arrays, same_fan_in, unit
+from lowrank_jax.initializers._data import check_fan_in, normalize_covariance, validate_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
-from lowrank_jax.initializers._spectral import balanced, nearest, product, remainder
+from lowrank_jax.initializers._spectral import balance_factors, compute_residual, gram_svd, matmul
 
 # As GPTQ (arXiv 2210.17323, section 3.3, step 3) damps the same matrix.
 DAMPING = 0.01
@@ -32,27 +32,27 @@ class LoftQ:
     iterations: int = dataclasses.field(metadata={"static": True})
     factor_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
 
-    def rounded_to(self, dtype: str) -> LoftQ:
+    def with_factor_dtype(self, dtype: str) -> LoftQ:
         """The same for factors that are kept in this dtype, for `init` to ask for."""
         return dataclasses.replace(self, factor_dtype=dtype)
 
     def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
         del key
-        root, inverse = self._roots(weight)
+        root, inverse = self._find_roots(weight)
 
         def step(_: Any, state: Factors) -> Factors:
             a, b, _ = state
-            kept = remainder(weight, a, b, scale)
-            lost = weight - self._rounded(kept).astype(weight.dtype)
-            u, sigma, vt = nearest(root(lost), rank)
-            a, b = balanced(inverse(u), sigma, vt, scale)
+            kept = compute_residual(weight, a, b, scale)
+            lost = weight - self._quantize(kept).astype(weight.dtype)
+            u, sigma, vt = gram_svd(root(lost), rank)
+            a, b = balance_factors(inverse(u), sigma, vt, scale)
             return round_to(a, self.factor_dtype), round_to(b, self.factor_dtype), kept
 
         zeros = functools.partial(jnp.zeros, dtype=weight.dtype)
         start = zeros((len(weight), rank)), zeros((rank, weight.shape[1])), weight
         return jax.lax.fori_loop(0, self.iterations, step, start)
 
-    def _rounded(self, weight: jax.Array) -> jax.Array:
+    def _quantize(self, weight: jax.Array) -> jax.Array:
         """The weight after quantization."""
         quant = self.quant
         node = quantized(
@@ -61,16 +61,16 @@ class LoftQ:
         )  # fmt: skip
         return dequantized(node)
 
-    def _roots(self, weight: jax.Array) -> tuple[Any, Any]:
+    def _find_roots(self, weight: jax.Array) -> tuple[Any, Any]:
         """Multiplication by a root of the covariance, and by its inverse; any root will do."""
         if self.covariance is None:
             return (lambda matrix: matrix), (lambda matrix: matrix)
-        same_fan_in(self.covariance, weight)
-        covariance = unit(self.covariance.astype(weight.dtype))
+        check_fan_in(self.covariance, weight)
+        covariance = normalize_covariance(self.covariance.astype(weight.dtype))
         damped = covariance + DAMPING * jnp.eye(len(weight), dtype=weight.dtype)
         root = jnp.linalg.cholesky(damped).T
         solve = functools.partial(jax.scipy.linalg.solve_triangular, root, lower=False)
-        return functools.partial(product, root), solve
+        return functools.partial(matmul, root), solve
 
 
 @checked(iterations=rank, covariances=anything)
@@ -108,5 +108,5 @@ def loftq(
     """
     if covariances is None:
         return LoftQ(None, quant, iterations)
-    data = checked_arrays("covariances", covariances, square=True)
+    data = validate_arrays("covariances", covariances, square=True)
     return {path: LoftQ(array, quant, iterations) for path, array in data.items()}

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from lowrank_jax._checks.arguments import anything, checked, positive, shown
 from lowrank_jax._errors import ConfigError
-from lowrank_jax.initializers._data import checked_arrays
+from lowrank_jax.initializers._data import validate_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
-from lowrank_jax.initializers._spectral import remainder, svd
+from lowrank_jax.initializers._spectral import compute_residual, svd
 
 FORMS = ("peft", "paper")
 
@@ -48,7 +48,7 @@ class LoraGa:
             a, b = size * a, size * b
         else:
             b = size * sigma[rank : 2 * rank, None] * b
-        return a, b, remainder(weight, a, b, scale)
+        return a, b, compute_residual(weight, a, b, scale)
 
 
 @checked(gradients=anything, gamma=positive)
@@ -91,13 +91,13 @@ def lora_ga(
     """
     if form not in FORMS:
         raise ConfigError(f"form must be one of {FORMS}, not {form!r}")
-    data = checked_arrays("gradients", gradients, square=False)
+    data = validate_arrays("gradients", gradients, square=False)
     if plan is not None:
-        data = {path: _grouped(path, array, plan) for path, array in data.items()}
+        data = {path: _group_axes(path, array, plan) for path, array in data.items()}
     return {path: LoraGa(array, float(gamma), form) for path, array in data.items()}
 
 
-def _grouped(path: str, array: jax.Array, plan: Mapping[str, Any]) -> jax.Array:
+def _group_axes(path: str, array: jax.Array, plan: Mapping[str, Any]) -> jax.Array:
     """A leaf's gradient as [*stack, i, o]."""
     if path in plan and not hasattr(plan[path], "fan_in"):
         raise ConfigError(f"plan[{path!r}] is {shown(plan[path])}, not a Use: pass lowrank.plan")

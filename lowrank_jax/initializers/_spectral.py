@@ -12,7 +12,7 @@ from lowrank_jax._checks.arguments import checked, count, factor_scale, key, mat
 from lowrank_jax.initializers._random import Factors, Initializer
 
 # In float32 whatever the backend's default: what a rounded product loses, the base loses for good.
-product = functools.partial(jnp.matmul, precision="highest")
+matmul = functools.partial(jnp.matmul, precision="highest")
 svd = functools.partial(jnp.linalg.svd, full_matrices=False)
 
 # checks the arguments of an initializer that draws nothing
@@ -22,7 +22,7 @@ of_weight = checked(key=key | nothing, weight=matrix, rank=rank, scale=factor_sc
 OVERSAMPLING = 8
 
 
-def balanced(
+def balance_factors(
     u: jax.Array, sigma: jax.Array, vt: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Factors with scale * a @ b = u diag(sigma) vt, the singular values shared evenly."""
@@ -30,23 +30,23 @@ def balanced(
     return u * root, root[:, None] * vt
 
 
-def nearest(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def gram_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The leading singular triples, by the smaller Gram matrix: a third of an SVD's time on CPU.
 
     What that loses, squares of singular values below 1e-7 of the largest, is not among them.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
     matrix = matrix if wide else matrix.T
-    u = jnp.linalg.eigh(product(matrix, matrix.T))[1][:, ::-1][:, :rank]
-    v = product(u.T, matrix)
+    u = jnp.linalg.eigh(matmul(matrix, matrix.T))[1][:, ::-1][:, :rank]
+    v = matmul(u.T, matrix)
     sigma = jnp.linalg.norm(v, axis=1)
     v = v / jnp.where(sigma > 0, sigma, 1)[:, None]
     return (u, sigma, v) if wide else (v.T, sigma, u.T)
 
 
-def remainder(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+def compute_residual(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """What the base keeps so that the function is the same: weight - scale * a @ b."""
-    return weight - scale * product(a.astype(weight.dtype), b.astype(weight.dtype))
+    return weight - scale * matmul(a.astype(weight.dtype), b.astype(weight.dtype))
 
 
 @of_weight
@@ -74,8 +74,8 @@ def pissa(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors
     """
     del key
     u, sigma, vt = svd(weight)
-    a, b = balanced(u[:, :rank], sigma[:rank], vt[:rank], scale)
-    return a, b, remainder(weight, a, b, scale)
+    a, b = balance_factors(u[:, :rank], sigma[:rank], vt[:rank], scale)
+    return a, b, compute_residual(weight, a, b, scale)
 
 
 @jax.tree_util.register_dataclass
@@ -87,21 +87,21 @@ class RandomizedPissa:
 
     def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
         width = min(rank + OVERSAMPLING, *weight.shape)
-        u, sigma, vt = leading(key, weight, width, self.iterations)
-        a, b = balanced(u[:, :rank], sigma[:rank], vt[:rank], scale)
-        return a, b, remainder(weight, a, b, scale)
+        u, sigma, vt = randomized_svd(key, weight, width, self.iterations)
+        a, b = balance_factors(u[:, :rank], sigma[:rank], vt[:rank], scale)
+        return a, b, compute_residual(weight, a, b, scale)
 
 
-def leading(
+def randomized_svd(
     key: jax.Array, weight: jax.Array, width: int, iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """About the `width` leading singular triples, by subspace iteration (arXiv 0909.4061, 4.4)."""
     basis = lambda matrix: jnp.linalg.qr(matrix)[0]
-    step = lambda _, q: basis(product(weight, basis(product(weight.T, q))))
+    step = lambda _, q: basis(matmul(weight, basis(matmul(weight.T, q))))
     start = jax.random.normal(key, (weight.shape[1], width), weight.dtype)
-    q = jax.lax.fori_loop(0, iterations, step, basis(product(weight, start)))
-    u, sigma, vt = svd(product(q.T, weight))
-    return product(q, u), sigma, vt
+    q = jax.lax.fori_loop(0, iterations, step, basis(matmul(weight, start)))
+    u, sigma, vt = svd(matmul(q.T, weight))
+    return matmul(q, u), sigma, vt
 
 
 @checked(iterations=count)
@@ -156,4 +156,4 @@ def olora(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors
     del key
     q, r = jnp.linalg.qr(weight.T)
     a, b = r[:rank].T, q[:, :rank].T
-    return a, b, remainder(weight, a, b, scale)
+    return a, b, compute_residual(weight, a, b, scale)

@@ -74,14 +74,14 @@ class Table:
 
     def __call__(self, path: str) -> Parameter | None:
         """The parameter that the leaf at path is, or None where no rule tells."""
-        if (key := _first(self._rules[1], path)) is not None:
+        if (key := _apply_rules(self._rules[1], path)) is not None:
             module, _, kind = key.rpartition(".")
-            return self._parameter(module, kind)
+            return self._make_parameter(module, kind)
         head, _, last = path.rpartition("/")
-        module = _first(self._rules[0], head) if last in KINDS else None
-        return None if module is None else self._parameter(module, KINDS[last])
+        module = _apply_rules(self._rules[0], head) if last in KINDS else None
+        return None if module is None else self._make_parameter(module, KINDS[last])
 
-    def _parameter(self, module: str, kind: str) -> Parameter:
+    def _make_parameter(self, module: str, kind: str) -> Parameter:
         if kind != "weight":
             return Parameter(module, kind)
         last = module.rpartition(".")[2]
@@ -90,10 +90,10 @@ class Table:
     @functools.cached_property
     def _rules(self) -> tuple[list[tuple[re.Pattern, str]], list[tuple[re.Pattern, str]]]:
         """The two kinds of rules, compiled."""
-        compiled = lambda rules: [(self._compiled(left), right) for left, right in rules.items()]
+        compiled = lambda rules: [(self._compile(left), right) for left, right in rules.items()]
         return compiled(self.modules), compiled(self.parameters)
 
-    def _compiled(self, rule: str) -> re.Pattern:
+    def _compile(self, rule: str) -> re.Pattern:
         layer = rf"(?:{self.layers})(?:[_./](\d+))?"
         keys = [
             layer if key == "#" else f"(?:{'|'.join(map(re.escape, key.split('|')))})"
@@ -102,7 +102,7 @@ class Table:
         return re.compile(rf"(?:(?:{self.prefixes})/)*" + "/".join(keys))
 
 
-def _first(rules: list[tuple[re.Pattern, str]], path: str) -> str | None:
+def _apply_rules(rules: list[tuple[re.Pattern, str]], path: str) -> str | None:
     """The right side of the first rule that matches, the layer's number put in."""
     for pattern, right in rules:
         if found := pattern.fullmatch(path):

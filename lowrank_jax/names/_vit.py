@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowrank_jax.names._table import Table
 
 
-def _vit(layer: str, query: str, key: str, value: str, out: str, up: str, down: str) -> Table:
+def _make_vit(layer: str, query: str, key: str, value: str, out: str, up: str, down: str) -> Table:
     """ViT's table, from the names of a layer and of its parts."""
     parts = {
         "attention/attention/query|attention/query|attention/q_proj": query,
@@ -38,7 +38,7 @@ def _vit(layer: str, query: str, key: str, value: str, out: str, up: str, down: 
 
 
 # checkpoints' names, which are the modules' up to transformers 4
-VIT = _vit(
+VIT = _make_vit(
     "encoder.layer",
     "attention.attention.query",
     "attention.attention.key",
@@ -50,7 +50,7 @@ VIT = _vit(
 
 
 # the modules' names in transformers 5: those that its adapters are saved under
-VIT5 = _vit(
+VIT5 = _make_vit(
     "layers",
     "attention.q_proj",
     "attention.k_proj",

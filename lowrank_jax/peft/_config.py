@@ -57,7 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "velora_config": None,
 }
 # what save decides by itself; all else in a file is carried from one to the next
-OURS = {
+WRITTEN_FIELDS = {
     "alpha_pattern",
     "bias",
     "ensure_weight_tying",
@@ -85,16 +85,16 @@ def to_json(
     scales: Mapping[str, tuple[int, float]], rslora: bool, extras: Mapping[str, Any], **own: Any
 ) -> str:
     """The file's text; scales: each module's rank and alpha."""
-    if clash := sorted(set(extras) & OURS):
+    if clash := sorted(set(extras) & WRITTEN_FIELDS):
         raise ConfigError(f"extras has {clash}, which save writes from the adapter itself")
     rank, alpha = (
-        _commonest(values) if scales else DEFAULTS[field]
-        for values, field in zip(_columns(scales.values()), ("r", "lora_alpha"), strict=True)
+        _pick_most_common(values) if scales else DEFAULTS[field]
+        for values, field in zip(_unzip(scales.values()), ("r", "lora_alpha"), strict=True)
     )
     exactly = lambda module: "^" + re.escape(module)
     values = {
         **DEFAULTS,
-        **_thawed(extras),
+        **_to_json_value(extras),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {exactly(m): r for m, (r, _) in sorted(scales.items()) if r != rank},
@@ -109,20 +109,20 @@ def to_json(
         raise ConfigError(f"extras holds what JSON does not: {error}") from error
 
 
-def _commonest(values: Iterable[Any]) -> Any:
+def _pick_most_common(values: Iterable[Any]) -> Any:
     """The value that most have; of several the largest."""
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value))
 
 
-def _thawed(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """A hashable mapping as JSON takes it."""
     if isinstance(value, Mapping):
-        return {key: _thawed(item) for key, item in value.items()}
-    return list(map(_thawed, value)) if isinstance(value, tuple) else value
+        return {key: _to_json_value(item) for key, item in value.items()}
+    return list(map(_to_json_value, value)) if isinstance(value, tuple) else value
 
 
-def _columns(rows: Iterable[tuple[int, float]]) -> tuple[list[int], list[float]]:
+def _unzip(rows: Iterable[tuple[int, float]]) -> tuple[list[int], list[float]]:
     ranks, alphas = [], []
     for rank, alpha in rows:
         ranks.append(rank)
@@ -130,7 +130,7 @@ def _columns(rows: Iterable[tuple[int, float]]) -> tuple[list[int], list[float]]
     return ranks, alphas
 
 
-def alpha_of(scale: float, rank: int, rslora: bool) -> float:
+def compute_alpha(scale: float, rank: int, rslora: bool) -> float:
     """The alpha of a scale; an integer where its quotient is the scale to the last bit."""
     root = math.sqrt(rank) if rslora else rank
     if not math.isfinite(scale * root):
@@ -139,10 +139,10 @@ def alpha_of(scale: float, rank: int, rslora: bool) -> float:
     return whole if whole / root == scale else scale * root
 
 
-def extras_of(values: Mapping[str, Any]) -> dict[str, Any]:
+def collect_extras(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says besides: to be carried into the next."""
     differs = lambda field, value: field not in DEFAULTS or value != DEFAULTS[field]
-    extras = {k: v for k, v in values.items() if k not in OURS and differs(k, v)}
+    extras = {k: v for k, v in values.items() if k not in WRITTEN_FIELDS and differs(k, v)}
     try:
         check_json("the configuration", extras)
     except ConfigError as error:  # Python reads NaN and Infinity, which JSON has not

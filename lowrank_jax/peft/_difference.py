@@ -9,7 +9,7 @@ from lowrank_jax._errors import CheckpointError
 from lowrank_jax._nodes import LowRank
 
 
-def moved_factors(
+def factorize_difference(
     path: str, node: LowRank, base: np.ndarray, original: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""a0 and b0 with $\text{base} = \text{original} + s\,a_0\,b_0$, laid out as the adapter's.
@@ -23,7 +23,7 @@ def moved_factors(
     flat = (-1, int(np.prod(sizes(fan_in))), int(np.prod(sizes(fan_out))))
     laid_out = lambda x: np.asarray(x, np.float64).transpose(order).reshape(flat)
     base_, original_ = laid_out(base), laid_out(original)
-    pairs = [_factored(new - old, node.rank) for new, old in zip(base_, original_, strict=True)]
+    pairs = [_factorize(new - old, node.rank) for new, old in zip(base_, original_, strict=True)]
     a, b = (np.stack(factors) for factors in zip(*pairs, strict=True))
     lost = np.abs(original_ + a @ b - base_).max()
     # the residual was rounded to the leaf's dtype, and the factors were rounded to theirs
@@ -39,7 +39,7 @@ def moved_factors(
     return a.astype(node.a.dtype), b.astype(node.b.dtype)
 
 
-def _factored(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def _factorize(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Balanced factors of a matrix of that rank."""
     # a few random combinations of columns span the range; one power step clears rounding noise
     probe = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + 8))

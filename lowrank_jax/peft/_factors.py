@@ -28,7 +28,7 @@ def match_factors(matching: Matching, place: Place) -> Callable[[], LowRank] | N
     keys, scales = {}, {}
     adapted = {i: module for i, module in place.modules.items() if matching.adapts(module)}
     for index, module in adapted.items():
-        if taken := _take(matching, place, layout, module):
+        if taken := _take_module(matching, place, layout, module):
             keys[index], scales[index] = taken
     if len(matching.problems) == before and (other := matching.tied(place, layout)):
         _take_tied(matching, place, layout, other, keys[()], scales[()])
@@ -40,10 +40,10 @@ def match_factors(matching: Matching, place: Place) -> Callable[[], LowRank] | N
     if len(matching.problems) > before:
         return None
     kind = place.use.op if place.use is not None and place.use.fan_in else layout.kind
-    return lambda: _node(matching, layout, kind, keys, scales)
+    return lambda: _build_node(matching, layout, kind, keys, scales)
 
 
-def _take(
+def _take_module(
     matching: Matching, place: Place, layout: Layout, module: str
 ) -> tuple[Keys, float] | None:
     """Keys and scale of one module."""
@@ -108,7 +108,7 @@ def _take_tied(
         )
 
 
-def _node(
+def _build_node(
     matching: Matching,
     layout: Layout,
     kind: str,

@@ -20,19 +20,19 @@ CONFIG, TENSORS, PICKLE = (
 CONFIG_LIMIT = 1 << 20
 
 
-def read_config(folder: Path) -> bytes:
+def read_config_bytes(folder: Path) -> bytes:
     """The bytes of the configuration."""
-    _refuse_missing(folder, CONFIG)
+    _check_exists(folder, CONFIG)
     return read_within(folder, CONFIG, CONFIG_LIMIT)
 
 
-def tensors_path(folder: Path) -> Path:
+def find_tensors(folder: Path) -> Path:
     """Where the tensors are."""
-    _refuse_missing(folder, TENSORS)
+    _check_exists(folder, TENSORS)
     return file_within(folder, TENSORS)
 
 
-def _refuse_missing(folder: Path, name: str) -> None:
+def _check_exists(folder: Path, name: str) -> None:
     """Say what is the matter where the folder has no such file."""
     try:
         (folder / name).resolve(strict=True)

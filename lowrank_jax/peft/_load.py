@@ -22,11 +22,11 @@ from lowrank_jax._nodes.family import Rows
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.names import Names, Parameter
-from lowrank_jax.peft._config import alpha_of, extras_of
+from lowrank_jax.peft._config import collect_extras, compute_alpha
 from lowrank_jax.peft._factors import match_factors
-from lowrank_jax.peft._folder import CONFIG, read_config, tensors_path
+from lowrank_jax.peft._folder import CONFIG, find_tensors, read_config_bytes
 from lowrank_jax.peft._matching import Matching, Place
-from lowrank_jax.peft._parsing import AdapterConfig, parse
+from lowrank_jax.peft._parsing import AdapterConfig, parse_config
 from lowrank_jax.peft._tensors import PREFIX, TOKENS
 from lowrank_jax.peft._whole import match_tokens, match_whole
 
@@ -72,20 +72,20 @@ def load(
     (2, 1, [1.0, 1.0, 1.0])
     """
     folder = Path(directory)
-    text = read_config(folder)
-    config = parse(text, str(folder / CONFIG))
+    text = read_config_bytes(folder)
+    config = parse_config(text, str(folder / CONFIG))
     leaves = flatten(params, is_leaf=is_node)[0]
     floating = {
         path: unnormed(leaf)
         for path, leaf in leaves
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
-    with TensorFile(tensors_path(folder)) as file:
-        if read_config(folder) != text:
+    with TensorFile(find_tensors(folder)) as file:
+        if read_config_bytes(folder) != text:
             raise CheckpointError(f"{folder} was saved anew while it was read: load it again")
         matching = Matching(file, config)
         builds = _match(matching, floating, known_names(floating, names), plan)
-        if problems := [*matching.problems, *matching.leftover()]:
+        if problems := [*matching.problems, *matching.list_unused()]:
             raise CheckpointError(
                 f"the adapter at {folder} does not fit params:\n{listing(problems)}"
             )
@@ -99,17 +99,17 @@ def load(
             f"fit in:\n{listing(sorted(matching.not_finite))}"
         )
     base = {
-        path: normed(leaf, nodes[path]) if _has_norm(leaf, nodes.get(path)) else leaf
+        path: normed(leaf, nodes[path]) if _needs_norm(leaf, nodes.get(path)) else leaf
         for path, leaf in leaves
     }
     trees = (in_structure(params, found, is_node) for found in (base, nodes))
     try:
-        return *trees, _config(config, nodes)
+        return *trees, _make_config(config, nodes)
     except LowrankError as error:
         raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
 
 
-def _has_norm(leaf: Any, node: Any) -> bool:
+def _needs_norm(leaf: Any, node: Any) -> bool:
     """Whether init would give a leaf its squared norms."""
     dora = isinstance(node, LowRank) and node.magnitude is not None
     return dora and not isinstance(leaf, jax.ShapeDtypeStruct)
@@ -157,13 +157,13 @@ def _match_leaf(matching: Matching, place: Place) -> Callable[[], Any] | None:
     return match(matching, place)
 
 
-def _config(config: AdapterConfig, nodes: dict[str, Any]) -> LoraConfig:
+def _make_config(config: AdapterConfig, nodes: dict[str, Any]) -> LoraConfig:
     """The LoraConfig of what was loaded, its patterns the leaves' own paths."""
     odd = lambda path: set(path) & set("*?") or "" in path.split("/")  # no glob of itself
     exact = lambda path: re.compile(re.escape(path)) if odd(path) else path
     lowranks = {path: node for path, node in sorted(nodes.items()) if type(node) is LowRank}
     rslora = config["use_rslora"]
-    alphas = {path: alpha_of(node.scale, node.rank, rslora) for path, node in lowranks.items()}
+    alphas = {path: compute_alpha(node.scale, node.rank, rslora) for path, node in lowranks.items()}
     dtypes = {jnp.dtype(node.dtype).name for node in lowranks.values()}
     return LoraConfig(
         rank=config["r"],
@@ -176,5 +176,5 @@ def _config(config: AdapterConfig, nodes: dict[str, Any]) -> LoraConfig:
         train=tuple(exact(path) for path, node in sorted(nodes.items()) if isinstance(node, Full)),
         train_rows={exact(p): n.rows for p, n in sorted(nodes.items()) if isinstance(n, Rows)},
         factor_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
-        extras=extras_of(config.values),
+        extras=collect_extras(config.values),
     )

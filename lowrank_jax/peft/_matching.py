@@ -19,7 +19,7 @@ from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._trees.fingerprint import to_host
 from lowrank_jax.names import Parameter
 from lowrank_jax.peft._parsing import AdapterConfig
-from lowrank_jax.peft._tensors import split_key, tied_module
+from lowrank_jax.peft._tensors import find_tied_module, split_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Place:
     use: Any
     modules: dict[tuple[int, ...], str]
 
-    def layout(self) -> Layout:
+    def torch_layout(self) -> Layout:
         """How the leaf lies in torch's parameter; a CheckpointError where that is not known."""
         return layout_of(self.path, tuple(self.leaf.shape), self.name, self.use, None)
 
     @property
-    def dense(self) -> bool:
+    def has_values(self) -> bool:
         """Whether the leaf has values of its own."""
         return not isinstance(self.leaf, Quantized | jax.ShapeDtypeStruct)
 
@@ -75,7 +75,7 @@ class Matching:
             elif (twin := self.parts.setdefault(split[0], {}).setdefault(split[1], key)) != key:
                 self.problems.append(f"{key[:200]}: unexpected, {twin[:200]} says the same")
 
-    def leftover(self) -> list[str]:
+    def list_unused(self) -> list[str]:
         """One line for each key that no leaf took."""
         keys = [key for parts in self.parts.values() for key in parts.values()]
         keys += [key for key, _ in self.folds.values()]
@@ -86,13 +86,13 @@ class Matching:
         """A part's key, taken from what is left."""
         return self.parts.get(module, {}).pop(part, None)
 
-    def drop(self, place: Place, problem: str) -> None:
+    def reject(self, place: Place, problem: str) -> None:
         """Refuse a leaf, and all that the file has for it."""
         for module in place.modules.values():
             self.parts.pop(module, None)
         self.problems.append(problem)
 
-    def adapts(self, module: str) -> bool:
+    def has_factors(self, module: str) -> bool:
         """Whether factors of a module are left."""
         return any(part.startswith("lora_") for part in self.parts.get(module, {}))
 
@@ -100,7 +100,7 @@ class Matching:
         """A tensor's shape."""
         return self.file.entries[key].shape
 
-    def fits(self, path: str, key: str, shape: tuple[int, ...]) -> bool:
+    def check_tensor(self, path: str, key: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor has that shape and a floating dtype; if not, it is a problem."""
         entry = self.file.entries[key]
         if entry.shape != shape:
@@ -120,7 +120,7 @@ class Matching:
             self.not_finite.add(key)
         return array
 
-    def equal(self, key: str, other: str, turned: bool) -> bool:
+    def is_equal(self, key: str, other: str, turned: bool) -> bool:
         """Whether two tensors of the file are one, or one the other's transpose."""
         shape = self.shape(other)[::-1] if turned else self.shape(other)
         if self.shape(key) != shape:
@@ -128,7 +128,7 @@ class Matching:
         value = self.file.read(other)
         return np.array_equal(self.file.read(key), value.T if turned else value)
 
-    def is_base(self, place: Place, layout: Layout, key: str) -> bool:
+    def is_base_copy(self, place: Place, layout: Layout, key: str) -> bool:
         """Whether a tensor of the file is the leaf, as far as the coarser of the two can say."""
         if not place.dense or layout.stack or self.shape(key) != layout.weight_shape:
             return False
@@ -139,22 +139,22 @@ class Matching:
     def take_base(self, place: Place, layout: Layout, module: str) -> None:
         """Take the frozen copy of a weight that PEFT keeps beside the factors of a table."""
         key = self.take(module, "base_layer.weight")
-        if key is None or not self.fits(place.path, key, layout.weight_shape):
+        if key is None or not self.check_tensor(place.path, key, layout.weight_shape):
             return
-        if place.dense and not layout.stack and not self.is_base(place, layout, key):
+        if place.dense and not layout.stack and not self.is_base_copy(place, layout, key):
             self.problems.append(
                 f"{key}: the file's copy of the base is not {place.path!r} of params"
             )
 
-    def tied(self, place: Place, layout: Layout) -> str | None:
+    def find_tied(self, place: Place, layout: Layout) -> str | None:
         """The module that shares a table's weight; where names has none, that is a problem."""
         try:
-            return tied_module(layout, place.name, place.use)
+            return find_tied_module(layout, place.name, place.use)
         except CheckpointError as error:
             self.problems.append(f"{place.path!r}: {error}")
             return None
 
-    def alone(self, place: Place, other: str) -> None:
+    def check_untied(self, place: Place, other: str) -> None:
         """A change of a table, and none of the projection that shares it."""
         if not self.config["ensure_weight_tying"]:
             self.problems.append(

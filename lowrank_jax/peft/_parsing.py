@@ -27,7 +27,7 @@ REFUSED = {
     "use_qalora": "inputs are pooled by groups",
     "velora_config": "activations are compressed",
 }
-KEPT_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+BASE_PRESERVING = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,13 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """r of a module: the first pattern that matches wins."""
-        return self._of_pattern("rank_pattern", module, self["r"])
+        return self._match_pattern("rank_pattern", module, self["r"])
 
     def alpha(self, module: str) -> float:
         """lora_alpha of a module: the first pattern that matches wins."""
-        return self._of_pattern("alpha_pattern", module, self["lora_alpha"])
+        return self._match_pattern("alpha_pattern", module, self["lora_alpha"])
 
-    def _of_pattern(self, field: str, module: str, default: Any) -> Any:
+    def _match_pattern(self, field: str, module: str, default: Any) -> Any:
         """The value of the first pattern of a field that matches a module."""
         number = self.patterns[field].first(module)
         return default if number is None else self._pattern_values[field][number]
@@ -66,16 +66,16 @@ class AdapterConfig:
         """alpha / r, or alpha / sqrt(r)."""
         return self.alpha(module) / (math.sqrt(rank) if self["use_rslora"] else rank)
 
-    def targets(self, module: str) -> bool:
+    def is_target(self, module: str) -> bool:
         """Whether the file should hold factors of a module; False where that cannot be told."""
         if self._names is None or self._names.is_saved(module) or self._names.is_excluded(module):
             return False
         if not self._names.is_targeted(module):
             return False
-        return isinstance(self["target_modules"], str) or self._in_layers(module)
+        return isinstance(self["target_modules"], str) or self._is_in_layers(module)
 
     @functools.cached_property
-    def _names(self) -> _Names | None:
+    def _names(self) -> _ModuleFilters | None:
         """What target_modules and its like name; None where that cannot be told."""
         targets, excluded = self["target_modules"], self["exclude_modules"] or ()
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
@@ -84,15 +84,15 @@ class AdapterConfig:
             saved = Automaton(False, "modules_to_save")
             for name in self["modules_to_save"] or ():
                 saved.append(parse_regex(rf"(^|.*\.){name}($|\..*)"))
-            return _Names(
+            return _ModuleFilters(
                 lambda module: saved.first(module) is not None,
-                _is_named(excluded, "exclude_modules"),
-                _is_named(targets, "target_modules"),
+                _make_filter(excluded, "exclude_modules"),
+                _make_filter(targets, "target_modules"),
             )
         except RegexError:
             return None
 
-    def _in_layers(self, module: str) -> bool:
+    def _is_in_layers(self, module: str) -> bool:
         """Whether a module is of one of layers_to_transform; patterns are names of lists."""
         layers, patterns = self["layers_to_transform"], self["layers_pattern"] or None
         if layers is None or layers == []:
@@ -111,11 +111,11 @@ class AdapterConfig:
                     return int(number) in ([layers] if isinstance(layers, int) else layers)
         return False
 
-    def saves(self, module: str) -> bool:
+    def is_saved_whole(self, module: str) -> bool:
         """Whether modules_to_save names a module."""
         return any(module == x or module.endswith(f".{x}") for x in self["modules_to_save"] or ())
 
-    def tokens(self, module: str) -> list[int] | None:
+    def token_rows(self, module: str) -> list[int] | None:
         """The rows that trainable_token_indices names in a module."""
         tokens = self["trainable_token_indices"]
         if not isinstance(tokens, dict):
@@ -124,7 +124,7 @@ class AdapterConfig:
         return next(named, None)
 
 
-class _Names(NamedTuple):
+class _ModuleFilters(NamedTuple):
     """Which modules a configuration names, by field."""
 
     is_saved: Callable[[str], bool]
@@ -132,7 +132,7 @@ class _Names(NamedTuple):
     is_targeted: Callable[[str], bool]
 
 
-def _is_named(targets: Any, what: str) -> Callable[[str], bool]:
+def _make_filter(targets: Any, what: str) -> Callable[[str], bool]:
     """Whether PEFT's target_modules or exclude_modules names a module."""
     if isinstance(targets, str):
         automaton = Automaton(True, what)
@@ -144,7 +144,7 @@ def _is_named(targets: Any, what: str) -> Callable[[str], bool]:
     return lambda module: names.first(module) is not None
 
 
-def parse(text: bytes, where: str) -> AdapterConfig:
+def parse_config(text: bytes, where: str) -> AdapterConfig:
     """Read and check a file; all that is wrong is in one error."""
     try:
         values = parse_json(text)
@@ -157,12 +157,12 @@ def parse(text: bytes, where: str) -> AdapterConfig:
             f"{where} is of peft_type {str(values.get('peft_type'))[:40]!r}; only 'LORA' is read"
         )
     problems = [
-        f"{field}={_short(values[field])}: {why}; this is not supported"
+        f"{field}={_shorten(values[field])}: {why}; this is not supported"
         for field, why in REFUSED.items()
         if values.get(field)
     ]
     problems += [
-        f"{field}={_short(value)}: a field that peft 0.21.2 does not have; take it out of the "
+        f"{field}={_shorten(value)}: a field that peft 0.21.2 does not have; take it out of the "
         "file if it does not change what the tensors mean"
         for field, value in values.items()
         if field not in DEFAULTS and field not in ("runtime_config", "merge_weights") and value
@@ -172,7 +172,7 @@ def parse(text: bytes, where: str) -> AdapterConfig:
     values = {**DEFAULTS, **{field: value for field, value in given.items() if value is not None}}
     values |= {field: _as_integers(values[field]) for field in _INTEGERS}
     problems += [
-        f"{field}={_short(given.get(field, values[field]))}: expected {kind}"
+        f"{field}={_shorten(given.get(field, values[field]))}: expected {kind}"
         for field, (kind, right) in _CHECKS.items()
         if not right(values[field])
     ]
@@ -193,7 +193,7 @@ def parse(text: bytes, where: str) -> AdapterConfig:
     return AdapterConfig(values, patterns)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -216,31 +216,36 @@ def _is_alpha(value: Any) -> bool:
 
 
 def _is_init(value: Any) -> bool:
-    return any(value is kept or (isinstance(kept, str) and value == kept) for kept in KEPT_BASE)
+    return any(
+        value is kept or (isinstance(kept, str) and value == kept) for kept in BASE_PRESERVING
+    )
 
 
-def _are(kind: type, value: Any) -> bool:
+def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
-def _are_rows(value: Any) -> bool:
-    return _are(int, value) and all(0 <= row < 1 << 62 for row in value)
+def _is_list_of_rows(value: Any) -> bool:
+    return _is_list_of(int, value) and all(0 <= row < 1 << 62 for row in value)
 
 
-def _maps(right: Any, value: Any) -> bool:
+def _is_mapping_to(right: Any, value: Any) -> bool:
     return isinstance(value, dict) and all(map(right, value.values()))
 
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _INTEGERS = ("r", "rank_pattern", "layers_to_transform", "trainable_token_indices")
-_NAMES = "a list of names", lambda x: x is None or _are(str, x)
-_PATTERN = "a list of names or a regex", lambda x: x is None or isinstance(x, str) or _are(str, x)
+_NAMES = "a list of names", lambda x: x is None or _is_list_of(str, x)
+_PATTERN = (
+    "a list of names or a regex",
+    lambda x: x is None or isinstance(x, str) or _is_list_of(str, x),
+)
 _FLAG = "true or false", lambda x: isinstance(x, bool)
 _CHECKS: dict[str, tuple[str, Any]] = {
     "r": ("an integer of at least 1", _is_rank),
     "lora_alpha": ("a number above 0", _is_alpha),
-    "rank_pattern": ("names with integers of at least 1", lambda x: _maps(_is_rank, x)),
-    "alpha_pattern": ("names with numbers above 0", lambda x: _maps(_is_alpha, x)),
+    "rank_pattern": ("names with integers of at least 1", lambda x: _is_mapping_to(_is_rank, x)),
+    "alpha_pattern": ("names with numbers above 0", lambda x: _is_mapping_to(_is_alpha, x)),
     "bias": ("'none', 'all' or 'lora_only'", lambda x: x in ("none", "all", "lora_only")),
     **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), _FLAG),
     "ensure_weight_tying": _FLAG,
@@ -250,11 +255,11 @@ _CHECKS: dict[str, tuple[str, Any]] = {
     "modules_to_save": _NAMES,
     "layers_to_transform": (
         "an integer or a list of them",
-        lambda x: x is None or type(x) is int or _are(int, x),
+        lambda x: x is None or type(x) is int or _is_list_of(int, x),
     ),
     "trainable_token_indices": (
         "a list of rows, or names with such lists",
-        lambda x: x is None or _are_rows(x) or _maps(_are_rows, x),
+        lambda x: x is None or _is_list_of_rows(x) or _is_mapping_to(_is_list_of_rows, x),
     ),
     "init_lora_weights": (
         "an initializer that leaves the base alone; with peft, save_pretrained(..., "

@@ -17,19 +17,19 @@ from typing import Any, NamedTuple
 
 from lowrank_jax._display.text import shorten
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax.peft._regex import Node, RegexError, parse_regex
+from lowrank_jax.peft._regex import RegexError, RegexNode, parse_regex
 
 # steps of an automaton; steps that all of its matches may look at, some 0.2 microseconds each; what
 # a state costs besides, in such steps
-_LARGEST, _WORK, _EACH = 10_000, 2_000_000, 20
-_KINDS = 256  # of names with holes
+_MAX_STEPS, _WORK, _STATE_COST = 10_000, 2_000_000, 20
+_MAX_KINDS = 256  # of names with holes
 
 
 class _Step(NamedTuple):
     """What must hold at a position of the text for the rest of it to match, by later steps."""
 
     kind: str
-    node: Node | None = None
+    node: RegexNode | None = None
     next: int = 0
     other: int = 0
 
@@ -51,7 +51,7 @@ class Automaton:
         self._accept = self._add(0, "last" if whole else "match")
         self._starts: list[int] = []
 
-    def append(self, node: Node) -> None:
+    def append(self, node: RegexNode) -> None:
         """Add one more pattern; none is added once a text was matched.
 
         Raises:
@@ -104,7 +104,7 @@ class Automaton:
                     if holds and not now[number]:
                         now[number] = 1
                         again |= number in self._back and not now[self._back[number]]
-                self._work += len(numbers) + _EACH
+                self._work += len(numbers) + _STATE_COST
                 if self._work > _WORK:
                     raise CheckpointError(
                         f"the regexes of {self._what} take too many steps to match: write the "
@@ -115,17 +115,17 @@ class Automaton:
 
     def _add(self, level: int, *step: Any) -> int:
         """The number of a new step."""
-        if len(self._steps) >= _LARGEST:
-            raise RegexError(f"it makes more than {_LARGEST} steps, with those before it")
+        if len(self._steps) >= _MAX_STEPS:
+            raise RegexError(f"it makes more than {_MAX_STEPS} steps, with those before it")
         self._levels[level].append(len(self._steps))
         self._steps.append(_Step(*step))
         return len(self._steps) - 1
 
-    def _build(self, node: Node, following: int, level: int) -> int:
+    def _build(self, node: RegexNode, following: int, level: int) -> int:
         """The first step of a part that is followed by a step."""
         self._built += 1
-        if self._built > _LARGEST:
-            raise RegexError(f"it has more than {_LARGEST} parts, with those before it")
+        if self._built > _MAX_STEPS:
+            raise RegexError(f"it has more than {_MAX_STEPS} parts, with those before it")
         match node.kind:
             case "char":
                 return self._add(level, "char", node, following)
@@ -139,7 +139,7 @@ class Automaton:
                     lambda one, two: self._add(level, "either", None, two, one), starts
                 )
             case "repeat":
-                return self._repeat(node, following, level)
+                return self._build_repeat(node, following, level)
             case "ahead" | "not ahead":
                 if level + 1 == len(self._levels):
                     self._levels.append([])
@@ -149,7 +149,7 @@ class Automaton:
                 kind = "at last" if node.kind == "last" else node.kind
                 return self._add(level, kind, None, following)
 
-    def _repeat(self, node: Node, following: int, level: int) -> int:
+    def _build_repeat(self, node: RegexNode, following: int, level: int) -> int:
         """The first step of a repeat."""
         (item,) = node.items
         if node.high is None:
@@ -183,7 +183,7 @@ class Suffixes:
         holes = [-1, *(place for place, char in enumerate(chars) if not char), len(chars)]
         parts = tuple((a + 1, b) for a, b in itertools.pairwise(holes) if b > a + 1)
         kind = len(chars), parts
-        if len(holes) > 2 and kind not in self._tables and len(self._tables) >= _KINDS:
+        if len(holes) > 2 and kind not in self._tables and len(self._tables) >= _MAX_KINDS:
             return False
         self._tables.setdefault(kind, {}).setdefault("".join(chars), number)
         return True
@@ -220,12 +220,12 @@ class ModulePatterns:
         self._automaton, self._numbers = Automaton(False, what), []
         for number, key in enumerate(keys):
             try:
-                name, exact = _name(key)
+                name, exact = _parse_name(key)
                 if name is not None and exact and all(name):
                     self._exact.setdefault("".join(name), number)
                 elif name is None or exact or not self._ends.append(name, number):
                     node = parse_regex(key)
-                    self._automaton.append(Node("sequence", (_PARENTS, node, _END)))
+                    self._automaton.append(RegexNode("sequence", (_PARENTS, node, _END)))
                     self._numbers.append(number)
             except RegexError as error:
                 raise RegexError(f"{shorten(repr(key), 80)}: {error}") from error
@@ -238,7 +238,7 @@ class ModulePatterns:
         return min((number for number in found if number is not None), default=None)
 
 
-def _name(key: str) -> tuple[list[str] | None, bool]:
+def _parse_name(key: str) -> tuple[list[str] | None, bool]:
     """The characters of the name that a key is, "" for any, and whether it is the whole name."""
     if (found := _NAME.fullmatch(key)) is None:
         return None, False
@@ -247,5 +247,5 @@ def _name(key: str) -> tuple[list[str] | None, bool]:
 
 
 _NAME, _CHARS = re.compile(r"(\^?)((?:[\w.-]|\\[.-])*)\$?", re.ASCII), re.compile(r"\\?.")
-_END = Node("end")
+_END = RegexNode("end")
 _PARENTS = parse_regex(r"(.*\.)?")

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-LONGEST, _DEEPEST, _MOST = 1000, 30, 1000
+MAX_LENGTH, _MAX_DEPTH, _MOST = 1000, 30, 1000
 
-_KINDS: dict[str, Callable[[str], bool]] = {
+_CLASSES: dict[str, Callable[[str], bool]] = {
     "d": str.isdecimal,
     "w": lambda char: char.isalnum() or char == "_",
     "s": str.isspace,
@@ -28,7 +28,7 @@ class RegexError(ValueError):
     """A regex is malformed, or uses what is not supported."""
 
 
-class Node(NamedTuple):
+class RegexNode(NamedTuple):
     """A part of a regex.
 
     Args:
@@ -41,22 +41,22 @@ class Node(NamedTuple):
     """
 
     kind: str
-    items: tuple[Node, ...] = ()
+    items: tuple[RegexNode, ...] = ()
     low: int = 0
     high: int | None = 0
     takes: Callable[[str], bool] = bool
 
 
-def parse_regex(text: str) -> Node:
+def parse_regex(text: str) -> RegexNode:
     """The parts of a regex.
 
     Raises:
       RegexError: it is malformed, too long, or uses what is not supported.
     """
-    if len(text) > LONGEST:
+    if len(text) > MAX_LENGTH:
         raise RegexError(f"it has {len(text)} characters")
     parser = _Parser(text)
-    node = parser.choice(0)
+    node = parser.parse_choice(0)
     if parser.at < len(text):
         raise RegexError("it has a ')' too many")
     return node
@@ -68,15 +68,15 @@ class _Parser:
     def __init__(self, text: str):
         self.text, self.at, self._names = text, 0, set()
 
-    def choice(self, depth: int) -> Node:
+    def parse_choice(self, depth: int) -> RegexNode:
         """Alternatives, to the end or the group's ")"."""
-        if depth > _DEEPEST:
+        if depth > _MAX_DEPTH:
             raise RegexError("its groups are nested too deeply")
-        branches = [self._sequence(depth)]
+        branches = [self._parse_sequence(depth)]
         while self._peek() == "|":
             self.at += 1
-            branches.append(self._sequence(depth))
-        return branches[0] if len(branches) == 1 else Node("choice", tuple(branches))
+            branches.append(self._parse_sequence(depth))
+        return branches[0] if len(branches) == 1 else RegexNode("choice", tuple(branches))
 
     def _peek(self) -> str:
         return self.text[self.at : self.at + 1]
@@ -88,27 +88,27 @@ class _Parser:
         self.at += 1
         return char
 
-    def _sequence(self, depth: int) -> Node:
-        items: list[Node] = []
+    def _parse_sequence(self, depth: int) -> RegexNode:
+        items: list[RegexNode] = []
         while (char := self._peek()) and char not in "|)":
-            item = self._item(depth)
-            items.append(self._repeated(item))
-        return items[0] if len(items) == 1 else Node("sequence", tuple(items))
+            item = self._parse_item(depth)
+            items.append(self._parse_repeat(item))
+        return items[0] if len(items) == 1 else RegexNode("sequence", tuple(items))
 
-    def _repeated(self, item: Node) -> Node:
+    def _parse_repeat(self, item: RegexNode) -> RegexNode:
         """The item with the repeat that follows it, if any."""
-        bounds = self._bounds()
+        bounds = self._parse_bounds()
         if bounds is None:
             return item
         if item.kind in ("start", "end", "last"):
             raise RegexError("nothing to repeat")
         if self._peek() == "?":
             self.at += 1  # lazy: which texts match stays the same
-        elif self._peek() == "+" or self._bounds() is not None:
+        elif self._peek() == "+" or self._parse_bounds() is not None:
             raise RegexError("it repeats a repeat")
-        return Node("repeat", (item,), *bounds)
+        return RegexNode("repeat", (item,), *bounds)
 
-    def _bounds(self) -> tuple[int, int | None] | None:
+    def _parse_bounds(self) -> tuple[int, int | None] | None:
         """How often the repeat at this place is, passed over; None where there is none."""
         char = self._peek()
         if char and char in "*+?":
@@ -127,16 +127,16 @@ class _Parser:
             raise RegexError("it repeats too often, or from more to fewer times")
         return low, high
 
-    def _item(self, depth: int) -> Node:
+    def _parse_item(self, depth: int) -> RegexNode:
         char = self._take()
         if char in _ANCHORS:
-            return Node(_ANCHORS[char])
+            return RegexNode(_ANCHORS[char])
         if char == "(":
-            return self._group(depth)
+            return self._parse_group(depth)
         if char == "[":
-            return self._class()
+            return self._parse_class()
         if char == ".":
-            return Node("char", takes=lambda other: other != "\n")
+            return RegexNode("char", takes=lambda other: other != "\n")
         if char in "*+?":
             raise RegexError("nothing to repeat")
         if char == "{" and _COUNTS.match(self.text, self.at - 1) and self._peek() != "}":
@@ -144,13 +144,13 @@ class _Parser:
         if char == "\\":
             escaped = self._take()
             if escaped in "AZ":
-                return Node("start" if escaped == "A" else "last")
-            if (kind := _kind(escaped)) is not None:
-                return Node("char", takes=kind)
-            char = _escaped(escaped)
-        return Node("char", takes=char.__eq__)
+                return RegexNode("start" if escaped == "A" else "last")
+            if (kind := _find_class(escaped)) is not None:
+                return RegexNode("char", takes=kind)
+            char = _unescape(escaped)
+        return RegexNode("char", takes=char.__eq__)
 
-    def _group(self, depth: int) -> Node:
+    def _parse_group(self, depth: int) -> RegexNode:
         kind = ""
         if self._peek() == "?":
             start = self.at - 1
@@ -164,13 +164,13 @@ class _Parser:
                 kind, self.at = _GROUPS[opening], start + 3
             else:
                 raise RegexError(f"it has {opening!r}, which is not supported")
-        inner = self.choice(depth + 1)
+        inner = self.parse_choice(depth + 1)
         if self._take() != ")":
             raise RegexError("it has a '(' too many")
         # a group stays one item: what follows repeats all of it
-        return Node(kind, (inner,)) if kind else Node("sequence", (inner,))
+        return RegexNode(kind, (inner,)) if kind else RegexNode("sequence", (inner,))
 
-    def _class(self) -> Node:
+    def _parse_class(self) -> RegexNode:
         """A class, "[" passed over."""
         negated = self._peek() == "^"
         self.at += negated
@@ -181,11 +181,11 @@ class _Parser:
             first = False
             if char == "[" or (char == self._peek() and char in "-&~|"):
                 raise RegexError("it has a class that may mean a set of sets")
-            low = self._class_char(char, kinds)
+            low = self._parse_class_char(char, kinds)
             if self._peek() == "-" and self.text[self.at + 1 : self.at + 2] not in ("", "]"):
                 self.at += 1
                 following = self._take()
-                high = self._class_char(following, kinds)
+                high = self._parse_class_char(following, kinds)
                 if low is None or high is None or low > high or following in "-[":
                     raise RegexError("it has a range that is none")
                 ranges.append((low, high))
@@ -194,28 +194,28 @@ class _Parser:
         holds = lambda char: (
             any(low <= char <= high for low, high in ranges) or any(kind(char) for kind in kinds)
         )
-        return Node("char", takes=(lambda char: not holds(char)) if negated else holds)
+        return RegexNode("char", takes=(lambda char: not holds(char)) if negated else holds)
 
-    def _class_char(self, char: str, kinds: list[Callable[[str], bool]]) -> str | None:
+    def _parse_class_char(self, char: str, kinds: list[Callable[[str], bool]]) -> str | None:
         """The character at this place of a class; None where it is a kind of them."""
         if char != "\\":
             return char
         escaped = self._take()
-        if (kind := _kind(escaped)) is not None:
+        if (kind := _find_class(escaped)) is not None:
             kinds.append(kind)
             return None
-        return _escaped(escaped)
+        return _unescape(escaped)
 
 
-def _kind(escaped: str) -> Callable[[str], bool] | None:
+def _find_class(escaped: str) -> Callable[[str], bool] | None:
     r"""What \d, \D and their like stand for."""
-    kind = _KINDS.get(escaped.lower()) if escaped in "dDwWsS" else None
+    kind = _CLASSES.get(escaped.lower()) if escaped in "dDwWsS" else None
     if kind is None or escaped.islower():
         return kind
     return lambda char: not kind(char)
 
 
-def _escaped(char: str) -> str:
+def _unescape(char: str) -> str:
     r"""The character that an escape stands for."""
     if char in _CONTROLS:
         return _CONTROLS[char]

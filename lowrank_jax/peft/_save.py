@@ -16,8 +16,8 @@ from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.names import Names
 from lowrank_jax.peft._folder import write_folder
-from lowrank_jax.peft._serving import folded_into, foreign
-from lowrank_jax.peft._writing import written
+from lowrank_jax.peft._serving import describe_unservable, fold_into
+from lowrank_jax.peft._writing import convert_adapter
 
 
 @checked(CheckpointError)
@@ -88,8 +88,8 @@ def save(
     if jax.process_count() > 1:
         raise CheckpointError("save works in a program of one process; this one has several")
     if base is not None and original is None:
-        _refuse_other_base(nodes_of(lora), base)
-    tensors, text = written(lora, config, base, original, plan, names, for_serving)
+        _check_base(nodes_of(lora), base)
+    tensors, text = convert_adapter(lora, config, base, original, plan, names, for_serving)
     write_folder(Path(directory), text, tensors)
 
 
@@ -126,21 +126,21 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
     """
     nodes = nodes_of(lora)
     leaves = dict(flatten(base, is_leaf=is_node)[0])
-    if wrong := [path for path, leaf in leaves.items() if is_adapter(leaf) or _is_shape(leaf)]:
+    if wrong := [path for path, leaf in leaves.items() if is_adapter(leaf) or _is_abstract(leaf)]:
         raise TreeError(
             f"base holds a {type(leaves[wrong[0]]).__name__} at {wrong[0]!r}: pass the frozen "
             "tree, of arrays (lowrank.partition takes a combined one apart)"
         )
-    _refuse_other_base(nodes, base)
-    kept = {path: node for path, node in nodes.items() if not foreign(node)}
+    _check_base(nodes, base)
+    kept = {path: node for path, node in nodes.items() if not describe_unservable(node)}
     folded = {
-        path: folded_into(leaf, nodes[path]) if path in nodes.keys() - kept.keys() else leaf
+        path: fold_into(leaf, nodes[path]) if path in nodes.keys() - kept.keys() else leaf
         for path, leaf in leaves.items()
     }
     return in_structure(base, folded, is_node), in_structure(base, kept, is_node)
 
 
-def _refuse_other_base(nodes: dict[str, Any], base: Any) -> None:
+def _check_base(nodes: dict[str, Any], base: Any) -> None:
     """The base has a leaf of the same shape for each node."""
     leaves = flatten(base, is_leaf=is_node)[0]
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
@@ -151,6 +151,6 @@ def _refuse_other_base(nodes: dict[str, Any], base: Any) -> None:
         )
 
 
-def _is_shape(leaf: Any) -> bool:
+def _is_abstract(leaf: Any) -> bool:
     """Whether a leaf has no values."""
     return any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf))

@@ -16,7 +16,7 @@ from lowrank_jax._operators.materialize import materialize
 from lowrank_jax._trees.fingerprint import to_host
 
 
-def foreign(node: Any) -> str:
+def describe_unservable(node: Any) -> str:
     """What a node is that servers have not, or ""."""
     if isinstance(node, Full):
         return "trained whole"
@@ -26,7 +26,7 @@ def foreign(node: Any) -> str:
 
 
 @jax.jit
-def folded_into(leaf: Any, node: Any) -> Any:
+def fold_into(leaf: Any, node: Any) -> Any:
     """The dense leaf that the two stand for."""
     if isinstance(node, Full):
         return jnp.array(node.weight, leaf.dtype, copy=True)  # the adapter may be donated
@@ -34,9 +34,11 @@ def folded_into(leaf: Any, node: Any) -> Any:
     return materialize(Adapted(normed(leaf, node) if with_norms else leaf, node))
 
 
-def alike(nodes: dict[str, Any]) -> dict[str, Any]:
+def unify_factors(nodes: dict[str, Any]) -> dict[str, Any]:
     """The nodes with one rank and one scale: ranks padded with zeros, scales folded into b."""
-    if problems := [f"{path}: {kind}" for path, node in nodes.items() if (kind := foreign(node))]:
+    if problems := [
+        f"{path}: {kind}" for path, node in nodes.items() if (kind := describe_unservable(node))
+    ]:
         raise CheckpointError(
             "servers read LoRA's factors alone; lowrank.peft.servable(base, lora) folds the rest "
             f"into the base, or leave for_serving out:\n{listing(problems)}"
@@ -44,10 +46,10 @@ def alike(nodes: dict[str, Any]) -> dict[str, Any]:
     if zero := [path for path, node in nodes.items() if not node.scale > 0]:
         raise CheckpointError(f"{zero[0]!r}: scale {nodes[zero[0]].scale}; PEFT's alpha is above 0")
     rank, scale = max(n.rank for n in nodes.values()), max(n.scale for n in nodes.values())
-    return {path: _padded(path, node, rank, scale) for path, node in nodes.items()}
+    return {path: _pad_factors(path, node, rank, scale) for path, node in nodes.items()}
 
 
-def _padded(path: str, node: LowRank, rank: int, scale: float) -> LowRank:
+def _pad_factors(path: str, node: LowRank, rank: int, scale: float) -> LowRank:
     """The same product with another rank and scale."""
     a, b = to_host(path, node.a), to_host(path, node.b)
     room, axis = (0, rank - node.rank), len(node.stack)

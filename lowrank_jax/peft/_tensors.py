@@ -39,7 +39,7 @@ def _is_factor(module: str) -> bool:
     return any(x.startswith("lora_") for x in module.split(".")[-2:])
 
 
-def tied_module(layout: Layout, name: Parameter, use: Any) -> str | None:
+def find_tied_module(layout: Layout, name: Parameter, use: Any) -> str | None:
     """The module that shares a table's weight and so its adapter, or None.
 
     Raises:
@@ -55,7 +55,7 @@ def tied_module(layout: Layout, name: Parameter, use: Any) -> str | None:
     return name.tied
 
 
-def tied_factors(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def to_tied_factors(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The factors of the projection that shares a table's weight, from those of the table.
 
     Raises:

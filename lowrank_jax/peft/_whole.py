@@ -39,7 +39,7 @@ def match_whole(matching: Matching, place: Place) -> Callable[[], Full] | None:
     except CheckpointError as error:
         return matching.drop(place, str(error))
     found = [*keys.values(), *(key for key, _ in folds.values())]
-    fit = [_fits(matching, place, layout, key) for key in found]
+    fit = [_check_leaf_tensor(matching, place, layout, key) for key in found]
     if not all(fit):
         return None
     saved = kind != "weight" or any(map(matching.config.saves, place.modules.values()))
@@ -51,31 +51,31 @@ def match_whole(matching: Matching, place: Place) -> Callable[[], Full] | None:
             "the leaf to float32"
         )
     elif (folds or len(keys) < len(place.modules)) and not place.dense:
-        matching.problems.append(_in_part(place))
+        matching.problems.append(_describe_partial(place))
     if keys and (other := matching.tied(place, layout)):
         copy = matching.take(other, "weight")
         if copy is None:
             matching.alone(place, other)
         elif not matching.equal(copy, keys[()], turned=False):
             matching.problems.append(f"{copy}: not {keys[()]}, and {place.path!r} is one leaf")
-    return lambda: _full(matching, place, layout, keys, folds)
+    return lambda: _build_full(matching, place, layout, keys, folds)
 
 
-def _in_part(place: Place) -> str:
+def _describe_partial(place: Place) -> str:
     return (
         f"{place.path!r}: the file changes a part of it, and the rest is not at hand: params hold "
         f"{type(place.leaf).__name__} there; pass dense weights"
     )
 
 
-def _fits(matching: Matching, place: Place, layout: Layout, key: str) -> bool:
+def _check_leaf_tensor(matching: Matching, place: Place, layout: Layout, key: str) -> bool:
     """Whether a tensor has the leaf's shape; a bias [heads, dim] is torch's [heads * dim]."""
     flat = (math.prod(layout.weight_shape),)
     one = layout.kind == "vector" and matching.shape(key) == flat
     return matching.fits(place.path, key, flat if one else layout.weight_shape)
 
 
-def _full(
+def _build_full(
     matching: Matching,
     place: Place,
     layout: Layout,
@@ -113,13 +113,13 @@ def match_tokens(matching: Matching, place: Place) -> Callable[[], Rows] | None:
             place, f"{place.path!r}: trainable_token_indices names rows twice, or above {size - 1}"
         )
     if isinstance(place.leaf, jax.ShapeDtypeStruct):
-        return matching.drop(place, _in_part(place))
+        return matching.drop(place, _describe_partial(place))
     if not matching.fits(place.path, key, (len(rows), *rest)):
         return None
-    return lambda: _rows(matching, place, key, rows)
+    return lambda: _build_rows(matching, place, key, rows)
 
 
-def _rows(matching: Matching, place: Place, key: str, rows: list[int]) -> Rows:
+def _build_rows(matching: Matching, place: Place, key: str, rows: list[int]) -> Rows:
     """What is to be added to the table's rows, in ascending order, for the file's to come out."""
     order = np.argsort(rows)
     ascending = tuple(rows[i] for i in order)

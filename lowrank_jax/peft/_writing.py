@@ -25,14 +25,14 @@ from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._trees.fingerprint import to_host
 from lowrank_jax.names import Names, Parameter
-from lowrank_jax.peft._config import alpha_of, to_json
-from lowrank_jax.peft._difference import moved_factors
-from lowrank_jax.peft._serving import alike
-from lowrank_jax.peft._tensors import MAGNITUDE, PREFIX, TOKENS, tied_factors, tied_module
+from lowrank_jax.peft._config import compute_alpha, to_json
+from lowrank_jax.peft._difference import factorize_difference
+from lowrank_jax.peft._serving import unify_factors
+from lowrank_jax.peft._tensors import MAGNITUDE, PREFIX, TOKENS, find_tied_module, to_tied_factors
 
 
 @dataclasses.dataclass
-class _Writing:
+class _AdapterContents:
     """The files' contents as they come together.
 
     Args:
@@ -57,19 +57,19 @@ class _Writing:
     tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     conv1d: bool = False
 
-    def put(self, path: str, node: Any, name: Parameter, use: Any) -> None:
+    def add_leaf(self, path: str, node: Any, name: Parameter, use: Any) -> None:
         """Enter one leaf."""
-        _refuse(path, node, name)
+        _check_supported(path, node, name)
         if isinstance(node, Rows):
-            return self._put_rows(path, node, name)
+            return self._add_rows(path, node, name)
         layout = layout_of(path, tuple(node.shape), name, use, node)
-        tied = tied_module(layout, name, use)
+        tied = find_tied_module(layout, name, use)
         self.conv1d |= name.fan_in_fan_out
         if isinstance(node, LowRank):
-            return self._put_factors(path, node, name, layout, tied)
-        return self._put_whole(layout.to_weights(_host(path, node.weight)), name, layout, tied)
+            return self._add_factors(path, node, name, layout, tied)
+        return self._add_whole(layout.to_weights(_to_host(path, node.weight)), name, layout, tied)
 
-    def _put_whole(
+    def _add_whole(
         self, weights: np.ndarray, name: Parameter, layout: Layout, tied: str | None
     ) -> None:
         for index in layout.indices:
@@ -81,9 +81,9 @@ class _Writing:
                 continue
             for owner in filter(None, (module, tied)):
                 self.saved.add(owner)
-                self._enter(owner, {name.kind: value})
+                self._add_tensors(owner, {name.kind: value})
 
-    def _put_rows(self, path: str, node: Rows, name: Parameter) -> None:
+    def _add_rows(self, path: str, node: Rows, name: Parameter) -> None:
         """PEFT keeps the rows themselves: the base's, changed."""
         if path not in self.bases:
             raise CheckpointError(
@@ -92,33 +92,33 @@ class _Writing:
             )
         rows = list(node.rows)
         base = to_host(path, as_dense(self.bases[path]))[rows]
-        changed = base.astype(np.float32) + node.scale * _host(path, node.b)
+        changed = base.astype(np.float32) + node.scale * _to_host(path, node.b)
         self.tokens[name.module] = rows
-        self._enter(name.module, {TOKENS: changed.astype(base.dtype)})
+        self._add_tensors(name.module, {TOKENS: changed.astype(base.dtype)})
 
-    def _put_factors(
+    def _add_factors(
         self, path: str, node: LowRank, name: Parameter, layout: Layout, tied: str | None
     ) -> None:
-        a, b = _host(path, node.a), _host(path, node.b)
-        magnitude = None if node.magnitude is None else _host(path, node.magnitude)
-        alpha = alpha_of(node.scale, node.rank, self.rslora)
+        a, b = _to_host(path, node.a), _to_host(path, node.b)
+        magnitude = None if node.magnitude is None else _to_host(path, node.magnitude)
+        alpha = compute_alpha(node.scale, node.rank, self.rslora)
         for index in layout.indices:
             module = numbered(name.module, index)
             parts = layout.to_factors(a[index], b[index])
             if magnitude is not None:
                 parts[MAGNITUDE] = magnitude[index].reshape(layout.magnitude_shape)
             self.scales[module] = node.rank, alpha
-            self._enter(module, parts)
+            self._add_tensors(module, parts)
             if tied is not None:
                 self.scales[tied] = node.rank, alpha
-                self._enter(tied, tied_factors(parts))
+                self._add_tensors(tied, to_tied_factors(parts))
 
-    def _enter(self, module: str, parts: dict[str, np.ndarray]) -> None:
+    def _add_tensors(self, module: str, parts: dict[str, np.ndarray]) -> None:
         for part, tensor in parts.items():
             self.tensors[f"{PREFIX}{module}.{part}"] = tensor
 
 
-def written(
+def convert_adapter(
     lora: Any,
     config: LoraConfig,
     base: Any,
@@ -130,9 +130,9 @@ def written(
     """Tensors and configuration of an adapter; all that PEFT cannot hold is in one error."""
     leaves = dict(flatten(lora, is_leaf=lambda x: x is None or is_node(x))[0])
     bases = {} if base is None else dict(flatten(base, is_leaf=is_node)[0])
-    nodes = _relative(nodes_of(lora), bases, original)
+    nodes = _rebase_nodes(nodes_of(lora), bases, original)
     if for_serving:
-        nodes = alike(nodes)
+        nodes = unify_factors(nodes)
     named = known_names({**leaves, **bases}, names)
     whole = {
         name.module
@@ -140,8 +140,8 @@ def written(
         if isinstance(nodes.get(path), Full) and name.kind != "bias"
     }
     rslora = config.rslora and not for_serving
-    writing, problems = _Writing(rslora, whole, bases), []
-    for path, node in _with_siblings(nodes, named, whole, bases).items():
+    writing, problems = _AdapterContents(rslora, whole, bases), []
+    for path, node in _add_siblings(nodes, named, whole, bases).items():
         try:
             if path not in named:
                 raise CheckpointError(f"{path!r}: names has no module for it")
@@ -151,7 +151,7 @@ def written(
                     " is trained whole: pass base, which holds this one"
                 )
             refuse_name(path, named[path])
-            writing.put(path, node, named[path], use_of(plan, path))
+            writing.add_leaf(path, node, named[path], use_of(plan, path))
         except LowrankError as error:
             problems.append(str(error))
     if problems:
@@ -182,7 +182,7 @@ def _is_dora(nodes: dict[str, Any]) -> bool:
     return bool(lowranks) and not plain
 
 
-def _with_siblings(
+def _add_siblings(
     nodes: dict[str, Any], named: dict[str, Parameter], whole: set[str], bases: dict[str, Any]
 ) -> dict[str, Any]:
     """The nodes, and the frozen leaves of modules that are saved whole; None: not at hand."""
@@ -194,7 +194,7 @@ def _with_siblings(
     return {**nodes, **siblings}
 
 
-def _refuse(path: str, node: Any, name: Parameter) -> None:
+def _check_supported(path: str, node: Any, name: Parameter) -> None:
     """Refuse an adapter that has no place in a file."""
     if name.kind not in ("weight", "bias"):
         raise CheckpointError(
@@ -224,14 +224,14 @@ def _refuse(path: str, node: Any, name: Parameter) -> None:
         raise CheckpointError(f"{path!r}: PEFT adapts weights, and names says {name.key!r}")
 
 
-def _host(path: str, value: Any) -> np.ndarray:
+def _to_host(path: str, value: Any) -> np.ndarray:
     array = to_host(path, value)
     if array.dtype not in DTYPES.values():
         raise CheckpointError(f"{path!r} is {array.dtype}, which the file has no dtype for")
     return array
 
 
-def _refuse_moved(nodes: dict[str, Any]) -> None:
+def _check_base_unmodified(nodes: dict[str, Any]) -> None:
     """Refuse adapters of which it is not said what base they are to change."""
     if moved := [path for path, node in nodes.items() if isinstance(node, LowRank) and node.moved]:
         raise CheckpointError(
@@ -243,10 +243,10 @@ def _refuse_moved(nodes: dict[str, Any]) -> None:
         )
 
 
-def _relative(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -> dict[str, Any]:
+def _rebase_nodes(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -> dict[str, Any]:
     """The nodes as changes of the original base: what an initializer moved is moved back."""
     if original is None:
-        _refuse_moved(nodes)
+        _check_base_unmodified(nodes)
         return nodes
     if not bases:
         raise CheckpointError(
@@ -269,13 +269,13 @@ def _relative(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -> di
             problems.append(f"{path!r} differs between base and original, and has no adapter")
             continue
         try:
-            a, b = moved_factors(path, node, new_, old_)
+            a, b = factorize_difference(path, node, new_, old_)
         except CheckpointError as error:
             problems.append(str(error))
             continue
         joined = [
-            np.concatenate([_host(path, node.a), a], axis=-1),
-            np.concatenate([_host(path, node.b), b], axis=len(node.stack)),
+            np.concatenate([_to_host(path, node.a), a], axis=-1),
+            np.concatenate([_to_host(path, node.b), b], axis=len(node.stack)),
         ]
         relative[path] = dataclasses.replace(node, a=joined[0], b=joined[1])
     if problems:
