@@ -25,7 +25,7 @@ from test_golden_peft import adapter, flax_params
 import lowrank_jax as lowrank
 from lowrank_jax import _codecs
 from lowrank_jax._codecs.scales import DYNAMIC_MAP as MAP
-from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._files.shards import Tensors
 from lowrank_jax._nodes.quantized import quantized
 
 safetensors = pytest.importorskip("safetensors", reason="pip install -e '.[dev]'")

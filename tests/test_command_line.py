@@ -13,8 +13,8 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax._cli.main import TABLES, main
-from lowrank_jax._files.safetensors import open_folder
-from lowrank_jax._files.tensor_file import TensorFile, write_tensors
+from lowrank_jax._files.safetensors import TensorFile, write_tensors
+from lowrank_jax._files.shards import open_folder
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import is_node
 

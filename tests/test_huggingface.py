@@ -22,8 +22,8 @@ from test_golden_peft import flax_params
 from test_golden_peft import load as llama_golden
 
 import lowrank_jax as lowrank
-from lowrank_jax._files.safetensors import open_folder
-from lowrank_jax._files.tensor_file import TensorFile, write_tensors
+from lowrank_jax._files.safetensors import TensorFile, write_tensors
+from lowrank_jax._files.shards import open_folder
 from lowrank_jax._jax.paths import flatten
 
 GOLDEN = Path(__file__).parent / "golden"

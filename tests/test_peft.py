@@ -19,7 +19,7 @@ from test_golden_peft import flax_params
 from test_golden_peft import load as llama_golden
 
 import lowrank_jax as lowrank
-from lowrank_jax._files.tensor_file import TensorFile, write_tensors
+from lowrank_jax._files.safetensors import TensorFile, write_tensors
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import is_node
 

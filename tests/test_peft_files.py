@@ -16,7 +16,7 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.tensor_file import HEADER_LIMIT, TensorFile, write_tensors
+from lowrank_jax._files.safetensors import HEADER_LIMIT, TensorFile, write_tensors
 from lowrank_jax.peft import _folder
 from lowrank_jax.peft._config import DEFAULTS
 

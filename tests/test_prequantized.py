@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lowrank
-from lowrank_jax._files.safetensors import open_folder
-from lowrank_jax._files.tensor_file import write_tensors
+from lowrank_jax._files.safetensors import write_tensors
+from lowrank_jax._files.shards import open_folder
 from lowrank_jax._nodes import is_node
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -23,7 +23,7 @@ import lowrank_jax as lowrank
 from lowrank_jax import CheckpointError, checkpoint, huggingface, peft
 from lowrank_jax._cli import main
 from lowrank_jax._display.text import printable
-from lowrank_jax._files.safetensors import open_folder
+from lowrank_jax._files.shards import open_folder
 from lowrank_jax.checkpoint import _quiet
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

@@ -12,7 +12,7 @@ from lowrank_jax import checkpoint, peft
 from lowrank_jax._checks.arguments import checked
 from lowrank_jax._checks.arguments import path as path_like
 from lowrank_jax._errors import CheckpointError, LowrankError
-from lowrank_jax._files.tensor_file import TensorFile
+from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._jax.paths import nested
 from lowrank_jax.names import Names
 from lowrank_jax.peft._folder import CONFIG, find_tensors

@@ -15,8 +15,8 @@ from lowrank_jax._checks.arguments import checked
 from lowrank_jax._checks.arguments import path as path_like
 from lowrank_jax._display.text import printable
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.safetensors import INDEX, SINGLE, open_folder
-from lowrank_jax._files.tensor_file import TensorFile
+from lowrank_jax._files.safetensors import TensorFile
+from lowrank_jax._files.shards import INDEX, SINGLE, open_folder
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import LowRank, is_node
 from lowrank_jax.huggingface._folder import read_config

@@ -10,8 +10,8 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.gguf_header import Place, read_header
-from lowrank_jax._files.safetensors import Tensors
-from lowrank_jax._files.tensor_file import Entry
+from lowrank_jax._files.safetensors import Entry
+from lowrank_jax._files.shards import Tensors
 
 SUFFIX = ".gguf"
 

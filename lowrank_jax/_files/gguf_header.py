@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowrank_jax._files.tensor_file import NAME_LIMIT
+from lowrank_jax._files.safetensors import NAME_LIMIT
 
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type -> code of struct
 _STRING, _ARRAY = 8, 9

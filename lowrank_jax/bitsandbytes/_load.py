@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lowrank_jax._checks.arguments import checked, name_text, texts_mapping
 from lowrank_jax._errors import AxesError, CheckpointError, listing_of
-from lowrank_jax._files.safetensors import open_folder
+from lowrank_jax._files.shards import open_folder
 from lowrank_jax._files.torch_layout import numbered
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax.bitsandbytes._layout import laid_out

@@ -24,7 +24,7 @@ from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
 from lowrank_jax._display.text import shorten
 from lowrank_jax._errors import CheckpointError, ConfigError, listing
 from lowrank_jax._files.json_text import parse_json
-from lowrank_jax._files.tensor_file import AXES_LIMIT
+from lowrank_jax._files.safetensors import AXES_LIMIT
 from lowrank_jax._jax.paths import nearest_names
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -11,8 +11,8 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.json_text import read_object
-from lowrank_jax._files.safetensors import Tensors
-from lowrank_jax._files.tensor_file import Entry
+from lowrank_jax._files.safetensors import Entry
+from lowrank_jax._files.shards import Tensors
 from lowrank_jax.bitsandbytes._quant_state import (
     SIDES,
     STATES,

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._files.atomic import clear, flush, make_folder, put_in_place, write_whole
 from lowrank_jax._files.locks import locked
-from lowrank_jax._files.whole_files import clear, flush, make_folder, put_in_place, write_whole
 from lowrank_jax._trees.fingerprint import differences, sha256
 from lowrank_jax.checkpoint._orbax import (
     make_checkpointer,

@@ -16,10 +16,10 @@ import numpy as np
 
 from lowrank_jax._display.text import printable
 from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.atomic import Write, replace_files
 from lowrank_jax._files.json_text import read_object
-from lowrank_jax._files.safetensors import INDEX, SINGLE
-from lowrank_jax._files.tensor_file import write_tensors
-from lowrank_jax._files.whole_files import Write, replace_files
+from lowrank_jax._files.safetensors import write_tensors
+from lowrank_jax._files.shards import INDEX, SINGLE
 from lowrank_jax._files.within import read_within
 
 CONFIG, CONFIG_LIMIT = "config.json", 1 << 24

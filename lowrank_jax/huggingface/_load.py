@@ -13,7 +13,7 @@ import jax
 from lowrank_jax._checks.arguments import checked, floating_dtype
 from lowrank_jax._errors import CheckpointError, TreeError
 from lowrank_jax._files.gguf import SUFFIX, GgufTensors
-from lowrank_jax._files.safetensors import Tensors, open_folder
+from lowrank_jax._files.shards import Tensors, open_folder
 from lowrank_jax._jax.paths import flatten, in_structure
 from lowrank_jax._nodes import is_node
 from lowrank_jax._nodes.quantized import Axes

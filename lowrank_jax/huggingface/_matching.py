@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._files.shards import Tensors
 from lowrank_jax._files.torch_layout import known_names, use_of
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.huggingface._leaves import TensorMapping, keys_of, lying

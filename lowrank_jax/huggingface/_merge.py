@@ -9,7 +9,7 @@ from pathlib import Path
 from lowrank_jax import checkpoint, peft
 from lowrank_jax._checks.arguments import checked
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.safetensors import open_folder
+from lowrank_jax._files.shards import open_folder
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.huggingface._folder import (
     beside,

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._files.safetensors import Tensors
-from lowrank_jax._files.tensor_file import TensorFile
+from lowrank_jax._files.safetensors import TensorFile
+from lowrank_jax._files.shards import Tensors
 from lowrank_jax._targeting.plan import Use
 from lowrank_jax._trees.adapters import merge
 from lowrank_jax.huggingface._folder import Lazy

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._files.shards import Tensors
 from lowrank_jax._nodes.host import empty
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.configs import QuantConfig

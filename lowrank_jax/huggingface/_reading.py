@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._files.safetensors import Tensors
+from lowrank_jax._files.shards import Tensors
 from lowrank_jax._jax.processes import placed
 from lowrank_jax._nodes.host import quantized_on_host
 from lowrank_jax._nodes.quantized import Axes

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lowrank_jax._checks.arguments import checked
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.safetensors import open_folder
+from lowrank_jax._files.shards import open_folder
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import is_node, unnormed
 from lowrank_jax._targeting.plan import Plan

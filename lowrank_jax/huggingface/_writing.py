@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._files.safetensors import SINGLE, Tensors
-from lowrank_jax._files.tensor_file import DTYPES
+from lowrank_jax._files.safetensors import DTYPES
+from lowrank_jax._files.shards import SINGLE, Tensors
 from lowrank_jax._files.torch_layout import known_names, refuse_name, use_of
 from lowrank_jax._nodes import as_dense, is_adapter
 from lowrank_jax._nodes.quantized import Quantized

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.tensor_file import write_tensors
-from lowrank_jax._files.whole_files import replace_files
+from lowrank_jax._files.atomic import replace_files
+from lowrank_jax._files.safetensors import write_tensors
 from lowrank_jax._files.within import file_within, read_within
 
 CONFIG, TENSORS, PICKLE = (

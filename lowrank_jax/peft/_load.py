@@ -14,7 +14,7 @@ import numpy as np
 
 from lowrank_jax._checks.arguments import checked
 from lowrank_jax._errors import CheckpointError, LowrankError, listing
-from lowrank_jax._files.tensor_file import TensorFile
+from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.torch_layout import known_names, misnumbered, numbered, stack_axes, use_of
 from lowrank_jax._jax.paths import flatten, in_structure
 from lowrank_jax._nodes import Full, LowRank, is_node, normed, unnormed

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.tensor_file import TensorFile
+from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.torch_layout import Layout, layout_of
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._trees.fingerprint import to_host

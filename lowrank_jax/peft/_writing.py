@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listing
-from lowrank_jax._files.tensor_file import DTYPES
+from lowrank_jax._files.safetensors import DTYPES
 from lowrank_jax._files.torch_layout import (
     Layout,
     known_names,

@@ -9,8 +9,8 @@ import numpy as np
 
 import lowrank_jax as lowrank
 from lowrank_jax import CheckpointError, checkpoint, huggingface, peft
-from lowrank_jax._files.safetensors import open_folder
-from lowrank_jax._files.tensor_file import TensorFile
+from lowrank_jax._files.safetensors import TensorFile
+from lowrank_jax._files.shards import open_folder
 
 CONFIG = lowrank.LoraConfig(rank=2, targets=("**/w",))
 # what `whole` says of a folder that has no entry, so that nothing loads it

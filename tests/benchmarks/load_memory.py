@@ -52,7 +52,7 @@ def write(folder: Path, layers: int, dtype: str) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from lowrank_jax._files.tensor_file import write_tensors
+    from lowrank_jax._files.safetensors import write_tensors
 
     rng, where = np.random.default_rng(0), {}
     for i in range(layers):

@@ -13,7 +13,7 @@ import numpy as np
 import lowrank_jax as lowrank
 from lowrank_jax import checkpoint
 from lowrank_jax._cli import main
-from lowrank_jax._files.tensor_file import write_tensors
+from lowrank_jax._files.safetensors import write_tensors
 from lowrank_jax.bitsandbytes import to_state_dict
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
