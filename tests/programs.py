@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lowrank
 from lowrank_jax._nodes.family import LoHa
-from lowrank_jax._nodes.host import quantized_on_host
-from lowrank_jax._trees.quantize import quantized_shapes
+from lowrank_jax._nodes.host import quantize_on_host
+from lowrank_jax._trees.quantize import eval_quantized_shapes
 
 SIZES = (2, 2, 3, 4, 4, 4)
 KINDS = ("lora", "lora", "dora", "loha", "rows", "scaled")
@@ -528,7 +528,7 @@ def _leaf(draw: Writer, kind: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
         along = fan_out if kind == "rows" else fan_in
         quant = lowrank.QuantConfig(targets="w", block_size=2, **FORMATS[form])
         # on the host, where nothing is compiled for one small leaf
-        base, _ = quantized_on_host(base, quantized_shapes(base, along, stack, quant))
+        base, _ = quantize_on_host(base, eval_quantized_shapes(base, along, stack, quant))
     return base, _node(draw, kind, shape, fan_in, fan_out, stack) if adapted else None
 
 

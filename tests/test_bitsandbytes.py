@@ -26,7 +26,7 @@ import lowrank_jax as lowrank
 from lowrank_jax import _codecs
 from lowrank_jax._codecs.scales import DYNAMIC_MAP as MAP
 from lowrank_jax._files.shards import Tensors
-from lowrank_jax._nodes.quantized import quantized
+from lowrank_jax._nodes.quantized import quantize_array
 
 safetensors = pytest.importorskip("safetensors", reason="pip install -e '.[dev]'")
 from safetensors.numpy import save_file  # noqa: E402
@@ -82,7 +82,7 @@ def dense(node):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def quantized_as(weight, fan_in, options):
-    return quantized(weight, fan_in, (), **dict(options))
+    return quantize_array(weight, fan_in, (), **dict(options))
 
 
 def digest(array):
@@ -669,7 +669,7 @@ def test_the_other_zero_of_fp4_is_no_other_table():
 
 @functools.cache
 def node(shape=(64, 3), **options):
-    return quantized(
+    return quantize_array(
         np.ones(shape, np.float32), (len(shape) - 2,), tuple(range(len(shape) - 2)), **options
     )
 

@@ -135,7 +135,7 @@ def weight(array):
 def on_device(x, their_bytes, format, block):
     """Codes, absmax, bytes and values of x; the codes in their bytes."""
     codes, absmax = codecs.encode_flat(x, format, block)
-    values = codecs.decode(codes.reshape(-1, block), absmax, format).reshape(-1)[: x.size]
+    values = codecs.decode_blocks(codes.reshape(-1, block), absmax, format).reshape(-1)[: x.size]
     stored = packing.to_bnb_bytes(codes[: x.size], format)
     return codes, absmax, stored, values, packing.from_bnb_bytes(their_bytes, x.size)
 
@@ -238,13 +238,13 @@ def test_codes_do_not_depend_on_the_call(format):
     codes, absmax = reference(x, format)
     if format != "int8":
         assert len(np.unique(codes)) >= 15  # every code but one of FP4's zeros
-    call = lambda x: codecs.encode(x, format)
+    call = lambda x: codecs.encode_blocks(x, format)
     shards = jax.NamedSharding(jax.make_mesh((8,), ("d",)), PartitionSpec("d"))
     ways = {
         "jit": jax.jit(call),
         "by operation": jax.disable_jit()(call),
         "vmap": jax.vmap(call),
-        "other axis": jax.jit(lambda x: codecs.encode(x.T, format, 0)),
+        "other axis": jax.jit(lambda x: codecs.encode_blocks(x.T, format, 0)),
         "scan": lambda x: jax.lax.scan(lambda _, row: (None, call(row)), None, x)[1],
         "inside": jax.jit(lambda x: call(jnp.where(x > 0, x * 2, x + x) * F32(0.5))),
         "sharded": lambda x: call(jax.device_put(x, shards)),
@@ -265,23 +265,25 @@ def test_values_do_not_depend_on_the_call(format):
     x = adversarial(format, blocks=400, seed=1)
     codes, absmax = reference(x, format)
     wanted = decoded(codes, absmax, format)
-    call = lambda codes, absmax: codecs.decode(codes, absmax, format)
+    call = lambda codes, absmax: codecs.decode_blocks(codes, absmax, format)
     table = codecs.FORMATS[format].table
     ways = [
         call,
         jax.jit(call),
         jax.vmap(call),
         jax.jit(jax.vmap(call)),
-        jax.jit(lambda c, a: codecs.decode(c.T, a, format, 0).T),
+        jax.jit(lambda c, a: codecs.decode_blocks(c.T, a, format, 0).T),
         lambda c, a: jax.lax.scan(lambda _, row: (None, call(*row)), None, (c, a))[1],
     ]
     if table is not None:
-        traced = lambda c, a, t: codecs.decode(c, a, format, table=t)
+        traced = lambda c, a, t: codecs.decode_blocks(c, a, format, table=t)
         ways.append(lambda c, a: jax.jit(traced)(c, a, table))
         ways.append(lambda c, a: jax.jit(call)(np.asarray(c).astype(jnp.uint4), a))
     for decode in ways:
         equal(bits(decode(jnp.asarray(codes), jnp.asarray(absmax))), bits(wanted))
-    half = jax.jit(lambda c, a: codecs.decode(c, a, format, dtype=jnp.bfloat16))(codes, absmax)
+    half = jax.jit(lambda c, a: codecs.decode_blocks(c, a, format, dtype=jnp.bfloat16))(
+        codes, absmax
+    )
     equal(half, wanted.astype(jnp.bfloat16))
 
 
@@ -415,7 +417,7 @@ def test_any_block(format):
 )
 def test_error_of_a_normal_weight(format, block, error):
     sigma = 7.4e-5 * (block / 64) ** 0.5  # fewer scales vary more
-    values = jax.jit(lambda x: codecs.decode(*codecs.encode(x, format), format))
+    values = jax.jit(lambda x: codecs.decode_blocks(*codecs.encode_blocks(x, format), format))
     for seed in range(3):
         x = np.random.default_rng(seed).standard_normal((1024 * 1024 // block, block), F32)
         assert abs(np.abs(x - values(x)).mean(dtype=np.float64) - error) < 7 * sigma
@@ -423,8 +425,8 @@ def test_error_of_a_normal_weight(format, block, error):
 
 def test_int8_is_off_by_half_a_step():
     x = np.random.default_rng(0).standard_normal((4096, 64), F32)
-    codes, absmax = codecs.encode(x, "int8")
-    values = jax.jit(codecs.decode, static_argnums=2)(codes, absmax, "int8")
+    codes, absmax = codecs.encode_blocks(x, "int8")
+    values = jax.jit(codecs.decode_blocks, static_argnums=2)(codes, absmax, "int8")
     codes, absmax = np.asarray(codes), np.asarray(absmax)
     assert codes.dtype == np.int8
     assert np.abs(codes.astype(np.int32)).max() == 127
@@ -437,8 +439,8 @@ def test_blocks_of_no_ordinary_numbers(format):
     tiny, huge = np.finfo(F32).tiny, np.finfo(F32).max
     x = np.stack([np.zeros(64), np.full(64, tiny / 4), np.full(64, tiny), np.full(64, huge)])
     x = np.append(x, np.linspace(-1, 1, 64)[None] * float(huge), 0).astype(F32)
-    decode = jax.jit(partial(codecs.decode, format=format))
-    for encode in (codecs.encode, jax.disable_jit()(codecs.encode)):
+    decode = jax.jit(partial(codecs.decode_blocks, format=format))
+    for encode in (codecs.encode_blocks, jax.disable_jit()(codecs.encode_blocks)):
         codes, absmax = map(np.asarray, encode(x, format))
         assert np.all(codes[:2] == zero)
         equal(absmax, np.array([0, 0, tiny, huge, huge], F32))
@@ -498,9 +500,9 @@ def test_bytes_of_bitsandbytes(n):
 
 def test_shapes_are_known_beforehand():
     x = jax.ShapeDtypeStruct((4, 64, 6), jnp.bfloat16)
-    codes, absmax = jax.eval_shape(partial(codecs.encode, format="nf4", axis=1), x)
+    codes, absmax = jax.eval_shape(partial(codecs.encode_blocks, format="nf4", axis=1), x)
     assert (codes.shape, codes.dtype, absmax.shape) == ((4, 64, 6), jnp.uint8, (4, 6))
-    decode = partial(codecs.decode, format="nf4", axis=1, dtype=jnp.bfloat16)
+    decode = partial(codecs.decode_blocks, format="nf4", axis=1, dtype=jnp.bfloat16)
     assert jax.eval_shape(decode, codes, absmax) == x
     flat = jax.ShapeDtypeStruct((1000,), jnp.float32)
     codes, absmax = jax.eval_shape(partial(codecs.encode_flat, format="int8", block_size=64), flat)
@@ -513,11 +515,11 @@ def test_shapes_are_known_beforehand():
 def test_mistakes():
     x = jnp.ones((96, 64))
     with pytest.raises(ConfigError, match="a block is of 96 elements; .*a power of two, one of"):
-        codecs.encode(x, "nf4", 0)
+        codecs.encode_blocks(x, "nf4", 0)
     with pytest.raises(ConfigError, match="a block is of 16 elements"):
         codecs.encode_flat(x.reshape(-1), "nf4", 16)
     with pytest.raises(ConfigError, match=r"format must be one of \['fp4', 'int8', 'nf4'\], not"):
-        codecs.encode(x, "nf8")
+        codecs.encode_blocks(x, "nf8")
     with pytest.raises(ConfigError, match="packing must be one of .*'uint4', 'uint8'.*, not 'u4'"):
         packing.pack(jnp.ones(4, jnp.uint8), 0, "u4")
     with pytest.raises(ConfigError, match='packing "uint8" halves axis 0, of odd size 5'):

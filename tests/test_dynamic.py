@@ -36,7 +36,7 @@ def paper_map(form):
 def own_map(form):
     """What each code decodes to, where absmax is 1."""
     absmax = jnp.full((1,), 1.0 if form == "signed" else -1.0)
-    return np.asarray(dynamic.decode(jnp.arange(256, dtype=jnp.uint8), absmax, -1, 256))
+    return np.asarray(dynamic.decode_dynamic(jnp.arange(256, dtype=jnp.uint8), absmax, -1, 256))
 
 
 def nearest(ratios, form):
@@ -58,7 +58,7 @@ def test_map(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_codes_are_those_of_bitsandbytes(form):
     x = GOLDEN[f"{form}/input"]
-    codes, absmax = dynamic.encode(jnp.asarray(x), -1, 256)
+    codes, absmax = dynamic.encode_dynamic(jnp.asarray(x), -1, 256)
     want, blocks = GOLDEN[f"{form}/codes"].astype(int), np.arange(x.size) // 256
     chex.assert_trees_all_equal(np.abs(absmax), GOLDEN[f"{form}/absmax"])
     assert (np.asarray(absmax)[[0, 2, 3, 4, 5]] < 0).all() == (form == "unsigned")
@@ -67,7 +67,7 @@ def test_codes_are_those_of_bitsandbytes(form):
         assert ((want == 0) & (x > 0)).any()
         want = np.where(x > 0, np.maximum(want, 1), want)
     chex.assert_trees_all_equal(np.asarray(codes)[~zeros], want.astype(np.uint8)[~zeros])
-    decoded = np.asarray(dynamic.decode(codes, absmax, -1, 256))
+    decoded = np.asarray(dynamic.decode_dynamic(codes, absmax, -1, 256))
     kept = (want > 1) if form == "unsigned" else (want > 0)
     kept |= x == 0
     chex.assert_trees_all_close(decoded[kept], GOLDEN[f"{form}/decoded"][kept], rtol=4e-7)
@@ -106,11 +106,11 @@ def test_what_is_decoded_is_encoded_the_same_again(dtype, sign):
     x = np.concatenate([x, x**2])
     x[:, 3] = 64 * sign
     x = x.astype(dtype)
-    once = dynamic.encode(x, -1, 256)
-    decoded = dynamic.decode(*once, -1, 256, dtype)
+    once = dynamic.encode_dynamic(x, -1, 256)
+    decoded = dynamic.decode_dynamic(*once, -1, 256, dtype)
     assert decoded.dtype == dtype
     assert (np.asarray(decoded)[:, 3] == 64 * sign).all()
-    chex.assert_trees_all_equal(dynamic.encode(decoded, -1, 256), once)
+    chex.assert_trees_all_equal(dynamic.encode_dynamic(decoded, -1, 256), once)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +127,12 @@ def test_what_is_decoded_is_encoded_the_same_again(dtype, sign):
 )
 def test_blocks_are_runs_of_elements(shape, fast_compile):
     x = normal(*shape)
-    axis, size = dynamic.tiling(shape, 256)
+    axis, size = dynamic.choose_blocks(shape, 256)
 
     @jax.jit
     def there_and_back(x):
-        codes, absmax = dynamic.encode(x, axis, size)
-        return codes, absmax, dynamic.decode(codes, absmax, axis, size)
+        codes, absmax = dynamic.encode_dynamic(x, axis, size)
+        return codes, absmax, dynamic.decode_dynamic(codes, absmax, axis, size)
 
     codes, absmax, decoded = there_and_back(x)
     assert codes.shape == shape
@@ -153,7 +153,7 @@ def test_blocks_are_runs_of_elements(shape, fast_compile):
 
 def test_a_positive_number_never_becomes_zero():
     x = jnp.array([[1.0, 1e-9, 1e-30, 0.0], [1e-20, 1e-37, 3e-31, 0.0], [5e-8, 0.0, 1e-40, 0.0]])
-    decoded = dynamic.decode(*dynamic.encode(x, -1, 4), -1, 4)
+    decoded = dynamic.decode_dynamic(*dynamic.encode_dynamic(x, -1, 4), -1, 4)
     visible = np.asarray(x) > np.finfo(np.float32).tiny  # XLA reads what is less as 0
     assert ((np.asarray(decoded) > 0) == visible).all()
 
@@ -161,7 +161,7 @@ def test_a_positive_number_never_becomes_zero():
 def test_numbers_that_are_not_finite_stay_so():
     x = np.ones((4, 256), np.float32)
     x[:3, 5] = np.nan, np.inf, -np.inf
-    decoded = np.asarray(dynamic.decode(*dynamic.encode(x, -1, 256), -1, 256))
+    decoded = np.asarray(dynamic.decode_dynamic(*dynamic.encode_dynamic(x, -1, 256), -1, 256))
     assert not np.isfinite(decoded[:3]).any()
     assert (decoded[3] == 1).all()
 
@@ -171,6 +171,6 @@ def test_the_same_under_jit_and_vmap():
     x[3:] *= np.float32(1e-20)
     x[5] = 0
     with jax.disable_jit(), jax.debug_nans(True):
-        eager = dynamic.encode(jnp.asarray(x), -2, 16)
+        eager = dynamic.encode_dynamic(jnp.asarray(x), -2, 16)
     for run in (jax.jit, jax.vmap):
-        chex.assert_trees_all_equal(run(lambda x: dynamic.encode(x, -2, 16))(x), eager)
+        chex.assert_trees_all_equal(run(lambda x: dynamic.encode_dynamic(x, -2, 16))(x), eager)

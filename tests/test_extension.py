@@ -73,8 +73,8 @@ def start_halved(key, leaf, target, config):
 
 def test_a_method_is_one_row(request, tmp_path):
     row = Method(Halved, "made-up LoHa", "halved", start_halved, scale=0.5)
-    methods.METHODS.append(row)
-    request.addfinalizer(lambda: methods.METHODS.remove(row))
+    methods.ADAPTER_METHODS.append(row)
+    request.addfinalizer(lambda: methods.ADAPTER_METHODS.remove(row))
     params, x = {"w": normal(8, 6)}, normal(3, 8)
     fn = lambda p, x: jnp.tanh(x @ p["w"])
     config = lowrank.LoraConfig(rank=2, targets="w", method="halved")

@@ -18,8 +18,8 @@ import lowrank_jax as lowrank
 from lowrank_jax import _codecs
 from lowrank_jax._codecs import host, scales
 from lowrank_jax._nodes import host as leaves
-from lowrank_jax._nodes.host import quantized_on_host
-from lowrank_jax._nodes.quantized import quantized
+from lowrank_jax._nodes.host import quantize_on_host
+from lowrank_jax._nodes.quantized import quantize_array
 
 F32 = np.float32
 
@@ -35,7 +35,7 @@ def every_magnitude(blocks, block, seed=0):
 
 
 WEIGHTS = {"every magnitude": lambda _: every_magnitude(4096, 64), "near ties": adversarial}
-on_device = jax.jit(_codecs.encode, static_argnums=(1, 2))
+on_device = jax.jit(_codecs.encode_blocks, static_argnums=(1, 2))
 
 
 @pytest.mark.parametrize("what", WEIGHTS)
@@ -44,7 +44,7 @@ def test_codes(format, what):
     x = WEIGHTS[what](format)
     for axis, array in ((1, x), (0, x.T)):
         for mine, wanted in zip(
-            host.encode(array, format, axis), on_device(array, format, axis), strict=True
+            host.encode_blocks(array, format, axis), on_device(array, format, axis), strict=True
         ):
             equal(mine, wanted)
 
@@ -53,7 +53,9 @@ def test_codes(format, what):
 @given(arrays.arrays(F32, 32, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
 def test_codes_of_any_block(x):
     for format in FORMATS:
-        for mine, wanted in zip(host.encode(x, format), on_device(x, format, -1), strict=True):
+        for mine, wanted in zip(
+            host.encode_blocks(x, format), on_device(x, format, -1), strict=True
+        ):
             equal(mine, wanted)
 
 
@@ -83,10 +85,10 @@ def test_the_midpoint_at_0_is_why_small_numbers_are_flushed():
     """Unflushed, FP4 would take them for its second zero; and NF4 those of a block as small."""
     x = np.full(64, F32(2.0**-140))
     x[0] = 1
-    assert set(host.encode(x, "fp4")[0][1:]) == {0}
+    assert set(host.encode_blocks(x, "fp4")[0][1:]) == {0}
     assert x[1] > 0
     x[0], x[1] = 2.0**-126, 2.0**-127
-    assert host.encode(x, "nf4")[0][1] == on_device(x, "nf4", -1)[0][1] == 7
+    assert host.encode_blocks(x, "nf4")[0][1] == on_device(x, "nf4", -1)[0][1] == 7
 
 
 # Leaves
@@ -119,8 +121,8 @@ CASES += zip(LEAVES, itertools.cycle(list(OPTIONS)[:-1]))
 
 def both(leaf, fan_in, stack, options):
     """The leaf from the host, and from the device."""
-    make = jax.jit(lambda leaf: quantized(leaf, fan_in, stack, **options))
-    node, bad = quantized_on_host(leaf, jax.eval_shape(make, leaf))
+    make = jax.jit(lambda leaf: quantize_array(leaf, fan_in, stack, **options))
+    node, bad = quantize_on_host(leaf, jax.eval_shape(make, leaf))
     return node, make(leaf), bad
 
 
@@ -134,8 +136,8 @@ def test_leaves(case, options, monkeypatch, fast_compile):
     chex.assert_trees_all_equal_dtypes(got, wanted)
     assert bad == (0, 0)
     leaf.flat[[0, 5, -1]] = np.nan, np.inf, -np.inf
-    assert quantized_on_host(leaf, jax.eval_shape(lambda: wanted))[1][0] == 3
-    assert leaves.count_bad(leaf) == 3
+    assert quantize_on_host(leaf, jax.eval_shape(lambda: wanted))[1][0] == 3
+    assert leaves.count_nonfinite(leaf) == 3
 
 
 def test_dtypes_views_and_iterables():
@@ -146,18 +148,18 @@ def test_dtypes_views_and_iterables():
     turned = np.ascontiguousarray(leaf.transpose(0, 2, 1)).transpose(0, 2, 1)
     got, wanted, _ = both(turned, (1,), (0,), {})
     chex.assert_trees_all_equal(got, wanted)
-    shapes = jax.eval_shape(lambda x: quantized(x, (1,), (0,)), leaf)
-    chex.assert_trees_all_equal(quantized_on_host(iter(turned), shapes)[0], wanted)
+    shapes = jax.eval_shape(lambda x: quantize_array(x, (1,), (0,)), leaf)
+    chex.assert_trees_all_equal(quantize_on_host(iter(turned), shapes)[0], wanted)
 
 
 @pytest.mark.parametrize(("rows", "flat"), [(1024, False), (1000, True)])
 def test_memory_beside_the_codes_is_that_of_pieces(rows, flat, monkeypatch):
     monkeypatch.setattr(leaves, "_cores", lambda: 2)
     leaf = np.random.default_rng(0).standard_normal((rows, 4096), F32)
-    shapes = jax.eval_shape(lambda x: quantized(x, (0,), (), packing="uint8"), leaf)
+    shapes = jax.eval_shape(lambda x: quantize_array(x, (0,), (), packing="uint8"), leaf)
     assert (shapes.order is not None) == flat
     tracemalloc.start()
-    node, _ = quantized_on_host(leaf, shapes)
+    node, _ = quantize_on_host(leaf, shapes)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     result = sum(part.nbytes for part in jax.tree.leaves(node))
@@ -167,9 +169,9 @@ def test_memory_beside_the_codes_is_that_of_pieces(rows, flat, monkeypatch):
 
 def test_threads_are_gone_and_their_errors_are_not(monkeypatch):
     leaf = np.ones((64, 2**14), F32)
-    shapes = jax.eval_shape(lambda x: quantized(x, (0,), ()), leaf)
+    shapes = jax.eval_shape(lambda x: quantize_array(x, (0,), ()), leaf)
     before = threading.active_count()
-    quantized_on_host(leaf, shapes)
+    quantize_on_host(leaf, shapes)
     assert threading.active_count() == before
 
     def broken(*_):
@@ -177,13 +179,13 @@ def test_threads_are_gone_and_their_errors_are_not(monkeypatch):
 
     monkeypatch.setattr(leaves.host, "encode", broken)
     with pytest.raises(MemoryError, match="no room"):
-        quantized_on_host(leaf, shapes)
+        quantize_on_host(leaf, shapes)
 
 
 def test_the_device_takes_the_buffers_over():
     leaf = np.ones((64, 2**14), F32)
-    shapes = jax.eval_shape(lambda x: quantized(x, (0,), (), packing="uint8"), leaf)
-    node, _ = quantized_on_host(leaf, shapes)
+    shapes = jax.eval_shape(lambda x: quantize_array(x, (0,), (), packing="uint8"), leaf)
+    node, _ = quantize_on_host(leaf, shapes)
     taken = jax.device_put(node.codes)
     assert taken.unsafe_buffer_pointer() == node.codes.ctypes.data
 

@@ -17,7 +17,7 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax import initializers
-from lowrank_jax._nodes.quantized import dequantized, quantized
+from lowrank_jax._nodes.quantized import dequantize_node, quantize_array
 from lowrank_jax._trees import factors
 from lowrank_jax.initializers._data import damp_covariance
 
@@ -102,7 +102,9 @@ def rounded(weight, quant=NF4):
     """Quantized and back."""
     options = {"format": quant.format, "block_size": quant.block_size, "packing": quant.packing}
     return np.asarray(
-        dequantized(quantized(weight, (0,), (), double_quant=quant.double_quant, **options))
+        dequantize_node(
+            quantize_array(weight, (0,), (), double_quant=quant.double_quant, **options)
+        )
     )
 
 

@@ -15,9 +15,9 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax._codecs import dynamic, host, scales
-from lowrank_jax._nodes.host import quantized_on_host
-from lowrank_jax._nodes.norms import gain, norm
-from lowrank_jax._nodes.quantized import dequantized, quantized
+from lowrank_jax._nodes.host import quantize_on_host
+from lowrank_jax._nodes.norms import compute_column_scale, compute_norm
+from lowrank_jax._nodes.quantized import dequantize_node, quantize_array
 
 F32 = np.float32
 LARGEST = np.finfo(F32).max
@@ -46,8 +46,8 @@ def compiled(name):
 
     @jax.jit
     def there_and_back(weight):
-        node = quantized(weight, fan_in, stack, **options)
-        return node, dequantized(node)
+        node = quantize_array(weight, fan_in, stack, **options)
+        return node, dequantize_node(node)
 
     return there_and_back
 
@@ -97,7 +97,7 @@ def test_the_blocks_of_what_is_not_finite_are_nan_and_no_others(name):
         if not double:  # beside a mean of all scales nothing depends on another block
             _, whole = compiled(name)(weight)
             np.testing.assert_array_equal(np.where(own, whole, got), whole)
-        chex.assert_trees_all_equal(quantized_on_host(bad, jax.eval_shape(lambda n=node: n))[0],
+        chex.assert_trees_all_equal(quantize_on_host(bad, jax.eval_shape(lambda n=node: n))[0],
                                     jax.device_get(node))  # fmt: skip
     _, good = compiled(name)(weight)
     assert np.isfinite(good).all()
@@ -205,14 +205,14 @@ STATES = {(64, 64): 4, (128, 96): 4, (5, 300): 2, (4100,): 6}
 
 @functools.cache
 def state_codec(shape):
-    tiling = dynamic.tiling(shape, 256)
-    encode = jax.jit(lambda x: dynamic.encode(x, *tiling))
-    return encode, jax.jit(lambda codes, absmax: dynamic.decode(codes, absmax, *tiling))
+    tiling = dynamic.choose_blocks(shape, 256)
+    encode = jax.jit(lambda x: dynamic.encode_dynamic(x, *tiling))
+    return encode, jax.jit(lambda codes, absmax: dynamic.decode_dynamic(codes, absmax, *tiling))
 
 
 def state_blocks(shape):
     """For each element the number of its block."""
-    axis, size = dynamic.tiling(shape, 256)
+    axis, size = dynamic.choose_blocks(shape, 256)
     at = len(shape) + axis
     along = (np.arange(shape[at]) // size).reshape(-1, *[1] * (len(shape) - at - 1))
     rows = np.arange(np.prod(shape[:at], dtype=int)).reshape(*shape[:at], *[1] * (len(shape) - at))
@@ -276,7 +276,10 @@ def test_a_nan_gradient_stays_in_the_moments_of_its_block():
                 grads[at] = what
             updates, state = update(grads, state, params)
             moments = [state[0].mu, state[0].nu]
-            yield updates, [dynamic.decode(m.codes, m.absmax, m.axis, m.size) for m in moments]
+            yield (
+                updates,
+                [dynamic.decode_dynamic(m.codes, m.absmax, m.axis, m.size) for m in moments],
+            )
 
     clean = list(run(normal(*params.shape, seed=1)[at]))
     for what in (np.nan, np.inf):
@@ -308,8 +311,8 @@ def test_norms_of_columns_with_nan_are_nan():
 
     @jax.jit
     def run(squares, weight, a, b):
-        norms = norm(squares, lambda a: a.T @ weight, a, b, 0.5, 0)
-        return norms, gain(jnp.ones(96), norms)
+        norms = compute_norm(squares, lambda a: a.T @ weight, a, b, 0.5, 0)
+        return norms, compute_column_scale(jnp.ones(96), norms)
 
     for got in run(squares, weight, a, b):
         assert np.flatnonzero(np.isnan(got)).tolist() == [5]

@@ -510,7 +510,7 @@ def test_after_one_turn_of_loftq_the_base_is_the_weights_quantized(turns, tmp_pa
     config = lowrank.LoraConfig(rank=2, targets="w/kernel")
     start = lowrank.initializers.loftq(quant, iterations=turns)
     base, lora = lowrank.init(jax.random.key(0), params, config, initializer=start)
-    assert lora["w"]["kernel"].moved
+    assert lora["w"]["kernel"].base_modified
     plain = lowrank.quantize(params, quant)
     same = jax.tree.map(lambda one, other: bool(np.equal(one, other).all()), base, plain)
     assert all(jax.tree.leaves(same)) == (turns == 1)

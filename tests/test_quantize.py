@@ -85,14 +85,14 @@ LAYOUTS = [
 def test_any_layout_holds_the_numbers_of_the_flat_order(
     name, format, double, packing, full_compile
 ):
-    from lowrank_jax._nodes.quantized import dequantized, quantized
+    from lowrank_jax._nodes.quantized import dequantize_node, quantize_array
 
     shape, fan_in, stack = SHAPES[name]
     weight = normal(*shape)
-    make = lambda w: quantized(
+    make = lambda w: quantize_array(
         w, fan_in, stack, format=format, double_quant=double, packing=packing
     )
-    there_and_back = lambda w: (node := make(w), dequantized(node))
+    there_and_back = lambda w: (node := make(w), dequantize_node(node))
     node, got = jax.jit(there_and_back)(weight)
     assert (node.shape, node.dtype) == (shape, jnp.float32)
     np.testing.assert_array_equal(got, reference(weight, fan_in, stack, format, double))

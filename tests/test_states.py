@@ -154,7 +154,9 @@ def test_moments_are_those_of_a_state_that_is_rounded():
     @jax.jit
     def rounding(grads, state):
         updates, state = ADAM.update(grads, state, PARAMS)
-        rounded = lambda x: dynamic.decode(*dynamic.encode(x, *_tiling(x)), *_tiling(x))
+        rounded = lambda x: dynamic.decode_dynamic(
+            *dynamic.encode_dynamic(x, *_tiling(x)), *_tiling(x)
+        )
         return updates, jax.tree.map(lambda x: rounded(x) if x.size >= 4096 else x, state)
 
     for i in range(5):
@@ -167,7 +169,7 @@ def test_moments_are_those_of_a_state_that_is_rounded():
 
 
 def _tiling(x):
-    return dynamic.tiling(x.shape, 256)
+    return dynamic.choose_blocks(x.shape, 256)
 
 
 @pytest.mark.parametrize("rule", ["ours", "nearest"])
@@ -177,7 +179,7 @@ def test_second_moments_must_not_become_zero(rule, monkeypatch):
         original = dynamic._nearest
         nearest = lambda ratios, positive, unsigned: original(ratios, positive & False, unsigned)
         monkeypatch.setattr(dynamic, "_nearest", nearest)
-        monkeypatch.setattr(states, "encode", dynamic.encode.__wrapped__)
+        monkeypatch.setattr(states, "encode", dynamic.encode_dynamic.__wrapped__)
     scale = np.float32(10) ** np.random.default_rng(0).uniform(-5, 0, 4096).astype(np.float32)
     loss = lambda x, seen: 0.5 * jnp.sum(scale * seen * (x - 1) ** 2)
     tx = quantized(optax.adam(1e-2))

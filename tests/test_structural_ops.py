@@ -45,7 +45,7 @@ def node(shape, fan_in, fan_out, stack=(), *, kind="dot", seed=0, rank=2, dora=F
 
 def quantized(leaf, fan_in, stack=(), **options):
     """The leaf in blocks of two along these axes."""
-    from lowrank_jax._nodes.quantized import quantized as encode
+    from lowrank_jax._nodes.quantized import quantize_array as encode
 
     return jax.jit(
         lambda leaf: encode(

@@ -24,13 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowrank_jax._codecs.formats import check_block_size, format_of
+from lowrank_jax._codecs.formats import check_block_size, get_format
 
 _TINY = np.finfo(np.float32).tiny
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def encode(x: jax.Array, format: str, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+def encode_blocks(x: jax.Array, format: str, axis: int = -1) -> tuple[jax.Array, jax.Array]:
     r"""Codes of whole blocks.
 
     $c_i = \operatorname{nearest}(x_i \cdot \frac{1}{m})$, $m = \max_i |x_i|$: multiplied by the
@@ -49,13 +49,13 @@ def encode(x: jax.Array, format: str, axis: int = -1) -> tuple[jax.Array, jax.Ar
     Raises:
       ConfigError: the format is unknown, or the axis is not of a block's size.
 
-    >>> codes, absmax = encode(jnp.linspace(-2.0, 2.0, 64), "nf4")
+    >>> codes, absmax = encode_blocks(jnp.linspace(-2.0, 2.0, 64), "nf4")
     >>> codes[::9], absmax
     (Array([ 0,  1,  3,  5,  9, 12, 14, 15], dtype=uint8), Array(2., dtype=float32))
     """
     check_block_size(x.shape[axis])
     ratios, absmax = _normalize(x, axis, short=False)
-    return format_of(format).encode(ratios), absmax
+    return get_format(format).to_codes(ratios), absmax
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -82,10 +82,10 @@ def encode_flat(x: jax.Array, format: str, block_size: int) -> tuple[jax.Array, 
     check_block_size(block_size)
     ratios, absmax = normalize_flat(x, block_size)
     ratios = jnp.pad(ratios, (0, absmax.size * block_size - x.size))
-    return format_of(format).encode(ratios), absmax
+    return get_format(format).to_codes(ratios), absmax
 
 
-def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
+def mask_with_nan(condition: jax.Array, x: jax.Array) -> jax.Array:
     """x where the condition holds, else NaN; float32.
 
     The NaN is a product, for `jax_debug_nans` refuses one that is a constant, used or not.
@@ -93,24 +93,24 @@ def nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
     return x + jnp.where(condition, np.float32(0), np.float32(np.inf)) * np.float32(0)
 
 
-def largest_magnitude(x: jax.Array, axis: int) -> jax.Array:
+def compute_absmax(x: jax.Array, axis: int) -> jax.Array:
     """max |x| along an axis, which is kept; NaN where a value is not finite. float32.
 
     XLA's vectorized maximum and minimum on CPU drop NaN, so it is looked for beside them. They are
     of x itself, for magnitudes would be written to memory first.
 
-    >>> largest_magnitude(jnp.array([[1.0, -2.0], [jnp.nan, 3.0], [-jnp.inf, 0.0]]), 1)
+    >>> compute_absmax(jnp.array([[1.0, -2.0], [jnp.nan, 3.0], [-jnp.inf, 0.0]]), 1)
     Array([[ 2.], [nan], [nan]], dtype=float32)
     """
     over = {"axis": axis, "keepdims": True}
     largest = jnp.abs(jnp.maximum(jnp.max(x, **over), -jnp.min(x, **over)))
-    return nan_unless(jnp.all(jnp.isfinite(x), **over), largest)
+    return mask_with_nan(jnp.all(jnp.isfinite(x), **over), largest)
 
 
 def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Array]:
     """x / absmax in [-1, 1], 0 in a block that has no scale, and absmax."""
     x = x.astype(jnp.float32)
-    absmax = largest_magnitude(x, axis)
+    absmax = compute_absmax(x, axis)
     scaled = absmax >= _TINY  # False of a NaN
     divisor = jnp.where(scaled, absmax, np.float32(1))
     if short:
@@ -165,7 +165,7 @@ def normalize_flat(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     return ratios, absmax
 
 
-def decode(
+def decode_blocks(
     codes: jax.Array,
     absmax: jax.Array,
     format: str,
@@ -184,15 +184,15 @@ def decode(
       table: the format's own as a traced array, for `lookup`.
 
     >>> x = jnp.array([[0.0, -0.5, 1.0, 0.25] * 8])
-    >>> decode(*encode(x, "fp4"), "fp4")[0, :4]
+    >>> decode_blocks(*encode_blocks(x, "fp4"), "fp4")[0, :4]
     Array([ 0.  , -0.5 ,  1.  ,  0.25], dtype=float32)
     """
-    values = format_of(format).numbers(codes, table)
-    return (values * jnp.expand_dims(unit(absmax, format), axis)).astype(dtype)
+    values = get_format(format).to_values(codes, table)
+    return (values * jnp.expand_dims(to_code_scale(absmax, format), axis)).astype(dtype)
 
 
-def unit(absmax: jax.Array, format: str) -> jax.Array:
+def to_code_scale(absmax: jax.Array, format: str) -> jax.Array:
     """What numbers of codes are multiplied by: absmax, of integers absmax * (1 / limit)."""
-    spec = format_of(format)
+    spec = get_format(format)
     absmax = absmax.astype(jnp.float32)
     return absmax * (np.float32(1) / np.float32(spec.limit)) if spec.table is None else absmax

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowrank_jax._codecs.blockwise import nan_unless
+from lowrank_jax._codecs.blockwise import mask_with_nan
 
 _DECADES = np.arange(8)
 _STEPS = 10.0 ** (_DECADES - 7) / 2.0 ** (_DECADES + 2)
@@ -39,12 +39,12 @@ _TINY = np.finfo(np.float32).tiny
 _HUGE = np.float32(2.0**100)
 
 
-def tiling(shape: tuple[int, ...], block_size: int) -> tuple[int, int]:
+def choose_blocks(shape: tuple[int, ...], block_size: int) -> tuple[int, int]:
     """How blocks lie in an array: the axis that they divide, and how much of it is in one.
 
     A block has the axes after that one whole: a run of consecutive elements, at most block_size.
 
-    >>> tiling((32, 4096, 16), 256), tiling((32, 16, 4096), 256), tiling((8, 4), 256)
+    >>> choose_blocks((32, 4096, 16), 256), choose_blocks((32, 16, 4096), 256), choose_blocks((8, 4), 256)
     ((-2, 16), (-1, 256), (-2, 8))
     """
     axis, whole = -1, 1
@@ -55,7 +55,7 @@ def tiling(shape: tuple[int, ...], block_size: int) -> tuple[int, int]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def encode(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
+def encode_dynamic(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
     """Codes of x / absmax: of two values as near the lower one.
 
     A block without a negative number has the unsigned form, and a negative absmax to tell. In it a
@@ -70,14 +70,14 @@ def encode(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
       Codes uint8 of x's shape and absmax float32, of as many axes: ceil(n / size) along the axis,
       1 along those after it, as x before it.
 
-    >>> encode(jnp.array([[0.0, 1e-12, 2.0], [0.0, -2.0, 2.0]]), -1, 3)
+    >>> encode_dynamic(jnp.array([[0.0, 1e-12, 2.0], [0.0, -2.0, 2.0]]), -1, 3)
     (Array([[  0,   1, 255], [127,   0, 255]], dtype=uint8),
      Array([[-2.], [ 2.]], dtype=float32))
     """
     blocks, within = _split(x.astype(jnp.float32), axis, size), tuple(range(axis, 0))
     # XLA's vectorized maximum and minimum on CPU drop NaN, so it is looked for beside them.
     finite = jnp.all(jnp.isfinite(blocks), within, keepdims=True)
-    absmax = nan_unless(finite, jnp.max(jnp.abs(blocks), within, keepdims=True))
+    absmax = mask_with_nan(finite, jnp.max(jnp.abs(blocks), within, keepdims=True))
     unsigned = (jnp.min(blocks, within, keepdims=True) >= 0) & finite
     scaled = absmax >= _TINY  # False of a NaN
     # A quarter is exact, and keeps the reciprocal of a huge absmax above 2**-126.
@@ -89,13 +89,13 @@ def encode(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def decode(
+def decode_dynamic(
     codes: jax.Array, absmax: jax.Array, axis: int, size: int, dtype: str = "float32"
 ) -> jax.Array:
     """value(code) * absmax: two roundings in float32, then the cast.
 
     >>> x = jnp.array([0.0, 1e-12, 2.0])
-    >>> decode(*encode(x, -1, 3), -1, 3)
+    >>> decode_dynamic(*encode_dynamic(x, -1, 3), -1, 3)
     Array([0.0e+00, 6.5e-07, 2.0e+00], dtype=float32)
     """
     blocks, absmax = _split(codes, axis, size).astype(jnp.float32), jnp.expand_dims(absmax, axis)

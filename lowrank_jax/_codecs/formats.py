@@ -65,7 +65,7 @@ class Format:
     def midpoints(self) -> np.ndarray:
         """float32, ascending: where the nearest value changes. A tie goes to the lower one."""
         assert self.table is not None
-        return midpoints(self.table[self.order])
+        return compute_midpoints(self.table[self.order])
 
     @property
     def has_two_zeros(self) -> bool:
@@ -77,7 +77,7 @@ class Format:
         """The code that 0 gets."""
         return 0 if self.table is None else int(self.order[np.sum(self.midpoints < 0)])
 
-    def encode(self, ratios: jax.Array) -> jax.Array:
+    def to_codes(self, ratios: jax.Array) -> jax.Array:
         """Codes of x / absmax: uint8, or int8 of integers of 8 bits."""
         if self.table is None:
             scaled = lax.round(ratios * self.limit, lax.RoundingMethod.TO_NEAREST_EVEN)
@@ -89,16 +89,16 @@ class Format:
             codes = jnp.where(ratios > midpoint, code, codes)
         return codes
 
-    def numbers(self, codes: jax.Array, table: jax.Array | np.ndarray | None = None) -> jax.Array:
+    def to_values(self, codes: jax.Array, table: jax.Array | np.ndarray | None = None) -> jax.Array:
         """float32: the values of codes in the table (its own, or one passed), or the integers."""
         if self.table is not None:
-            return lookup(codes, self.table if table is None else table)
+            return select_from_table(codes, self.table if table is None else table)
         if self.is_packed:  # the sign is the highest of four bits
             codes = (codes.astype(jnp.int8) ^ 8) - 8
         return codes.astype(jnp.float32)
 
-    def numpy_codes(self, ratios: np.ndarray) -> np.ndarray:
-        """`encode` of a NumPy array."""
+    def to_codes_numpy(self, ratios: np.ndarray) -> np.ndarray:
+        """`to_codes` of a NumPy array."""
         if self.table is None:
             codes = np.rint(ratios * np.float32(self.limit)).astype(np.int8)
             return (codes & 15).astype(np.uint8) if self.is_packed else codes
@@ -110,7 +110,7 @@ class Format:
         return place if ordered else self.order[place]
 
 
-def midpoints(values: np.ndarray) -> np.ndarray:
+def compute_midpoints(values: np.ndarray) -> np.ndarray:
     """Between neighbors."""
     return (values[:-1] + values[1:]) / np.float32(2)
 
@@ -131,7 +131,7 @@ FORMATS = {
 }
 
 
-def format_of(name: str) -> Format:
+def get_format(name: str) -> Format:
     """The format of that name."""
     if not isinstance(name, str) or name not in FORMATS:
         raise ConfigError(f"format must be one of {sorted(FORMATS)}, not {quoted(name)}")
@@ -147,7 +147,7 @@ def check_block_size(size: int) -> None:
         )
 
 
-def lookup(codes: jax.Array, table: jax.Array | np.ndarray) -> jax.Array:
+def select_from_table(codes: jax.Array, table: jax.Array | np.ndarray) -> jax.Array:
     """table[codes], by a tree of selects.
 
     Accelerators gather badly, and fuse selects into the product. Pass the table as a traced array

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._codecs.formats import check_block_size, format_of, midpoints
+from lowrank_jax._codecs.formats import check_block_size, compute_midpoints, get_format
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
 
 _TINY = np.finfo(np.float32).tiny
@@ -20,28 +20,28 @@ _QUARTER = np.float32(0.25)
 _PIECE = 1 << 18  # numbers whose places, eight bytes each, are found at a time
 
 
-def encode(x: np.ndarray, format: str, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of whole blocks, and absmax: `lowrank_jax._codecs.encode` of a NumPy array.
+def encode_blocks(x: np.ndarray, format: str, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of whole blocks, and absmax: `lowrank_jax._codecs.encode_blocks` of a NumPy array.
 
     Raises:
       ConfigError: the format is unknown, or the axis is not of a block's size.
     """
     check_block_size(x.shape[axis])
-    row = format_of(format)
+    row = get_format(format)
     ratios, absmax = _normalized(np.asarray(x, np.float32), axis, exact=row.has_two_zeros)
-    return row.numpy_codes(ratios), absmax.squeeze(axis)
+    return row.to_codes_numpy(ratios), absmax.squeeze(axis)
 
 
 def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes of a flat array, whose last block may be short; as of `lowrank_jax._codecs`."""
     check_block_size(block_size)
     full = x.size - x.size % block_size
-    codes, absmax = encode(x[:full].reshape(-1, block_size), format)
+    codes, absmax = encode_blocks(x[:full].reshape(-1, block_size), format)
     codes = codes.reshape(-1)
     if full < x.size:
         ratios, last = _short(np.asarray(x[full:], np.float32))
         ratios = np.pad(ratios, (0, full + block_size - x.size))
-        codes = np.concatenate([codes, format_of(format).numpy_codes(ratios)])
+        codes = np.concatenate([codes, get_format(format).to_codes_numpy(ratios)])
         absmax = np.append(absmax, last)
     return codes, absmax
 
@@ -59,7 +59,7 @@ def encode_scales(
     if full < x.size:
         rest, last = _short(x[full:])
         ratios, nested = np.concatenate([ratios, rest]), np.append(nested, last)
-    codes, middles = np.empty(ratios.shape, np.uint8), midpoints(DYNAMIC_MAP)
+    codes, middles = np.empty(ratios.shape, np.uint8), compute_midpoints(DYNAMIC_MAP)
     for start in range(0, codes.size, _PIECE):
         piece = slice(start, start + _PIECE)
         codes[piece] = np.searchsorted(middles, ratios[piece], side="left")

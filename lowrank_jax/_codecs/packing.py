@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._codecs.formats import format_of
+from lowrank_jax._codecs.formats import get_format
 from lowrank_jax._errors import ConfigError
 
 PACKINGS = ("uint4", "uint8")
@@ -53,7 +53,7 @@ def to_bnb_bytes(codes: jax.Array, format: str) -> jax.Array:
 
     An odd count is filled up with the format's code of 0.
     """
-    codes = jnp.pad(codes, (0, codes.size % 2), constant_values=format_of(format).zero)
+    codes = jnp.pad(codes, (0, codes.size % 2), constant_values=get_format(format).zero)
     return (codes[::2] << 4) | codes[1::2]
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._codecs.blockwise import nan_unless, normalize_flat
-from lowrank_jax._codecs.formats import lookup, midpoints
+from lowrank_jax._codecs.blockwise import mask_with_nan, normalize_flat
+from lowrank_jax._codecs.formats import compute_midpoints, select_from_table
 
 SCALE_BLOCK = 256  # how many scales share one float32
 
@@ -31,7 +31,7 @@ def _dynamic_map() -> np.ndarray:
         step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(parts))
         rising = k < (parts + 1) // 2
         edges = np.where(rising, np.float64(np.float32(0.1)) + step * k, 1 - step * (parts - k))
-        decade = np.float32(10.0 ** (i - 6)) * midpoints(edges.astype(np.float32))
+        decade = np.float32(10.0 ** (i - 6)) * compute_midpoints(edges.astype(np.float32))
         values += [decade, -decade]
     return np.sort(np.concatenate(values))
 
@@ -65,14 +65,14 @@ def encode_scales(
     """
     offset = _mean(jnp.where(jnp.isnan(absmax), np.float32(0), absmax))
     ratios, nested = normalize_flat(absmax - offset, SCALE_BLOCK)
-    codes = jnp.searchsorted(midpoints(DYNAMIC_MAP), ratios, side="left")
+    codes = jnp.searchsorted(compute_midpoints(DYNAMIC_MAP), ratios, side="left")
     codes = codes.astype(jnp.uint8)
     # decoded scales rise with their codes: of each block the last code tells
     short = -codes.size % SCALE_BLOCK
     last = jnp.max(jnp.pad(codes, (0, short)).reshape(-1, SCALE_BLOCK), 1)
     largest = _scales(jnp.take(DYNAMIC_MAP, last.astype(jnp.int32), mode="clip"), nested, offset)
     fits = jnp.isfinite(largest.astype(dtype))
-    return codes, nan_unless(fits, nested), offset
+    return codes, mask_with_nan(fits, nested), offset
 
 
 def _mean(x: jax.Array) -> jax.Array:
@@ -112,7 +112,11 @@ def decode_scales(
     nested = blocks.reshape(-1)[: codes.size].reshape([codes.shape[axis] for axis in axes])
     nested = jnp.transpose(nested, np.argsort(axes).tolist())
     table = jnp.asarray(table)
-    values = lookup(codes, table) if tree else jnp.take(table, codes.astype(jnp.int32), mode="clip")
+    values = (
+        select_from_table(codes, table)
+        if tree
+        else jnp.take(table, codes.astype(jnp.int32), mode="clip")
+    )
     return _scales(values, nested, offset)
 
 

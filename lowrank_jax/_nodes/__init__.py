@@ -3,11 +3,11 @@
 from lowrank_jax._nodes.adapted import Adapted as Adapted
 from lowrank_jax._nodes.adapted import Normed as Normed
 from lowrank_jax._nodes.adapted import as_dense as as_dense
+from lowrank_jax._nodes.adapted import attach_norms as attach_norms
+from lowrank_jax._nodes.adapted import collect_adapters as collect_adapters
+from lowrank_jax._nodes.adapted import init_full as init_full
 from lowrank_jax._nodes.adapted import is_adapter as is_adapter
 from lowrank_jax._nodes.adapted import is_node as is_node
-from lowrank_jax._nodes.adapted import nodes_of as nodes_of
-from lowrank_jax._nodes.adapted import normed as normed
-from lowrank_jax._nodes.adapted import trained_whole as trained_whole
-from lowrank_jax._nodes.adapted import unnormed as unnormed
+from lowrank_jax._nodes.adapted import strip_norms as strip_norms
 from lowrank_jax._nodes.full import Full as Full
 from lowrank_jax._nodes.low_rank import LowRank as LowRank

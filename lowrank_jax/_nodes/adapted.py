@@ -14,10 +14,10 @@ from lowrank_jax._errors import CheckpointError, forgotten
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes.full import Full, full_of
+from lowrank_jax._nodes.full import Full, make_full
 from lowrank_jax._nodes.low_rank import LowRank
-from lowrank_jax._nodes.norms import squared_norm
-from lowrank_jax._nodes.quantized import Quantized, dequantized
+from lowrank_jax._nodes.norms import compute_squared_norm
+from lowrank_jax._nodes.quantized import Quantized, dequantize_node
 from lowrank_jax._nodes.serialization import Wrapper
 
 
@@ -49,22 +49,22 @@ class Normed(Wrapper):
         raise forgotten("a leaf with DoRA's norms")
 
 
-def normed(leaf: Any, node: LowRank) -> Normed:
+def attach_norms(leaf: Any, node: LowRank) -> Normed:
     """The leaf with its squared norms, along the axes of an adapter."""
     fan_in, fan_out, stack = node.for_shape(leaf.shape).axes(leaf.ndim)
     terms = math.prod(leaf.shape[axis] for axis in fan_in)
-    squares = lax.stop_gradient(squared_norm(unnormed(leaf), stack, fan_out))
-    return Normed(unnormed(leaf), squares, (*stack, *fan_out), terms)
+    squares = lax.stop_gradient(compute_squared_norm(strip_norms(leaf), stack, fan_out))
+    return Normed(strip_norms(leaf), squares, (*stack, *fan_out), terms)
 
 
-def trained_whole(leaf: Any) -> Full:
+def init_full(leaf: Any) -> Full:
     """The node that trains a leaf whole, in arrays of its own: it may be donated."""
     dense = jnp.asarray(as_dense(leaf))
     dtype = jnp.promote_types(dense.dtype, jnp.float32)
-    return full_of(jnp.array(dense, dtype, copy=True), dense.dtype)
+    return make_full(jnp.array(dense, dtype, copy=True), dense.dtype)
 
 
-def unnormed(leaf: Any) -> Any:
+def strip_norms(leaf: Any) -> Any:
     """The leaf itself."""
     return leaf.value if isinstance(leaf, Normed) else leaf
 
@@ -113,13 +113,13 @@ def is_adapter(value: Any) -> bool:
 def as_dense(leaf: Any) -> Any:
     """The dense array of a leaf that has no adapter: quantized, trained whole, or an array."""
     if isinstance(leaf, Quantized):
-        return dequantized(jaxprs.on_device(leaf))
+        return dequantize_node(jaxprs.on_device(leaf))
     if isinstance(leaf, Normed):
         return as_dense(leaf.value)
     return jaxprs.on_device(leaf).weight if isinstance(leaf, Full) else leaf
 
 
-def nodes_of(lora: PyTree) -> dict[str, Any]:
+def collect_adapters(lora: PyTree) -> dict[str, Any]:
     """The nodes of an adapter by path."""
     nodes = dict(flatten(lora, is_leaf=is_node)[0])
     for path, node in nodes.items():

@@ -28,7 +28,7 @@ class LoHa(LowRank):
     Args:
       a: [*stack, *fan_in, 2 r], a_1 and a_2 side by side.
       b: [*stack, 2 r, *fan_out], likewise.
-      magnitude, fan_in, fan_out, stack, scale, kind, folded, moved: as of LowRank.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded, base_modified: as of LowRank.
 
     Source: FedPara, arXiv 2108.06098, proposition 1; LyCORIS, arXiv 2309.14859, section 3.
     """
@@ -59,7 +59,7 @@ class VeRA(LowRank):
     Args:
       a: d, [*stack, r].
       b: e, [*stack, *fan_out].
-      magnitude, fan_in, fan_out, stack, scale, kind, folded, moved: as of LowRank.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded, base_modified: as of LowRank.
       inputs: sizes of the fan-in axes.
       seed: of A and B.
 
@@ -105,7 +105,7 @@ class IA3(LowRank):
     Args:
       a, b: None.
       magnitude: l, [*stack, *fan_out].
-      fan_in, fan_out, stack, scale, kind, folded, moved: as of LowRank.
+      fan_in, fan_out, stack, scale, kind, folded, base_modified: as of LowRank.
       inputs: sizes of the fan-in axes.
 
     Source: (IA)^3, arXiv 2205.05638, section 3.3.
@@ -117,7 +117,7 @@ class IA3(LowRank):
     folded: bool = dataclasses.field(default=True, metadata={"static": True})
     inputs: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
-    held: ClassVar[tuple[str, ...]] = ("magnitude",)
+    required: ClassVar[tuple[str, ...]] = ("magnitude",)
 
     @property
     def rank(self) -> int:
@@ -158,7 +158,7 @@ class Rows(LowRank):
     Args:
       a: None.
       b: [rows, *features].
-      magnitude, fan_in, fan_out, stack, scale, kind, folded, moved: as of LowRank.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded, base_modified: as of LowRank.
       rows: their numbers along the table's first axis.
       size: how many rows the table has.
 
@@ -170,7 +170,7 @@ class Rows(LowRank):
     rows: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     size: int = dataclasses.field(default=0, metadata={"static": True})
 
-    held: ClassVar[tuple[str, ...]] = ("b",)
+    required: ClassVar[tuple[str, ...]] = ("b",)
 
     @property
     def rank(self) -> int:
@@ -210,7 +210,7 @@ def _shape(
     return tuple(placed[axis] for axis in range(ndim))
 
 
-def start_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
+def init_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
     """No change at first."""
     if wrong := [row for row in rows if not 0 <= row < leaf.shape[0]]:
         raise ConfigError(f"train_rows names row {wrong[0]} of {path!r}, which has {leaf.shape[0]}")
@@ -222,7 +222,7 @@ def start_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
     return Rows(b=changes, fan_in=(0,), fan_out=fan_out, **options)
 
 
-def start_loha(key: Any, leaf: Any, target: Any, config: Any) -> LoHa:
+def init_loha(key: Any, leaf: Any, target: Any, config: Any) -> LoHa:
     """a_2 = 0, so that nothing changes at first; the rest as in LyCORIS."""
     stack, fan_in, fan_out = sizes(leaf, target)
     one, two, three = jax.random.split(key, 3)
@@ -234,7 +234,7 @@ def start_loha(key: Any, leaf: Any, target: Any, config: Any) -> LoHa:
     return LoHa(a.astype(config.factor_dtype), b.astype(config.factor_dtype), **axes(target))
 
 
-def start_vera(key: Any, leaf: Any, target: Any, config: Any) -> VeRA:
+def init_vera(key: Any, leaf: Any, target: Any, config: Any) -> VeRA:
     """d = 0.1 and e = 0, as in the paper."""
     stack, fan_in, fan_out = sizes(leaf, target)
     d = jnp.full((*stack, target.rank), 0.1, config.factor_dtype)
@@ -242,7 +242,7 @@ def start_vera(key: Any, leaf: Any, target: Any, config: Any) -> VeRA:
     return VeRA(d, e, **axes(target), inputs=fan_in, seed=config.projection_seed)
 
 
-def start_ia3(key: Any, leaf: Any, target: Any, config: Any) -> IA3:
+def init_ia3(key: Any, leaf: Any, target: Any, config: Any) -> IA3:
     r"""l = 1, so that nothing changes at first."""
     stack, fan_in, fan_out = sizes(leaf, target)
     return IA3(magnitude=jnp.ones((*stack, *fan_out)), **axes(target), inputs=fan_in)

@@ -47,6 +47,6 @@ class Full(Wrapper):
         raise forgotten("a Full leaf")
 
 
-def full_of(value: Any, dtype: jax.typing.DTypeLike) -> Full:
+def make_full(value: Any, dtype: jax.typing.DTypeLike) -> Full:
     """The node of a leaf of this dtype, which is trained as value is."""
     return Full(value, "" if value.dtype == dtype else jnp.dtype(dtype).name)

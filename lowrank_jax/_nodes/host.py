@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._codecs import format_of, host
-from lowrank_jax._nodes.quantized import Quantized, flat_order
+from lowrank_jax._codecs import get_format, host
+from lowrank_jax._nodes.quantized import Quantized, get_flat_order
 
 PIECE = 1 << 18  # values that a thread works on
 _ALIGNED = 64  # bytes; what JAX asks of a buffer that it takes over without a copy
 
 
-def quantized_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, tuple[int, int]]:
+def quantize_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, tuple[int, int]]:
     """Quantize a leaf; the same as `quantized` makes on a device.
 
     Args:
@@ -32,12 +32,12 @@ def quantized_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, tuple[in
       The leaf with NumPy arrays, and how many values are not finite, and how many blocks of scales
       are too large to be quantized in their turn.
     """
-    node = jax.tree.map(lambda part: empty(part.shape, part.dtype), shapes)
+    node = jax.tree.map(lambda part: allocate_aligned(part.shape, part.dtype), shapes)
     bad = _fill(node, np.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf)
     return node, (bad, 0 if node.nested is None else _not_finite(node.nested))
 
 
-def count_bad(array: np.ndarray) -> int:
+def count_nonfinite(array: np.ndarray) -> int:
     """How many values are not finite."""
     return _sum_over(_pieces(array, ()), lambda cut: _not_finite(_float32(array[cut])))
 
@@ -61,7 +61,7 @@ def _fill(node: Quantized, leaf: Any) -> int:
     fill = _fill_blocks if node.order is None else _fill_flat
     bad = fill(node, leaf, scales)
     if node.nested is not None:
-        order = flat_order(node.strides)
+        order = get_flat_order(node.strides)
         flat = scales.transpose(order)
         codes, node.nested[...], node.offset[...] = host.encode_scales(flat.reshape(-1), node.dtype)
         node.scales.transpose(order)[...] = codes.reshape(flat.shape)
@@ -81,7 +81,7 @@ def _fill_blocks(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
 
     def one(cut: tuple[slice, ...]) -> int:
         piece = _float32(blocks[cut])
-        codes, absmax = host.encode(piece, node.format, at)
+        codes, absmax = host.encode_blocks(piece, node.format, at)
         _store(node, cut, codes, at)
         scales[cut[:at] + cut[at + 1 :]] = absmax
         return 0 if np.isfinite(absmax).all() else _not_finite(piece)
@@ -110,7 +110,7 @@ def _fill_flat(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
 
 def _store(node: Quantized, cut: tuple[slice, ...], codes: np.ndarray, axis: int) -> None:
     """Write codes into their place; an integer of 4 bits has a byte of its own."""
-    if format_of(node.format).is_packed:
+    if get_format(node.format).is_packed:
         codes = host.pack(codes, axis, node.packing)
     node.codes.view(codes.dtype)[cut] = codes
 
@@ -145,7 +145,7 @@ def _cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> np.ndarray:
+def allocate_aligned(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> np.ndarray:
     """An array that JAX can take over; a uint4 takes a byte."""
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     room = np.empty(size + _ALIGNED, np.uint8)

@@ -45,9 +45,9 @@ class LowRank(Node):
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     kind: str = dataclasses.field(default="dot", metadata={"static": True})
     folded: bool = dataclasses.field(default=False, metadata={"static": True})
-    moved: bool = dataclasses.field(default=False, metadata={"static": True})
+    base_modified: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    held: ClassVar[tuple[str, ...]] = ("a", "b")  # the arrays that it always has
+    required: ClassVar[tuple[str, ...]] = ("a", "b")  # the arrays that it always has
 
     @property
     def rank(self) -> int:
@@ -72,7 +72,7 @@ class LowRank(Node):
         return (*self.stack, *self.fan_in, RANK), (*self.stack, RANK, *self.fan_out)
 
     @property
-    def labeled(self) -> dict[str, Labels]:
+    def array_labels(self) -> dict[str, Labels]:
         """For each array that there is, by its field, the axes of the weight that it runs along."""
         a, b = self.labels
         labels = {"a": a, "b": b, "magnitude": (*self.stack, *self.fan_out)}
@@ -81,7 +81,7 @@ class LowRank(Node):
     @property
     def stacked(self) -> tuple[int, ...]:
         """Sizes of the axes that every array has: of stacked adapters, then of stacked weights."""
-        name, labels = next(iter(self.labeled.items()))
+        name, labels = next(iter(self.array_labels.items()))
         shape = getattr(self, name).shape
         return shape[: len(shape) - len(labels) + len(self.stack)]
 

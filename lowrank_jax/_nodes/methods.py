@@ -10,9 +10,9 @@ from lowrank_jax._nodes.family import (
     LoHa,
     Rows,
     VeRA,
-    start_ia3,
-    start_loha,
-    start_vera,
+    init_ia3,
+    init_loha,
+    init_vera,
 )
 from lowrank_jax._nodes.low_rank import LowRank
 
@@ -47,36 +47,36 @@ class Method:
     in_peft: bool = False
 
 
-METHODS = [
+ADAPTER_METHODS = [
     Method(LowRank, "LoRA", "lora", rank_is_bounded=True, in_peft=True),
-    Method(LoHa, "LoHa", "loha", start_loha, rank_is_bounded=True),
-    Method(VeRA, "VeRA", "vera", start_vera, scale=1.0, is_seeded=True),
-    Method(IA3, "(IA)^3", "ia3", start_ia3, has_norm=False),
+    Method(LoHa, "LoHa", "loha", init_loha, rank_is_bounded=True),
+    Method(VeRA, "VeRA", "vera", init_vera, scale=1.0, is_seeded=True),
+    Method(IA3, "(IA)^3", "ia3", init_ia3, has_norm=False),
     Method(Rows, "rows", is_direct=True, in_peft=True),
 ]
 
 
 def method_names() -> tuple[str, ...]:
     """What `LoraConfig.method` may be."""
-    return tuple(row.name for row in METHODS if row.name)
+    return tuple(row.name for row in ADAPTER_METHODS if row.name)
 
 
 def find_method(name: str) -> Method:
     """The method of a name."""
-    return next(row for row in METHODS if row.name == name)
+    return next(row for row in ADAPTER_METHODS if row.name == name)
 
 
-def method_of(node: LowRank) -> Method:
+def get_method(node: LowRank) -> Method:
     """The method of an adapter; factors of rank 0 are how (IA)^3 was once written."""
     kind = (
         IA3 if type(node) is LowRank and getattr(node.a, "shape", ())[-1:] == (0,) else type(node)
     )
-    return next(row for row in METHODS if row.node is kind)
+    return next(row for row in ADAPTER_METHODS if row.node is kind)
 
 
-def label_of(node: LowRank) -> str:
+def get_label(node: LowRank) -> str:
     """What people call an adapter: "LoRA", "DoRA", "DoRA of LoHa", ..."""
-    method = method_of(node)
+    method = get_method(node)
     if node.magnitude is None or not method.has_norm:
         return method.label
     return "DoRA" if type(node) is LowRank else f"DoRA of {method.label}"

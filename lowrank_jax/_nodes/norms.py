@@ -20,16 +20,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._nodes.quantized import Quantized, dense_sharding, dequantized
+from lowrank_jax._nodes.quantized import Quantized, dense_sharding_of, dequantize_node
 from lowrank_jax._primitives.contract import accumulator, labeled_spec
 
 _EXACT = lax.Precision.HIGHEST
 
 
-def squared_norm(leaf: Any, stack: Sequence[int], fan_out: Sequence[int]) -> jax.Array:
+def compute_squared_norm(leaf: Any, stack: Sequence[int], fan_out: Sequence[int]) -> jax.Array:
     """Sum the squares over the fan-in axes: float32 [*stack, *fan_out], split as the leaf is."""
     axes = (*stack, *fan_out)
-    sharding = sharding_of(leaf)
+    sharding = get_dense_sharding(leaf)
     if sharding is None:
         return _squared_norm(leaf, axes, len(stack))
     out = jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, axes))
@@ -38,10 +38,10 @@ def squared_norm(leaf: Any, stack: Sequence[int], fan_out: Sequence[int]) -> jax
         return jaxprs.by_the_compiler(run, out, leaf)
 
 
-def sharding_of(leaf: Any) -> Any:
+def get_dense_sharding(leaf: Any) -> Any:
     """How a leaf lies, dense, where its type says that it is split, or None."""
     if isinstance(leaf, Quantized):
-        return dense_sharding(leaf)
+        return dense_sharding_of(leaf)
     return jax.typeof(leaf).sharding if jaxprs.is_split(leaf) else None
 
 
@@ -51,14 +51,14 @@ def _squared_norm(leaf: Any, axes: tuple[int, ...], stacked: int) -> jax.Array:
     if isinstance(leaf, Quantized) and stacked and axes[0] == 0 and leaf.stacked:
         inner = tuple(axis - 1 for axis in axes[1:])
         return lax.map(lambda leaf: _squared_norm(leaf, inner, stacked - 1), leaf)
-    dense = dequantized(leaf) if isinstance(leaf, Quantized) else leaf
+    dense = dequantize_node(leaf) if isinstance(leaf, Quantized) else leaf
     fan_in = tuple(axis for axis in range(dense.ndim) if axis not in axes)
     squares = jnp.sum(jnp.square(dense.astype(accumulator(dense.dtype))), fan_in)
     kept = sorted(axes)
     return jnp.transpose(squares, [kept.index(axis) for axis in axes])
 
 
-def norm(
+def compute_norm(
     squares: jax.Array,
     product: Callable[[jax.Array], jax.Array],
     a: jax.Array,
@@ -89,7 +89,7 @@ def norm(
     return jnp.sqrt(lax.stop_gradient(total))
 
 
-def gain(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
+def compute_column_scale(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
     """What each output feature is multiplied by: magnitude over norm; 0 where there is no norm."""
     return magnitude.astype(norms.dtype) * jnp.where(norms <= 0, 0, 1) / _at_least(norms)
 
@@ -98,7 +98,7 @@ def _at_least(norms: jax.Array) -> jax.Array:
     return jnp.where(norms <= 0, 1, norms)  # a NaN stays one
 
 
-def product_numbers(fan_in: Sequence[int], stack: Sequence[int]) -> Any:
+def make_dimension_numbers(fan_in: Sequence[int], stack: Sequence[int]) -> Any:
     """Dimension numbers of a^T W."""
     lead = tuple(range(len(stack)))
     inner = tuple(range(len(stack), len(stack) + len(fan_in)))

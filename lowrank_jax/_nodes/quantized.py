@@ -110,7 +110,7 @@ class Quantized(Node):
     @property
     def parts(self) -> tuple[Any, ...]:
         """What `decoding` takes: codes, scales, the table, and the second level if there is one."""
-        table = _codecs.format_of(self.format).table
+        table = _codecs.get_format(self.format).table
         table = jnp.zeros(1, jnp.float32) if table is None else jnp.asarray(table)
         if self.nested is None:
             return (self.codes, self.scales, table)
@@ -135,7 +135,7 @@ class Quantized(Node):
             return (*range(lead), None, None)
         return (*range(lead), lead, None, *range(lead + run, self.ndim))
 
-    def mapped(self, make: Callable[[tuple[Any, ...]], Any]) -> Quantized:
+    def map_axes(self, make: Callable[[tuple[Any, ...]], Any]) -> Quantized:
         """The same node with make(axes of the leaf, or None) at each array: a spec, say.
 
         The axis of blocks is the first axis of the run that was cut; an axis of elements, of a
@@ -185,9 +185,9 @@ class Decoding(Form):
         axis = codes.ndim - 1 - self.trailing
         if second:
             scales = self.scales(scales, *second)
-        if _codecs.format_of(self.format).is_packed:
+        if _codecs.get_format(self.format).is_packed:
             codes = unpack(codes, axis, self.packing)
-        out = _codecs.decode(codes, scales, self.format, axis, table=table)
+        out = _codecs.decode_blocks(codes, scales, self.format, axis, table=table)
         for dtype in self.casts:
             out = out.astype(dtype)
         return out
@@ -202,7 +202,7 @@ class Decoding(Form):
                 "axes alone, quantize it with double_quant=False, or lift the function that "
                 "shard_map returned"
             )
-        order = flat_order(self.strides)
+        order = get_flat_order(self.strides)
         one = lambda scales, nested, offset, table: decode_scales(
             scales, nested, offset, order, table, self.tree
         )
@@ -211,9 +211,9 @@ class Decoding(Form):
         return one(scales, nested, offset, table)
 
 
-def dequantized(node: Quantized) -> jax.Array:
+def dequantize_node(node: Quantized) -> jax.Array:
     """The dense leaf: decoded in float32, cast once to its dtype; split as its type says."""
-    sharding = dense_sharding(node)
+    sharding = dense_sharding_of(node)
     if sharding is None:
         return _dequantized(node)
     with jaxprs.mesh_of(node.codes):
@@ -226,10 +226,10 @@ def _dequantized(node: Quantized) -> jax.Array:
     blocks = node.decoding(*node.parts)
     if node.order is None:
         return blocks.reshape(node.shape)
-    return unflattened(blocks, node.blocked, node.order)
+    return unflatten_blocks(blocks, node.blocked, node.order)
 
 
-def dense_sharding(node: Quantized) -> Any:
+def dense_sharding_of(node: Quantized) -> Any:
     """How the dense leaf lies where the node's types say that it is split, or None."""
     if not any(map(jaxprs.is_split, jax.tree.leaves(node))):
         return None
@@ -239,7 +239,9 @@ def dense_sharding(node: Quantized) -> Any:
     return jax.NamedSharding(sharding.mesh, spec)
 
 
-def unflattened(blocks: jax.Array, blocked: tuple[int, ...], order: tuple[int, ...]) -> jax.Array:
+def unflatten_blocks(
+    blocks: jax.Array, blocked: tuple[int, ...], order: tuple[int, ...]
+) -> jax.Array:
     """The dense leaf of blocks that straddle its rows: [stack, blocks, block] of a flat leaf."""
     before = blocks.shape[:-2]
     flat = blocks.reshape(*before, -1)[..., : math.prod(blocked)]
@@ -247,7 +249,7 @@ def unflattened(blocks: jax.Array, blocked: tuple[int, ...], order: tuple[int, .
     return jnp.transpose(flat.reshape(*before, *blocked), (*range(len(before)), *axes))
 
 
-def quantized(
+def quantize_array(
     leaf: Any, fan_in: Axes, stack: Axes, *, together: bool = False, **options: Any
 ) -> Quantized:
     """Quantize a leaf in blocks along its fan-in axes.
@@ -297,16 +299,16 @@ def _quantized(
         first, last = group
         blocked = shape[first : last + 1]
         cut = (*shape[:first], -1, block_size, *shape[last + 1 :])
-        codes, scales = _codecs.encode(leaf.reshape(cut), format, first + 1)
+        codes, scales = _codecs.encode_blocks(leaf.reshape(cut), format, first + 1)
         trailing, place = len(shape) - last - 1, None
         strides = _strides(scales.shape, first, [a for a in fan_in if a < first])
-    if _codecs.format_of(format).is_packed:
+    if _codecs.get_format(format).is_packed:
         codes = pack(codes, codes.ndim - 1 - trailing, packing)
     node = Quantized(
         codes, scales, **options, blocked=blocked, trailing=trailing, order=place,
         strides=strides, weight_dtype=jnp.dtype(leaf.dtype).name,
     )  # fmt: skip
-    return doubly_quantized(node) if double_quant else node
+    return quantize_scales(node) if double_quant else node
 
 
 def _group(shape: tuple[int, ...], fan_in: tuple[int, ...], block: int) -> tuple[int, int] | None:
@@ -330,14 +332,14 @@ def _strides(shape: tuple[int, ...], blocks: int, fan_in_before: list[int]) -> t
     return tuple(strides[axis] for axis in range(len(shape)))
 
 
-def flat_order(strides: tuple[int, ...]) -> list[int]:
+def get_flat_order(strides: tuple[int, ...]) -> list[int]:
     """The axes that have these steps in a flat order, outermost first."""
     return np.argsort([-stride for stride in strides], stable=True).tolist()
 
 
-def doubly_quantized(node: Quantized) -> Quantized:
+def quantize_scales(node: Quantized) -> Quantized:
     """The same leaf, one that nothing stacks, with its scales quantized in their flat order."""
-    order = flat_order(node.strides)
+    order = get_flat_order(node.strides)
     flat = jnp.transpose(node.scales, order)
     codes, nested, offset = encode_scales(flat.reshape(-1), node.weight_dtype)
     scales = jnp.transpose(codes.reshape(flat.shape), np.argsort(order).tolist())

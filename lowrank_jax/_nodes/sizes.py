@@ -11,25 +11,25 @@ import jax
 from lowrank_jax._jax.types import PyTree
 
 
-def bits_of(leaf: Any) -> float:
+def count_bits(leaf: Any) -> float:
     """Bits of each value of an array or a quantized leaf, scales included."""
-    return 8 * sum_over(bytes_of, leaf) / max(1, math.prod(leaf.shape))
+    return 8 * sum_leaves(count_bytes, leaf) / max(1, math.prod(leaf.shape))
 
 
-def sum_over(size: Callable[[Any], int], tree: PyTree) -> int:
+def sum_leaves(size: Callable[[Any], int], tree: PyTree) -> int:
     return sum(size(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 
-def count_of(leaf: Any) -> int:
+def count_elements(leaf: Any) -> int:
     return math.prod(leaf.shape)
 
 
-def bytes_of(leaf: Any) -> int:
+def count_bytes(leaf: Any) -> int:
     """Bytes as devices hold them: accelerators pack two 4-bit integers, a CPU gives each a byte."""
     return _held(leaf, leaf.shape)
 
 
-def device_bytes_of(leaf: Any) -> int:
+def count_device_bytes(leaf: Any) -> int:
     """Bytes on the device that holds most; an array without a sharding is whole on one."""
     sharding = getattr(leaf, "sharding", None)
     return _held(leaf, leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))

@@ -8,20 +8,20 @@ from typing import Any
 from lowrank_jax import _codecs
 from lowrank_jax._errors import TreeError
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, unnormed
+from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, strip_norms
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._primitives.contract import RANK
 
 
-def check(node: Any, path: str) -> None:
+def check_node(node: Any, path: str) -> None:
     """A node is whole: it has a base, and factors that fit it and each other."""
     if isinstance(node, LowRank):
         raise TreeError(
             f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
             "the lifted function"
         )
-    leaf = unnormed(node.base if isinstance(node, Adapted) else node)
+    leaf = strip_norms(node.base if isinstance(node, Adapted) else node)
     if isinstance(leaf, Quantized):
         _check_codes(leaf, path)
     if not isinstance(node, Adapted):
@@ -42,7 +42,7 @@ def check(node: Any, path: str) -> None:
 
 def _check_codes(leaf: Quantized, path: str) -> None:
     """The blocks are where the leaf says: no axis but leading ones was taken from its codes."""
-    halved = _codecs.format_of(leaf.format).is_packed and leaf.packing == "uint8"
+    halved = _codecs.get_format(leaf.format).is_packed and leaf.packing == "uint8"
     place, elements = leaf.leading + 1, leaf.block_size // (2 if halved else 1)
     codes, blocks = tuple(leaf.codes.shape), -(-math.prod(leaf.blocked) // leaf.block_size)
     fits = place > 0 and codes[place] == elements
@@ -63,7 +63,7 @@ def _check_ranks(delta: LowRank, path: str) -> None:
             f"{path!r}: changes of shape {delta.b.shape} for {delta.rank} rows of a table; they "
             "belong to different adapters"
         )
-    axes = delta.labeled
+    axes = delta.array_labels
     if RANK not in axes.get("a", ()) or RANK not in axes.get("b", ()):
         return
     size = lambda array, labels: array.shape[labels.index(RANK) - len(labels)]

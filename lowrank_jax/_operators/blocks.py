@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._nodes.quantized import Decoding, unflattened
+from lowrank_jax._nodes.quantized import Decoding, unflatten_blocks
 from lowrank_jax._primitives.bilinear import Labels, dot_of_labels, flat_dot_of_labels
 from lowrank_jax._primitives.contract import arrange
 from lowrank_jax._primitives.quantized_dot import Form
@@ -326,7 +326,7 @@ class FlatDecoding(Form):
 
     def __call__(self, *parts: Any) -> jax.Array:
         """The dense leaf."""
-        return unflattened(self.decoding(*parts), self.blocked, self.order)
+        return unflatten_blocks(self.decoding(*parts), self.blocked, self.order)
 
     @property
     def on_tpu(self) -> FlatDecoding:

@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._nodes import LowRank, Normed, normed, unnormed
-from lowrank_jax._nodes.norms import gain, norm, product_numbers
+from lowrank_jax._nodes import LowRank, Normed, attach_norms, strip_norms
+from lowrank_jax._nodes.norms import compute_column_scale, compute_norm, make_dimension_numbers
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.quantized import QuantizedWeight
@@ -26,7 +26,7 @@ from lowrank_jax._primitives.contract import accumulator
 
 def weight_of(leaf: Any, path: Any = None) -> Weight:
     """A frozen leaf as a weight operator."""
-    leaf = unnormed(leaf)
+    leaf = strip_norms(leaf)
     if isinstance(leaf, Quantized):
         return QuantizedWeight.of(leaf, path)
     # frozen here, outside every loop: inside one, a stack of copies would be saved for backward
@@ -37,12 +37,12 @@ def gain_of(leaf: Any, delta: LowRank) -> jax.Array | None:
     """c of an adapted leaf, [*stack, *fan_out], or None where it has no magnitude."""
     if delta.magnitude is None or delta.folded:
         return delta.magnitude
-    return gain(delta.magnitude, norms_of(leaf, delta))
+    return compute_column_scale(delta.magnitude, norms_of(leaf, delta))
 
 
 def norms_of(leaf: Any, delta: LowRank) -> jax.Array:
     """The norm of each output feature of W + s a b, [*stack, *fan_out], a constant."""
-    own = leaf if isinstance(leaf, Normed) else normed(leaf, delta)
+    own = leaf if isinstance(leaf, Normed) else attach_norms(leaf, delta)
     delta = delta.for_shape(own.shape)
     fan_in, _, stack = delta.axes(own.ndim)
     operands = weight_of(own), (own.squares, *delta.factors())
@@ -91,9 +91,9 @@ def _norms(
     options = {"precision": lax.Precision.HIGHEST, "preferred_element_type": exact}
 
     def product(a: jax.Array) -> jax.Array:
-        arguments = a, product_numbers(fan_in, stack), False, options
+        arguments = a, make_dimension_numbers(fan_in, stack), False, options
         out = base.dot(*arguments)
         return DenseWeight(base.materialize()).dot(*arguments) if out is None else out
 
     a, b = a.astype(base.dtype), b.astype(base.dtype)
-    return norm(squares, product, a, b, scale, len(stack))
+    return compute_norm(squares, product, a, b, scale, len(stack))

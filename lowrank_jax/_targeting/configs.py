@@ -19,7 +19,7 @@ from lowrank_jax._checks.fields import (
     check_scale,
     pairs_of,
 )
-from lowrank_jax._codecs import check_block_size, format_of
+from lowrank_jax._codecs import check_block_size, get_format
 from lowrank_jax._codecs.packing import PACKINGS
 from lowrank_jax._display.text import quoted
 from lowrank_jax._errors import ConfigError
@@ -322,7 +322,7 @@ class QuantConfig:
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
-        format_of(self.format)
+        get_format(self.format)
         check_block_size(self.block_size)
         if not isinstance(self.double_quant, bool):
             raise ConfigError(

@@ -39,10 +39,12 @@ class Target:
     kind: str
 
 
-def resolve(leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
+def resolve_targets(
+    leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None
+) -> dict[str, Target]:
     """Map the path of each leaf to adapt to its Target; every bad leaf is listed in one error."""
-    chosen, linear = choose(leaves, config.targets, config.exclude, plan, [*config.axes])
-    ways = [{*chosen}, train_whole(leaves, config), {*train_rows(leaves, config)}]
+    chosen, linear = choose_paths(leaves, config.targets, config.exclude, plan, [*config.axes])
+    ways = [{*chosen}, select_full(leaves, config), {*select_rows(leaves, config)}]
     if clash := sorted(path for path in set().union(*ways) if sum(path in way for way in ways) > 1):
         raise ConfigError(
             f"{clash[0]!r} is to be trained in two ways, of targets, train and train_rows: exclude "
@@ -66,7 +68,7 @@ def resolve(leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None) ->
         text = listing([str(problem) for problem in problems])
         raise type(problems[0])(f"{len(problems)} leaves cannot be adapted:\n{text}")
     if not targets:
-        raise PatternError(f"no leaf is left to adapt: {why_none(plan, linear)}")
+        raise PatternError(f"no leaf is left to adapt: {explain_no_target(plan, linear)}")
     return targets
 
 
@@ -86,7 +88,7 @@ def _check_plan(leaves: Mapping[str, Any], plan: Plan) -> None:
         )
 
 
-def choose(
+def choose_paths(
     leaves: Mapping[str, Any],
     targets: Sequence[Any],
     exclude: Sequence[Any],
@@ -115,7 +117,7 @@ def choose(
     return [path for path in leaves if path in chosen], linear
 
 
-def warn_of_passed_over(
+def warn_skipped(
     plan: Plan | None, targets: Sequence[Any], chosen: Collection[str], known: Sequence[Any]
 ) -> None:
     """Name the leaves that "all-linear" passes over though a product takes what is made of them.
@@ -156,13 +158,13 @@ def _select(
     return select(patterns, floating, what)
 
 
-def train_whole(leaves: Mapping[str, Any], config: LoraConfig) -> set[str]:
+def select_full(leaves: Mapping[str, Any], config: LoraConfig) -> set[str]:
     """Paths of the leaves that are trained whole."""
     floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return set(_select(config.train, floating, leaves, "train"))
 
 
-def train_rows(leaves: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
+def select_rows(leaves: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """The rows to train of each table, by path."""
     floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return {
@@ -172,7 +174,7 @@ def train_rows(leaves: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple
     }
 
 
-def why_none(plan: Plan | None, linear: bool) -> str:
+def explain_no_target(plan: Plan | None, linear: bool) -> str:
     """Why no target was found."""
     if not linear:
         return "exclude removes every leaf that targets names"
@@ -208,7 +210,7 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name
     else:
         why = "a low-rank product needs fan-in and fan-out axes"
         remedy = f"say which by LoraConfig(axes={{{path!r}: (fan_in, fan_out)}}), "
-        fan_in, fan_out, stack, kind = axes_of(path, tuple(leaf.shape), use, why, remedy)
+        fan_in, fan_out, stack, kind = resolve_axes(path, tuple(leaf.shape), use, why, remedy)
         if by_name and leaf.ndim == 2 and not (fan_in and fan_out):
             fan_in, fan_out, stack = (0,), (1,), ()  # built densely where it is used
     if (override := _first(config.stack, path, None)) is not None:
@@ -254,7 +256,7 @@ def _named_axes(
     return order(fan_in), order(fan_out), order({*range(ndim)} - {*inside})
 
 
-def axes_of(
+def resolve_axes(
     path: str, shape: tuple[int, ...], use: Use | None, why: str, remedy: str = ""
 ) -> tuple[Any, Any, Any, str]:
     """fan_in, fan_out, stack and kind of one leaf; why they are needed, for messages."""

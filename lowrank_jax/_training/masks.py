@@ -22,7 +22,7 @@ from lowrank_jax._errors import ConfigError, TreeError
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
-from lowrank_jax._nodes.methods import method_of
+from lowrank_jax._nodes.methods import get_method
 
 if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
     import optax
@@ -94,9 +94,9 @@ def factor_labels(lora: PyTree) -> Any:
 
     def label(node: Any) -> Any:
         if isinstance(node, LowRank):
-            whole = method_of(node).is_direct
+            whole = get_method(node).is_direct
             return dataclasses.replace(
-                node, **{name: "full" if whole else name for name in node.labeled}
+                node, **{name: "full" if whole else name for name in node.array_labels}
             )
         if isinstance(node, Full):
             return dataclasses.replace(node, value="full")

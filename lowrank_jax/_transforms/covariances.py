@@ -23,7 +23,7 @@ from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.weight import Weight
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
-from lowrank_jax._targeting.targets import Target, resolve
+from lowrank_jax._targeting.targets import Target, resolve_targets
 from lowrank_jax._transforms import lift
 
 
@@ -90,7 +90,7 @@ def _resolve_targets(params: PyTree, config: LoraConfig, plan: Plan | None) -> d
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(f"params already holds adapters ({adapted[0]!r}): pass the base")
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
-    targets = resolve(arrays, config, plan)
+    targets = resolve_targets(arrays, config, plan)
     if tables := [path for path, target in targets.items() if target.kind == "lookup"]:
         raise ConfigError(
             f"{tables[0]!r} is a table read by rows, which has no input to measure: leave it out "

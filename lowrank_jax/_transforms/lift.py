@@ -26,9 +26,9 @@ from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten_with_keys, flattened, keys_of, path_of
 from lowrank_jax._jax.statics import Static, is_plain
-from lowrank_jax._nodes import Adapted, Full, is_node, unnormed
+from lowrank_jax._nodes import Adapted, Full, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax._nodes.whole import check
+from lowrank_jax._nodes.whole import check_node
 from lowrank_jax._operators.dora import weight_of
 from lowrank_jax._operators.low_rank import LowRankWeight
 from lowrank_jax._operators.materialize import materialize
@@ -158,7 +158,7 @@ def trace(
     refuse_other_dtypes(dynamic, paths)
     for leaf, path in zip(dynamic, paths, strict=True):
         if is_node(leaf):
-            check(leaf, path)
+            check_node(leaf, path)
     hosted = [
         is_node(leaf) and any(map(jaxprs.is_on_host, _frozen_arrays(leaf))) for leaf in dynamic
     ]
@@ -169,7 +169,7 @@ def trace(
 
 def _frozen_arrays(node: Any) -> list[Any]:
     """The arrays of the frozen leaf of a node."""
-    return jax.tree.leaves(unnormed(node.base if isinstance(node, Adapted) else node))
+    return jax.tree.leaves(strip_norms(node.base if isinstance(node, Adapted) else node))
 
 
 _IN_PLACE = (
@@ -226,7 +226,7 @@ def wrap_node(node: Any, path: str) -> Any:
     """The value that stands for a node inside: a weight, or an array for a leaf trained whole."""
     if isinstance(node, Adapted):
         return materialize(node) if isinstance(node.delta, Full) else LowRankWeight.of(node, path)
-    if isinstance(unnormed(node), Quantized):
+    if isinstance(strip_norms(node), Quantized):
         return weight_of(node, path)
     return materialize(node)
 

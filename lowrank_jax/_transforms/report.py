@@ -22,10 +22,16 @@ from lowrank_jax._interpreter.interpret import Context, Record
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node, unnormed
-from lowrank_jax._nodes.methods import label_of
+from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node, strip_norms
+from lowrank_jax._nodes.methods import get_label
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax._nodes.sizes import bits_of, bytes_of, count_of, device_bytes_of, sum_over
+from lowrank_jax._nodes.sizes import (
+    count_bits,
+    count_bytes,
+    count_device_bytes,
+    count_elements,
+    sum_leaves,
+)
 from lowrank_jax._operators.dora import count_still
 from lowrank_jax._transforms.lift import evaluate, split_arguments
 
@@ -262,7 +268,7 @@ def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     refuse_other_dtypes(dynamic, paths)
     ctx = Context(OPERATIONS, inline_jit=True)
     jax.eval_shape(lambda dynamic: evaluate(fn, call, dynamic, paths, ctx), dynamic)
-    leaves = [(path, unnormed(leaf)) for path, leaf in flatten(tree, is_leaf=is_node)[0]]
+    leaves = [(path, strip_norms(leaf)) for path, leaf in flatten(tree, is_leaf=is_node)[0]]
     nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}
     uses: dict[str, list[Record]] = {}
     for record in ctx.records:
@@ -277,35 +283,35 @@ def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     ]
     scales = [
         (leaf.scales, leaf.nested, leaf.offset, leaf.nested_map)
-        for leaf in map(unnormed, jax.tree.leaves(frozen, is_leaf=is_node))
+        for leaf in map(strip_norms, jax.tree.leaves(frozen, is_leaf=is_node))
         if isinstance(leaf, Quantized)
     ]
 
     def memory(size: Callable[[Any], int]) -> Memory:
-        base = sum_over(size, frozen) - sum_over(size, scales)
-        return Memory(base, sum_over(size, deltas), sum_over(size, scales))
+        base = sum_leaves(size, frozen) - sum_leaves(size, scales)
+        return Memory(base, sum_leaves(size, deltas), sum_leaves(size, scales))
 
     counted = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_node) if hasattr(leaf, "shape")]
     return Report(
         leaves,
-        sum_over(count_of, deltas),
-        sum(map(count_of, counted)),
-        memory(bytes_of),
-        memory(device_bytes_of),
+        sum_leaves(count_elements, deltas),
+        sum(map(count_elements, counted)),
+        memory(count_bytes),
+        memory(count_device_bytes),
     )
 
 
 def _report_leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     """What there is to say of one node."""
-    shape, base = tuple(node.shape), unnormed(node.base if isinstance(node, Adapted) else node)
+    shape, base = tuple(node.shape), strip_norms(node.base if isinstance(node, Adapted) else node)
     format = base.format if isinstance(base, Quantized) else None
-    bits = bits_of(base)
+    bits = count_bits(base)
     if isinstance(node, Quantized):
         return LeafReport("frozen", shape, None, None, 0, format, bits, uses)
     delta = node.delta if isinstance(node, Adapted) else node
-    count = sum_over(count_of, delta)
+    count = sum_leaves(count_elements, delta)
     if isinstance(delta, Full):
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
     still = count_still(node.base, delta) if isinstance(node, Adapted) else 0
     numbers = delta.rank, delta.scale, count
-    return LeafReport(label_of(delta), shape, *numbers, format, bits, uses, still, delta.is_full)
+    return LeafReport(get_label(delta), shape, *numbers, format, bits, uses, still, delta.is_full)

@@ -17,12 +17,12 @@ from lowrank_jax._nodes import (
     Full,
     LowRank,
     Normed,
+    attach_norms,
     is_node,
-    normed,
 )
 from lowrank_jax._operators.dora import gain_of
 from lowrank_jax._operators.materialize import materialize
-from lowrank_jax._trees.init import typed_key
+from lowrank_jax._trees.init import to_typed_key
 
 
 @checked(scale=number_like, key=key)
@@ -84,7 +84,7 @@ def combine(
         if isinstance(node, LowRank) and node.magnitude is not None and not node.folded:
             _, fan_out, stack = node.for_shape(leaf.shape).axes(leaf.ndim)
             known = isinstance(leaf, Normed) and leaf.axes == (*stack, *fan_out)
-            leaf = leaf if known else normed(leaf, node)
+            leaf = leaf if known else attach_norms(leaf, node)
         masks = None
         if dropout and isinstance(node, LowRank):
             masks = _mask_keys(key, path, node)
@@ -109,7 +109,7 @@ def _multiplier(scale: Any) -> jax.Array | None:
 
 def _mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
     """One dropout key for each stacked weight of a leaf."""
-    leaf_key = jax.random.fold_in(typed_key(key), path_hash(path))
+    leaf_key = jax.random.fold_in(to_typed_key(key), path_hash(path))
     return jax.random.split(leaf_key, node.stacked) if node.stacked else leaf_key
 
 

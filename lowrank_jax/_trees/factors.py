@@ -22,7 +22,7 @@ from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import (
     as_dense,
 )
-from lowrank_jax._nodes.norms import sharding_of
+from lowrank_jax._nodes.norms import get_dense_sharding
 from lowrank_jax._primitives.contract import RANK, accumulator, inverse, labeled_spec
 from lowrank_jax._targeting.targets import (
     Target,
@@ -31,7 +31,7 @@ from lowrank_jax._targeting.targets import (
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 
 
-def make_factors(
+def apply_initializer(
     key: jax.Array, path: str, leaf: Any, target: Target, initializer: Any, dtype: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """a, b and the residual (or None) of a leaf, split as its type says on a mesh of explicit axes.
@@ -49,7 +49,7 @@ def make_factors(
         )
     run = _compiled(form)
     make = lambda key, leaf, data: run(key, leaf, data, target, dtype)
-    sharding = sharding_of(leaf)
+    sharding = get_dense_sharding(leaf)
     if sharding is None:
         return make(key, leaf, data)
     like = lambda labels: jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, labels))

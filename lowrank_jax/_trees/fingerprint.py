@@ -18,7 +18,7 @@ from lowrank_jax._errors import TreeError
 from lowrank_jax._jax.paths import flatten, renamed
 from lowrank_jax._jax.processes import gathered
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Normed, is_adapter, unnormed
+from lowrank_jax._nodes import Normed, is_adapter, strip_norms
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -66,10 +66,10 @@ class Fingerprint:
         """One line for each path in which `other` is not this tree."""
         show = lambda leaf: f"{leaf[1]}{list(leaf[0])} of SHA-256 {leaf[2][:12]}"
         mine, theirs = ({p: show(rest) for p, *rest in f.leaves} for f in (self, other))
-        return differences(renamed(mine, theirs), theirs)
+        return list_differences(renamed(mine, theirs), theirs)
 
 
-def differences(expected: Mapping[str, str], came: Mapping[str, str]) -> list[str]:
+def list_differences(expected: Mapping[str, str], came: Mapping[str, str]) -> list[str]:
     """One line for each key that is missing, unexpected, or not what was expected."""
     lines = []
     for key in sorted(expected.keys() | came.keys()):
@@ -110,7 +110,7 @@ def fingerprint(tree: PyTree) -> Fingerprint:
     False
     """
     own, treedef = flatten(tree, is_leaf=lambda leaf: isinstance(leaf, Normed))
-    plain = jax.tree.unflatten(treedef, [unnormed(leaf) for _, leaf in own])
+    plain = jax.tree.unflatten(treedef, [strip_norms(leaf) for _, leaf in own])
     leaves = flatten(plain, is_leaf=is_adapter)[0]
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(
@@ -130,11 +130,11 @@ def fingerprint(tree: PyTree) -> Fingerprint:
 
 def _leaf(path: str, leaf: Any) -> tuple[str, tuple[int, ...], str, str]:
     """Path, shape, dtype name and content hash of one leaf."""
-    array = to_host(path, leaf)
+    array = to_numpy(path, leaf)
     return path, array.shape, array.dtype.name, sha256(array)
 
 
-def to_host(path: str, leaf: Any) -> np.ndarray:
+def to_numpy(path: str, leaf: Any) -> np.ndarray:
     """A leaf's values as a contiguous array, which no jax.Array keeps alive; copied if need be."""
     try:
         if jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):

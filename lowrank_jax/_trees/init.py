@@ -17,13 +17,13 @@ from lowrank_jax._jax.paths import Pattern, flatten, matches, no_match, path_has
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import (
     LowRank,
+    attach_norms,
+    init_full,
     is_adapter,
     is_node,
-    normed,
-    trained_whole,
-    unnormed,
+    strip_norms,
 )
-from lowrank_jax._nodes.family import start_rows
+from lowrank_jax._nodes.family import init_rows
 from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._operators.dora import norms_of
@@ -31,13 +31,13 @@ from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._targeting.targets import (
     Target,
-    resolve,
-    train_rows,
-    train_whole,
-    warn_of_passed_over,
+    resolve_targets,
+    select_full,
+    select_rows,
+    warn_skipped,
 )
-from lowrank_jax._trees.factors import make_factors
-from lowrank_jax._trees.quantize import quantize_leaf, refuse_bad
+from lowrank_jax._trees.factors import apply_initializer
+from lowrank_jax._trees.quantize import check_quantized, quantize_leaf
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 
@@ -94,7 +94,7 @@ def init(
     ((4, 2), 2.0, None)
     """
     given: Any = key
-    root = jax.random.key(operator.index(given)) if is_seed(given) else typed_key(given)
+    root = jax.random.key(operator.index(given)) if is_seed(given) else to_typed_key(given)
     leaves, treedef = flatten(params, is_leaf=is_node)
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(
@@ -102,22 +102,22 @@ def init(
             "base, or lowrank.merge(base, lora) to start from the merged weights"
         )
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
-    targets = resolve(arrays, config, plan)
-    whole, rows = train_whole(arrays, config), train_rows(arrays, config)
-    warn_of_passed_over(plan, config.targets, targets, (*config.exclude, *whole, *rows))
+    targets = resolve_targets(arrays, config, plan)
+    whole, rows = select_full(arrays, config), select_rows(arrays, config)
+    warn_skipped(plan, config.targets, targets, (*config.exclude, *whole, *rows))
     if find_method(config.method).start and initializer is not None:
         raise ConfigError(f"an initializer is of LoRA's a and b; {config.method!r} has its own")
     chosen = _initializers(initializer, targets)
     base, lora = [], []
     for path, leaf in leaves:
-        node, leaf = None, unnormed(leaf)
+        node, leaf = None, strip_norms(leaf)
         if path in targets:
             leaf_key = jax.random.fold_in(root, path_hash(path))
             leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], chosen[path], config)
         elif path in whole:
-            node = trained_whole(leaf)
+            node = init_full(leaf)
         elif path in rows:
-            node = start_rows(path, leaf, rows[path], config.factor_dtype)
+            node = init_rows(path, leaf, rows[path], config.factor_dtype)
         base.append(leaf)
         lora.append(node)
     return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
@@ -158,7 +158,7 @@ def _initializer(name: str, value: Any) -> Any:
     )
 
 
-def typed_key(key: jax.Array) -> jax.Array:
+def to_typed_key(key: jax.Array) -> jax.Array:
     """A typed key of an old-style uint32 one, whose words tell what made it.
 
     A key of Threefry is one in a process with another default too: a checkpoint may bring it there.
@@ -186,7 +186,7 @@ def _init_leaf(
         initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
     quant = getattr(initializer, "quant", None)
     try:
-        made = make_factors(key, path, leaf, target, initializer, config.factor_dtype)
+        made = apply_initializer(key, path, leaf, target, initializer, config.factor_dtype)
     except ConfigError as error:
         raise ConfigError(f"{path!r}: {error}") from error
     a, b, residual = made
@@ -201,7 +201,7 @@ def _init_leaf(
         else:
             leaf = _quantized(path, residual, leaf, target, quant)
     axes = target.fan_in, target.fan_out, target.stack
-    node = LowRank(a, b, None, *axes, target.scale, target.kind, moved=residual is not None)
+    node = LowRank(a, b, None, *axes, target.scale, target.kind, base_modified=residual is not None)
     return _normed(leaf, node, config)
 
 
@@ -209,7 +209,7 @@ def _normed(leaf: Any, node: LowRank, config: LoraConfig) -> tuple[Any, LowRank]
     """With DoRA the leaf carries its squared norms, and the adapter a magnitude."""
     if not config.dora:
         return leaf, node
-    leaf = normed(leaf, node)
+    leaf = attach_norms(leaf, node)
     return leaf, dataclasses.replace(node, magnitude=_norms(leaf, node))
 
 
@@ -224,5 +224,5 @@ def _quantized(path: str, residual: Any, leaf: Any, target: Target, quant: Any) 
             "exclude the leaf, or give it another initializer"
         )
     node, bad = quantize_leaf(path, residual, target.fan_in, target.stack, quant)
-    refuse_bad({path: bad}, {path: residual})
+    check_quantized({path: bad}, {path: residual})
     return dataclasses.replace(node, weight_dtype=jnp.dtype(leaf.dtype).name)

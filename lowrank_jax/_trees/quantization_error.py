@@ -17,9 +17,9 @@ from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import is_adapter, is_node, unnormed
-from lowrank_jax._nodes.quantized import Quantized, dequantized
-from lowrank_jax._nodes.sizes import bits_of
+from lowrank_jax._nodes import is_adapter, is_node, strip_norms
+from lowrank_jax._nodes.quantized import Quantized, dequantize_node
+from lowrank_jax._nodes.sizes import count_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def quantization_error(dense: Any, frozen: PyTree) -> QuantizationErrors:
     w     64×4   nf4, 4.38 bits           7.90%  4.00e-02  8.00e-02
     """
     wanted, leaves = (
-        {path: unnormed(leaf) for path, leaf in flatten(tree, is_leaf=is_node)[0]}
+        {path: strip_norms(leaf) for path, leaf in flatten(tree, is_leaf=is_node)[0]}
         for tree in (dense, frozen)
     )
     _check(wanted, leaves)
@@ -159,7 +159,7 @@ def _deviation(dense: Any, node: Quantized) -> QuantizationError:
     return QuantizationError(
         node.shape,
         node.format,
-        bits_of(node),
+        count_bits(node),
         relative,
         float(total) / max(1, node.size),
         float(largest),
@@ -170,7 +170,7 @@ def _deviation(dense: Any, node: Quantized) -> QuantizationError:
 def _compare(dense: jax.Array, node: Quantized) -> tuple[jax.Array, ...]:
     """Of each row: error squared, weight squared, error; and the largest error."""
     weight = dense.astype(jnp.float32)
-    error = jnp.abs(dequantized(node).astype(jnp.float32) - weight)
+    error = jnp.abs(dequantize_node(node).astype(jnp.float32) - weight)
     largest = error.max(initial=0)
     # XLA's vectorized maximum on CPU drops NaN, a sum does not
     largest = jnp.where(jnp.isnan(error).any(), jnp.nan, largest)

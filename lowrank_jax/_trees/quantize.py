@@ -15,11 +15,16 @@ from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Normed, as_dense, is_adapter, is_node
-from lowrank_jax._nodes.host import count_bad, quantized_on_host
-from lowrank_jax._nodes.quantized import Axes, Quantized, quantized
+from lowrank_jax._nodes.host import count_nonfinite, quantize_on_host
+from lowrank_jax._nodes.quantized import Axes, Quantized, quantize_array
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax._targeting.plan import Plan
-from lowrank_jax._targeting.targets import axes_of, choose, warn_of_passed_over, why_none
+from lowrank_jax._targeting.targets import (
+    choose_paths,
+    explain_no_target,
+    resolve_axes,
+    warn_skipped,
+)
 from lowrank_jax._trees.donation import Donation
 from lowrank_jax._trees.specs import specs
 
@@ -74,16 +79,18 @@ def quantize(
         kind = kinds.get(type(dict(leaves)[wrong[0]]), "adapters")
         raise TreeError(f"params already holds {kind} ({wrong[0]!r}): pass dense parameters")
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
-    chosen = targets_of(arrays, quant, plan)
+    chosen = choose_targets(arrays, quant, plan)
     if shapes := [p for p in chosen if isinstance(arrays[p], jax.ShapeDtypeStruct)]:
         raise TreeError(
             f"{shapes[0]!r} is a shape without values: for the shapes of the result call "
             "jax.eval_shape(lambda params: lowrank.quantize(params, quant, plan=plan), params)"
         )
-    axes = {path: axes_of_blocks(path, arrays[path], plan) for path in chosen}
+    axes = {path: resolve_block_axes(path, arrays[path], plan) for path in chosen}
     donation = None
     if donate:  # nothing is deleted before all is known to be good
-        refuse_bad({path: _survey(path, arrays[path], *axes[path], quant) for path in axes}, arrays)
+        check_quantized(
+            {path: _survey(path, arrays[path], *axes[path], quant) for path in axes}, arrays
+        )
         donation = Donation(arrays, axes)
     out, bad = [], {}
     for path, leaf in leaves:
@@ -94,15 +101,15 @@ def quantize(
                 if donation is not None:
                     donation.release(path)
         out.append(leaf)
-    refuse_bad(bad, arrays)
+    check_quantized(bad, arrays)
     return jax.tree.unflatten(treedef, out)
 
 
 def _survey(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
     """What `quantize_leaf` would find wrong with a leaf, which is encoded only where it must be."""
-    shapes = quantized_shapes(leaf, fan_in, stack, quant)  # which raises what encoding would
+    shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)  # which raises what encoding would
     on_host = isinstance(leaf, np.ndarray)
-    bad = count_bad(leaf) if on_host else _bad(leaf)
+    bad = count_nonfinite(leaf) if on_host else _bad(leaf)
     if jaxprs.is_tracer(bad) or int(bad) or not quant.double_quant:
         return bad, 0
     largest = max(leaf.max(), -leaf.min()) if on_host else _largest(leaf)
@@ -113,19 +120,19 @@ def _survey(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig)
     return quantize_leaf(path, leaf, fan_in, stack, quant)[1]
 
 
-def targets_of(arrays: dict[str, Any], quant: QuantConfig, plan: Plan | None) -> list[str]:
+def choose_targets(arrays: dict[str, Any], quant: QuantConfig, plan: Plan | None) -> list[str]:
     """The paths to quantize; at least one."""
-    chosen, linear = choose(arrays, quant.targets, quant.exclude, plan)
+    chosen, linear = choose_paths(arrays, quant.targets, quant.exclude, plan)
     if not chosen:
-        raise PatternError(f"no leaf is left to quantize: {why_none(plan, linear)}")
-    warn_of_passed_over(plan, quant.targets, chosen, quant.exclude)
+        raise PatternError(f"no leaf is left to quantize: {explain_no_target(plan, linear)}")
+    warn_skipped(plan, quant.targets, chosen, quant.exclude)
     return chosen
 
 
-def axes_of_blocks(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]:
+def resolve_block_axes(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]:
     """The axes that blocks run along, and the stack axes."""
     use = plan[path] if plan is not None else None
-    fan_in, fan_out, stack, kind = axes_of(
+    fan_in, fan_out, stack, kind = resolve_axes(
         path, tuple(leaf.shape), use, "blocks run along the contracted axes"
     )
     if kind != "lookup" and use is not None and use.lookup:
@@ -138,13 +145,13 @@ def axes_of_blocks(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]
 def quantize_leaf(
     path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig
 ) -> tuple[Any, Any]:
-    """One leaf, and what `refuse_bad` takes; a NumPy array is encoded on the host.
+    """One leaf, and what `check_quantized` takes; a NumPy array is encoded on the host.
 
     The latter is two numbers: of values that are not finite, and of blocks of scales that are too
     large to be quantized in their turn.
     """
     if isinstance(leaf, np.ndarray):
-        node, bad = quantized_on_host(leaf, quantized_shapes(leaf, fan_in, stack, quant))
+        node, bad = quantize_on_host(leaf, eval_quantized_shapes(leaf, fan_in, stack, quant))
         return jax.device_put(node), bad
     together = 0 in stack and _split_first(leaf)
     encode = lambda leaf: _encode(leaf, fan_in, stack, quant, together)
@@ -158,7 +165,7 @@ def quantize_leaf(
         return jaxprs.by_the_compiler(encode, out, leaf)
 
 
-def quantized_shapes(leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
+def eval_quantized_shapes(leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
     """The node of a leaf of that shape and dtype, without values."""
     leaf = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return jax.eval_shape(lambda leaf: _encode(leaf, fan_in, stack, quant)[0], leaf)
@@ -177,7 +184,7 @@ def _encode(
     leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig, together: bool = False
 ) -> tuple[Any, Any]:
     """One leaf on a device."""
-    node = quantized(
+    node = quantize_array(
         leaf,
         fan_in,
         stack,
@@ -203,7 +210,7 @@ def _largest(leaf: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.max(leaf), -jnp.min(leaf)).astype(jnp.float32)
 
 
-def refuse_bad(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> None:
+def check_quantized(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> None:
     """Raise where values are known and not finite, or their scales cannot be quantized."""
     known = {
         path: tuple(map(int, counts))

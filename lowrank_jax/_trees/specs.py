@@ -15,7 +15,7 @@ from lowrank_jax._errors import TreeError, listing
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, unnormed
+from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._primitives.contract import RANK, labeled_spec
 
@@ -76,7 +76,7 @@ def specs(tree: PyTree, dense_specs: Any) -> Any:
         if len(_entries(spec)) > ndim:
             problems.append(f"{path}: {_entries(spec)} for a leaf of {ndim} axes")
             continue
-        if problem := _indivisible(unnormed(getattr(leaf, "base", leaf)), spec):
+        if problem := _indivisible(strip_norms(getattr(leaf, "base", leaf)), spec):
             problems.append(f"{path}: {problem}")
             continue
         found.append(_of(leaf, spec, ndim, many))
@@ -164,11 +164,11 @@ def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
         squares = wrap(labeled_spec(entries, leaf.axes))
         return dataclasses.replace(leaf, value=_of(leaf.value, spec, ndim), squares=squares)
     if isinstance(leaf, Quantized):
-        return leaf.mapped(lambda labels: wrap(labeled_spec(entries, labels)))
+        return leaf.map_axes(lambda labels: wrap(labeled_spec(entries, labels)))
     if not isinstance(leaf, LowRank):
         return wrap(entries)
     parts = {
         name: wrap(labeled_spec(entries, (*ahead, *labels)))
-        for name, labels in leaf.labeled.items()
+        for name, labels in leaf.array_labels.items()
     }
     return dataclasses.replace(leaf, **parts)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._codecs import format_of
+from lowrank_jax._codecs import get_format
 from lowrank_jax._codecs.packing import from_bnb_bytes, pack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP
-from lowrank_jax._nodes.quantized import Quantized, flat_order, quantized
+from lowrank_jax._nodes.quantized import Quantized, get_flat_order, quantize_array
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax.bitsandbytes._quant_state import QuantState
 
@@ -58,10 +58,10 @@ def _arranged(
     options = {
         key: getattr(quant, key) for key in ("format", "block_size", "double_quant", "packing")
     }
-    node = jax.eval_shape(lambda leaf: quantized(leaf, fan_in, (), **options), leaf)
+    node = jax.eval_shape(lambda leaf: quantize_array(leaf, fan_in, (), **options), leaf)
     codes = from_bnb_bytes(packed, 2 * packed.size)
     room = scales.size * quant.block_size - codes.size
-    codes = jnp.pad(codes, (0, room), constant_values=format_of(quant.format).zero)
+    codes = jnp.pad(codes, (0, room), constant_values=get_format(quant.format).zero)
     order, at = order_of_blocks(node)
     sizes = [node.scales.shape[place] for place in order]
     codes = codes.reshape(*sizes, quant.block_size)
@@ -77,4 +77,4 @@ def _arranged(
 
 def order_of_blocks(node: Quantized) -> tuple[list[int], int]:
     """The axes of one leaf's scales, outermost in the flat order first; where codes are cut."""
-    return flat_order(node.strides), node.codes.ndim - 1 - node.trailing
+    return get_flat_order(node.strides), node.codes.ndim - 1 - node.trailing

@@ -22,7 +22,7 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.atomic import clear, flush, make_folder, put_in_place, write_whole
 from lowrank_jax._files.locks import locked
-from lowrank_jax._trees.fingerprint import differences, sha256
+from lowrank_jax._trees.fingerprint import list_differences, sha256
 from lowrank_jax.checkpoint._orbax import (
     make_checkpointer,
     read_arrays,
@@ -128,7 +128,7 @@ def read_archive(
     with quiet(folder.name), make_checkpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         stored = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in stored.items()}
-        problems = differences(_shown(claimed), _shown(stored))
+        problems = list_differences(_shown(claimed), _shown(stored))
         # nothing is allocated for what the files cannot hold
         if claims > sizes + _SLACK * len(claimed):
             problems.append(f"files of {sizes} bytes cannot hold arrays of {claims} bytes")

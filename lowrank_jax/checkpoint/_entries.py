@@ -19,9 +19,9 @@ from lowrank_jax._jax.paths import DEEPEST, flatten
 from lowrank_jax._jax.processes import gathered, placed
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3
-from lowrank_jax._nodes.methods import METHODS
+from lowrank_jax._nodes.methods import ADAPTER_METHODS
 from lowrank_jax._targeting.configs import LoraConfig
-from lowrank_jax._trees.fingerprint import Fingerprint, to_host
+from lowrank_jax._trees.fingerprint import Fingerprint, to_numpy
 
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}
@@ -60,7 +60,7 @@ def write_entry(name: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str
     """Put a leaf's values among the arrays; return its entry."""
     name = quote(name, errors="surrogatepass")
     form = form_of(leaf)
-    arrays[name] = to_host(name, gathered(leaf))
+    arrays[name] = to_numpy(name, gathered(leaf))
     return {"name": name, "form": form}
 
 
@@ -152,7 +152,7 @@ def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str,
 
 def node_types() -> dict[str, Any]:
     """The classes of nodes that are saved, by their names in the manifest."""
-    return {kind.__name__: kind for kind in (*(row.node for row in METHODS), Full)}
+    return {kind.__name__: kind for kind in (*(row.node for row in ADAPTER_METHODS), Full)}
 
 
 def read_node(entry: Mapping, body: Mapping) -> Any:

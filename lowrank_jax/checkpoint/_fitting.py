@@ -12,7 +12,7 @@ from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
 from lowrank_jax._nodes.family import Rows
-from lowrank_jax._trees.fingerprint import Fingerprint, differences, fingerprint
+from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint, list_differences
 from lowrank_jax.checkpoint._entries import parts_of, refuse, static_fields
 
 
@@ -45,8 +45,8 @@ def refuse_malformed(nodes: dict[str, Any]) -> None:
 def _well_formed(node: LowRank) -> bool:
     """Whether the arrays of a node are those of one weight."""
     axes = node.stack + node.fan_in + node.fan_out
-    labeled = node.labeled
-    if not {*node.held} <= labeled.keys() <= {*node.held, "magnitude"}:
+    labeled = node.array_labels
+    if not {*node.required} <= labeled.keys() <= {*node.required, "magnitude"}:
         return False
     parts = [(getattr(node, name), labels) for name, labels in labeled.items()]
     # axes before those of the stack are of a stack of adapters
@@ -78,7 +78,7 @@ def refuse_misshapen(nodes: dict[str, Any], base: Any) -> None:
         )
     refuse(
         "the adapter does not fit the base: pass the base it was trained on, at the same level",
-        differences(
+        list_differences(
             {path: str(np.shape(leaves[path])) for path in nodes if path in leaves},
             {path: str(shape) for path, shape in dense_shapes(nodes).items()},
         ),
@@ -105,9 +105,9 @@ def static_differences(wanted: dict[str, Any], saved: dict[str, Any]) -> list[st
         f"{path}.{name}": repr(value)
         for path in both
         for name, value in static_fields(type(nodes[path]), vars(nodes[path])).items()
-        if name != "moved"  # which base it is of; the file knows
+        if name != "base_modified"  # which base it is of; the file knows
     }
-    return differences(show(wanted), show(saved))
+    return list_differences(show(wanted), show(saved))
 
 
 def fitted(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
@@ -119,7 +119,7 @@ def fitted(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any =
     refuse(
         f"the saved {what} is not that of like.{what}: restore without it and convert, or make it "
         "by the config and optimizer of the checkpoint",
-        differences(show(wanted), show(saved)) + list(more),
+        list_differences(show(wanted), show(saved)) + list(more),
     )
     # an uncommitted array is where it is by default only
     placed = {

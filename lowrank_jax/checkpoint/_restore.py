@@ -14,7 +14,7 @@ import numpy as np
 from lowrank_jax._checks.arguments import checked
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.paths import flatten, in_structure, nested, renamed
-from lowrank_jax._nodes import is_node, nodes_of
+from lowrank_jax._nodes import collect_adapters, is_node
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint
 from lowrank_jax.checkpoint._archive import has_manifest, read_archive, read_manifest
@@ -146,7 +146,7 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
                 nodes = renamed(nodes, [path for path, _ in flatten(base, is_leaf=is_node)[0]])
             refuse_other_base(nodes, trained_on, base, check_base)
         if likes["lora"] is not None:
-            wanted = nodes_of(likes["lora"])
+            wanted = collect_adapters(likes["lora"])
             nodes = renamed(nodes, wanted)
             shardings |= fitted(
                 "lora", parts_of(wanted), parts_of(nodes), static_differences(wanted, nodes)

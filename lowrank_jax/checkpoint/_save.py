@@ -13,7 +13,7 @@ import numpy as np
 from lowrank_jax._checks.arguments import checked, integer_like
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.processes import by_the_first
-from lowrank_jax._nodes import nodes_of
+from lowrank_jax._nodes import collect_adapters
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
 from lowrank_jax.checkpoint._archive import write_archive
@@ -148,7 +148,7 @@ def _contents(
     """The manifest's body and the arrays of what is to be saved, checked."""
     arrays: dict[str, np.ndarray] = {}
     with checkpoint_errors("nothing was written"):
-        nodes = nodes_of(lora)
+        nodes = collect_adapters(lora)
         refuse_malformed(nodes)
         if base is not None and not isinstance(base, Fingerprint):
             refuse_misshapen(nodes, base)

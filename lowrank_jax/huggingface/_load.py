@@ -19,7 +19,7 @@ from lowrank_jax._nodes import is_node
 from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax._targeting.plan import Plan
-from lowrank_jax._trees.quantize import axes_of_blocks, refuse_bad, targets_of
+from lowrank_jax._trees.quantize import check_quantized, choose_targets, resolve_block_axes
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._folder import (
     is_prequantized,
@@ -108,7 +108,7 @@ def load(
                 out[path], bad[path] = read_quantized(tensors, lying, *args)
             else:
                 out[path] = read_leaf(tensors, lying, dtype, sharding)
-    refuse_bad(bad, leaves)
+    check_quantized(bad, leaves)
     return in_structure(like, out)
 
 
@@ -152,10 +152,10 @@ def _blocks(
 ) -> dict[str, tuple[Axes, Axes]]:
     """Path -> the axes that blocks run along and the stack axes, of the leaves to quantize."""
     blocks = {}
-    for path in targets_of(leaves, quant, plan):
+    for path in choose_targets(leaves, quant, plan):
         layout = found[path].layout
         if plan is None and layout.kind == "dot":
             blocks[path] = layout.fan_in, layout.stack  # known from the folder and names
         else:
-            blocks[path] = axes_of_blocks(path, leaves[path], plan)
+            blocks[path] = resolve_block_axes(path, leaves[path], plan)
     return blocks

@@ -13,7 +13,7 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.shards import Tensors
-from lowrank_jax._nodes.host import empty
+from lowrank_jax._nodes.host import allocate_aligned
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax.bitsandbytes._layout import laid_out
@@ -94,7 +94,9 @@ def _read(
         node = laid_out(state, layer.shape, layer.fan_in, packing)
         node = dataclasses.replace(node, weight_dtype=jnp.dtype(dtype).name)
         if whole is None:
-            whole = jax.tree.map(lambda part: empty((*stack, *part.shape), part.dtype), node)
+            whole = jax.tree.map(
+                lambda part: allocate_aligned((*stack, *part.shape), part.dtype), node
+            )
         if jax.tree.structure(node) != jax.tree.structure(whole):
             raise CheckpointError(
                 f"{key} has another nested_quant_map than other layers of {lying.path!r}: load it "

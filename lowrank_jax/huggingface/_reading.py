@@ -12,10 +12,10 @@ import numpy as np
 
 from lowrank_jax._files.shards import Tensors
 from lowrank_jax._jax.processes import placed
-from lowrank_jax._nodes.host import quantized_on_host
+from lowrank_jax._nodes.host import quantize_on_host
 from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._targeting.configs import QuantConfig
-from lowrank_jax._trees.quantize import quantized_shapes
+from lowrank_jax._trees.quantize import eval_quantized_shapes
 from lowrank_jax._trees.specs import specs
 from lowrank_jax.huggingface._leaves import TensorMapping
 
@@ -33,12 +33,12 @@ def read_quantized(
     quant: QuantConfig,
     sharding: Any,
 ) -> tuple[Any, Any]:
-    """A quantized leaf, and what `refuse_bad` takes of it; a stack by its layers."""
+    """A quantized leaf, and what `check_quantized` takes of it; a stack by its layers."""
     fan_in, stack = axes
     shape = jax.ShapeDtypeStruct(lying.layout.shape, dtype)
     by_layers = lying.layout.stack[:1] == stack[:1] == (0,)
     leaf = (_layers if by_layers else _host)(tensors, lying, dtype)
-    node, bad = quantized_on_host(leaf, quantized_shapes(shape, fan_in, stack, quant))
+    node, bad = quantize_on_host(leaf, eval_quantized_shapes(shape, fan_in, stack, quant))
     del leaf
     _trim()
     return put_in_place(node, lying.path, sharding), bad

@@ -14,7 +14,7 @@ from lowrank_jax._checks.arguments import checked
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.shards import open_folder
 from lowrank_jax._jax.paths import flatten
-from lowrank_jax._nodes import is_node, unnormed
+from lowrank_jax._nodes import is_node, strip_norms
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.huggingface._folder import (
     beside,
@@ -77,7 +77,7 @@ def save(
         raise CheckpointError("save works in a program of one process; this one has several")
     if max_shard < 1:
         raise CheckpointError(f"max_shard is {max_shard} bytes: pass 1 or more")
-    leaves = {path: unnormed(leaf) for path, leaf in flatten(params, is_leaf=is_node)[0]}
+    leaves = {path: strip_norms(leaf) for path, leaf in flatten(params, is_leaf=is_node)[0]}
     if not leaves:
         raise CheckpointError("params has no leaves: pass the tree of the model's parameters")
     origin = None if like_folder is None else Path(like_folder)

@@ -17,7 +17,7 @@ from lowrank_jax._files.torch_layout import known_names, refuse_name, use_of
 from lowrank_jax._nodes import as_dense, is_adapter
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.plan import Plan
-from lowrank_jax._trees.fingerprint import to_host
+from lowrank_jax._trees.fingerprint import to_numpy
 from lowrank_jax.huggingface._folder import Lazy
 from lowrank_jax.huggingface._leaves import TensorMapping, keys_of, lying
 from lowrank_jax.huggingface._matching import is_buffer
@@ -105,7 +105,7 @@ def _read(leaf: Any, place: TensorMapping, index: tuple[int, ...]) -> np.ndarray
         layer = _layer(leaf, index, place.layout.stack) if index else leaf
     else:
         layer = place.by_layers(np.asarray(leaf))[index]
-    return place.to_tensor(to_host(place.path, layer))
+    return place.to_tensor(to_numpy(place.path, layer))
 
 
 @functools.partial(jax.jit, static_argnums=2)

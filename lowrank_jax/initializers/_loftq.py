@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lowrank_jax._checks.arguments import anything, checked, rank
 from lowrank_jax._codecs.rounding import round_to
-from lowrank_jax._nodes.quantized import dequantized, quantized
+from lowrank_jax._nodes.quantized import dequantize_node, quantize_array
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax.initializers._data import check_fan_in, normalize_covariance, validate_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
@@ -55,11 +55,11 @@ class LoftQ:
     def _quantize(self, weight: jax.Array) -> jax.Array:
         """The weight after quantization."""
         quant = self.quant
-        node = quantized(
+        node = quantize_array(
             weight, (0,), (), format=quant.format, block_size=quant.block_size,
             double_quant=quant.double_quant, packing=quant.packing,
         )  # fmt: skip
-        return dequantized(node)
+        return dequantize_node(node)
 
     def _find_roots(self, weight: jax.Array) -> tuple[Any, Any]:
         """Multiplication by a root of the covariance, and by its inverse; any root will do."""

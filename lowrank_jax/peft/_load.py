@@ -17,7 +17,7 @@ from lowrank_jax._errors import CheckpointError, LowrankError, listing
 from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.torch_layout import known_names, misnumbered, numbered, stack_axes, use_of
 from lowrank_jax._jax.paths import flatten, in_structure
-from lowrank_jax._nodes import Full, LowRank, is_node, normed, unnormed
+from lowrank_jax._nodes import Full, LowRank, attach_norms, is_node, strip_norms
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
@@ -76,7 +76,7 @@ def load(
     config = parse_config(text, str(folder / CONFIG))
     leaves = flatten(params, is_leaf=is_node)[0]
     floating = {
-        path: unnormed(leaf)
+        path: strip_norms(leaf)
         for path, leaf in leaves
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
@@ -99,7 +99,7 @@ def load(
             f"fit in:\n{listing(sorted(matching.not_finite))}"
         )
     base = {
-        path: normed(leaf, nodes[path]) if _needs_norm(leaf, nodes.get(path)) else leaf
+        path: attach_norms(leaf, nodes[path]) if _needs_norm(leaf, nodes.get(path)) else leaf
         for path, leaf in leaves
     }
     trees = (in_structure(params, found, is_node) for found in (base, nodes))

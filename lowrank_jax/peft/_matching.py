@@ -16,7 +16,7 @@ from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.torch_layout import Layout, layout_of
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax._trees.fingerprint import to_host
+from lowrank_jax._trees.fingerprint import to_numpy
 from lowrank_jax.names import Parameter
 from lowrank_jax.peft._parsing import AdapterConfig
 from lowrank_jax.peft._tensors import find_tied_module, split_key
@@ -132,7 +132,7 @@ class Matching:
         """Whether a tensor of the file is the leaf, as far as the coarser of the two can say."""
         if not place.dense or layout.stack or self.shape(key) != layout.weight_shape:
             return False
-        theirs, ours = self.file.read(key), layout.to_weights(to_host(place.path, place.leaf))
+        theirs, ours = self.file.read(key), layout.to_weights(to_numpy(place.path, place.leaf))
         narrow = min((theirs.dtype, ours.dtype), key=lambda dtype: dtype.itemsize)
         return np.array_equal(theirs.astype(narrow), ours.astype(narrow))
 

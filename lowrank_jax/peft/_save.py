@@ -11,7 +11,7 @@ import jax
 from lowrank_jax._checks.arguments import checked
 from lowrank_jax._errors import CheckpointError, TreeError
 from lowrank_jax._jax.paths import flatten, in_structure
-from lowrank_jax._nodes import is_adapter, is_node, nodes_of
+from lowrank_jax._nodes import collect_adapters, is_adapter, is_node
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.names import Names
@@ -88,7 +88,7 @@ def save(
     if jax.process_count() > 1:
         raise CheckpointError("save works in a program of one process; this one has several")
     if base is not None and original is None:
-        _check_base(nodes_of(lora), base)
+        _check_base(collect_adapters(lora), base)
     tensors, text = convert_adapter(lora, config, base, original, plan, names, for_serving)
     write_folder(Path(directory), text, tensors)
 
@@ -124,7 +124,7 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
     >>> base["norm"].tolist(), type(lora["w"]).__name__, lora["norm"]
     ([2.0, 2.0, 2.0], 'LowRank', None)
     """
-    nodes = nodes_of(lora)
+    nodes = collect_adapters(lora)
     leaves = dict(flatten(base, is_leaf=is_node)[0])
     if wrong := [path for path, leaf in leaves.items() if is_adapter(leaf) or _is_abstract(leaf)]:
         raise TreeError(

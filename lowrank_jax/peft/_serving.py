@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._nodes import Adapted, Full, LowRank, normed
-from lowrank_jax._nodes.methods import label_of
+from lowrank_jax._nodes import Adapted, Full, LowRank, attach_norms
+from lowrank_jax._nodes.methods import get_label
 from lowrank_jax._operators.materialize import materialize
-from lowrank_jax._trees.fingerprint import to_host
+from lowrank_jax._trees.fingerprint import to_numpy
 
 
 def describe_unservable(node: Any) -> str:
     """What a node is that servers have not, or ""."""
     if isinstance(node, Full):
         return "trained whole"
-    if (label := label_of(node)) != "LoRA":
+    if (label := get_label(node)) != "LoRA":
         return label
     return "a convolution" if node.kind == "conv" else ""
 
@@ -31,7 +31,7 @@ def fold_into(leaf: Any, node: Any) -> Any:
     if isinstance(node, Full):
         return jnp.array(node.weight, leaf.dtype, copy=True)  # the adapter may be donated
     with_norms = isinstance(node, LowRank) and node.magnitude is not None and not node.folded
-    return materialize(Adapted(normed(leaf, node) if with_norms else leaf, node))
+    return materialize(Adapted(attach_norms(leaf, node) if with_norms else leaf, node))
 
 
 def unify_factors(nodes: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def unify_factors(nodes: dict[str, Any]) -> dict[str, Any]:
 
 def _pad_factors(path: str, node: LowRank, rank: int, scale: float) -> LowRank:
     """The same product with another rank and scale."""
-    a, b = to_host(path, node.a), to_host(path, node.b)
+    a, b = to_numpy(path, node.a), to_numpy(path, node.b)
     room, axis = (0, rank - node.rank), len(node.stack)
     a = np.pad(a, [*[(0, 0)] * (a.ndim - 1), room])
     b = np.pad(b, [(0, 0) if i != axis else room for i in range(b.ndim)])

@@ -13,8 +13,8 @@ from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.torch_layout import Layout
 from lowrank_jax._nodes import Full, as_dense
 from lowrank_jax._nodes.family import Rows
-from lowrank_jax._nodes.full import full_of
-from lowrank_jax._trees.fingerprint import to_host
+from lowrank_jax._nodes.full import make_full
+from lowrank_jax._trees.fingerprint import to_numpy
 from lowrank_jax.peft._matching import Matching, Place
 from lowrank_jax.peft._tensors import TOKENS
 
@@ -86,7 +86,7 @@ def _build_full(
     shape, dtype = layout.weight_shape, jax.dtypes.canonicalize_dtype(place.leaf.dtype)
     trained = jnp.promote_types(dtype, jnp.float32)
     if len(keys) < len(place.modules) or folds:
-        weights = layout.to_weights(to_host(place.path, place.leaf)).astype(trained)
+        weights = layout.to_weights(to_numpy(place.path, place.leaf)).astype(trained)
     else:
         weights = np.empty((*layout.sizes(layout.stack), *shape), trained)
     for index, key in keys.items():
@@ -94,7 +94,7 @@ def _build_full(
     for index, (key, scale) in folds.items():
         change = matching.read(key).astype(weights.dtype).reshape(shape)
         weights[index] += weights.dtype.type(scale) * change
-    return full_of(jnp.array(layout.from_weights(weights)), dtype)
+    return make_full(jnp.array(layout.from_weights(weights)), dtype)
 
 
 def match_tokens(matching: Matching, place: Place) -> Callable[[], Rows] | None:
@@ -123,7 +123,7 @@ def _build_rows(matching: Matching, place: Place, key: str, rows: list[int]) -> 
     """What is to be added to the table's rows, in ascending order, for the file's to come out."""
     order = np.argsort(rows)
     ascending = tuple(rows[i] for i in order)
-    base = to_host(place.path, as_dense(place.leaf)[jnp.asarray(ascending)])
+    base = to_numpy(place.path, as_dense(place.leaf)[jnp.asarray(ascending)])
     change = matching.read(key)[order].astype(np.float32) - base.astype(np.float32)
     fan_out = tuple(range(1, place.leaf.ndim))
     axes = {"fan_in": (0,), "fan_out": fan_out, "kind": "lookup"}

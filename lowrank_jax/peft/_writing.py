@@ -18,12 +18,12 @@ from lowrank_jax._files.torch_layout import (
     use_of,
 )
 from lowrank_jax._jax.paths import flatten
-from lowrank_jax._nodes import Full, LowRank, as_dense, is_node, nodes_of, unnormed
+from lowrank_jax._nodes import Full, LowRank, as_dense, collect_adapters, is_node, strip_norms
 from lowrank_jax._nodes.family import Rows
-from lowrank_jax._nodes.methods import label_of, method_of
+from lowrank_jax._nodes.methods import get_label, get_method
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
-from lowrank_jax._trees.fingerprint import to_host
+from lowrank_jax._trees.fingerprint import to_numpy
 from lowrank_jax.names import Names, Parameter
 from lowrank_jax.peft._config import compute_alpha, to_json
 from lowrank_jax.peft._difference import factorize_difference
@@ -91,7 +91,7 @@ class _AdapterContents:
                 "pass base"
             )
         rows = list(node.rows)
-        base = to_host(path, as_dense(self.bases[path]))[rows]
+        base = to_numpy(path, as_dense(self.bases[path]))[rows]
         changed = base.astype(np.float32) + node.scale * _to_host(path, node.b)
         self.tokens[name.module] = rows
         self._add_tensors(name.module, {TOKENS: changed.astype(base.dtype)})
@@ -130,7 +130,7 @@ def convert_adapter(
     """Tensors and configuration of an adapter; all that PEFT cannot hold is in one error."""
     leaves = dict(flatten(lora, is_leaf=lambda x: x is None or is_node(x))[0])
     bases = {} if base is None else dict(flatten(base, is_leaf=is_node)[0])
-    nodes = _rebase_nodes(nodes_of(lora), bases, original)
+    nodes = _rebase_nodes(collect_adapters(lora), bases, original)
     if for_serving:
         nodes = unify_factors(nodes)
     named = known_names({**leaves, **bases}, names)
@@ -203,17 +203,17 @@ def _check_supported(path: str, node: Any, name: Parameter) -> None:
         )
     if isinstance(node, Full):
         return
-    if not method_of(node).in_peft:
+    if not get_method(node).in_peft:
         raise CheckpointError(
-            f"{path!r}: {label_of(node)} is no product that a LoRA file holds; save the merged "
+            f"{path!r}: {get_label(node)} is no product that a LoRA file holds; save the merged "
             "weights (lowrank.merge)"
         )
     if node.folded:
         raise CheckpointError(f"{path!r}: save the adapter before lowrank.fold_norms")
     if node.adapters:
-        shape = tuple(getattr(node, node.held[0]).shape)
+        shape = tuple(getattr(node, node.required[0]).shape)
         raise CheckpointError(
-            f"{path!r}: {node.held[0]} is of shape {shape}, several adapters in one; take them "
+            f"{path!r}: {node.required[0]} is of shape {shape}, several adapters in one; take them "
             "apart and save them one by one"
         )
     if name.kind == "weight" and isinstance(node, Rows):
@@ -225,7 +225,7 @@ def _check_supported(path: str, node: Any, name: Parameter) -> None:
 
 
 def _to_host(path: str, value: Any) -> np.ndarray:
-    array = to_host(path, value)
+    array = to_numpy(path, value)
     if array.dtype not in DTYPES.values():
         raise CheckpointError(f"{path!r} is {array.dtype}, which the file has no dtype for")
     return array
@@ -233,7 +233,9 @@ def _to_host(path: str, value: Any) -> np.ndarray:
 
 def _check_base_unmodified(nodes: dict[str, Any]) -> None:
     """Refuse adapters of which it is not said what base they are to change."""
-    if moved := [path for path, node in nodes.items() if isinstance(node, LowRank) and node.moved]:
+    if moved := [
+        path for path, node in nodes.items() if isinstance(node, LowRank) and node.base_modified
+    ]:
         raise CheckpointError(
             "the initializer changed the base of the leaves below: on the original weights the "
             "file would be wrong. Give lowrank.peft.save base and original=params, as they were "
@@ -259,10 +261,10 @@ def _rebase_nodes(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -
     relative, problems = dict(nodes), []
     for path, leaf in bases.items():
         old, node = originals[path], nodes.get(path)
-        leaf, old = unnormed(leaf), unnormed(old)
+        leaf, old = strip_norms(leaf), strip_norms(old)
         if leaf is old or isinstance(node, Full) or not hasattr(leaf, "dtype"):
             continue
-        new_, old_ = to_host(path, as_dense(leaf)), to_host(path, as_dense(old))
+        new_, old_ = to_numpy(path, as_dense(leaf)), to_numpy(path, as_dense(old))
         if np.array_equal(new_, old_):
             continue
         if node is None:
