@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from models import noisy, normal
 
 import lowrank_jax as lowrank
-from lowrank_jax._operators.dora import norms_of
+from lowrank_jax._operators.dora import compute_norms
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -87,7 +87,7 @@ def test_norms_are_those_of_the_dense_sum(name, quant):
         dense = lowrank.dequantize({"w": base.value})["w"]
         plain = dataclasses.replace(node, magnitude=None)
         delta = lowrank.merge({"w": np.zeros(shape, np.float32)}, {"w": plain})["w"]
-        return dense, delta, norms_of(base, node)
+        return dense, delta, compute_norms(base, node)
 
     dense, delta, norms = run(base["w"], node)
     dense, delta = np.asarray(dense, np.float64), np.asarray(delta, np.float64)
@@ -140,7 +140,7 @@ def test_an_adapter_that_cancels_the_weight_stays_finite():
     """W + s a b of rank 0: the factored norm is a difference of equal numbers."""
     base, lora = made(matmul, {"w": normal(4, 5)}, normal(2, 4), rank=4)
     node = dataclasses.replace(lora["w"], a=jnp.eye(4), b=-base["w"].value / lora["w"].scale)
-    assert np.all(np.isfinite(norms_of(base["w"], node)))
+    assert np.all(np.isfinite(compute_norms(base["w"], node)))
     chex.assert_tree_all_finite(lowrank.merge(base, {"w": node}))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from lowrank_jax._display.text import printable
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._nodes import LowRank
-from lowrank_jax._primitives.contract import inverse
+from lowrank_jax._primitives.contract import invert_permutation
 from lowrank_jax.names import Names, Parameter, parameter
 
 
@@ -106,7 +106,7 @@ class Layout:
         if self._turned:
             return second.reshape(*fan_in, rank), first.reshape(rank, *fan_out)
         if self.kind == "conv":
-            back = inverse(self._conv)
+            back = invert_permutation(self._conv)
             a = first.transpose(*(1 + axis for axis in back), 0)
         else:
             a = first.T.reshape(*fan_in, rank)
@@ -150,7 +150,7 @@ class Layout:
 
     def from_weights(self, weights: np.ndarray) -> np.ndarray:
         """The leaf of [*stack, *weight_shape]."""
-        return weights.reshape(self.sizes(self._order)).transpose(inverse(self._order))
+        return weights.reshape(self.sizes(self._order)).transpose(invert_permutation(self._order))
 
 
 def use_of(plan: Mapping[str, Any] | None, path: str) -> Any:

@@ -15,7 +15,7 @@ from lowrank_jax._interpreter.remat import SeenAsDots
 from lowrank_jax._jax import equations, jaxprs
 from lowrank_jax._jax.equations import Jit, Scan, ShardMap, While
 from lowrank_jax._jax.types import Equation
-from lowrank_jax._operators.weight import Weight, single_paths
+from lowrank_jax._operators.weight import Weight, expand_path
 
 Out = Sequence[Any] | None
 
@@ -88,7 +88,7 @@ def evaluate_jit(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     ctx.records += [
         dataclasses.replace(record, path=path)
         for record in entry.ctx.records
-        for path in single_paths(paths[record.path])
+        for path in expand_path(paths[record.path])
     ]
     leave = lambda leaf: dataclasses.replace(leaf, path=paths[leaf.path])
     return [out.map_leaves(leave) if _is_weight(out) else out for out in outs]
@@ -143,7 +143,7 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     specs, parts = [], []
     for value, spec in zip(values, mapping.in_specs, strict=True):
         if _is_weight(value):
-            whole = value.splittable(spec)
+            whole = value.prepare_split(spec)
             found = whole.specs(spec)
             if found is None or not _divides(mapping.mesh, whole, found):
                 value = ctx.dense(value, eqn, "it cannot be split so")

@@ -37,7 +37,7 @@ def _evaluate_scaled(operation: Callable) -> Callable:
         elif len(axes) == weight.ndim:
             return None  # a mask, say: a number for each entry
         numbers = other.reshape([other.shape[axis] for axis in axes])
-        return one_or_none(weight.stretch(numbers, axes, operation))
+        return one_or_none(weight.scale_axes(numbers, axes, operation))
 
     return evaluate
 
@@ -53,8 +53,8 @@ def _survey_scaled(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     if mask or not weight.views or math.prod(shapes[at]) != math.prod(out_shape):
         return survey_other(survey, eqn, ins)
     survey.take(eqn, other.views)
-    stretch = lambda view: view.stretch(out_shape, axes) if axes else view.reshape(out_shape)
-    out = weight.map(stretch, other)
+    scale_axes = lambda view: view.scale_axes(out_shape, axes) if axes else view.reshape(out_shape)
+    out = weight.map(scale_axes, other)
     return [out.replace(products=weight.products | other.products, near=weight.near | other.near)]
 
 

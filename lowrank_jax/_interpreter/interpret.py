@@ -13,7 +13,7 @@ from lowrank_jax._interpreter.operation import OTHER, Table
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import Equation, Jaxpr
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.weight import Weight, single_paths
+from lowrank_jax._operators.weight import Weight, expand_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Context(Nesting):
 
     def record(self, weight: Weight, eqn: Equation, how: str, reason: str = "") -> None:
         """Note a meeting of one leaf and an equation."""
-        for path in single_paths(weight.path):
+        for path in expand_path(weight.path):
             where = self.where(eqn)
             self.records.append(Record(path, eqn.primitive.name, how, *where, reason))
 
@@ -78,7 +78,7 @@ class Context(Nesting):
         """The dense array of a weight that meets a larger one: the cheapest there is."""
         for leaf in weight.leaves():
             reason = "a product of two weights builds the smaller"
-            self.record(leaf, eqn, "built", reason + leaf.lost)
+            self.record(leaf, eqn, "built", reason + leaf.materialize_note)
         return weight.materialize()
 
     def name_of(self, path: Any) -> Any:
@@ -88,7 +88,7 @@ class Context(Nesting):
     def names_of(self, weight: Weight) -> str:
         """The paths of a weight's leaves, for messages."""
         paths = [self.name_of(leaf.path) for leaf in weight.leaves()]
-        return ", ".join(repr(name) for path in paths for name in single_paths(path))
+        return ", ".join(repr(name) for path in paths for name in expand_path(path))
 
     def use(self, weight: Weight) -> Weight:
         """The weight for its next use."""
@@ -101,12 +101,12 @@ class Context(Nesting):
 
     def number(self, leaf: Weight) -> Weight:
         """One leaf for its next use; of one made of several the number is above all of theirs."""
-        return leaf.for_use(max(self.uses.get(path, 0) for path in single_paths(leaf.path)))
+        return leaf.for_use(max(self.uses.get(path, 0) for path in expand_path(leaf.path)))
 
     def count(self, paths: Iterable[Any]) -> None:
         """One more use of each path."""
         for path in paths:
-            each = single_paths(path)
+            each = expand_path(path)
             number = max(self.uses.get(one, 0) for one in each)
             self.uses |= dict.fromkeys(each, number + 1)
 
@@ -125,7 +125,7 @@ class Context(Nesting):
                 "leaf from the targets, or lift with fallback='warn' to let it be built"
             )
         for leaf in value.leaves():
-            self.record(leaf, eqn, "materialized", reason + leaf.lost)
+            self.record(leaf, eqn, "materialized", reason + leaf.materialize_note)
         return value.materialize()
 
     def returned(self, weight: Weight) -> Any:
@@ -136,7 +136,7 @@ class Context(Nesting):
                 "built densely; return what you need of it, or lift with fallback='warn'"
             )
         for leaf in weight.leaves():
-            for path in single_paths(leaf.path):
+            for path in expand_path(leaf.path):
                 self.records.append(
                     Record(path, "return", "materialized", "the results", "", "it is returned")
                 )

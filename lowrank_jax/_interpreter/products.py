@@ -38,7 +38,7 @@ def _recorded(ctx: Context, eqn: Any, weight: Weight, out: Any) -> Out:
     """The result of a product, noted for the report."""
     if out is not None and not isinstance(out, Weight):
         for leaf in weight.leaves():
-            ctx.record(leaf, eqn, leaf.how)
+            ctx.record(leaf, eqn, leaf.product_kind)
     return one_or_none(out)
 
 

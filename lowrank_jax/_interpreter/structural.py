@@ -20,7 +20,7 @@ from lowrank_jax._interpreter.operation import Operation, Table
 from lowrank_jax._interpreter.survey import Survey, Value, as_number, merge
 from lowrank_jax._jax import equations, jaxprs
 from lowrank_jax._jax.equations import Slice, Split
-from lowrank_jax._operators.joined import JoinedWeight
+from lowrank_jax._operators.joined import ConcatenatedWeight
 from lowrank_jax._operators.weight import Weight
 
 Out = Sequence[Any] | None
@@ -163,7 +163,7 @@ def _survey_dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> list[Va
 
 
 def _evaluate_concatenate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    return [JoinedWeight.of(values, equations.joined_axis(eqn))]
+    return [ConcatenatedWeight.of(values, equations.joined_axis(eqn))]
 
 
 def _survey_concatenate(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -189,7 +189,7 @@ def _evaluate_stack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """jnp.stack from JAX 0.12 on."""
     axis, shape = equations.stacked_axis(eqn), list(values[0].shape)
     slices = all_or_none([value.reshape([*shape[:axis], 1, *shape[axis:]]) for value in values])
-    return slices and [JoinedWeight.of(slices, axis)]
+    return slices and [ConcatenatedWeight.of(slices, axis)]
 
 
 def _survey_stack(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -213,7 +213,7 @@ def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         before, after = (list(weight.shape) for _ in "ab")
         before[axis], after[axis] = low, high
         parts = [lax.broadcast(value, before), weight, lax.broadcast(value, after)]
-        weight = JoinedWeight.of(parts, axis)
+        weight = ConcatenatedWeight.of(parts, axis)
     return [weight]
 
 
@@ -233,13 +233,13 @@ def _same(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _identity(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Copies, names and sharding constraints say something of the base alone."""
-    moved = values[0].each(lambda array: jaxprs.bind(eqn, [array])[0], base_only=True)
+    moved = values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0], base_only=True)
     return one_or_none(moved)
 
 
 def _constraint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """What is said of how the whole lies is not said of the parts of joined weights."""
-    return values if isinstance(values[0], JoinedWeight) else _identity(ctx, eqn, values)
+    return values if isinstance(values[0], ConcatenatedWeight) else _identity(ctx, eqn, values)
 
 
 def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
@@ -248,8 +248,8 @@ def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         return None
     (weight,), (target,) = values, equations.devices(eqn)
     if jaxprs.is_host(target):
-        return one_or_none(weight.put(jaxprs.to_host))
-    moved = weight.put(jaxprs.on_device)
+        return one_or_none(weight.transfer_base(jaxprs.to_host))
+    moved = weight.transfer_base(jaxprs.on_device)
     if moved is None or isinstance(target, jax.memory.Space):
         return one_or_none(moved)
     return _identity(ctx, eqn, [moved])
@@ -267,12 +267,12 @@ def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 
 def _stop_gradient(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    return one_or_none(values[0].frozen())
+    return one_or_none(values[0].stop_gradient())
 
 
 def _everywhere(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """reduce_precision acts on the base and on the factors."""
-    return one_or_none(values[0].each(lambda array: jaxprs.bind(eqn, [array])[0]))
+    return one_or_none(values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0]))
 
 
 def _barrier(ctx: Context, eqn: Any, values: list[Any]) -> Out:

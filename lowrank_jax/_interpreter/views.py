@@ -93,7 +93,7 @@ class View:
         """Whether the rows that are looked up are vectors, which no product takes as a weight."""
         return len(self.axes(range(len(self.shape))) - self.looked_up - self.selected) <= 1
 
-    def stretch(self, shape: Sequence[int], axes: Iterable[int]) -> View:
+    def scale_axes(self, shape: Sequence[int], axes: Iterable[int]) -> View:
         """The view times an array that runs along these of its axes."""
         view = self.reshape(shape)
         return dataclasses.replace(view, stretched=(*self.stretched, view.axes(axes)))

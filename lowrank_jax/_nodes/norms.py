@@ -21,7 +21,7 @@ from jax import lax
 
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes.quantized import Quantized, dense_sharding_of, dequantize_node
-from lowrank_jax._primitives.contract import accumulator, labeled_spec
+from lowrank_jax._primitives.contract import accumulator_dtype, labeled_spec
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -53,7 +53,7 @@ def _squared_norm(leaf: Any, axes: tuple[int, ...], stacked: int) -> jax.Array:
         return lax.map(lambda leaf: _squared_norm(leaf, inner, stacked - 1), leaf)
     dense = dequantize_node(leaf) if isinstance(leaf, Quantized) else leaf
     fan_in = tuple(axis for axis in range(dense.ndim) if axis not in axes)
-    squares = jnp.sum(jnp.square(dense.astype(accumulator(dense.dtype))), fan_in)
+    squares = jnp.sum(jnp.square(dense.astype(accumulator_dtype(dense.dtype))), fan_in)
     kept = sorted(axes)
     return jnp.transpose(squares, [kept.index(axis) for axis in axes])
 
@@ -76,7 +76,7 @@ def compute_norm(
       scale: s.
       stacked: number of stack axes.
     """
-    a, b, squares = map(lax.stop_gradient, (a, b, squares.astype(accumulator(squares.dtype))))
+    a, b, squares = map(lax.stop_gradient, (a, b, squares.astype(accumulator_dtype(squares.dtype))))
     lead, inner = tuple(range(stacked)), tuple(range(stacked, a.ndim - 1))
     options: dict[str, Any] = {"precision": _EXACT, "preferred_element_type": squares.dtype}
     gram = lax.dot_general(a, a, ((inner, inner), (lead, lead)), **options)

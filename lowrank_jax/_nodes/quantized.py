@@ -24,7 +24,7 @@ from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK, decode_scales, 
 from lowrank_jax._errors import AxesError, LowrankError, TreeError
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes.serialization import Node
-from lowrank_jax._primitives.quantized_dot import Form
+from lowrank_jax._primitives.quantized_dot import PlatformFn
 
 Axes = tuple[int, ...]
 
@@ -160,7 +160,7 @@ class Quantized(Node):
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding(Form):
+class Decoding(PlatformFn):
     """Decodes parts of a Quantized leaf into its blocks, [*leading, blocks, block, *trailing].
 
     Args:

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._nodes.quantized import Decoding, unflatten_blocks
-from lowrank_jax._primitives.bilinear import Labels, dot_of_labels, flat_dot_of_labels
+from lowrank_jax._primitives.bilinear import Labels, labeled_dot, labeled_flat_dot
 from lowrank_jax._primitives.contract import arrange
-from lowrank_jax._primitives.quantized_dot import Form
+from lowrank_jax._primitives.quantized_dot import PlatformFn
 
 BLOCKS, ELEMENTS = "blocks", "elements"
-PICKED = "picked"  # labels (PICKED, n) of axes of codes of which one entry is taken
+SELECTED = "picked"  # labels (SELECTED, n) of axes of codes of which one entry is taken
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """How decoded blocks lie in the weight.
 
     Args:
@@ -68,7 +68,7 @@ class Layout:
             return blocks, self.axes
         return blocks.reshape(*blocks.shape, *(1 for _ in self.units)), (*self.axes, *self.units)
 
-    def dense(self, blocks: jax.Array) -> jax.Array:
+    def to_dense(self, blocks: jax.Array) -> jax.Array:
         """The dense weight, in the order of its axes."""
         blocks, axes = self.with_units(blocks)
         order = self.expand(range(self.ndim))
@@ -78,38 +78,38 @@ class Layout:
         return arrange(blocks, axes, order, extent).reshape(shape)
 
 
-def is_run(axes: Sequence[int]) -> bool:
+def is_consecutive(axes: Sequence[int]) -> bool:
     """Whether axes are consecutive."""
     return all(b == a + 1 for a, b in itertools.pairwise(axes))
 
 
-def is_picked(label: Any) -> bool:
+def is_selected(label: Any) -> bool:
     """Whether a label is of an axis of which one entry is taken."""
-    return isinstance(label, tuple) and label[0] == PICKED
+    return isinstance(label, tuple) and label[0] == SELECTED
 
 
-def without_layout(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def freeze_options(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Options of a product, hashable; how its result lies is said of the whole."""
     return tuple(sorted((k, v) for k, v in options.items() if k != "out_sharding"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Dot(Form):
+class BlockDot(PlatformFn):
     """lax.dot_general of an activation and decoded blocks, linear in the activation."""
 
-    layout: Layout
+    layout: BlockLayout
     numbers: Any
     on_left: bool
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product, in the order of axes that the user's equation has."""
-        return self._run(dot_of_labels, x, w)
+        return self._run(labeled_dot, x, w)
 
     @property
     def on_cpu(self) -> Callable:
         """As a product of two matrices."""
-        return functools.partial(self._run, flat_dot_of_labels)
+        return functools.partial(self._run, labeled_flat_dot)
 
     def _run(self, product: Any, x: jax.Array, w: jax.Array) -> jax.Array:
         layout = self.layout
@@ -122,7 +122,7 @@ class Dot(Form):
         bound = {*mine[0], *mine[1]}
         free = layout.expand([axis for axis in range(layout.ndim) if axis not in bound])
         x_free = [label for label in own_labels if isinstance(label, tuple)]
-        x, labels = self._cut(x, own_labels, w)
+        x, labels = self._split_contracted(x, own_labels, w)
         out = (*mine[1], *free, *x_free) if self.on_left else (*mine[1], *x_free, *free)
         w, axes = layout.with_units(w)
         pair = (w, x, axes, labels) if self.on_left else (x, w, labels, axes)
@@ -132,13 +132,15 @@ class Dot(Form):
             y = y.reshape(*y.shape[:at], *layout.sizes, *y.shape[at + 2 :])
         return y
 
-    def _cut(self, x: jax.Array, labels: list[Any], w: jax.Array) -> tuple[jax.Array, Labels]:
+    def _split_contracted(
+        self, x: jax.Array, labels: list[Any], w: jax.Array
+    ) -> tuple[jax.Array, Labels]:
         """The activation with the contracted axes of blocks cut in two, as the weight's are."""
         blocked = self.layout.blocked
         if not blocked or blocked[0] not in labels:
             return x, tuple(labels)
         at = [labels.index(axis) for axis in blocked]
-        if not is_run(at):
+        if not is_consecutive(at):
             order = [i for i in range(x.ndim) if i not in at] + at
             x, labels = lax.transpose(x, order), [labels[i] for i in order]
             at = list(range(x.ndim - len(at), x.ndim))
@@ -151,34 +153,34 @@ class Dot(Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class Conv(Form):
+class BlockConv(PlatformFn):
     """lax.conv_general_dilated with a decoded kernel."""
 
-    layout: Layout
+    layout: BlockLayout
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The convolution of x with the blocks' dense kernel."""
-        return lax.conv_general_dilated(x, self.layout.dense(w), **dict(self.options))
+        return lax.conv_general_dilated(x, self.layout.to_dense(w), **dict(self.options))
 
 
 @dataclasses.dataclass(frozen=True)
-class Ragged(Form):
+class BlockRaggedDot(PlatformFn):
     """lax.ragged_dot_general with a decoded weight for each group of rows."""
 
-    layout: Layout
+    layout: BlockLayout
     numbers: Any
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: jax.Array, groups: tuple[jax.Array, jax.Array]) -> jax.Array:
         """The product of each group of rows with its weight; groups: the blocks, and the sizes."""
         w, sizes = groups
-        dense = self.layout.dense(w)
+        dense = self.layout.to_dense(w)
         return lax.ragged_dot_general(x, dense, sizes, self.numbers, **dict(self.options))
 
 
 @dataclasses.dataclass(frozen=True)
-class PickedDecoding(Form):
+class SelectedDecoding(PlatformFn):
     """Decodes one entry of a stack whose axis is not the first of its codes.
 
     The last parts are the numbers of the entries: a loop over such a stack closes over the whole of
@@ -186,7 +188,7 @@ class PickedDecoding(Form):
 
     Args:
       decoding: that of the whole stack.
-      places: for each number, the axis of codes that it picks from, ascending.
+      places: for each number, the axis of codes that it selections from, ascending.
     """
 
     decoding: Decoding
@@ -198,18 +200,18 @@ class PickedDecoding(Form):
         return -1
 
     @property
-    def on_tpu(self) -> PickedDecoding:
+    def on_tpu(self) -> SelectedDecoding:
         """The same, decoded as TPUs want it."""
         return dataclasses.replace(self, decoding=self.decoding.on_tpu)
 
-    def pick(self, *parts: Any) -> tuple[tuple[Any, ...], Decoding]:
+    def select(self, *parts: Any) -> tuple[tuple[Any, ...], Decoding]:
         """The parts of the entry, and how they become numbers."""
         count = len(self.places)
         (codes, scales, table), numbers = parts[:-count], parts[-count:]
         elements = codes.ndim - 1 - self.decoding.trailing
         for place, number in reversed([*zip(self.places, numbers, strict=True)]):
-            codes = _entry(codes, number, place)
-            scales = _entry(scales, number, place - (place > elements))
+            codes = _take_entry(codes, number, place)
+            scales = _take_entry(scales, number, place - (place > elements))
         after = sum(place > elements for place in self.places)
         decoding = dataclasses.replace(
             self.decoding,
@@ -220,12 +222,12 @@ class PickedDecoding(Form):
 
     def __call__(self, *parts: Any) -> jax.Array:
         """The decoded blocks of the entry."""
-        parts, decoding = self.pick(*parts)
+        parts, decoding = self.select(*parts)
         return decoding(*parts)
 
 
 @dataclasses.dataclass(frozen=True)
-class ThenDecoding(Form):
+class TransformedDecoding(PlatformFn):
     """Decodes a weight and leads it through structural operations that its blocks cannot follow.
 
     Args:
@@ -234,19 +236,19 @@ class ThenDecoding(Form):
       operations: (name, *parameters) of each, in order.
     """
 
-    decoding: Form
-    layout: Layout
+    decoding: PlatformFn
+    layout: BlockLayout
     operations: tuple[tuple[Any, ...], ...] = ()
 
     @classmethod
-    def of(cls, decode: Any, layout: Layout) -> ThenDecoding:
+    def of(cls, decode: Any, layout: BlockLayout) -> TransformedDecoding:
         """No operation yet; what has some already goes on from there, in the order of its axes."""
         if not isinstance(decode, cls):
             return cls(decode, layout)
         axes: tuple[Any, ...] = layout.axes
         order = tuple(axes.index(axis) for axis in sorted(axes))
-        decode = decode if order == tuple(range(len(order))) else decode.then("transpose", order)
-        return decode.then("expand", layout.units) if layout.units else decode
+        decode = decode if order == tuple(range(len(order))) else decode.append("transpose", order)
+        return decode.append("expand", layout.units) if layout.units else decode
 
     @property
     def casts(self) -> tuple[str, ...]:
@@ -259,17 +261,17 @@ class ThenDecoding(Form):
         return self.decoding.anchor
 
     @property
-    def on_tpu(self) -> ThenDecoding:
+    def on_tpu(self) -> TransformedDecoding:
         """The same, decoded as TPUs want it."""
         return dataclasses.replace(self, decoding=self.decoding.on_tpu)
 
-    def then(self, name: str, *params: Any) -> ThenDecoding:
+    def append(self, name: str, *params: Any) -> TransformedDecoding:
         """One operation more."""
         return dataclasses.replace(self, operations=(*self.operations, (name, *params)))
 
     def __call__(self, *parts: Any) -> jax.Array:
         """The dense array after all operations."""
-        array = self.layout.dense(self.decoding(*parts))
+        array = self.layout.to_dense(self.decoding(*parts))
         for name, *params in self.operations:
             array = _OPERATIONS[name](array, *params)
         return array
@@ -286,7 +288,7 @@ _OPERATIONS = {
 }
 
 
-def _entry(array: jax.Array, number: jax.Array, axis: int) -> jax.Array:
+def _take_entry(array: jax.Array, number: jax.Array, axis: int) -> jax.Array:
     """array[..., number, ...], number being one of the axis."""
     starts = [number if i == axis else jnp.zeros_like(number) for i in range(array.ndim)]
     sizes = [1 if i == axis else size for i, size in enumerate(array.shape)]
@@ -294,10 +296,10 @@ def _entry(array: jax.Array, number: jax.Array, axis: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedDecoding(Form):
+class GroupedDecoding(PlatformFn):
     """Decodes all parts but the last, the sizes of the groups, which go along."""
 
-    decode: Form
+    decode: PlatformFn
 
     def __call__(self, *parts: Any) -> tuple[jax.Array, jax.Array]:
         """The decoded blocks, and the sizes as they came."""
@@ -317,7 +319,7 @@ class GroupedDecoding(Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class FlatDecoding(Form):
+class FlatDecoding(PlatformFn):
     """Decodes a leaf kept flat into its dense shape: blocks that straddle its rows."""
 
     decoding: Decoding

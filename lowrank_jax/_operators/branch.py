@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._primitives.contract import Labels, accumulator
+from lowrank_jax._primitives.contract import Labels, accumulator_dtype
 
 
-def apply(
+def apply_adapter(
     w: Any,
     x: jax.Array,
     base: Callable[[jax.Array], Any],
@@ -45,28 +45,34 @@ def apply(
     if y is None:
         return None
     if w.gain is None:
-        part = lambda w, x, *others: branch(w, dropped(w, x, stacked), *others).astype(y.dtype)
+        part = lambda w, x, *others: branch(w, apply_dropout(w, x, stacked), *others).astype(
+            y.dtype
+        )
         return y + jaxprs.laid_out_like(y, part, w, x, *others)
     dry = x
     if stacked:
-        dry = dropped(w, x, stacked)
+        dry = apply_dropout(w, x, stacked)
     elif w.key is not None and w.rate:
-        dry = jaxprs.laid_out_like(x, dropped, w, x)
+        dry = jaxprs.laid_out_like(x, apply_dropout, w, x)
     same = y if dry is x else base(dry)
     start = dry if before is None else jaxprs.laid_out_like(dry, before, dry, w.gain)
     out = same if before is None else base(start)
-    bare = w.replaced(multiplier=None, key=None, gain=None)
+    bare = w.replace(multiplier=None, key=None, gain=None)
     part = lambda w, x, *others: branch(w, x, *others).astype(out.dtype)
     out = out + jaxprs.laid_out_like(out, part, bare, start, *others)
     if after is not None:
         out = jaxprs.laid_out_like(out, after, out, w.gain, *others)
     if dry is x and w.multiplier is None:
         return out
-    exact = accumulator(y.dtype)
-    return w.multiplied(y.astype(exact), out.astype(exact), same.astype(exact)).astype(y.dtype)
+    exact = accumulator_dtype(y.dtype)
+    return w.apply_multiplier(y.astype(exact), out.astype(exact), same.astype(exact)).astype(
+        y.dtype
+    )
 
 
-def times(value: jax.Array, labels: Labels, gains: jax.Array, gain_axes: Labels) -> jax.Array:
+def multiply_labeled(
+    value: jax.Array, labels: Labels, gains: jax.Array, gain_axes: Labels
+) -> jax.Array:
     """value times gains along the axes of the same labels, in float32, in value's own dtype."""
     own = [label for label in labels if label in gain_axes]
     gains = lax.transpose(gains, [gain_axes.index(label) for label in own])
@@ -74,13 +80,13 @@ def times(value: jax.Array, labels: Labels, gains: jax.Array, gain_axes: Labels)
     gains = gains.reshape([extent.get(label, 1) for label in labels])
     if value.dtype == gains.dtype:
         return value * gains
-    dtype = accumulator(value.dtype, gains.dtype)
+    dtype = accumulator_dtype(value.dtype, gains.dtype)
     # what is kept for backward is value as it is, not its float32 copy
     exact = lambda value, gains: (value.astype(dtype) * gains.astype(dtype)).astype(value.dtype)
     return jax.checkpoint(exact, prevent_cse=False)(value, gains)
 
 
-def dropped(w: Any, x: jax.Array, stacked: Labels = ()) -> jax.Array:
+def apply_dropout(w: Any, x: jax.Array, stacked: Labels = ()) -> jax.Array:
     """Inverted dropout on the branch's input.
 
     Args:
@@ -109,7 +115,7 @@ def dropped(w: Any, x: jax.Array, stacked: Labels = ()) -> jax.Array:
     return drop(keys)
 
 
-def stacked_keys(w: Any, x_labels: Labels) -> Labels:
+def get_stacked_key_axes(w: Any, x_labels: Labels) -> Labels:
     """Stack axes that keys of masks vary along, and that an activation of these labels lacks."""
     if w.key is None or w.rate == 0:
         return ()

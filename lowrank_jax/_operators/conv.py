@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._operators.branch import apply, times
+from lowrank_jax._operators.branch import apply_adapter, multiply_labeled
 from lowrank_jax._primitives.contract import RANK, arrange
 
 
@@ -28,7 +28,7 @@ def conv(w: Any, other: Any, options: dict[str, Any]) -> jax.Array | None:
         return None
     if {*w.gain_axes} - narrow - {out_axis}:
         return None
-    squeezed = w.replaced(a=a, a_axes=a_axes, b=b, b_axes=b_axes).dropped(narrow - {out_axis})
+    squeezed = w.replace(a=a, a_axes=a_axes, b=b, b_axes=b_axes).drop_labels(narrow - {out_axis})
     return _conv(squeezed, other, options, groups)
 
 
@@ -49,16 +49,18 @@ def _conv(w: Any, x: jax.Array, options: dict[str, Any], groups: int) -> jax.Arr
         return w.base.conv(x, options)
 
     def branch(w: Any, x: jax.Array) -> jax.Array:
-        return _branch(w, x, numbers, groups, thin)
+        return _apply_factors(w, x, numbers, groups, thin)
 
     def after(y: jax.Array, gains: jax.Array) -> jax.Array:
         labels = tuple(out_axis if axis == numbers.out_spec[1] else None for axis in range(y.ndim))
-        return times(y, labels, gains, w.gain_axes)
+        return multiply_labeled(y, labels, gains, w.gain_axes)
 
-    return apply(w, x, base, branch, after=after)
+    return apply_adapter(w, x, base, branch, after=after)
 
 
-def _branch(w: Any, x: jax.Array, numbers: Any, groups: int, options: dict[str, Any]) -> jax.Array:
+def _apply_factors(
+    w: Any, x: jax.Array, numbers: Any, groups: int, options: dict[str, Any]
+) -> jax.Array:
     """The convolution with a, and the mix with b."""
     out_axis, *taps = numbers.rhs_spec
     rank, outputs, dtype = w.a.shape[w.a_axes.index(RANK)], w.shape[out_axis], w.dtype
@@ -69,7 +71,7 @@ def _branch(w: Any, x: jax.Array, numbers: Any, groups: int, options: dict[str, 
     thin = {**options, "dimension_numbers": spec, "preferred_element_type": None}
     inner = lax.conv_general_dilated(x, kernel, **thin)
     feature = numbers.out_spec[1]
-    inner = jnp.moveaxis(w.scaled(inner).astype(x.dtype), feature, 0)
+    inner = jnp.moveaxis(w.apply_scale(inner).astype(x.dtype), feature, 0)
     b = arrange(w.b.astype(dtype), w.b_axes, (RANK, out_axis), sizes)
     inner = inner.reshape(groups, rank, *inner.shape[1:])
     b = b.reshape(rank, groups, outputs // groups)

@@ -23,7 +23,7 @@ from lowrank_jax._jax import jaxprs
 from lowrank_jax._operators import dot, gather
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.labeled import LabeledWeight
-from lowrank_jax._operators.weight import Weight, slicing
+from lowrank_jax._operators.weight import Weight, make_slicer
 from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract
 
 _OTHER = "i"  # the label of the second axis of C; RANK is that of the first
@@ -71,9 +71,9 @@ class CovarianceProbe(LabeledWeight):
         return cls(base, total, places, *labels, path, lambda event: None)
 
     @property
-    def how(self) -> str:  # type: ignore[override]
+    def product_kind(self) -> str:  # type: ignore[override]
         """As of the base."""
-        return self.base.how
+        return self.base.product_kind
 
     def materialize(self) -> Any:
         """The dense base."""
@@ -82,25 +82,29 @@ class CovarianceProbe(LabeledWeight):
     def astype(self, dtype: Any) -> Any:
         """Convert the base."""
         floating = jnp.issubdtype(dtype, jnp.floating)
-        return self.on(self.base.astype(dtype)) if floating else None
+        return self.with_base(self.base.astype(dtype)) if floating else None
 
     # Structural operations: what cuts fan-in would hide how its parts vary together.
 
-    def each(self, fn: Callable, base_only: bool = False) -> Any:
+    def map_arrays(self, fn: Callable, base_only: bool = False) -> Any:
         """Identities are of the base."""
-        return self.on(self.base.each(fn, base_only))
+        return self.with_base(self.base.map_arrays(fn, base_only))
 
-    def frozen(self) -> Any:
+    def stop_gradient(self) -> Any:
         """A weight whose gradient is stopped has inputs all the same."""
-        return self.on(self.base.frozen())
+        return self.with_base(self.base.stop_gradient())
 
     def multiply(self, scalar: Any, fn: Callable) -> Any:
         """Scale the base."""
-        return self.on(self.base.multiply(scalar, fn))
+        return self.with_base(self.base.multiply(scalar, fn))
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> Any:
+    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> Any:
         """Scale the base along other axes than fan-in, whose numbers are part of the input."""
-        return None if {*axes} & {*self.places_axes} else self.on(self.base.stretch(by, axes, fn))
+        return (
+            None
+            if {*axes} & {*self.places_axes}
+            else self.with_base(self.base.scale_axes(by, axes, fn))
+        )
 
     def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> Any:
         """Take a part of the stack or of fan-out, or reverse any axis."""
@@ -109,7 +113,7 @@ class CovarianceProbe(LabeledWeight):
 
     def slice(self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) -> Any:
         """lax.slice of the stack or of fan-out."""
-        _, sizes = slicing(self.shape, starts, limits, strides)
+        _, sizes = make_slicer(self.shape, starts, limits, strides)
         cut = {axis for axis in sizes if sizes[axis] != self.shape[axis]}
         return None if cut & {*self.places_axes} else super().slice(starts, limits, strides)
 
@@ -119,7 +123,7 @@ class CovarianceProbe(LabeledWeight):
 
     def reshard(self, spec: Any, fn: Callable) -> Any:
         """Lay out the base."""
-        return self.on(self.base.reshard(spec, fn))
+        return self.with_base(self.base.reshard(spec, fn))
 
     def specs(self, spec: Any) -> None:
         """In a shard_map one device cannot tell whether others see the same input."""
@@ -129,31 +133,31 @@ class CovarianceProbe(LabeledWeight):
 
     def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
         """lax.dot_general."""
-        y = self._plainly("dot", other, numbers, on_left, options)
+        y = self._apply_to_base("dot", other, numbers, on_left, options)
         (lc, rc), (lb, rb) = numbers
         mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
-        if not self._contracted(mine[0]):
+        if not self._is_contracted(mine[0]):
             return y
-        labels = dot.operand_labels(other.ndim, mine, theirs)
+        labels = dot.label_operand(other.ndim, mine, theirs)
 
         def covariance(x: jax.Array, places: jax.Array) -> jax.Array:
-            return self._product(*self._inputs(x, labels, places))
+            return self._sum_outer_products(*self._flatten_fan_in(x, labels, places))
 
-        return self._observing(y, covariance, other, self.places)
+        return self._observe(y, covariance, other, self.places)
 
     def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
         """lax.ragged_dot_general: one C for each group of rows."""
         (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
         ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
-        if lb or rb or ragged[0] in lc or self._stacked() != {*groups}:
+        if lb or rb or ragged[0] in lc or self._stack_axes() != {*groups}:
             return None
-        y = self._plainly("ragged_dot", other, sizes, numbers, options)
-        if not self._contracted(rc):
+        y = self._apply_to_base("ragged_dot", other, sizes, numbers, options)
+        if not self._is_contracted(rc):
             return y
-        labels = dot.operand_labels(other.ndim, (rc, rb), (lc, lb))
+        labels = dot.label_operand(other.ndim, (rc, rb), (lc, lb))
 
         def covariance(x: jax.Array, places: jax.Array, sizes: jax.Array) -> jax.Array:
-            x, tokens = self._inputs(x, labels, places)
+            x, tokens = self._flatten_fan_in(x, labels, places)
             rows = tuple(range(x.ndim - 1))
             by_group = lax.RaggedDotDimensionNumbers(
                 dot_dimension_numbers=((rows, rows), ((), ())),
@@ -162,16 +166,16 @@ class CovarianceProbe(LabeledWeight):
             )
             return lax.ragged_dot_general(x, x, sizes, by_group, **_EXACT)
 
-        return self._observing(y, covariance, other, self.places, sizes)
+        return self._observe(y, covariance, other, self.places, sizes)
 
     def conv(self, other: Any, options: dict[str, Any]) -> Any:
         """lax.conv_general_dilated: the tokens are patches, those of every group."""
         numbers, groups = options["dimension_numbers"], options["feature_group_count"]
         _, *taps = numbers.rhs_spec
-        if options["batch_group_count"] != 1 or self._stacked():
+        if options["batch_group_count"] != 1 or self._stack_axes():
             return None
-        y = self._plainly("conv", other, options)
-        if not self._contracted(taps):
+        y = self._apply_to_base("conv", other, options)
+        if not self._is_contracted(taps):
             return y
         names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
         window = [self.shape[axis] for axis in taps[1:]]
@@ -184,15 +188,17 @@ class CovarianceProbe(LabeledWeight):
             patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
             patches = patches.reshape(*patches.shape[:-1], groups, *(self.shape[t] for t in taps))
             tokens = tuple(("x", axis) for axis in range(other.ndim))
-            return self._product(*self._inputs(patches, (*tokens, *taps), places))
+            return self._sum_outer_products(
+                *self._flatten_fan_in(patches, (*tokens, *taps), places)
+            )
 
-        return self._observing(y, covariance, other, self.places)
+        return self._observe(y, covariance, other, self.places)
 
     def gather(self, indices: Any, options: dict[str, Any]) -> Any:
         """lax.gather: of stacked weights it is a weight; a look-up has no input to observe."""
         numbers = options["dimension_numbers"]
         indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
-        values = self._plainly("gather", indices, options)
+        values = self._apply_to_base("gather", indices, options)
         if indices.ndim > 1 and not indexed <= {*self.total_axes}:
             return values
         cut = {d for d in range(self.ndim) if options["slice_sizes"][d] != self.shape[d]}
@@ -206,26 +212,28 @@ class CovarianceProbe(LabeledWeight):
         total, labels = gather.gather_labeled(
             self.total, self.total_axes, indices, options, self.shape
         )
-        return self.replaced(total=total, total_axes=labels)._renumbered(place, DenseWeight(values))
+        return self.replace(total=total, total_axes=labels)._renumber(place, DenseWeight(values))
 
-    def _plainly(self, verb: str, *args: Any) -> Any:
+    def _apply_to_base(self, verb: str, *args: Any) -> Any:
         """What the base does, built densely where it cannot."""
         out = getattr(self.base, verb)(*args)
         if out is None:
             out = getattr(DenseWeight(self.base.materialize()), verb)(*args)
         return out.materialize() if isinstance(out, Weight) else out
 
-    def _contracted(self, axes: Sequence[int]) -> bool:
+    def _is_contracted(self, axes: Sequence[int]) -> bool:
         """Whether a product sums over all of fan-in."""
         return bool(self.places_axes) and {*self.places_axes} <= {*axes}
 
-    def _stacked(self) -> set[Any]:
+    def _stack_axes(self) -> set[Any]:
         """Axes that enumerate weights here."""
         return {
             axis for axis, size in enumerate(self.shape) if axis in self.total_axes and size > 1
         }
 
-    def _inputs(self, x: jax.Array, labels: Labels, places: jax.Array) -> tuple[jax.Array, Labels]:
+    def _flatten_fan_in(
+        self, x: jax.Array, labels: Labels, places: jax.Array
+    ) -> tuple[jax.Array, Labels]:
         """x with its fan-in flattened to a last axis, in the order of the leaf; and its labels."""
         fan_in = self.places_axes
         tokens = tuple(label for label in labels if label not in fan_in)
@@ -235,7 +243,7 @@ class CovarianceProbe(LabeledWeight):
         order = jnp.argsort(places.reshape(-1))
         return jnp.take(x, order, axis=-1, mode="clip"), (*tokens, RANK)
 
-    def _product(self, x: jax.Array, labels: Labels) -> jax.Array:
+    def _sum_outer_products(self, x: jax.Array, labels: Labels) -> jax.Array:
         """The sum of x x^T over tokens, as the total lies."""
         other = (*labels[:-1], _OTHER)
         square = tuple(c for a in self.total_axes for c in ((a, _OTHER) if a == RANK else (a,)))
@@ -243,7 +251,7 @@ class CovarianceProbe(LabeledWeight):
         sizes: dict[Any, int] = {**dict(enumerate(self.shape)), RANK: x.shape[-1]}
         return arrange(out, made, square, {**sizes, _OTHER: x.shape[-1]})
 
-    def _observing(self, y: Any, covariance: Callable, *operands: Any) -> Any:
+    def _observe(self, y: Any, covariance: Callable, *operands: Any) -> Any:
         """y, with the covariance of operands for its derivative by the total."""
         self.notify(Event.OBSERVED)
         kind = jax.typeof(self.total)

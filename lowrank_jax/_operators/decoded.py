@@ -10,7 +10,14 @@ import jax.numpy as jnp
 
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._operators.blocks import Conv, Dot, GroupedDecoding, Layout, Ragged, without_layout
+from lowrank_jax._operators.blocks import (
+    BlockConv,
+    BlockDot,
+    BlockLayout,
+    BlockRaggedDot,
+    GroupedDecoding,
+    freeze_options,
+)
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._primitives.quantized_dot import quantized_dot
 
@@ -25,9 +32,9 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
     if not jnp.issubdtype(other.dtype, jnp.floating):
         return None
     decode, parts, layout = w.decoder
-    op = Dot(_here(w, layout), numbers, on_left, without_layout(options))
+    op = BlockDot(_local_layout(w, layout), numbers, on_left, freeze_options(options))
     like = lambda w, other: w.dot(other, numbers, on_left, options)
-    return _product(w, like, op, decode, other, *parts)
+    return _run_product(w, like, op, decode, other, *parts)
 
 
 def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
@@ -35,20 +42,20 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     if not jnp.issubdtype(other.dtype, jnp.floating):
         return None
     decode, parts, layout = w.decoder
-    op = Ragged(_here(w, layout), numbers, without_layout(options))
+    op = BlockRaggedDot(_local_layout(w, layout), numbers, freeze_options(options))
     like = lambda w, other: w.ragged_dot(other, sizes, numbers, options)
-    return _product(w, like, op, GroupedDecoding(decode), other, *parts, sizes)
+    return _run_product(w, like, op, GroupedDecoding(decode), other, *parts, sizes)
 
 
 def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
     """lax.conv_general_dilated."""
     decode, parts, layout = w.decoder
-    op = Conv(_here(w, layout), without_layout(options))
+    op = BlockConv(_local_layout(w, layout), freeze_options(options))
     like = lambda w, other: w.conv(other, options)
-    return _product(w, like, op, decode, other, *parts)
+    return _run_product(w, like, op, decode, other, *parts)
 
 
-def _product(w: Any, like: PyTree, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
+def _run_product(w: Any, like: PyTree, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
     """A product, on a mesh with explicit axes laid out as like(dense weight, other)."""
     run = lambda other, *parts: quantized_dot(other, parts, op, decode)
     if not any(map(jaxprs.is_explicit, (other, *parts))):
@@ -60,7 +67,7 @@ def _product(w: Any, like: PyTree, op: Any, decode: Any, other: Any, *parts: Any
     return jaxprs.by_the_compiler(run, result.sharding, other, *parts)
 
 
-def _here(w: Any, layout: Layout) -> Layout:
+def _local_layout(w: Any, layout: BlockLayout) -> BlockLayout:
     """The layout with the sizes that this device has."""
     shape = w.shape
     return dataclasses.replace(layout, sizes=tuple(shape[axis] for axis in layout.blocked))

@@ -33,7 +33,7 @@ class DenseWeight(Weight):
         """The array."""
         return self.value
 
-    def each(self, fn: Callable, base_only: bool = False) -> DenseWeight:
+    def map_arrays(self, fn: Callable, base_only: bool = False) -> DenseWeight:
         """Apply an identity of values."""
         return DenseWeight(fn(self.value))
 
@@ -65,7 +65,7 @@ class DenseWeight(Weight):
         """Multiply by a scalar."""
         return DenseWeight(fn(self.value, scalar))
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> DenseWeight:
+    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> DenseWeight:
         """Multiply along axes."""
         return DenseWeight(fn(self.value, lax.broadcast_in_dim(by, self.shape, axes)))
 

@@ -21,10 +21,10 @@ from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.quantized import QuantizedWeight
 from lowrank_jax._operators.weight import Weight
-from lowrank_jax._primitives.contract import accumulator
+from lowrank_jax._primitives.contract import accumulator_dtype
 
 
-def weight_of(leaf: Any, path: Any = None) -> Weight:
+def as_weight(leaf: Any, path: Any = None) -> Weight:
     """A frozen leaf as a weight operator."""
     leaf = strip_norms(leaf)
     if isinstance(leaf, Quantized):
@@ -33,20 +33,20 @@ def weight_of(leaf: Any, path: Any = None) -> Weight:
     return DenseWeight(lax.stop_gradient(leaf))
 
 
-def gain_of(leaf: Any, delta: LowRank) -> jax.Array | None:
+def compute_gain(leaf: Any, delta: LowRank) -> jax.Array | None:
     """c of an adapted leaf, [*stack, *fan_out], or None where it has no magnitude."""
     if delta.magnitude is None or delta.folded:
         return delta.magnitude
-    return compute_column_scale(delta.magnitude, norms_of(leaf, delta))
+    return compute_column_scale(delta.magnitude, compute_norms(leaf, delta))
 
 
-def norms_of(leaf: Any, delta: LowRank) -> jax.Array:
+def compute_norms(leaf: Any, delta: LowRank) -> jax.Array:
     """The norm of each output feature of W + s a b, [*stack, *fan_out], a constant."""
     own = leaf if isinstance(leaf, Normed) else attach_norms(leaf, delta)
     delta = delta.for_shape(own.shape)
     fan_in, _, stack = delta.axes(own.ndim)
-    operands = weight_of(own), (own.squares, *delta.factors())
-    run = lambda base, parts: _norms(base, parts, delta.scale, fan_in, stack)
+    operands = as_weight(own), (own.squares, *delta.factors())
+    run = lambda base, parts: _compute_norms(base, parts, delta.scale, fan_in, stack)
     if not any(map(jaxprs.is_split, jax.tree.leaves(operands))):
         return run(*operands)
     sharding = jax.typeof(own.squares).sharding
@@ -54,7 +54,7 @@ def norms_of(leaf: Any, delta: LowRank) -> jax.Array:
         return jaxprs.by_the_compiler(run, sharding, *operands)
 
 
-def count_still(leaf: Any, delta: LowRank) -> int:
+def count_dead_features(leaf: Any, delta: LowRank) -> int:
     """How many output features no training moves, as far as values are at hand.
 
     DoRA's gain is 0 where W + s a b is 0, and with it every gradient.
@@ -63,7 +63,7 @@ def count_still(leaf: Any, delta: LowRank) -> int:
         return 0
     if not all(map(_has_values, jax.tree.leaves((leaf, delta)))) or np.all(leaf.squares):
         return 0
-    return int(np.sum(np.asarray(norms_of(leaf, delta)) == 0))
+    return int(np.sum(np.asarray(compute_norms(leaf, delta)) == 0))
 
 
 def _has_values(leaf: Any) -> bool:
@@ -73,7 +73,7 @@ def _has_values(leaf: Any) -> bool:
     return not jaxprs.is_tracer(leaf) and leaf.is_fully_addressable and not leaf.is_deleted()
 
 
-def _norms(
+def _compute_norms(
     base: Weight, parts: Any, scale: float, fan_in: Sequence[int], stack: Sequence[int]
 ) -> jax.Array:
     """The same; of a quantized stack layer by layer, so that one is decoded at a time."""
@@ -84,10 +84,10 @@ def _norms(
         if layers:
             arrays, rebuild = layers
             inner = [[rest.index(axis) for axis in axes] for axes in (fan_in, stack[1:])]
-            one = lambda layer: _norms(rebuild(layer[0]), layer[1], scale, *inner)
+            one = lambda layer: _compute_norms(rebuild(layer[0]), layer[1], scale, *inner)
             return lax.map(one, (arrays, parts))
     squares, a, b = parts
-    exact = accumulator(base.dtype)
+    exact = accumulator_dtype(base.dtype)
     options = {"precision": lax.Precision.HIGHEST, "preferred_element_type": exact}
 
     def product(a: jax.Array) -> jax.Array:

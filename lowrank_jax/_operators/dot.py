@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._operators.branch import apply, stacked_keys, times
+from lowrank_jax._operators.branch import apply_adapter, get_stacked_key_axes, multiply_labeled
 from lowrank_jax._primitives.bilinear import product_dtype
-from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract, cost
+from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract, count_multiplies
 
 
 def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
     """The base's product as the user wrote it, plus the factors' products."""
     (lc, rc), (lb, rb) = numbers
     mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
-    x_labels = operand_labels(other.ndim, mine, theirs)
+    x_labels = label_operand(other.ndim, mine, theirs)
     bound = {*mine[0], *mine[1]}
     free = [axis for axis in range(w.ndim) if axis not in bound]
     x_free = [label for label in x_labels if isinstance(label, tuple)]
@@ -25,13 +25,13 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
     sizes = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
     last = {"preferred_element_type": options.get("preferred_element_type")}
     # layers that all take this activation: dropout makes it one for each, [*stacked, ...]
-    stacked = stacked_keys(w, x_labels)
+    stacked = get_stacked_key_axes(w, x_labels)
     labels_of = lambda x: (*stacked, *x_labels) if x.ndim > other.ndim else x_labels
     before = after = None
     if {*w.gain_axes} <= {*out}:
-        after = lambda y, gains: times(y, out, gains, w.gain_axes)
+        after = lambda y, gains: multiply_labeled(y, out, gains, w.gain_axes)
     elif {*w.gain_axes} <= {*x_labels}:
-        before = lambda x, gains: times(x, labels_of(x), gains, w.gain_axes)
+        before = lambda x, gains: multiply_labeled(x, labels_of(x), gains, w.gain_axes)
     else:  # a gain that varies along summed and kept axes at once
         return None
 
@@ -48,13 +48,13 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
         return None if y is None else arrange(y, made, out, {})
 
     def branch(w: Any, x: jax.Array) -> jax.Array:
-        value, labels = _branch(w, x, labels_of(x), out, sizes, on_left, options, last)
+        value, labels = _apply_factors(w, x, labels_of(x), out, sizes, on_left, options, last)
         return arrange(value, labels, out, sizes)
 
-    return apply(w, other, base, branch, before=before, after=after, stacked=stacked)
+    return apply_adapter(w, other, base, branch, before=before, after=after, stacked=stacked)
 
 
-def _branch(
+def _apply_factors(
     w: Any,
     x: jax.Array,
     x_labels: Labels,
@@ -73,8 +73,8 @@ def _branch(
     ]
     totals = []
     for (_, first), (_, second) in (factors, factors[::-1]):
-        one, left = cost(sizes, x_labels, first, {*second, *out})
-        two, _ = cost(sizes, left, second, out)
+        one, left = count_multiplies(sizes, x_labels, first, {*second, *out})
+        two, _ = count_multiplies(sizes, left, second, out)
         totals.append(one + two)
     if totals[1] < totals[0]:
         factors.reverse()
@@ -84,7 +84,7 @@ def _branch(
         contract(y, yl, x, xl, keep, **kw) if on_left else contract(x, xl, y, yl, keep, **kw)
     )
     inner, labels = pair(x, x_labels, first, first_axes, {*second_axes, *out}, **precision)
-    inner = w.scaled(inner).astype(dtype)
+    inner = w.apply_scale(inner).astype(dtype)
     return pair(inner, labels, second, second_axes, {*out}, **precision, **last)
 
 
@@ -98,7 +98,7 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
         return None
     if ({*w.a_axes} & {*w.b_axes}) - {RANK, groups[0]}:  # a stack axis that is no group
         return None
-    x_labels = operand_labels(other.ndim, (rc, rb), (lc, lb))
+    x_labels = label_operand(other.ndim, (rc, rb), (lc, lb))
     rows = ("x", ragged[0])
     x_free = [label for label in x_labels if isinstance(label, tuple)]
     free = [axis for axis in range(w.ndim) if axis not in rc and axis != groups[0]]
@@ -111,12 +111,12 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
         return w.base.ragged_dot(x, sizes, numbers, options)
 
     def branch(w: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        step = lambda x, xl, y, yl, keep, options: _ragged(
+        step = lambda x, xl, y, yl, keep, options: _ragged_contract(
             x, xl, y, yl, keep, groups[0], rows, sizes, options
         )
         keep = {*w.b_axes, *out}
         value, labels = step(x, x_labels, w.a.astype(w.dtype), w.a_axes, keep, precision)
-        value = w.scaled(value).astype(product_dtype(x.dtype, w.dtype))
+        value = w.apply_scale(value).astype(product_dtype(x.dtype, w.dtype))
         value, labels = step(value, labels, w.b.astype(w.dtype), w.b_axes, {*out}, last)
         return arrange(value, labels, out, extents)
 
@@ -127,15 +127,15 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
         """Each row times the gains of its group: a product with a column of ones."""
         ones = jnp.ones((other.shape[ragged[0]], 1), gains.dtype)
         labels = (*w.gain_axes, "one")
-        each = _ragged(
+        each = _ragged_contract(
             ones, (rows, "one"), gains[..., None], labels, {*out}, groups[0], rows, sizes, {}
         )
-        return times(y, out, *each)
+        return multiply_labeled(y, out, *each)
 
-    return apply(w, other, base, branch, sizes, after=after)
+    return apply_adapter(w, other, base, branch, sizes, after=after)
 
 
-def _ragged(
+def _ragged_contract(
     x: jax.Array,
     xl: Labels,
     y: jax.Array,
@@ -161,7 +161,7 @@ def _ragged(
     return out, tuple(rest)
 
 
-def operand_labels(ndim: int, mine: Any, theirs: Any) -> Labels:
+def label_operand(ndim: int, mine: Any, theirs: Any) -> Labels:
     """Labels of the other operand: the weight's axis where they meet, ("x", i) elsewhere."""
     labels: list[Any] = [("x", i) for i in range(ndim)]
     for weight_axes, operand_axes in zip(mine, theirs, strict=True):

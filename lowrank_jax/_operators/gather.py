@@ -12,10 +12,10 @@ from jax import lax
 
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._operators.blocks import ELEMENTS
-from lowrank_jax._operators.branch import times
+from lowrank_jax._operators.branch import multiply_labeled
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.weight import Weight
-from lowrank_jax._primitives.contract import Labels, accumulator, arrange, contract
+from lowrank_jax._primitives.contract import Labels, accumulator_dtype, arrange, contract
 
 
 def gather(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
@@ -47,46 +47,48 @@ def gather(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
             if array is not None:
                 array, labels = gather_labeled(array, labels, indices, options, w.shape)
             parts |= {name: array, name + "_axes": labels}
-        moved = w.replaced(**parts)
-        return moved._renumbered(place, base if isinstance(base, Weight) else DenseWeight(base))
+        moved = w.replace(**parts)
+        return moved._renumber(place, base if isinstance(base, Weight) else DenseWeight(base))
     sizes = {**w.sizes(), **dict(zip(out, base.shape, strict=True))}
     dtype = w.dtype
-    scaled = w.scaled if w.gain is None else w.replaced(multiplier=None).scaled
+    scaled = w.apply_scale if w.gain is None else w.replace(multiplier=None).apply_scale
     branch, labels = contract(scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
     branch = arrange(branch, labels, out, sizes).astype(base.dtype)
-    ids, id_labels = _inside(indices, options, w.shape), tuple(("n", i) for i in batch)
+    ids, id_labels = _in_bounds(indices, options, w.shape), tuple(("n", i) for i in batch)
     inside = arrange(ids, id_labels, out, sizes)
     if options["mode"] == _FILL and w.gain is not None:
         # what is read beyond the table is no row of it, and NaN: no derivative may meet it
-        changed = _regained(w, jnp.where(inside, base, 0), branch, out, indices, options)
+        changed = _apply_gain(w, jnp.where(inside, base, 0), branch, out, indices, options)
         return jnp.where(inside, changed, base)
-    changed = _regained(w, base, branch, out, indices, options)
+    changed = _apply_gain(w, base, branch, out, indices, options)
     if options["mode"] != lax.GatherScatterMode.PROMISE_IN_BOUNDS:
         return changed
     places = [out.index(label) for label in id_labels]
-    drop = lambda rows, ids: _without_cotangents(rows, ids, places)
+    drop = lambda rows, ids: _drop_cotangents(rows, ids, places)
     return jaxprs.laid_out_like(changed, drop, changed, ids)
 
 
 _FILL = lax.GatherScatterMode.FILL_OR_DROP
 
 
-def _regained(
+def _apply_gain(
     w: Any, base: jax.Array, branch: jax.Array, out: Labels, indices: Any, options: dict[str, Any]
 ) -> jax.Array:
     """Rows of the base and of the delta, times the gain of the features or rows that have one."""
     changed = base + branch
     if w.gain is None:
         return changed
-    changed = times(changed, out, *gather_labeled(w.gain, w.gain_axes, indices, options, w.shape))
+    changed = multiply_labeled(
+        changed, out, *gather_labeled(w.gain, w.gain_axes, indices, options, w.shape)
+    )
     if w.multiplier is None:
         return changed
-    exact = accumulator(base.dtype)
+    exact = accumulator_dtype(base.dtype)
     plain = base.astype(exact)
-    return w.multiplied(plain, changed.astype(exact), plain).astype(base.dtype)
+    return w.apply_multiplier(plain, changed.astype(exact), plain).astype(base.dtype)
 
 
-def _inside(indices: jax.Array, options: dict[str, Any], shape: Sequence[int]) -> jax.Array:
+def _in_bounds(indices: jax.Array, options: dict[str, Any], shape: Sequence[int]) -> jax.Array:
     """Whether each index is of a slice that there is: bool of indices' shape but for the last."""
     sizes = options["slice_sizes"]
     mapped = options["dimension_numbers"].start_index_map
@@ -94,7 +96,7 @@ def _inside(indices: jax.Array, options: dict[str, Any], shape: Sequence[int]) -
     return jnp.all((indices >= 0) & (indices <= last.astype(indices.dtype)), -1)
 
 
-def _without_cotangents(rows: jax.Array, kept: jax.Array, axes: Sequence[int]) -> jax.Array:
+def _drop_cotangents(rows: jax.Array, kept: jax.Array, axes: Sequence[int]) -> jax.Array:
     """The rows; the cotangents of those that are not kept are dropped, as lax.gather drops them.
 
     rows: [*kept.shape, ...] once `axes` are moved to the front. JAX reads an index beyond an axis
@@ -124,10 +126,10 @@ def gather_blocks(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
     indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
     full = w.shape
     cut = {d for d in range(w.ndim) if options["slice_sizes"][d] != full[d]}
-    if not w.in_blocks or cut - indexed or indexed & {*w.layout.blocked, *w.layout.units}:
+    if not w.is_blockwise or cut - indexed or indexed & {*w.layout.blocked, *w.layout.units}:
         return None
-    w = w.resolved()
-    codes, scales, table = w.with_plain_scales().parts
+    w = w.apply_selections()
+    codes, scales, table = w.with_decoded_scales().parts
     axes = w.layout.axes
     codes, labels = gather_labeled(codes, axes, indices, options, full)
     under = tuple(axis for axis in axes if axis != ELEMENTS)
@@ -150,7 +152,7 @@ def gather_blocks(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
         return value
     fill = jnp.nan if options["fill_value"] is None else options["fill_value"]
     row_labels = tuple(("n", i) for i in range(indices.ndim - 1))
-    inside = arrange(_inside(indices, options, full), row_labels, tuple(out), extent)
+    inside = arrange(_in_bounds(indices, options, full), row_labels, tuple(out), extent)
     return jnp.where(inside, value, fill).astype(value.dtype)
 
 
@@ -167,7 +169,7 @@ def gather_labeled(
     Beyond the table zeros are read: the delta of no row.
     """
     numbers = options["dimension_numbers"]
-    array, labels = _in_order(array, labels)
+    array, labels = _sort_axes(array, labels)
     at = labels.index
     mapped = [i for i, axis in enumerate(numbers.start_index_map) if axis in labels]
     pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
@@ -198,7 +200,7 @@ def gather_labeled(
     return out, (*(("n", i) for i in range(rows)), *kept)
 
 
-def _in_order(array: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+def _sort_axes(array: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
     """The axes of a factor in the order of the weight's, which lax.gather asks of batching axes."""
     mine: list[Any] = [label for label in labels if not isinstance(label, str)]
     if mine == sorted(mine):

@@ -21,13 +21,13 @@ from jax import lax
 
 from lowrank_jax._operators import joined_products
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.weight import JointPath, Weight, single_paths
+from lowrank_jax._operators.weight import JointPath, Weight, expand_path
 from lowrank_jax._primitives.contract import reshape_groups
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class JoinedWeight(Weight):
+class ConcatenatedWeight(Weight):
     """Weights of one dtype, alike in every axis but the one they are joined along.
 
     Args:
@@ -61,7 +61,7 @@ class JoinedWeight(Weight):
         """The size of each part along the axis."""
         return [part.shape[self.axis] for part in self.parts]
 
-    def _cuts(self) -> list[tuple[int, int]]:
+    def _part_bounds(self) -> list[tuple[int, int]]:
         """Where along the axis each part begins and ends."""
         return [*itertools.pairwise(itertools.accumulate(self._sizes, initial=0))]
 
@@ -69,56 +69,58 @@ class JoinedWeight(Weight):
         """The leaves of all parts that are not plain arrays."""
         return tuple(x for p in self.parts if not isinstance(p, DenseWeight) for x in p.leaves())
 
-    def map_leaves(self, fn: Callable[[Any], Weight]) -> JoinedWeight:
+    def map_leaves(self, fn: Callable[[Any], Weight]) -> ConcatenatedWeight:
         """The same, with fn of each leaf."""
         one = lambda part: part if isinstance(part, DenseWeight) else part.map_leaves(fn)
-        return JoinedWeight(tuple(map(one, self.parts)), self.axis)
+        return ConcatenatedWeight(tuple(map(one, self.parts)), self.axis)
 
     def materialize(self) -> jax.Array:
         """The dense concatenation."""
         return lax.concatenate([part.materialize() for part in self.parts], self.axis)
 
-    def _joined(self, parts: Sequence[Any], axis: int | None = None) -> JoinedWeight | None:
+    def _rebuild(self, parts: Sequence[Any], axis: int | None = None) -> ConcatenatedWeight | None:
         """These parts in place of its own, or None where one of them is."""
         axis = self.axis if axis is None else axis
-        return None if any(part is None for part in parts) else JoinedWeight(tuple(parts), axis)
+        return (
+            None if any(part is None for part in parts) else ConcatenatedWeight(tuple(parts), axis)
+        )
 
     # Structural operations
 
-    def each(self, fn: Callable, base_only: bool = False) -> JoinedWeight | None:
+    def map_arrays(self, fn: Callable, base_only: bool = False) -> ConcatenatedWeight | None:
         """Apply an identity of values to each part."""
-        return self._joined([part.each(fn, base_only) for part in self.parts])
+        return self._rebuild([part.map_arrays(fn, base_only) for part in self.parts])
 
-    def put(self, fn: Callable) -> JoinedWeight | None:
+    def transfer_base(self, fn: Callable) -> ConcatenatedWeight | None:
         """Move each part."""
-        return self._joined([part.put(fn) for part in self.parts])
+        return self._rebuild([part.transfer_base(fn) for part in self.parts])
 
-    def frozen(self) -> JoinedWeight | None:
+    def stop_gradient(self) -> ConcatenatedWeight | None:
         """lax.stop_gradient of each part."""
-        return self._joined([part.frozen() for part in self.parts])
+        return self._rebuild([part.stop_gradient() for part in self.parts])
 
-    def astype(self, dtype: jax.typing.DTypeLike) -> JoinedWeight | None:
+    def astype(self, dtype: jax.typing.DTypeLike) -> ConcatenatedWeight | None:
         """Convert each part."""
-        return self._joined([part.astype(dtype) for part in self.parts])
+        return self._rebuild([part.astype(dtype) for part in self.parts])
 
-    def multiply(self, scalar: Any, fn: Callable) -> JoinedWeight | None:
+    def multiply(self, scalar: Any, fn: Callable) -> ConcatenatedWeight | None:
         """Scale each part."""
-        return self._joined([part.multiply(scalar, fn) for part in self.parts])
+        return self._rebuild([part.multiply(scalar, fn) for part in self.parts])
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> JoinedWeight | None:
+    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> ConcatenatedWeight | None:
         """Each part by its own numbers."""
         where = [i for i, axis in enumerate(axes) if axis == self.axis]
-        pieces = self.cut(by, *where) if where else [by] * len(self.parts)
-        return self._joined(
-            [p.stretch(b, axes, fn) for p, b in zip(self.parts, pieces, strict=True)]
+        pieces = self.split_operand(by, *where) if where else [by] * len(self.parts)
+        return self._rebuild(
+            [p.scale_axes(b, axes, fn) for p, b in zip(self.parts, pieces, strict=True)]
         )
 
-    def transpose(self, order: Sequence[int]) -> JoinedWeight | None:
+    def transpose(self, order: Sequence[int]) -> ConcatenatedWeight | None:
         """Permute the axes of each part."""
         parts = [part.transpose(order) for part in self.parts]
-        return self._joined(parts, list(order).index(self.axis))
+        return self._rebuild(parts, list(order).index(self.axis))
 
-    def reshape(self, shape: Sequence[int]) -> JoinedWeight | None:
+    def reshape(self, shape: Sequence[int]) -> ConcatenatedWeight | None:
         """Reshape each part, where every part has whole steps of the axis that they then join.
 
         [2 + 1, 4] -> [8 + 4]: the axis is the slowest of those it is merged with.
@@ -137,33 +139,33 @@ class JoinedWeight(Weight):
             return None
         resized = [[*shape[: new[0]], size // row, *shape[new[0] + 1 :]] for size in sizes]
         parts = [part.reshape(own) for part, own in zip(self.parts, resized, strict=True)]
-        return self._joined(parts, new[0])
+        return self._rebuild(parts, new[0])
 
     def broadcast(
         self, shape: Sequence[int], axes: Sequence[int], fn: Callable
-    ) -> JoinedWeight | None:
+    ) -> ConcatenatedWeight | None:
         """lax.broadcast_in_dim of each part."""
         axis, parts = axes[self.axis], []
         for part, size in zip(self.parts, self._sizes, strict=True):
             own = (*shape[:axis], size, *shape[axis + 1 :])
             fn = lambda array, own=own: lax.broadcast_in_dim(array, own, tuple(axes))
             parts.append(part.broadcast(own, axes, fn))
-        return self._joined(parts, axis)
+        return self._rebuild(parts, axis)
 
     def index(
         self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]
-    ) -> JoinedWeight | None:
+    ) -> ConcatenatedWeight | None:
         """Take a part of other axes than the one joined along."""
         if self.axis in axes:
             return None
-        return self._joined([part.index(fn, sizes, axes) for part in self.parts])
+        return self._rebuild([part.index(fn, sizes, axes) for part in self.parts])
 
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
     ) -> Weight | None:
         """lax.slice: along the axis, what each part has of it."""
         step, parts = strides[self.axis], []
-        for part, (first, last) in zip(self.parts, self._cuts(), strict=True):
+        for part, (first, last) in zip(self.parts, self._part_bounds(), strict=True):
             start = starts[self.axis] - first
             start = start if start >= 0 else start % step  # the first in this part that is taken
             stop = min(limits[self.axis], last) - first
@@ -172,12 +174,12 @@ class JoinedWeight(Weight):
                 parts.append(part.slice(place(start, starts), place(stop, limits), strides))
         if not parts or any(part is None for part in parts):
             return None
-        return JoinedWeight.of(parts, self.axis)
+        return ConcatenatedWeight.of(parts, self.axis)
 
-    def rev(self, axes: Sequence[int]) -> JoinedWeight | None:
+    def rev(self, axes: Sequence[int]) -> ConcatenatedWeight | None:
         """lax.rev: the parts in reverse order too, along the axis."""
         parts = [part.rev(axes) for part in self.parts]
-        return self._joined(parts[::-1] if self.axis in axes else parts)
+        return self._rebuild(parts[::-1] if self.axis in axes else parts)
 
     def unstack(self) -> tuple[Any, Any] | None:
         """Slices along the leading axis; of weights that are joined along it, each its own arrays.
@@ -190,7 +192,7 @@ class JoinedWeight(Weight):
             if any(pair is None for pair in pairs):
                 return None
             arrays, rebuild = zip(*pairs, strict=True)
-            join = lambda slices: self._joined(
+            join = lambda slices: self._rebuild(
                 [make(own) for make, own in zip(rebuild, slices, strict=True)], self.axis - 1
             )
             return arrays, join
@@ -200,7 +202,7 @@ class JoinedWeight(Weight):
         layers = [one for one in found if one is not None and not isinstance(one, DenseWeight)]
         if len(layers) < len(found):
             return None
-        paths = [path for leaf in self.leaves() for path in single_paths(leaf.path)]
+        paths = [path for leaf in self.leaves() for path in expand_path(leaf.path)]
         joint = JointPath(tuple(dict.fromkeys(paths)))
         named = lambda leaf: dataclasses.replace(leaf, path=joint)
         layers = [layer.map_leaves(named) for layer in layers]
@@ -210,15 +212,15 @@ class JoinedWeight(Weight):
             return None
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers), lambda layer: layer
 
-    def splittable(self, spec: Any) -> JoinedWeight:
+    def prepare_split(self, spec: Any) -> ConcatenatedWeight:
         """Each part prepared."""
-        return JoinedWeight(tuple(part.splittable(spec) for part in self.parts), self.axis)
+        return ConcatenatedWeight(tuple(part.prepare_split(spec) for part in self.parts), self.axis)
 
-    def specs(self, spec: Any) -> JoinedWeight | None:
+    def specs(self, spec: Any) -> ConcatenatedWeight | None:
         """Those of the parts, where a device has a piece of each."""
         if self.axis < len(spec) and spec[self.axis] is not None:
             return None
-        return self._joined([part.specs(spec) for part in self.parts])
+        return self._rebuild([part.specs(spec) for part in self.parts])
 
     # Products
 
@@ -248,9 +250,9 @@ class JoinedWeight(Weight):
         if any(part is None for part in parts):
             return None
         if any(isinstance(part, Weight) for part in parts):
-            return JoinedWeight.of(parts, at)
+            return ConcatenatedWeight.of(parts, at)
         return lax.concatenate(parts, at)
 
-    def cut(self, other: jax.Array, axis: int) -> list[jax.Array]:
+    def split_operand(self, other: jax.Array, axis: int) -> list[jax.Array]:
         """The other operand, along the axis that meets the one joined along."""
-        return [lax.slice_in_dim(other, *cut, axis=axis) for cut in self._cuts()]
+        return [lax.slice_in_dim(other, *cut, axis=axis) for cut in self._part_bounds()]

@@ -23,14 +23,14 @@ from lowrank_jax._operators.low_rank import LowRankWeight
 from lowrank_jax._operators.weight import Weight
 from lowrank_jax._operators.zero import ZeroWeight
 from lowrank_jax._primitives.bilinear import product_dtype
-from lowrank_jax._primitives.contract import accumulator
+from lowrank_jax._primitives.contract import accumulator_dtype
 
 Product = Callable[[Weight, Any, dict[str, Any]], Any]  # of a weight, an operand and options
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class MultipliedWeight(DenseWeight):
+class CachedProductWeight(DenseWeight):
     """A dense weight whose product with one operand is known.
 
     Args:
@@ -65,13 +65,15 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
     mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
     product = lambda part, x, options: part.dot(x, numbers, on_left, options)
     if w.axis in mine[0]:
-        return _sum(w, product, other, theirs[0][mine[0].index(w.axis)], options)
+        return _sum_products(w, product, other, theirs[0][mine[0].index(w.axis)], options)
     if w.axis in mine[1]:
         at = theirs[1][mine[1].index(w.axis)]
-        return _join(w, product, other, w.cut(other, at), mine[1].index(w.axis), options)
+        return _concat_products(
+            w, product, other, w.split_operand(other, at), mine[1].index(w.axis), options
+        )
     free = [axis for axis in range(w.ndim) if axis not in (*mine[0], *mine[1])]
     ahead = len(lb) + (0 if on_left else other.ndim - len(theirs[0]) - len(theirs[1]))
-    return _join(w, product, other, None, ahead + free.index(w.axis), options)
+    return _concat_products(w, product, other, None, ahead + free.index(w.axis), options)
 
 
 def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
@@ -81,12 +83,14 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
         return None  # the groups are of a contracted axis, and the result has an axis of them
     product = lambda part, x, options: part.ragged_dot(x, sizes, numbers, options)
     if w.axis in rc:
-        return _sum(w, product, other, lc[rc.index(w.axis)], options)
+        return _sum_products(w, product, other, lc[rc.index(w.axis)], options)
     bound = (*rc, *rb, *numbers.rhs_group_dimensions)
     if w.axis in bound:
         return None
     free = [axis for axis in range(w.ndim) if axis not in bound]
-    return _join(w, product, other, None, other.ndim - len(lc) + free.index(w.axis), options)
+    return _concat_products(
+        w, product, other, None, other.ndim - len(lc) + free.index(w.axis), options
+    )
 
 
 def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
@@ -97,80 +101,84 @@ def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
     if options.get("feature_group_count", 1) != 1 or options.get("batch_group_count", 1) != 1:
         return None
     if w.axis == in_axis:
-        return _sum(w, product, other, numbers.lhs_spec[1], options)
+        return _sum_products(w, product, other, numbers.lhs_spec[1], options)
     if w.axis != out_axis:
         return None
-    return _join(w, product, other, None, numbers.out_spec[1], options)
+    return _concat_products(w, product, other, None, numbers.out_spec[1], options)
 
 
-def _join(
+def _concat_products(
     w: Any, product: Product, other: Any, pieces: list | None, at: int, options: dict[str, Any]
 ) -> Any:
     """The results of all parts joined along an axis; where pieces is None each takes `other`."""
     if options.get("out_sharding") is not None:
         return None
     pieces = [other] * len(w.parts) if pieces is None else pieces
-    bases = _dense_bases(w)
+    bases = _get_dense_bases(w)
     if bases is None:
-        return _joined(w.parts, product, pieces, at, options)
-    y = product(_whole(w, bases), other, options)
+        return _concat_results(w.parts, product, pieces, at, options)
+    y = product(_concat_bases(w, bases), other, options)
     if not _has_gain(w):
-        parts = [_change(part) for part in w.parts]
-        return _plus(y, _joined(parts, product, pieces, at, options))
+        parts = [_without_base(part) for part in w.parts]
+        return _add_change(y, _concat_results(parts, product, pieces, at, options))
     ends = itertools.accumulate((part.shape[w.axis] for part in w.parts), initial=0)
     parts = []
     for part, base, piece, cut in zip(
         w.parts, bases, pieces, itertools.pairwise(ends), strict=True
     ):
-        known = MultipliedWeight(base.value, piece, lax.slice_in_dim(y, *cut, axis=at))
-        parts.append(part.on(known) if isinstance(part, LowRankWeight) else known)
-    return _joined(parts, product, pieces, at, options)
+        known = CachedProductWeight(base.value, piece, lax.slice_in_dim(y, *cut, axis=at))
+        parts.append(part.with_base(known) if isinstance(part, LowRankWeight) else known)
+    return _concat_results(parts, product, pieces, at, options)
 
 
-def _joined(
+def _concat_results(
     parts: Any, product: Product, pieces: list, at: int, options: dict[str, Any]
 ) -> jax.Array | None:
     results = [product(*pair, options) for pair in zip(parts, pieces, strict=True)]
     return None if any(y is None for y in results) else lax.concatenate(results, at)
 
 
-def _sum(w: Any, product: Product, other: jax.Array, at: int, options: dict[str, Any]) -> Any:
+def _sum_products(
+    w: Any, product: Product, other: jax.Array, at: int, options: dict[str, Any]
+) -> Any:
     """The results of all parts, summed before they are rounded to the product's dtype."""
     if options.get("out_sharding") is not None:
         return None
     wanted = options.get("preferred_element_type") or product_dtype(other.dtype, w.dtype)
-    exact = {**options, "preferred_element_type": accumulator(wanted)}
-    pairs = list(zip(w.parts, w.cut(other, at), strict=True))
-    bases = _dense_bases(w)
+    exact = {**options, "preferred_element_type": accumulator_dtype(wanted)}
+    pairs = list(zip(w.parts, w.split_operand(other, at), strict=True))
+    bases = _get_dense_bases(w)
     if bases is None:
-        return _total([product(*pair, exact) for pair in pairs], wanted)
+        return _sum_results([product(*pair, exact) for pair in pairs], wanted)
     changes = []
     for (part, piece), base in zip(pairs, bases, strict=True):
         if isinstance(part, LowRankWeight) and part.gain is not None:
             changed = product(part, piece, exact)
             changes.append(None if changed is None else changed - product(base, piece, exact))
         else:
-            changes.append(product(_change(part), piece, exact))
-    return _plus(product(_whole(w, bases), other, options), _total(changes, wanted))
+            changes.append(product(_without_base(part), piece, exact))
+    return _add_change(
+        product(_concat_bases(w, bases), other, options), _sum_results(changes, wanted)
+    )
 
 
-def _total(results: list[Any], dtype: jax.typing.DTypeLike) -> jax.Array | None:
+def _sum_results(results: list[Any], dtype: jax.typing.DTypeLike) -> jax.Array | None:
     if any(y is None for y in results):
         return None
     return functools.reduce(jnp.add, results).astype(dtype)
 
 
-def _plus(y: jax.Array, change: jax.Array | None) -> jax.Array | None:
+def _add_change(y: jax.Array, change: jax.Array | None) -> jax.Array | None:
     return None if change is None else y + change.astype(y.dtype)
 
 
-def _dense_bases(w: Any) -> list[Any] | None:
+def _get_dense_bases(w: Any) -> list[Any] | None:
     """The base of each part, where every one is dense."""
     bases = [part.base if type(part) is LowRankWeight else part for part in w.parts]
     return bases if all(type(base) is DenseWeight for base in bases) else None
 
 
-def _whole(w: Any, bases: list[Any]) -> DenseWeight:
+def _concat_bases(w: Any, bases: list[Any]) -> DenseWeight:
     """The bases joined."""
     return DenseWeight(lax.concatenate([base.value for base in bases], w.axis))
 
@@ -179,7 +187,7 @@ def _has_gain(w: Any) -> bool:
     return any(type(part) is LowRankWeight and part.gain is not None for part in w.parts)
 
 
-def _change(part: Any) -> Any:
+def _without_base(part: Any) -> Any:
     """What a part adds to its base."""
     nothing = ZeroWeight(part.shape, part.dtype)
-    return part.on(nothing) if isinstance(part, LowRankWeight) else nothing
+    return part.with_base(nothing) if isinstance(part, LowRankWeight) else nothing

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._operators.regroup import regroup
-from lowrank_jax._operators.weight import Take, Weight, reversing, slicing
+from lowrank_jax._operators.weight import Indexer, Weight, make_reverser, make_slicer
 from lowrank_jax._primitives.contract import Labels, labeled_spec, reshape_groups
 
 
@@ -36,37 +36,37 @@ class LabeledWeight(Weight):
         """Dtype of the dense weight, which is that of the product's operand."""
         return self.base.dtype
 
-    def replaced(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """The weight with other fields."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
-    def on(self, base: Weight | None, **changes: Any) -> Self | None:
+    def with_base(self, base: Weight | None, **changes: Any) -> Self | None:
         """This weight on another base, or None where the base could not take part."""
-        return None if base is None else self.replaced(base=base, **changes)
+        return None if base is None else self.replace(base=base, **changes)
 
     def labels(self, name: str) -> Labels:
         """The labels of an array."""
         return getattr(self, name + "_axes")
 
-    def held(self, *names: str) -> dict[str, Any]:
+    def get_arrays(self, *names: str) -> dict[str, Any]:
         """Those of these fields that are there: the labeled arrays, if none is named."""
         arrays = {name: getattr(self, name) for name in names or self.labeled}
         return {name: array for name, array in arrays.items() if array is not None}
 
-    def put(self, fn: Callable) -> Self | None:
+    def transfer_base(self, fn: Callable) -> Self | None:
         """Move the base; the arrays are on the device."""
-        return self.on(self.base.put(fn))
+        return self.with_base(self.base.transfer_base(fn))
 
     def transpose(self, order: Sequence[int]) -> Self | None:
         """Permute the base; renumber the labels."""
         place = {old: new for new, old in enumerate(order)}
-        return self._renumbered(place, self.base.transpose(order))
+        return self._renumber(place, self.base.transpose(order))
 
-    def _renumbered(self, place: dict[Any, int], base: Weight | None, **arrays: Any) -> Self | None:
+    def _renumber(self, place: dict[Any, int], base: Weight | None, **arrays: Any) -> Self | None:
         """On a base whose axis place[i] is this one's axis i."""
         rename = lambda labels: tuple(place.get(label, label) for label in labels)
         labels = {name + "_axes": rename(self.labels(name)) for name in self.labeled}
-        return self.on(base, **labels, **arrays)
+        return self.with_base(base, **labels, **arrays)
 
     def reshape(self, shape: Sequence[int]) -> Self | None:
         """Merge or split axes that an array has all of, or none."""
@@ -75,63 +75,63 @@ class LabeledWeight(Weight):
         groups = reshape_groups(self.shape, shape)
         sizes = dict(enumerate(shape))
         parts = {}
-        for name, array in self.held().items():
+        for name, array in self.get_arrays().items():
             found = regroup(array, self.labels(name), groups, sizes)
             if found is None:
                 return None
             parts[name], parts[name + "_axes"] = found
-        return self.on(self.base.reshape(shape), **parts)
+        return self.with_base(self.base.reshape(shape), **parts)
 
     def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Callable) -> Self | None:
         """No array has the new axes, nor axes of size 1 made longer."""
         place = dict(enumerate(axes))
         grown = {old for old, new in place.items() if self.shape[old] != shape[new]}
-        return self.dropped(grown)._renumbered(place, self.base.broadcast(shape, axes, fn))
+        return self.drop_labels(grown)._renumber(place, self.base.broadcast(shape, axes, fn))
 
-    def dropped(self, gone: set[int]) -> Self:
+    def drop_labels(self, gone: set[int]) -> Self:
         """Forget labels of axes of size 1."""
         parts = {}
-        for name, array in self.held().items():
+        for name, array in self.get_arrays().items():
             labels = self.labels(name)
             at = tuple(i for i, label in enumerate(labels) if label in gone)
             if at:
                 parts[name] = jnp.squeeze(array, at)
                 parts[name + "_axes"] = tuple(label for label in labels if label not in gone)
-        return self.replaced(**parts) if parts else self
+        return self.replace(**parts) if parts else self
 
     def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> Self | None:
         """Take the part fn takes from each array along the axes that it has."""
-        return self._indexed(self.base.index(fn, sizes, axes), fn, axes)
+        return self._index_arrays(self.base.index(fn, sizes, axes), fn, axes)
 
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
     ) -> Self | None:
         """lax.slice of each array along the axes that it has."""
-        take, sizes = slicing(self.shape, starts, limits, strides)
-        return self._indexed(self.base.slice(starts, limits, strides), take, list(sizes))
+        take, sizes = make_slicer(self.shape, starts, limits, strides)
+        return self._index_arrays(self.base.slice(starts, limits, strides), take, list(sizes))
 
     def rev(self, axes: Sequence[int]) -> Self | None:
         """lax.rev of each array along the axes that it has."""
-        return self._indexed(self.base.rev(axes), reversing(axes), axes)
+        return self._index_arrays(self.base.rev(axes), make_reverser(axes), axes)
 
-    def _indexed(self, base: Weight | None, fn: Take, axes: Sequence[int]) -> Self | None:
+    def _index_arrays(self, base: Weight | None, fn: Indexer, axes: Sequence[int]) -> Self | None:
         """On a part of the base, what fn takes from each array along the axes that it has."""
         parts = {}
-        for name, array in self.held().items():
+        for name, array in self.get_arrays().items():
             labels = self.labels(name)
             where = {axis: labels.index(axis) for axis in axes if axis in labels}
             if where:
                 parts[name] = fn(array, where)
-        return self.on(base, **parts)
+        return self.with_base(base, **parts)
 
     def unstack(self) -> tuple[Any, Any] | None:
         """Slices along the leading axis; what does not vary along it is closed over."""
         stacked = self.base.unstack()
         if stacked is None:
             return None
-        names = [name for name in self.held() if 0 in self.labels(name)]
+        names = [name for name in self.get_arrays() if 0 in self.labels(name)]
         fronts = {name: self.labels(name).index(0) for name in names}
-        arrays = {name: _front(getattr(self, name), at) for name, at in fronts.items()}
+        arrays = {name: _move_to_front(getattr(self, name), at) for name, at in fronts.items()}
         arrays["base"], rebuild_base = stacked
         rest = {
             name + "_axes": tuple(label for label in self.labels(name) if label != 0)
@@ -141,28 +141,30 @@ class LabeledWeight(Weight):
 
         def rebuild(slices: dict[str, Any]) -> Self | None:
             base = rebuild_base(slices.pop("base"))
-            return self.replaced(**rest)._renumbered(place, base, **slices)
+            return self.replace(**rest)._renumber(place, base, **slices)
 
         return arrays, rebuild
 
-    def splittable(self, spec: Any) -> Self:
+    def prepare_split(self, spec: Any) -> Self:
         """The base may have to prepare."""
-        return self.replaced(base=self.base.splittable(spec))
+        return self.replace(base=self.base.prepare_split(spec))
 
-    def _own_specs(self, spec: Any) -> dict[str, Any]:
+    def _array_specs(self, spec: Any) -> dict[str, Any]:
         """A PartitionSpec for each array: an axis is split as the weight's axis of its label."""
-        return {name: labeled_spec(spec, self.labels(name)) for name in self.held()}
+        return {name: labeled_spec(spec, self.labels(name)) for name in self.get_arrays()}
 
     def specs(self, spec: Any) -> Self | None:
         """PartitionSpecs of the base and the arrays."""
-        return self.on(self.base.specs(spec), **self._own_specs(spec))
+        return self.with_base(self.base.specs(spec), **self._array_specs(spec))
 
     def reshard(self, spec: Any, fn: Callable) -> Self | None:
         """Lay out the base by the spec, each array by the axes that it has."""
-        parts = {name: fn(getattr(self, name), own) for name, own in self._own_specs(spec).items()}
-        return self.on(self.base.reshard(spec, fn), **parts)
+        parts = {
+            name: fn(getattr(self, name), own) for name, own in self._array_specs(spec).items()
+        }
+        return self.with_base(self.base.reshard(spec, fn), **parts)
 
 
-def _front(array: jax.Array, axis: int) -> jax.Array:
+def _move_to_front(array: jax.Array, axis: int) -> jax.Array:
     """Move one axis to the front."""
     return array if axis == 0 else jnp.moveaxis(array, axis, 0)

@@ -22,13 +22,13 @@ from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes import Adapted, LowRank
 from lowrank_jax._operators import conv, dot, gather, scaling
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.dora import gain_of, weight_of
+from lowrank_jax._operators.dora import as_weight, compute_gain
 from lowrank_jax._operators.labeled import LabeledWeight
 from lowrank_jax._operators.weight import Weight
 from lowrank_jax._primitives.contract import (
     RANK,
     Labels,
-    accumulator,
+    accumulator_dtype,
     arrange,
     contract,
 )
@@ -63,24 +63,24 @@ class LowRankWeight(LabeledWeight):
     labeled = ("a", "b", "key", "gain")
 
     @property
-    def how(self) -> str:  # type: ignore[override]
+    def product_kind(self) -> str:  # type: ignore[override]
         """The adapter is factored; a quantized base is dequantized at the product."""
-        under = self.base.how
+        under = self.base.product_kind
         return "factored" if isinstance(self.base, DenseWeight) else f"factored, {under}"
 
     @property
-    def lost(self) -> str:  # type: ignore[override]
+    def materialize_note(self) -> str:  # type: ignore[override]
         """Dropout acts on the input of the factors, which a dense weight does not have."""
         return "" if self.key is None or not self.rate else "; its dropout is left out"
 
     @classmethod
     def of(cls, node: Adapted, path: Any) -> LowRankWeight:
         """The weight of a node with LowRank factors."""
-        base, node = weight_of(node.base), jaxprs.on_device(node)
+        base, node = as_weight(node.base), jaxprs.on_device(node)
         assert isinstance(node.delta, LowRank)
         delta = node.delta.for_shape(base.shape)
         fan_in, fan_out, stack = delta.axes(base.ndim)
-        (a, b), gain = delta.factors(), gain_of(node.base, delta)
+        (a, b), gain = delta.factors(), compute_gain(node.base, delta)
         return cls(
             base=base,
             a=a,
@@ -101,16 +101,16 @@ class LowRankWeight(LabeledWeight):
         """The size along each label: the weight's axes, and the rank."""
         return {**dict(enumerate(self.shape)), RANK: self.a.shape[self.a_axes.index(RANK)]}
 
-    def scaled(self, value: jax.Array) -> jax.Array:
+    def apply_scale(self, value: jax.Array) -> jax.Array:
         """value times scale and multiplier, in its own dtype."""
         if self.multiplier is not None:
-            factor = jnp.asarray(self.multiplier, accumulator(value.dtype)) * self.scale
+            factor = jnp.asarray(self.multiplier, accumulator_dtype(value.dtype)) * self.scale
             return value * factor.astype(value.dtype)
         return value if self.scale == 1 else value * self.scale
 
     def materialize(self) -> jax.Array:
         """The dense weight, summed in float32 and cast once."""
-        dtype = accumulator(self.dtype, self.a.dtype)
+        dtype = accumulator_dtype(self.dtype, self.a.dtype)
         axes = tuple(range(self.ndim))
         change, labels = contract(
             self.a.astype(dtype),
@@ -122,13 +122,13 @@ class LowRankWeight(LabeledWeight):
         )
         own = self.base.materialize().astype(dtype)
         if self.gain is None:
-            change = arrange(self.scaled(change), labels, axes, self.sizes())
+            change = arrange(self.apply_scale(change), labels, axes, self.sizes())
             return (own + change).astype(self.dtype)
         changed = own + arrange(change * self.scale, labels, axes, self.sizes())
         changed = changed * arrange(self.gain, self.gain_axes, axes, self.sizes())
-        return self.multiplied(own, changed, own).astype(self.dtype)
+        return self.apply_multiplier(own, changed, own).astype(self.dtype)
 
-    def multiplied(self, plain: jax.Array, changed: jax.Array, same: jax.Array) -> jax.Array:
+    def apply_multiplier(self, plain: jax.Array, changed: jax.Array, same: jax.Array) -> jax.Array:
         """Plain and the change from `same` to `changed`, times the multiplier."""
         if self.multiplier is None:
             return changed if plain is same else plain + (changed - same)
@@ -136,51 +136,51 @@ class LowRankWeight(LabeledWeight):
 
     def for_use(self, number: int) -> LowRankWeight:
         """The same weight with a dropout key of its own for this use."""
-        return self if self.key is None else self.replaced(key=_fold(self.key, number))
+        return self if self.key is None else self.replace(key=_fold_in(self.key, number))
 
     # Structural operations
 
-    def each(self, fn: Callable, base_only: bool = False) -> LowRankWeight | None:
+    def map_arrays(self, fn: Callable, base_only: bool = False) -> LowRankWeight | None:
         """Apply an identity of values to the base, and to the factors unless base_only."""
-        base = self.base.each(fn, base_only)
+        base = self.base.map_arrays(fn, base_only)
         if base is None or base_only:
-            return self.on(base)
-        parts = {name: fn(array) for name, array in self.held("a", "b", "gain").items()}
-        return self.replaced(base=base, **parts)
+            return self.with_base(base)
+        parts = {name: fn(array) for name, array in self.get_arrays("a", "b", "gain").items()}
+        return self.replace(base=base, **parts)
 
-    def frozen(self) -> LowRankWeight | None:
+    def stop_gradient(self) -> LowRankWeight | None:
         """Stop the gradients of the factors, of the gain and of the multiplier."""
-        parts = self.held("a", "b", "gain", "multiplier")
+        parts = self.get_arrays("a", "b", "gain", "multiplier")
         parts = {name: lax.stop_gradient(array) for name, array in parts.items()}
-        return self.on(self.base.frozen(), **parts)
+        return self.with_base(self.base.stop_gradient(), **parts)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> LowRankWeight | None:
         """Convert the base; the factors are cast to its dtype in the product."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return self.on(self.base.astype(dtype))
+        return self.with_base(self.base.astype(dtype))
 
     def multiply(self, scalar: Any, fn: Callable) -> LowRankWeight | None:
         """Scale the base and b."""
         return scaling.multiply(self, scalar, fn)
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> LowRankWeight | None:
+    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> LowRankWeight | None:
         """Scale the base and one of the factors."""
-        return scaling.stretch(self, by, axes, fn)
+        return scaling.scale_axes(self, by, axes, fn)
 
     def specs(self, spec: Any) -> LowRankWeight | None:
         """PartitionSpecs of the arrays; the multiplier is whole everywhere."""
         whole = super().specs(spec)
         if whole is None or self.multiplier is None:
             return whole
-        return whole.replaced(multiplier=type(spec)())
+        return whole.replace(multiplier=type(spec)())
 
     def reshard(self, spec: Any, fn: Callable) -> LowRankWeight | None:
         """Lay out the arrays likewise."""
         whole = super().reshard(spec, fn)
         if whole is None or self.multiplier is None:
             return whole
-        return whole.replaced(multiplier=fn(self.multiplier, type(spec)()))
+        return whole.replace(multiplier=fn(self.multiplier, type(spec)()))
 
     # Products
 
@@ -201,7 +201,7 @@ class LowRankWeight(LabeledWeight):
         return gather.gather(self, indices, options)
 
 
-def _fold(key: jax.Array, number: int) -> jax.Array:
+def _fold_in(key: jax.Array, number: int) -> jax.Array:
     """fold_in over keys of any shape."""
     fold = lambda k: jax.random.fold_in(k, number)
     for _ in range(key.ndim):

@@ -10,7 +10,7 @@ from lowrank_jax._errors import LowrankError
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes import Adapted, LowRank, as_dense
 from lowrank_jax._operators.low_rank import LowRankWeight
-from lowrank_jax._primitives.contract import accumulator
+from lowrank_jax._primitives.contract import accumulator_dtype
 
 
 def materialize(node: Any) -> Any:
@@ -29,6 +29,6 @@ def materialize(node: Any) -> Any:
     if node.multiplier is None:
         return node.delta.value.astype(node.base.dtype)  # whatever the base is
     base = as_dense(node.base)
-    whole = base.astype(accumulator(base.dtype))
+    whole = base.astype(accumulator_dtype(base.dtype))
     change = node.delta.value.astype(whole.dtype) - whole
     return (whole + change * jnp.asarray(node.multiplier, whole.dtype)).astype(base.dtype)

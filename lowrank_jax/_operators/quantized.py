@@ -27,17 +27,17 @@ from lowrank_jax._operators import decoded, restructure
 from lowrank_jax._operators.blocks import (
     BLOCKS,
     ELEMENTS,
+    BlockLayout,
     FlatDecoding,
-    Layout,
-    PickedDecoding,
-    ThenDecoding,
+    SelectedDecoding,
+    TransformedDecoding,
     decoded_shape,
-    is_picked,
-    is_run,
+    is_consecutive,
+    is_selected,
 )
 from lowrank_jax._operators.gather import gather_blocks
-from lowrank_jax._operators.scaling import is_wide
-from lowrank_jax._operators.stretched import stretched
+from lowrank_jax._operators.scaling import has_float32_range
+from lowrank_jax._operators.stretched import scale_weight
 from lowrank_jax._operators.weight import Weight
 from lowrank_jax._primitives.contract import labeled_spec
 
@@ -54,16 +54,16 @@ class QuantizedWeight(Weight):
       layout: the weight's axis that each axis of the decoded array is, or a label.
       decode: of parts, to an array whose axes `layout` labels.
       path: of the leaf; None where an adapter's weight, which has it, stands around this one.
-      picks: the entry, a number, of each axis of codes that is labeled (PICKED, n).
+      selections: the entry, a number, of each axis of codes that is labeled (SELECTED, n).
     """
 
     parts: tuple[Any, ...]
-    layout: Layout = dataclasses.field(metadata=_STATIC)
+    layout: BlockLayout = dataclasses.field(metadata=_STATIC)
     decode: Any = dataclasses.field(metadata=_STATIC)
     path: Any = dataclasses.field(metadata=_STATIC)
-    picks: tuple[Any, ...] = ()
+    selections: tuple[Any, ...] = ()
 
-    how = "dequantized"
+    product_kind = "dequantized"
 
     @classmethod
     def of(cls, node: Quantized, path: Any) -> QuantizedWeight:
@@ -72,15 +72,15 @@ class QuantizedWeight(Weight):
         parts = (codes, *map(lax.stop_gradient, rest))
         if node.order is not None:
             decode = FlatDecoding(node.decoding, node.blocked, node.order)
-            return cls(parts, Layout(tuple(range(node.ndim)), (), ()), decode, path)
+            return cls(parts, BlockLayout(tuple(range(node.ndim)), (), ()), decode, path)
         lead = node.leading
         run = tuple(range(lead, lead + len(node.blocked)))
         after = range(lead + len(run), node.ndim)
-        layout = Layout((*range(lead), BLOCKS, ELEMENTS, *after), run, node.blocked)
+        layout = BlockLayout((*range(lead), BLOCKS, ELEMENTS, *after), run, node.blocked)
         return cls(parts, layout, node.decoding, path)
 
     @property
-    def in_blocks(self) -> bool:
+    def is_blockwise(self) -> bool:
         """Whether the decoded array is one of blocks; else it is dense."""
         return isinstance(self.decode, Decoding)
 
@@ -93,23 +93,23 @@ class QuantizedWeight(Weight):
         return decode
 
     @property
-    def decoder(self) -> tuple[Any, tuple[Any, ...], Layout]:
+    def decoder(self) -> tuple[Any, tuple[Any, ...], BlockLayout]:
         """What decodes the entries picked, what it takes, and the layout of its result."""
-        if not self.picks:
+        if not self.selections:
             return self.decode, self.parts, self.layout
         axes: tuple[Any, ...] = self.layout.axes
-        places = [i for i, label in enumerate(axes) if is_picked(label)]
-        picks = [self.picks[axes[place][1]] for place in places]
-        rest = tuple(label for label in axes if not is_picked(label))
-        decode = PickedDecoding(self.decoding, tuple(places))
-        return decode, (*self.parts, *picks), dataclasses.replace(self.layout, axes=rest)
+        places = [i for i, label in enumerate(axes) if is_selected(label)]
+        selections = [self.selections[axes[place][1]] for place in places]
+        rest = tuple(label for label in axes if not is_selected(label))
+        decode = SelectedDecoding(self.decoding, tuple(places))
+        return decode, (*self.parts, *selections), dataclasses.replace(self.layout, axes=rest)
 
-    def resolved(self) -> QuantizedWeight:
+    def apply_selections(self) -> QuantizedWeight:
         """The weight whose arrays are those of the entries picked."""
-        if not self.picks:
+        if not self.selections:
             return self
         decode, parts, layout = self.decoder
-        parts, decoding = decode.pick(*parts)
+        parts, decoding = decode.select(*parts)
         return QuantizedWeight(parts, layout, decoding, self.path)
 
     @property
@@ -127,7 +127,7 @@ class QuantizedWeight(Weight):
     @property
     def ndim(self) -> int:
         """Number of axes."""
-        return self.layout.ndim - len(self.picks)
+        return self.layout.ndim - len(self.selections)
 
     @property
     def dtype(self) -> Any:
@@ -137,7 +137,7 @@ class QuantizedWeight(Weight):
     @property
     def _casts(self) -> tuple[str, ...]:
         """Names of the dtypes that the decoded weight is cast to, in order."""
-        then = self.decode.casts if isinstance(self.decode, ThenDecoding) else ()
+        then = self.decode.casts if isinstance(self.decode, TransformedDecoding) else ()
         return (*self.decoding.casts, *then)
 
     def materialize(self) -> jax.Array:
@@ -146,34 +146,34 @@ class QuantizedWeight(Weight):
         def dense(weight: QuantizedWeight) -> jax.Array:
             decode, parts, layout = weight.decoder
             sizes = tuple(weight.shape[axis] for axis in layout.blocked)  # of this device
-            return dataclasses.replace(layout, sizes=sizes).dense(decode(*parts))
+            return dataclasses.replace(layout, sizes=sizes).to_dense(decode(*parts))
 
         if not any(map(jaxprs.is_split, self.parts)):
             return dense(self)
         sharding, spec = jax.typeof(self.parts[0]).sharding, jax.P()
-        if self.in_blocks:
+        if self.is_blockwise:
             spec = self.layout.spec(sharding.spec)
         return jaxprs.by_the_compiler(dense, jax.NamedSharding(sharding.mesh, spec), self)
 
-    def replaced(self, **changes: Any) -> QuantizedWeight:
+    def replace(self, **changes: Any) -> QuantizedWeight:
         return dataclasses.replace(self, **changes)
 
-    def _then(self, name: str, *params: Any) -> QuantizedWeight:
+    def _transform_decoded(self, name: str, *params: Any) -> QuantizedWeight:
         """The weight led through one more operation once it is decoded."""
-        weight = self.resolved()
-        decode = ThenDecoding.of(weight.decode, weight.layout).then(name, *params)
+        weight = self.apply_selections()
+        decode = TransformedDecoding.of(weight.decode, weight.layout).append(name, *params)
         ndim = len(decoded_shape(decode, *((part.shape, part.dtype) for part in weight.parts)))
-        return weight.replaced(decode=decode, layout=Layout(tuple(range(ndim)), (), ()))
+        return weight.replace(decode=decode, layout=BlockLayout(tuple(range(ndim)), (), ()))
 
     # Structural operations
 
-    def each(self, fn: Callable, base_only: bool = False) -> QuantizedWeight | None:
+    def map_arrays(self, fn: Callable, base_only: bool = False) -> QuantizedWeight | None:
         """What is said of the dense array (a name, a layout) is not said of its blocks."""
         return self if base_only else None
 
-    def put(self, fn: Callable) -> QuantizedWeight:
+    def transfer_base(self, fn: Callable) -> QuantizedWeight:
         """Move all parts."""
-        return self.replaced(parts=tuple(map(fn, self.parts)))
+        return self.replace(parts=tuple(map(fn, self.parts)))
 
     def astype(self, dtype: jax.typing.DTypeLike) -> QuantizedWeight | None:
         """One more cast after decoding."""
@@ -182,51 +182,51 @@ class QuantizedWeight(Weight):
         name = jnp.dtype(dtype).name
         if self.dtype == dtype:
             return self
-        if isinstance(self.decode, ThenDecoding):
-            return self.replaced(decode=self.decode.then("astype", name))
+        if isinstance(self.decode, TransformedDecoding):
+            return self.replace(decode=self.decode.append("astype", name))
         decoding = dataclasses.replace(self.decoding, casts=(*self.decoding.casts, name))
         if isinstance(self.decode, FlatDecoding):
             decoding = dataclasses.replace(self.decode, decoding=decoding)
-        return self.replaced(decode=decoding)
+        return self.replace(decode=decoding)
 
     def transpose(self, order: Sequence[int]) -> QuantizedWeight:
         """Renumber the labels, as long as the axes of blocks stay a run."""
         place = {old: new for new, old in enumerate(order)}
-        return self.renumbered(place) or self._then("transpose", tuple(order))
+        return self.renumber(place) or self._transform_decoded("transpose", tuple(order))
 
-    def renumbered(self, place: dict[Any, int], **changes: Any) -> QuantizedWeight | None:
+    def renumber(self, place: dict[Any, int], **changes: Any) -> QuantizedWeight | None:
         layout = self.layout
         blocked, units = (
             tuple(place[axis] for axis in old) for old in (layout.blocked, layout.units)
         )
-        if not is_run(blocked):
+        if not is_consecutive(blocked):
             return None
         axes = tuple(place.get(axis, axis) for axis in layout.axes)
-        return self.replaced(layout=Layout(axes, blocked, layout.sizes, units), **changes)
+        return self.replace(layout=BlockLayout(axes, blocked, layout.sizes, units), **changes)
 
     def reshape(self, shape: Sequence[int]) -> QuantizedWeight | None:
         """Merge, split or drop runs of axes; those that blocks run along among themselves."""
         if 0 in self.shape:
             return None
-        return restructure.reshape(self, shape) or self._then("reshape", tuple(shape))
+        return restructure.reshape(self, shape) or self._transform_decoded("reshape", tuple(shape))
 
     def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Callable) -> QuantizedWeight:
         """New axes of size 1 are the layout's alone."""
         grown = any(self.shape[old] != shape[new] for old, new in enumerate(axes))
         new = [axis for axis in range(len(shape)) if axis not in axes]
         if grown or any(shape[axis] != 1 for axis in new):
-            return self._then("broadcast", tuple(shape), tuple(axes))
-        moved = self.renumbered(dict(enumerate(axes)))
+            return self._transform_decoded("broadcast", tuple(shape), tuple(axes))
+        moved = self.renumber(dict(enumerate(axes)))
         if moved is None:
-            return self._then("broadcast", tuple(shape), tuple(axes))
+            return self._transform_decoded("broadcast", tuple(shape), tuple(axes))
         units = (*moved.layout.units, *new)
-        return moved.replaced(layout=dataclasses.replace(moved.layout, units=units))
+        return moved.replace(layout=dataclasses.replace(moved.layout, units=units))
 
     @property
-    def stacked(self) -> int:
+    def num_stack_axes(self) -> int:
         """How many leading axes every array has: the stack axes."""
         codes, _, _, *second = self.parts
-        if isinstance(self.decode, ThenDecoding):
+        if isinstance(self.decode, TransformedDecoding):
             return 0
         return second[0].ndim - 1 if second else codes.ndim - len(self.decoding.strides) - 1
 
@@ -238,25 +238,25 @@ class QuantizedWeight(Weight):
             return None
         where = {axis: self.layout.axes.index(axis) for axis in axes}
         weight = self
-        if any(place >= self.stacked for place in where.values()):
-            if not self.in_blocks:
+        if any(place >= self.num_stack_axes for place in where.values()):
+            if not self.is_blockwise:
                 return None
-            weight = self.with_plain_scales()
+            weight = self.with_decoded_scales()
         codes, scales, table, *second = weight.parts
-        under = {axis: place - (place > self.cut_at) for axis, place in where.items()}
+        under = {axis: place - (place > self.elements_axis) for axis, place in where.items()}
         parts = (fn(codes, where), fn(scales, under), table, *(fn(s, where) for s in second))
-        return weight.replaced(parts=parts)
+        return weight.replace(parts=parts)
 
     def slice(self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) -> Weight:
         """lax.slice; across blocks, of the decoded weight."""
         own = super().slice(starts, limits, strides)
-        return own or self._then("slice", tuple(starts), tuple(limits), tuple(strides))
+        return own or self._transform_decoded("slice", tuple(starts), tuple(limits), tuple(strides))
 
     def rev(self, axes: Sequence[int]) -> Weight:
         """lax.rev; across blocks, of the decoded weight."""
-        return super().rev(axes) or self._then("rev", tuple(axes))
+        return super().rev(axes) or self._transform_decoded("rev", tuple(axes))
 
-    def with_plain_scales(self) -> QuantizedWeight:
+    def with_decoded_scales(self) -> QuantizedWeight:
         """The same with scales that are numbers: their codes know their places in the whole."""
         codes, scales, table, *second = self.parts
         if not second:
@@ -267,25 +267,25 @@ class QuantizedWeight(Weight):
             scales = jaxprs.by_the_compiler(decode, sharding, scales, *second)
         else:
             scales = decode(scales, *second)
-        return self.replaced(parts=(codes, scales, table))
+        return self.replace(parts=(codes, scales, table))
 
     def multiply(self, scalar: Any, fn: Callable) -> QuantizedWeight | None:
         """Scale the scales, before any cast, by a constant: derivatives do not reach them."""
-        if not is_wide(*self._casts) or jaxprs.is_tracer(scalar):
+        if not has_float32_range(*self._casts) or jaxprs.is_tracer(scalar):
             return None
-        codes, scales, table = self.with_plain_scales().parts
-        return self.replaced(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))
+        codes, scales, table = self.with_decoded_scales().parts
+        return self.replace(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> Weight | None:
+    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> Weight | None:
         """Of what meets the codes."""
-        return stretched(self, by, axes, fn) if is_wide(*self._casts) else None
+        return scale_weight(self, by, axes, fn) if has_float32_range(*self._casts) else None
 
-    def frozen(self) -> QuantizedWeight:
+    def stop_gradient(self) -> QuantizedWeight:
         """It is constant as it is."""
         return self
 
     @property
-    def cut_at(self) -> int:
+    def elements_axis(self) -> int:
         """Place of the elements of a block among the axes of codes."""
         return self.parts[0].ndim - 1 - self.decoding.trailing
 
@@ -299,37 +299,37 @@ class QuantizedWeight(Weight):
 
     def specs(self, spec: Any) -> QuantizedWeight | None:
         """PartitionSpecs of the arrays."""
-        empty, picks = type(spec)(), tuple(type(spec)() for _ in self.picks)
-        if isinstance(self.decode, ThenDecoding):
+        empty, selections = type(spec)(), tuple(type(spec)() for _ in self.selections)
+        if isinstance(self.decode, TransformedDecoding):
             whole = all(entry is None for entry in spec)
-            return self.replaced(parts=(empty,) * len(self.parts)) if whole else None
-        stack, split = self.layout.axes[: self.stacked], self._split_by(spec)
-        if split & {*self.layout.blocked[1:]} or (split and not self.in_blocks):
+            return self.replace(parts=(empty,) * len(self.parts)) if whole else None
+        stack, split = self.layout.axes[: self.num_stack_axes], self._find_split_axes(spec)
+        if split & {*self.layout.blocked[1:]} or (split and not self.is_blockwise):
             return None
         first = self.layout.blocked[0] if self.layout.blocked else None
         labels = [first if axis == BLOCKS else axis for axis in self.layout.axes]
-        if not self.in_blocks:
+        if not self.is_blockwise:
             labels = [*stack, None, None]
         codes = [None if label == ELEMENTS else label for label in labels]
-        scales = [label for i, label in enumerate(codes) if i != self.cut_at]
+        scales = [label for i, label in enumerate(codes) if i != self.elements_axis]
         whole = labeled_spec(spec, (*stack, None))
         second = [whole, labeled_spec(spec, stack), whole]
         parts = (labeled_spec(spec, codes), labeled_spec(spec, scales), empty)
-        return self.replaced(parts=(*parts, *second[: len(self.parts) - 3]), picks=picks)
+        return self.replace(parts=(*parts, *second[: len(self.parts) - 3]), selections=selections)
 
-    def splittable(self, spec: Any) -> QuantizedWeight:
+    def prepare_split(self, spec: Any) -> QuantizedWeight:
         """A part of the leaf cannot tell which scales of scales are its own."""
-        return self.with_plain_scales() if self._split_by(spec) else self
+        return self.with_decoded_scales() if self._find_split_axes(spec) else self
 
-    def _split_by(self, spec: Any) -> set[int]:
+    def _find_split_axes(self, spec: Any) -> set[int]:
         """The axes, stack axes left out, that a spec splits."""
         split = {axis for axis, entry in enumerate(spec) if entry is not None}
-        return split - {*self.layout.axes[: self.stacked]}
+        return split - {*self.layout.axes[: self.num_stack_axes]}
 
     def reshard(self, spec: Any, fn: Callable) -> QuantizedWeight | None:
         """Lay the arrays out by the weight's spec."""
         whole = self.specs(spec)
-        return whole and self.replaced(parts=tuple(map(fn, self.parts, whole.parts)))
+        return whole and self.replace(parts=tuple(map(fn, self.parts, whole.parts)))
 
     # Products
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lowrank_jax._operators.blocks import PICKED, Layout, is_run
+from lowrank_jax._operators.blocks import SELECTED, BlockLayout, is_consecutive
 from lowrank_jax._primitives.contract import reshape_groups
 
 _NEW = "new"  # labels (_NEW, axis) of axes that the reshape is about to number
@@ -25,49 +25,53 @@ def reshape(weight: Any, shape: Sequence[int]) -> Any | None:
     blocked, out = layout.blocked, weight
     for old, new in reshape_groups(own, shape):
         if not {*old} & {*layout.blocked}:
-            out = out and _recut(out, old, new, [shape[axis] for axis in new])
+            out = out and _reshape_axes(out, old, new, [shape[axis] for axis in new])
         elif {*old} == {axis for axis in layout.blocked if own[axis] != 1}:
             blocked, sizes = tuple(new), tuple(shape[axis] for axis in new)
         else:
             return None
     for axis, size in enumerate(own):
         if size == 1 and axis in layout.axes:
-            out = out and _recut(out, [axis], [], [])
-    if out is None or not is_run(blocked):
+            out = out and _reshape_axes(out, [axis], [], [])
+    if out is None or not is_consecutive(blocked):
         return None
     number = lambda label: label[1] if isinstance(label, tuple) and label[0] == _NEW else label
     axes = tuple(map(number, out.layout.axes))
     units = tuple(axis for axis in range(len(shape)) if axis not in (*axes, *blocked))
-    return out.replaced(layout=Layout(axes, blocked, sizes, units))
+    return out.replace(layout=BlockLayout(axes, blocked, sizes, units))
 
 
-def _recut(weight: Any, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]) -> Any | None:
+def _reshape_axes(
+    weight: Any, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]
+) -> Any | None:
     """Adjacent axes of all arrays in other sizes; (_NEW, axis) is the label of the new."""
     axes, decode = weight.layout.axes, weight.decode
     at = [axes.index(axis) for axis in old]
     labels = (*axes[: at[0]], *((_NEW, axis) for axis in new), *axes[at[-1] + 1 :])
     layout = dataclasses.replace(weight.layout, axes=labels)
     if len(old) == len(new) == 1:
-        return weight.replaced(layout=layout)
-    stacked = at[-1] < weight.stacked
-    if not is_run(at) or (not stacked and (not weight.in_blocks or at[0] < weight.stacked)):
+        return weight.replace(layout=layout)
+    stacked = at[-1] < weight.num_stack_axes
+    if not is_consecutive(at) or (
+        not stacked and (not weight.is_blockwise or at[0] < weight.num_stack_axes)
+    ):
         return None
-    weight = weight if stacked else weight.with_plain_scales()
+    weight = weight if stacked else weight.with_decoded_scales()
     codes, scales, table, *second = weight.parts
 
     def cut(array: Any, at: Sequence[int]) -> Any:
         return array.reshape(*array.shape[: at[0]], *sizes, *array.shape[at[-1] + 1 :])
 
-    under = [place - (place > weight.cut_at) for place in at]
+    under = [place - (place > weight.elements_axis) for place in at]
     parts = (cut(codes, at), cut(scales, under), table, *(cut(s, at) for s in second))
     if not stacked:
         more = len(new) - len(old)
         decode = dataclasses.replace(
             decode,
-            trailing=decode.trailing + more * (at[0] > weight.cut_at),
+            trailing=decode.trailing + more * (at[0] > weight.elements_axis),
             strides=(1,) * (len(decode.strides) + more),
         )
-    return weight.replaced(parts=parts, layout=layout, decode=decode)
+    return weight.replace(parts=parts, layout=layout, decode=decode)
 
 
 def unstack(weight: Any) -> tuple[Any, Any] | None:
@@ -76,13 +80,13 @@ def unstack(weight: Any) -> tuple[Any, Any] | None:
         return None
     place = weight.layout.axes.index(0)
     down = {axis: axis - 1 for axis in range(1, weight.ndim)}
-    if place and weight.in_blocks:
-        plain, label = weight.with_plain_scales(), (PICKED, len(weight.picks))
+    if place and weight.is_blockwise:
+        plain, label = weight.with_decoded_scales(), (SELECTED, len(weight.selections))
         axes = tuple(label if axis == 0 else axis for axis in plain.layout.axes)
         layout = dataclasses.replace(plain.layout, axes=axes)
-        pick = lambda number: plain.replaced(layout=layout, picks=(*plain.picks, number))
-        return jnp.arange(weight.shape[0]), lambda number: pick(number).renumbered(down)
-    if place >= weight.stacked:
+        pick = lambda number: plain.replace(layout=layout, selections=(*plain.selections, number))
+        return jnp.arange(weight.shape[0]), lambda number: pick(number).renumber(down)
+    if place >= weight.num_stack_axes:
         return None
     codes, scales, table, *second = weight.parts
     arrays = tuple(jnp.moveaxis(array, place, 0) for array in (codes, scales, *second))
@@ -92,6 +96,6 @@ def unstack(weight: Any) -> tuple[Any, Any] | None:
     def rebuild(slices: tuple[Any, ...]) -> Any:
         codes, scales, *second = slices
         parts = (codes, scales, table, *second)
-        return weight.replaced(parts=parts, layout=layout).renumbered(down)
+        return weight.replace(parts=parts, layout=layout).renumber(down)
 
     return arrays, rebuild

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._operators.branch import times
-from lowrank_jax._operators.dot import operand_labels
+from lowrank_jax._operators.branch import multiply_labeled
+from lowrank_jax._operators.dot import label_operand
 from lowrank_jax._operators.labeled import LabeledWeight
-from lowrank_jax._operators.scaling import is_wide
+from lowrank_jax._operators.scaling import has_float32_range
 from lowrank_jax._operators.weight import Weight
-from lowrank_jax._primitives.contract import accumulator, reshape_groups
+from lowrank_jax._primitives.contract import accumulator_dtype, reshape_groups
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class StretchedWeight(LabeledWeight):
+class ScaledWeight(LabeledWeight):
     """A weight times an array.
 
     Args:
@@ -47,44 +47,46 @@ class StretchedWeight(LabeledWeight):
         return self.base.path
 
     @property
-    def how(self) -> str:  # type: ignore[override]
+    def product_kind(self) -> str:  # type: ignore[override]
         """As of the weight."""
-        return self.base.how
+        return self.base.product_kind
 
     def materialize(self) -> jax.Array:
         """The dense product."""
-        return times(self.base.materialize(), tuple(range(self.ndim)), self.by, self.by_axes)
+        return multiply_labeled(
+            self.base.materialize(), tuple(range(self.ndim)), self.by, self.by_axes
+        )
 
     def leaves(self) -> tuple[Weight, ...]:
         """Those of the weight."""
         return self.base.leaves()
 
-    def map_leaves(self, fn: Callable[[Any], Weight]) -> StretchedWeight:
+    def map_leaves(self, fn: Callable[[Any], Weight]) -> ScaledWeight:
         """The same, with fn of each leaf."""
-        return self.replaced(base=self.base.map_leaves(fn))
+        return self.replace(base=self.base.map_leaves(fn))
 
-    def for_use(self, number: int) -> StretchedWeight:
+    def for_use(self, number: int) -> ScaledWeight:
         """The weight for this use."""
-        return self.replaced(base=self.base.for_use(number))
+        return self.replace(base=self.base.for_use(number))
 
     # Structural operations
 
-    def each(self, fn: Callable, base_only: bool = False) -> StretchedWeight | None:
+    def map_arrays(self, fn: Callable, base_only: bool = False) -> ScaledWeight | None:
         """Apply an identity of values."""
         changes = {} if base_only else {"by": fn(self.by)}
-        return self.on(self.base.each(fn, base_only), **changes)
+        return self.with_base(self.base.map_arrays(fn, base_only), **changes)
 
-    def frozen(self) -> StretchedWeight | None:
+    def stop_gradient(self) -> ScaledWeight | None:
         """Stop the gradients of both."""
-        return self.on(self.base.frozen(), by=lax.stop_gradient(self.by))
+        return self.with_base(self.base.stop_gradient(), by=lax.stop_gradient(self.by))
 
-    def astype(self, dtype: jax.typing.DTypeLike) -> StretchedWeight | None:
+    def astype(self, dtype: jax.typing.DTypeLike) -> ScaledWeight | None:
         """Convert the weight, to a dtype whose range holds what the product may be."""
-        if not jnp.issubdtype(dtype, jnp.floating) or not is_wide(dtype):
+        if not jnp.issubdtype(dtype, jnp.floating) or not has_float32_range(dtype):
             return None
-        return self.on(self.base.astype(dtype))
+        return self.with_base(self.base.astype(dtype))
 
-    def reshape(self, shape: Sequence[int]) -> StretchedWeight | None:
+    def reshape(self, shape: Sequence[int]) -> ScaledWeight | None:
         """Split or merge axes; the array then has all of those that it had a part of."""
         if 0 in self.shape:
             return None
@@ -98,16 +100,16 @@ class StretchedWeight(LabeledWeight):
         order = sorted(range(len(place)), key=place.__getitem__)
         by = lax.transpose(self.by, order)
         by = lax.broadcast_in_dim(by, sizes, [place[i] for i in order])
-        return super(StretchedWeight, self.replaced(by=by, by_axes=axes)).reshape(shape)
+        return super(ScaledWeight, self.replace(by=by, by_axes=axes)).reshape(shape)
 
-    def multiply(self, scalar: Any, fn: Callable) -> StretchedWeight:
+    def multiply(self, scalar: Any, fn: Callable) -> ScaledWeight:
         """fn of the array, in float32 at least."""
-        by = self.by.astype(accumulator(self.by.dtype, self.dtype))
-        return self.replaced(by=fn(by, jnp.asarray(scalar).astype(by.dtype)))
+        by = self.by.astype(accumulator_dtype(self.by.dtype, self.dtype))
+        return self.replace(by=fn(by, jnp.asarray(scalar).astype(by.dtype)))
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> StretchedWeight:
+    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> ScaledWeight:
         """Times another array."""
-        return stretched(self, by, axes, fn)
+        return scale_weight(self, by, axes, fn)
 
     # Products
 
@@ -115,12 +117,12 @@ class StretchedWeight(LabeledWeight):
         """lax.dot_general."""
         (lc, rc), (lb, rb) = numbers
         mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
-        labels = operand_labels(other.ndim, mine, theirs)
+        labels = label_operand(other.ndim, mine, theirs)
         free = [axis for axis in range(self.ndim) if axis not in (*mine[0], *mine[1])]
         x_free = [label for label in labels if isinstance(label, tuple)]
         out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
         run = lambda x: self.base.dot(x, numbers, on_left, options)
-        return self._product(run, other, labels, out)
+        return self._apply_scale(run, other, labels, out)
 
     def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
         """lax.ragged_dot_general, where the rows are free."""
@@ -128,15 +130,15 @@ class StretchedWeight(LabeledWeight):
         groups = numbers.rhs_group_dimensions
         if lb or rb or len(groups) != 1 or {*numbers.lhs_ragged_dimensions} & {*lc}:
             return None
-        labels = operand_labels(other.ndim, (rc, rb), (lc, lb))
+        labels = label_operand(other.ndim, (rc, rb), (lc, lb))
         free = [axis for axis in range(self.ndim) if axis not in (*rc, *groups)]
         out = (*(label for label in labels if isinstance(label, tuple)), *free)
         run = lambda x: self.base.ragged_dot(x, sizes, numbers, options)
         (ragged,) = numbers.lhs_ragged_dimensions
-        own = self._of_rows(groups[0], ("x", ragged), sizes, other.shape[ragged])
-        return own._product(run, other, labels, out)
+        own = self._expand_groups(groups[0], ("x", ragged), sizes, other.shape[ragged])
+        return own._apply_scale(run, other, labels, out)
 
-    def _of_rows(self, group: int, row: Any, sizes: Any, count: int) -> StretchedWeight:
+    def _expand_groups(self, group: int, row: Any, sizes: Any, count: int) -> ScaledWeight:
         """Numbers of each group as numbers of its rows."""
         if group not in self.by_axes:
             return self
@@ -144,7 +146,7 @@ class StretchedWeight(LabeledWeight):
         groups = jnp.searchsorted(ends, jnp.arange(count, dtype=ends.dtype), side="right")
         by = jnp.take(self.by, groups, axis=self.by_axes.index(group), mode="clip")
         axes = tuple(row if axis == group else axis for axis in self.by_axes)
-        return self.replaced(by=by, by_axes=axes)
+        return self.replace(by=by, by_axes=axes)
 
     def conv(self, other: Any, options: dict[str, Any]) -> Any:
         """lax.conv_general_dilated, of numbers along input or output features."""
@@ -156,23 +158,23 @@ class StretchedWeight(LabeledWeight):
         grouped = options["feature_group_count"] != 1
         labels = () if grouped else at(numbers.lhs_spec, in_axis)
         run = lambda x: self.base.conv(x, options)
-        return self._product(run, other, labels, at(numbers.out_spec, out_axis))
+        return self._apply_scale(run, other, labels, at(numbers.out_spec, out_axis))
 
-    def _product(self, run: Any, x: Any, labels: Any, out: Any) -> Any:
+    def _apply_scale(self, run: Any, x: Any, labels: Any, out: Any) -> Any:
         """run(x), the array acting on x or on the result, whichever has its axes."""
         if {*self.by_axes} <= {*out}:
             y = run(x)
-            stretch = lambda y, by: times(y, out, by, self.by_axes)
-            return None if y is None else jaxprs.laid_out_like(y, stretch, y, self.by)
+            scale_axes = lambda y, by: multiply_labeled(y, out, by, self.by_axes)
+            return None if y is None else jaxprs.laid_out_like(y, scale_axes, y, self.by)
         if {*self.by_axes} <= {*labels}:
-            stretch = lambda x, by: times(x, labels, by, self.by_axes)
-            return run(jaxprs.laid_out_like(x, stretch, x, self.by))
+            scale_axes = lambda x, by: multiply_labeled(x, labels, by, self.by_axes)
+            return run(jaxprs.laid_out_like(x, scale_axes, x, self.by))
         return None
 
 
-def stretched(weight: Weight, by: Any, axes: Sequence[int], fn: Callable) -> StretchedWeight:
+def scale_weight(weight: Weight, by: Any, axes: Sequence[int], fn: Callable) -> ScaledWeight:
     """fn(weight, by), a product or a quotient, `by` having the weight's axes of these numbers."""
     if fn is lax.div:
-        by = by.astype(accumulator(by.dtype))
+        by = by.astype(accumulator_dtype(by.dtype))
         by = jnp.ones((), by.dtype) / by
-    return StretchedWeight(weight, by, tuple(axes))
+    return ScaledWeight(weight, by, tuple(axes))

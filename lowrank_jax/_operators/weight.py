@@ -23,17 +23,17 @@ class JointPath:
         return " and ".join(map(str, self.paths))
 
 
-def single_paths(path: Any) -> tuple[Any, ...]:
+def expand_path(path: Any) -> tuple[Any, ...]:
     """The paths of leaves that a path stands for."""
     return path.paths if isinstance(path, JointPath) else (path,)
 
 
-Take = Callable[[Any, dict[int, int]], Any]
+Indexer = Callable[[Any, dict[int, int]], Any]
 
 
-def slicing(
+def make_slicer(
     shape: Sequence[int], starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
-) -> tuple[Take, dict[int, int]]:
+) -> tuple[Indexer, dict[int, int]]:
     """What `index` takes for lax.slice: a function of (array, axes of it), and the new sizes."""
     cuts = enumerate(zip(starts, limits, strides, strict=True))
     parts = {axis: cut for axis, cut in cuts if cut != (0, shape[axis], 1)}
@@ -48,7 +48,7 @@ def slicing(
     return take, {axis: -(-(stop - start) // step) for axis, (start, stop, step) in parts.items()}
 
 
-def reversing(axes: Sequence[int]) -> Take:
+def make_reverser(axes: Sequence[int]) -> Indexer:
     """What `index` takes for lax.rev."""
     return lambda array, where: lax.rev(array, [where[axis] for axis in axes if axis in where])
 
@@ -60,8 +60,8 @@ class Weight:
     shape: tuple[int, ...]
     dtype: Any
 
-    how = "factored"  # what a report says of a product with it
-    lost = ""  # what it no longer does once it is built densely, for messages
+    product_kind = "factored"  # what a report says of a product with it
+    materialize_note = ""  # what it no longer does once it is built densely, for messages
 
     @property
     def ndim(self) -> int:
@@ -84,17 +84,17 @@ class Weight:
         """The weight for its use of this number: with a dropout mask of its own."""
         return self
 
-    def each(self, fn: Callable, base_only: bool = False) -> Weight | None:
+    def map_arrays(self, fn: Callable, base_only: bool = False) -> Weight | None:
         """Apply an identity of values (a copy, a barrier, a name) to the arrays inside."""
         return None
 
-    def put(self, fn: Callable) -> Weight | None:
+    def transfer_base(self, fn: Callable) -> Weight | None:
         """fn, an identity that moves an array to another memory, of each array of the base."""
-        return self.each(fn, base_only=True)
+        return self.map_arrays(fn, base_only=True)
 
-    def frozen(self) -> Weight | None:
+    def stop_gradient(self) -> Weight | None:
         """lax.stop_gradient of the arrays inside."""
-        return self.each(jax.lax.stop_gradient)
+        return self.map_arrays(jax.lax.stop_gradient)
 
     def reshard(self, spec: Any, fn: Callable) -> Weight | None:
         """fn(array, its PartitionSpec) on each array, spec being that of the whole weight."""
@@ -127,12 +127,12 @@ class Weight:
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
     ) -> Weight | None:
         """lax.slice."""
-        take, sizes = slicing(self.shape, starts, limits, strides)
+        take, sizes = make_slicer(self.shape, starts, limits, strides)
         return self.index(take, sizes, list(sizes))
 
     def rev(self, axes: Sequence[int]) -> Weight | None:
         """lax.rev."""
-        return self.index(reversing(axes), {axis: self.shape[axis] for axis in axes}, axes)
+        return self.index(make_reverser(axes), {axis: self.shape[axis] for axis in axes}, axes)
 
     def slice_axis(self, axis: int, start: int, stop: int) -> Weight | None:
         """The entries from start to stop of one axis."""
@@ -150,7 +150,7 @@ class Weight:
         """fn(array, scalar), linear in the array: multiplication or division by a scalar."""
         return None
 
-    def stretch(self, by: Any, axes: Sequence[int], fn: Callable) -> Weight | None:
+    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> Weight | None:
         """fn(weight, by), lax.mul or lax.div: by has these axes of the weight, in order."""
         return None
 
@@ -176,7 +176,7 @@ class Weight:
         """(arrays with the leading axis to be scanned, rebuild(one slice of them) -> weight)."""
         return None
 
-    def splittable(self, spec: Any) -> Weight:
+    def prepare_split(self, spec: Any) -> Weight:
         """The weight with arrays that mean the same in parts, where it is split by this spec."""
         return self
 

@@ -26,19 +26,19 @@ class ZeroWeight(Weight):
 
     def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> jax.Array:
         """lax.dot_general."""
-        return self._product("dot", other, numbers, on_left, options)
+        return self._make_zeros("dot", other, numbers, on_left, options)
 
     def ragged_dot(
         self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]
     ) -> jax.Array:
         """lax.ragged_dot_general."""
-        return self._product("ragged_dot", other, sizes, numbers, options)
+        return self._make_zeros("ragged_dot", other, sizes, numbers, options)
 
     def conv(self, other: Any, options: dict[str, Any]) -> jax.Array:
         """lax.conv_general_dilated."""
-        return self._product("conv", other, options)
+        return self._make_zeros("conv", other, options)
 
-    def _product(self, verb: str, other: Any, *args: Any) -> jax.Array:
+    def _make_zeros(self, verb: str, other: Any, *args: Any) -> jax.Array:
         product = lambda other: getattr(DenseWeight(self.materialize()), verb)(other, *args)
         shape = jax.eval_shape(product, other)
         return jnp.zeros(shape.shape, shape.dtype)

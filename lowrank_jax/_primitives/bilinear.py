@@ -40,7 +40,7 @@ _OPTIONS: dict[str, Any] = {"precision": None, "preferred_element_type": None}
 _BATCH = "vmapped"
 
 
-def _groups(xl: Labels, yl: Labels, out: Labels) -> tuple[list, list, list, list]:
+def _group_labels(xl: Labels, yl: Labels, out: Labels) -> tuple[list, list, list, list]:
     """Labels that are batched, summed, of x alone, of y alone; the last two in the order of out."""
     batch = [label for label in out if label in xl and label in yl]
     summed = [label for label in xl if label not in out]
@@ -49,23 +49,26 @@ def _groups(xl: Labels, yl: Labels, out: Labels) -> tuple[list, list, list, list
 
 def _dot(x: jax.Array, y: jax.Array, *, xl: Labels, yl: Labels, out: Labels, **options: Any) -> Any:
     """The product as one lax.dot_general."""
-    batch, summed, _, _ = _groups(xl, yl, out)
-    numbers = (_at(xl, summed), _at(yl, summed)), (_at(xl, batch), _at(yl, batch))
+    batch, summed, _, _ = _group_labels(xl, yl, out)
+    numbers = (
+        (_find_axes(xl, summed), _find_axes(yl, summed)),
+        (_find_axes(xl, batch), _find_axes(yl, batch)),
+    )
     made = (*batch, *(n for n in xl if n in out and n not in yl), *(n for n in yl if n not in xl))
-    return _permuted(lax.dot_general(x, y, numbers, **options), made, out)
+    return _permute(lax.dot_general(x, y, numbers, **options), made, out)
 
 
-def _flat(
+def _flat_dot(
     x: jax.Array, y: jax.Array, *, xl: Labels, yl: Labels, out: Labels, **options: Any
 ) -> Any:
     """The product with every group of labels flattened to one axis; only what must be is moved."""
-    batch, summed, free, mixed = _groups(xl, yl, out)
+    batch, summed, free, mixed = _group_labels(xl, yl, out)
     sizes = {**dict(zip(xl, x.shape, strict=True)), **dict(zip(yl, y.shape, strict=True))}
 
     def flattened(array: jax.Array, labels: Labels, kept: list) -> tuple[jax.Array, int]:
         """[*batch, summed, kept] or [*batch, kept, summed], and the axis of summed."""
         groups = (summed, kept) if labels == (*batch, *summed, *kept) else (kept, summed)
-        array = _permuted(array, labels, (*batch, *groups[0], *groups[1]))
+        array = _permute(array, labels, (*batch, *groups[0], *groups[1]))
         shape = [math.prod(sizes[name] for name in group) for group in groups]
         axis = len(batch) + (groups[0] is kept)
         return array.reshape(*array.shape[: len(batch)], *shape), axis
@@ -75,29 +78,31 @@ def _flat(
     lead = tuple(range(len(batch)))
     z = lax.dot_general(left, right, (((lc,), (rc,)), (lead, lead)), **options)
     made = (*batch, *free, *mixed)
-    return _permuted(z.reshape([sizes[name] for name in made]), made, out)
+    return _permute(z.reshape([sizes[name] for name in made]), made, out)
 
 
-def _at(labels: Labels, chosen: Sequence[Hashable]) -> tuple[int, ...]:
+def _find_axes(labels: Labels, chosen: Sequence[Hashable]) -> tuple[int, ...]:
     return tuple(labels.index(label) for label in chosen)
 
 
-def _permuted(array: jax.Array, labels: Labels, order: Labels) -> jax.Array:
-    return array if tuple(labels) == tuple(order) else lax.transpose(array, _at(labels, order))
+def _permute(array: jax.Array, labels: Labels, order: Labels) -> jax.Array:
+    return (
+        array if tuple(labels) == tuple(order) else lax.transpose(array, _find_axes(labels, order))
+    )
 
 
-def dot_of_labels(
+def labeled_dot(
     x: jax.Array, y: jax.Array, xl: Labels, yl: Labels, out: Labels, **options: Any
 ) -> jax.Array:
     """The product as one lax.dot_general, in any program."""
     return _dot(x, y, xl=xl, yl=yl, out=out, **options)
 
 
-def flat_dot_of_labels(
+def labeled_flat_dot(
     x: jax.Array, y: jax.Array, xl: Labels, yl: Labels, out: Labels, **options: Any
 ) -> jax.Array:
     """The product as one of matrices, which is what XLA on CPU wants."""
-    return _flat(x, y, xl=xl, yl=yl, out=out, **options)
+    return _flat_dot(x, y, xl=xl, yl=yl, out=out, **options)
 
 
 @functools.cache
@@ -111,7 +116,7 @@ def product_dtype(x: Any, y: Any) -> Any:
 # The primitive
 
 
-def _abstract(
+def _abstract_eval(
     x: Any, y: Any, *, xl: Labels, yl: Labels, out: Labels, **options: Any
 ) -> ShapedArray:
     sizes = {**dict(zip(xl, x.shape, strict=True)), **dict(zip(yl, y.shape, strict=True))}
@@ -124,17 +129,17 @@ def _transpose_x(
 ) -> Any:
     """The cotangent of x is the product of the cotangent and y, in the layout of x."""
     back = {**options, "preferred_element_type": None}
-    return _cotangent(bilinear(ct, y, out, yl, xl, **back), x.aval.dtype)
+    return _cast_cotangent(bilinear(ct, y, out, yl, xl, **back), x.aval.dtype)
 
 
 def _transpose_y(
     ct: Any, x: jax.Array, y: Any, *, xl: Labels, yl: Labels, out: Labels, **options: Any
 ) -> Any:
     back = {**options, "preferred_element_type": None}
-    return _cotangent(bilinear(x, ct, xl, out, yl, **back), y.aval.dtype)
+    return _cast_cotangent(bilinear(x, ct, xl, out, yl, **back), y.aval.dtype)
 
 
-def _cotangent(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _cast_cotangent(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """A cotangent in the dtype of its operand; that of a real one is real."""
     if jnp.issubdtype(value.dtype, jnp.complexfloating) > jnp.issubdtype(
         dtype, jnp.complexfloating
@@ -143,9 +148,7 @@ def _cotangent(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return value.astype(dtype)
 
 
-def _batched(
-    args: Sequence[jax.Array], dims: Sequence[Any], **params: Any
-) -> tuple[jax.Array, int]:
+def _batch(args: Sequence[jax.Array], dims: Sequence[Any], **params: Any) -> tuple[jax.Array, int]:
     """A mapped axis is one more label: of the operand that has it, and of the result."""
     name = (_BATCH, params["out"])  # nested vmaps need names of their own
     for side, dim in zip(("xl", "yl"), dims, strict=True):
@@ -156,9 +159,11 @@ def _batched(
 
 
 bilinear_p = Primitive("lowrank_bilinear")
-bilinear_p.def_abstract_eval(_abstract)
+bilinear_p.def_abstract_eval(_abstract_eval)
 bilinear_p.def_impl(jax.jit(_dot, static_argnames=("xl", "yl", "out", *_OPTIONS)))
 ad.defbilinear(bilinear_p, _transpose_x, _transpose_y)
-batching.primitive_batchers[bilinear_p] = _batched
+batching.primitive_batchers[bilinear_p] = _batch
 mlir.register_lowering(bilinear_p, mlir.lower_fun(_dot, multiple_results=False))
-mlir.register_lowering(bilinear_p, mlir.lower_fun(_flat, multiple_results=False), platform="cpu")
+mlir.register_lowering(
+    bilinear_p, mlir.lower_fun(_flat_dot, multiple_results=False), platform="cpu"
+)

@@ -67,7 +67,7 @@ def arrange(x: jax.Array, labels: Labels, out: Labels, sizes: Mapping[Hashable, 
     return x
 
 
-def cost(
+def count_multiplies(
     sizes: Mapping[Hashable, int], x: Labels, y: Labels, keep: Collection[Hashable]
 ) -> tuple[int, Labels]:
     """Multiplications of contract(x, y), and the labels it would leave."""
@@ -105,10 +105,10 @@ def labeled_spec(spec: Any, labels: Sequence[Any]) -> Any:
     return type(spec)(*map(entry, labels))
 
 
-def accumulator(*dtypes: Any) -> Any:
+def accumulator_dtype(*dtypes: Any) -> Any:
     """The dtype sums over numbers of these dtypes are kept in: of 64 bits for such, else of 32.
 
-    >>> accumulator(jnp.bfloat16), accumulator(jnp.complex64, jnp.float16)
+    >>> accumulator_dtype(jnp.bfloat16), accumulator_dtype(jnp.complex64, jnp.float16)
     (dtype('float32'), dtype('complex64'))
     """
     wide = any(jnp.dtype(dtype) in (jnp.float64, jnp.complex128) for dtype in dtypes)
@@ -117,6 +117,6 @@ def accumulator(*dtypes: Any) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+def invert_permutation(permutation: Sequence[int]) -> tuple[int, ...]:
     """The permutation that undoes another."""
     return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))

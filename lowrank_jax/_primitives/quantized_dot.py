@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from lowrank_jax._jax.jaxprs import Primitive, ShapedArray, is_automatic
 
 
-class Form:
+class PlatformFn:
     """A hashable function, its forms for platforms, and what ties it to an activation.
 
     Each form is the function itself, unless a subclass has another.
@@ -49,7 +49,9 @@ class Form:
         raise NotImplementedError
 
 
-def quantized_dot(x: jax.Array, parts: Sequence[jax.Array], op: Form, decode: Form) -> jax.Array:
+def quantized_dot(
+    x: jax.Array, parts: Sequence[jax.Array], op: PlatformFn, decode: PlatformFn
+) -> jax.Array:
     """op(x, decode(*parts)), the decoded weight alive only here.
 
     Args:
@@ -68,17 +70,23 @@ def quantized_dot(x: jax.Array, parts: Sequence[jax.Array], op: Form, decode: Fo
     )
 
 
-def _quantized_dot(x: jax.Array, *parts: jax.Array, op: Form, decode: Form) -> jax.Array:
+def _quantized_dot(
+    x: jax.Array, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
+) -> jax.Array:
     codes, *rest = parts
     x, *rest = lax.optimization_barrier((x, *rest))
     return op(x, decode(codes, *rest))
 
 
-def _quantized_dot_on_tpu(x: jax.Array, *parts: jax.Array, op: Form, decode: Form) -> jax.Array:
+def _quantized_dot_on_tpu(
+    x: jax.Array, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
+) -> jax.Array:
     return _quantized_dot(x, *parts, op=op, decode=decode.on_tpu)
 
 
-def _quantized_dot_on_cpu(x: jax.Array, *parts: jax.Array, op: Form, decode: Form) -> jax.Array:
+def _quantized_dot_on_cpu(
+    x: jax.Array, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
+) -> jax.Array:
     """XLA on CPU drops barriers and merges the copies: there the codes depend on the activation.
 
     The least of an unsigned number and 0 is 0, which XLA does not know. Of a stack that is not cut
@@ -93,17 +101,17 @@ def _quantized_dot_on_cpu(x: jax.Array, *parts: jax.Array, op: Form, decode: For
 
 
 @dataclasses.dataclass(frozen=True)
-class _Transposed(Form):
+class _Transposed(PlatformFn):
     """The transpose of an op in its first argument, which has this shape and dtype."""
 
-    op: Form
+    op: PlatformFn
     shape: tuple[int, ...]
     dtype: Any
 
     is_mapped = False
 
     @property
-    def inner(self) -> Form:
+    def inner(self) -> PlatformFn:
         """The op."""
         return self.op
 
@@ -121,14 +129,14 @@ class _Transposed(Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Mapped(Form):
+class _VmappedFn(PlatformFn):
     """A function of arrays along an axis of some of them."""
 
-    fn: Form
+    fn: PlatformFn
     axes: tuple[int | None, ...]
 
     @property
-    def inner(self) -> Form:
+    def inner(self) -> PlatformFn:
         """The function of one entry."""
         return self.fn
 
@@ -151,12 +159,12 @@ class _Mapped(Form):
         return self.fn.anchor
 
     @property
-    def on_tpu(self) -> _Mapped:
+    def on_tpu(self) -> _VmappedFn:
         """The function's own form for TPU."""
-        return _Mapped(self.fn.on_tpu, self.axes)
+        return _VmappedFn(self.fn.on_tpu, self.axes)
 
 
-def _abstract(x: Any, *parts: Any, op: Form, decode: Form) -> ShapedArray:
+def _abstract_eval(x: Any, *parts: Any, op: PlatformFn, decode: PlatformFn) -> ShapedArray:
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *parts)]
     out = jax.eval_shape(lambda x, *parts: op(x, decode(*parts)), *shapes)
     return ShapedArray(out.shape, out.dtype)
@@ -170,29 +178,31 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
     )
 
 
-def _transpose(ct: Any, x: Any, *parts: Any, op: Form, decode: Form) -> list[Any]:
+def _transpose(ct: Any, x: Any, *parts: Any, op: PlatformFn, decode: PlatformFn) -> list[Any]:
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval)] + [None] * len(parts)
     back = op.op if isinstance(op, _Transposed) else _Transposed(op, x.aval.shape, x.aval.dtype)
     return [quantized_dot_p.bind(ct, *parts, op=back, decode=decode)] + [None] * len(parts)
 
 
-def _batched(args: Sequence[Any], dims: Sequence[Any], *, op: Form, decode: Form) -> tuple:
+def _batch(
+    args: Sequence[Any], dims: Sequence[Any], *, op: PlatformFn, decode: PlatformFn
+) -> tuple:
     """A mapped activation is decoded for once; mapped codes are decoded as a stack."""
     x_dim, *part_dims = dims
     mapped = any(dim is not None for dim in part_dims)
     if mapped:
-        decode = _Mapped(decode, tuple(part_dims))
-    op = _Mapped(op, (x_dim, 0 if mapped else None))
+        decode = _VmappedFn(decode, tuple(part_dims))
+    op = _VmappedFn(op, (x_dim, 0 if mapped else None))
     return quantized_dot_p.bind(*args, op=op, decode=decode), 0
 
 
 quantized_dot_p = Primitive("lowrank_quantized_dot")
-quantized_dot_p.def_abstract_eval(_abstract)
+quantized_dot_p.def_abstract_eval(_abstract_eval)
 quantized_dot_p.def_impl(jax.jit(_quantized_dot, static_argnames=("op", "decode")))
 ad.primitive_jvps[quantized_dot_p] = _jvp
 ad.primitive_transposes[quantized_dot_p] = _transpose
-batching.primitive_batchers[quantized_dot_p] = _batched
+batching.primitive_batchers[quantized_dot_p] = _batch
 mlir.register_lowering(quantized_dot_p, mlir.lower_fun(_quantized_dot, multiple_results=False))
 for name, form in {"cpu": _quantized_dot_on_cpu, "tpu": _quantized_dot_on_tpu}.items():
     mlir.register_lowering(

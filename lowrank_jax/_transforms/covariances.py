@@ -113,7 +113,7 @@ class _ProbeContext(Context):
         used = super()._use_leaf(leaf)
         if isinstance(used, CovarianceProbe):
             told = self.latest[used.path] = set[Event]()
-            used = used.replaced(notify=told.add)
+            used = used.replace(notify=told.add)
         return used
 
     def record(self, weight: Weight, eqn: Equation, how: str, reason: str = "") -> None:

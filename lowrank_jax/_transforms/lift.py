@@ -29,7 +29,7 @@ from lowrank_jax._jax.statics import Static, is_plain
 from lowrank_jax._nodes import Adapted, Full, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.whole import check_node
-from lowrank_jax._operators.dora import weight_of
+from lowrank_jax._operators.dora import as_weight
 from lowrank_jax._operators.low_rank import LowRankWeight
 from lowrank_jax._operators.materialize import materialize
 from lowrank_jax._operators.weight import Weight
@@ -227,7 +227,7 @@ def wrap_node(node: Any, path: str) -> Any:
     if isinstance(node, Adapted):
         return materialize(node) if isinstance(node.delta, Full) else LowRankWeight.of(node, path)
     if isinstance(strip_norms(node), Quantized):
-        return weight_of(node, path)
+        return as_weight(node, path)
     return materialize(node)
 
 

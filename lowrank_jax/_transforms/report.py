@@ -32,7 +32,7 @@ from lowrank_jax._nodes.sizes import (
     count_elements,
     sum_leaves,
 )
-from lowrank_jax._operators.dora import count_still
+from lowrank_jax._operators.dora import count_dead_features
 from lowrank_jax._transforms.lift import evaluate, split_arguments
 
 
@@ -312,6 +312,6 @@ def _report_leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
     count = sum_leaves(count_elements, delta)
     if isinstance(delta, Full):
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
-    still = count_still(node.base, delta) if isinstance(node, Adapted) else 0
+    still = count_dead_features(node.base, delta) if isinstance(node, Adapted) else 0
     numbers = delta.rank, delta.scale, count
     return LeafReport(get_label(delta), shape, *numbers, format, bits, uses, still, delta.is_full)

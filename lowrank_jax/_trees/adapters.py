@@ -20,7 +20,7 @@ from lowrank_jax._nodes import (
     attach_norms,
     is_node,
 )
-from lowrank_jax._operators.dora import gain_of
+from lowrank_jax._operators.dora import compute_gain
 from lowrank_jax._operators.materialize import materialize
 from lowrank_jax._trees.init import to_typed_key
 
@@ -247,7 +247,7 @@ def fold_norms(base: PyTree, lora: PyTree) -> Any:
     def fold(path: str, node: Any) -> Any:
         if not isinstance(node, LowRank) or node.magnitude is None:
             return node
-        return dataclasses.replace(node, magnitude=gain_of(leaves[path], node), folded=True)
+        return dataclasses.replace(node, magnitude=compute_gain(leaves[path], node), folded=True)
 
     pairs, treedef = flatten(lora, is_leaf=is_node)
     return jax.tree.unflatten(treedef, [fold(path, node) for path, node in pairs])

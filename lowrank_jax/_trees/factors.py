@@ -23,7 +23,12 @@ from lowrank_jax._nodes import (
     as_dense,
 )
 from lowrank_jax._nodes.norms import get_dense_sharding
-from lowrank_jax._primitives.contract import RANK, accumulator, inverse, labeled_spec
+from lowrank_jax._primitives.contract import (
+    RANK,
+    accumulator_dtype,
+    invert_permutation,
+    labeled_spec,
+)
 from lowrank_jax._targeting.targets import (
     Target,
 )
@@ -87,7 +92,7 @@ def _factors(
     sizes = lambda axes: tuple(leaf.shape[axis] for axis in axes)
     stack, fan_in, fan_out = sizes(target.stack), sizes(target.fan_in), sizes(target.fan_out)
     rows, columns = math.prod(fan_in), math.prod(fan_out)
-    weight = jnp.transpose(as_dense(leaf), order).astype(accumulator(leaf.dtype))
+    weight = jnp.transpose(as_dense(leaf), order).astype(accumulator_dtype(leaf.dtype))
     weight = weight.reshape(-1, rows, columns)
     keys = jax.random.split(key, weight.shape[0]) if stack else key[None]
     data = [array.reshape(-1, *array.shape[len(stack) :]) for array in data]
@@ -121,7 +126,7 @@ def _factors(
     b = kept_b.reshape(*stack, target.rank, *fan_out).astype(dtype)
     if residual is not None:
         residual = residual.reshape(stack + fan_in + fan_out)
-        residual = jnp.transpose(residual, inverse(order))
+        residual = jnp.transpose(residual, invert_permutation(order))
     return a, b, residual
 
 

@@ -26,7 +26,7 @@ from lowrank_jax._nodes import (
 from lowrank_jax._nodes.family import init_rows
 from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax._operators.dora import norms_of
+from lowrank_jax._operators.dora import compute_norms
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._targeting.targets import (
@@ -213,7 +213,7 @@ def _normed(leaf: Any, node: LowRank, config: LoraConfig) -> tuple[Any, LowRank]
     return leaf, dataclasses.replace(node, magnitude=_norms(leaf, node))
 
 
-_norms = jax.jit(norms_of)
+_norms = jax.jit(compute_norms)
 
 
 def _quantized(path: str, residual: Any, leaf: Any, target: Target, quant: Any) -> Quantized:

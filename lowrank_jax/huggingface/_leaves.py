@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.torch_layout import Layout, layout_of, misnumbered, numbered, stack_axes
-from lowrank_jax._primitives.contract import inverse
+from lowrank_jax._primitives.contract import invert_permutation
 from lowrank_jax.names import Parameter
 
 Shape = tuple[int, ...]
@@ -65,7 +65,7 @@ class TensorMapping:
         """The permutation that undoes `by_layers`."""
         stack = self.layout.stack
         axes = range(len(self.layout.shape))
-        return inverse(stack + tuple(axis for axis in axes if axis not in stack))
+        return invert_permutation(stack + tuple(axis for axis in axes if axis not in stack))
 
 
 def keys_of(path: str, shape: Shape, name: Parameter, use: Any) -> dict[Index, str]:
