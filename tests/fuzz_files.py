@@ -23,7 +23,7 @@ import good
 from worker import attempt
 
 import lowrank_jax as lowrank
-from lowrank_jax.checkpoint._archive import _sealed
+from lowrank_jax.checkpoint._archive import serialize_manifest
 
 SLOW, GROWTH = 0.5, 200 << 20
 VALUES = [None, True, False, -1, 0, 1, 2, 3, 255, 2**31, 2**62, 2**63, 10**400, -0.5, 1e308, 1e-320]
@@ -147,7 +147,7 @@ def of_manifest(data, chance):
     body = json.loads(data)
     body.pop("sha256")
     try:
-        return _sealed({**body, **several(body, chance)})
+        return serialize_manifest({**body, **several(body, chance)})
     except (ValueError, TypeError):
         return flipped(data, chance)
 

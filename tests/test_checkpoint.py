@@ -100,7 +100,7 @@ def edit(path, change):
     body = json.loads((path / "manifest.json").read_text())
     del body["sha256"]
     change(body)
-    (path / "manifest.json").write_bytes(_archive._sealed(body))
+    (path / "manifest.json").write_bytes(_archive.serialize_manifest(body))
 
 
 # Round trips
@@ -580,7 +580,7 @@ def test_sigkill_of_a_saving_process(tmp_path):
 def test_second_writer_errors_at_once(tmp_path):
     lora, config = made(linen_base())
     checkpoint.save(tmp_path, lora=lora, config=config, step=1)
-    with _archive.locked(tmp_path):
+    with _archive.lock_folder(tmp_path):
         began = time.perf_counter()
         with pytest.raises(CheckpointError, match="another save is writing"):
             checkpoint.save(tmp_path, lora=lora, config=config, step=2)

@@ -23,16 +23,16 @@ def adapter(count, rows=1024):
 def test_restoring_keeps_few_arrays_on_the_host(tmp_path, monkeypatch):
     lora = adapter(12, rows=1 << 20)  # 8 MiB each
     checkpoint.save(tmp_path / "x", lora=lora, config=CONFIG)
-    alive, loaded = weakref.WeakValueDictionary(), checkpoint._restore.loaded
+    alive, build_leaf = weakref.WeakValueDictionary(), checkpoint._restore.build_leaf
     most = 0
 
     def counted(entry, array, sharding):
         nonlocal most
         alive[entry.name] = array
         most = max(most, len(alive))
-        return loaded(entry, array, sharding)
+        return build_leaf(entry, array, sharding)
 
-    monkeypatch.setattr(checkpoint._restore, "loaded", counted)
+    monkeypatch.setattr(checkpoint._restore, "build_leaf", counted)
     found = checkpoint.restore(tmp_path / "x").lora
     assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), found, lora))
     assert most <= 2

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lowrank
 from lowrank_jax import CheckpointError, checkpoint
-from lowrank_jax._files.locks import locked
+from lowrank_jax._files.locks import lock_folder
 from lowrank_jax.checkpoint import _archive
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -64,7 +64,7 @@ def edit(directory, change):
     body = json.loads((directory / "manifest.json").read_text())
     del body["sha256"]
     change(body)
-    (directory / "manifest.json").write_bytes(_archive._sealed(body))
+    (directory / "manifest.json").write_bytes(_archive.serialize_manifest(body))
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_fork_does_not_keep_the_lock(tmp_path, monkeypatch):
     save(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "close", lambda handle: None)  # a fork has its own copy of the handle
-        with locked(tmp_path):
+        with lock_folder(tmp_path):
             pass
     save(tmp_path, 2)
 

@@ -523,7 +523,7 @@ def test_what_others_log_meanwhile_is_logged(caplog):
 
     own, other = ValueError("own"), ValueError("other")
     hook = sys.unraisablehook
-    with pytest.raises(CheckpointError), _quiet.quiet("arrays-0a"):
+    with pytest.raises(CheckpointError), _quiet.silence_orbax("arrays-0a"):
         failed("at /x/arrays-0a/d", ValueError("of the same folder"))
         failed("no path", own)
         failed("no path", other)
@@ -536,7 +536,7 @@ def test_what_others_log_meanwhile_is_logged(caplog):
     ]
     assert caplog.records[1].exc_info[1] is other
     assert not log.filters
-    with _quiet.quiet("arrays-0b"):
+    with _quiet.silence_orbax("arrays-0b"):
         pass
     assert sys.unraisablehook is hook
 

@@ -19,7 +19,7 @@ from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.shards import INDEX, SINGLE, open_folder
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import LowRank, is_node
-from lowrank_jax.huggingface._folder import read_config
+from lowrank_jax.huggingface._folder import read_model_config
 from lowrank_jax.peft._folder import CONFIG, find_tensors
 from lowrank_jax.peft._folder import read_config_bytes as read_adapter
 from lowrank_jax.peft._parsing import parse_config
@@ -30,7 +30,7 @@ _SHOWN = 10
 
 
 @checked(CheckpointError, folder=path_like)
-def described(folder: Path) -> list[str]:
+def describe(folder: Path) -> list[str]:
     """Lines about a folder; those that say what is odd begin with "odd: ".
 
     Raises:
@@ -125,7 +125,7 @@ def _checkpoint(folder: Path) -> list[str]:
 
 def _model(folder: Path) -> list[str]:
     """A model of Hugging Face's, dense or quantized."""
-    config = read_config(folder)
+    config = read_model_config(folder)
     quantization = config.get("quantization_config")
     kind = "a dense model"
     if isinstance(quantization, dict):

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from lowrank_jax import huggingface, names
 from lowrank_jax._cli.converting import convert
-from lowrank_jax._cli.inspecting import described
+from lowrank_jax._cli.inspecting import describe
 from lowrank_jax._display.text import printable, printable_lines
 from lowrank_jax._errors import LowrankError
 
@@ -28,7 +28,7 @@ def _table(name: str) -> names.Table:
 
 
 def _inspect(options: argparse.Namespace) -> list[str]:
-    return described(options.folder)
+    return describe(options.folder)
 
 
 def _merge(options: argparse.Namespace) -> list[str]:

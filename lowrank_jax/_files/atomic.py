@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.locks import locked
+from lowrank_jax._files.locks import lock_folder
 
 _NEW = ".lowrank-"
 _OLD = f"{_NEW}old-"
@@ -30,7 +30,7 @@ _COMPARED = 1 << 25
 Write = Callable[[BinaryIO], object]
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file, or a directory's list of names, is on disk.
 
     A directory that the file system cannot flush, or that may not be opened, is passed over.
@@ -58,10 +58,10 @@ def make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
-        flush(path.parent)
+        fsync(path.parent)
 
 
-def write_whole(folder: Path, write: Write) -> Path:
+def write_temporary(folder: Path, write: Write) -> Path:
     """A file of another name, whole on disk; `clear` removes it unless it is renamed."""
     path = folder / f"{_NEW}{uuid.uuid4().hex}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -72,7 +72,7 @@ def write_whole(folder: Path, write: Write) -> Path:
     return path
 
 
-def clear(folder: Path, old: bool = True) -> None:
+def remove_temporary(folder: Path, old: bool = True) -> None:
     """Remove the files that killed or failed writers left; old: those that were set aside, too."""
     for path in folder.glob(f"{_NEW}*"):
         if (old or not path.name.startswith(_OLD)) and not (
@@ -98,7 +98,7 @@ def replace_files(
     writes: Mapping[str, Write],
     what: str,
     *,
-    entries: Sequence[str],
+    entry_points: Sequence[str],
     obsolete: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Replace files of a folder together, and leave its others alone.
@@ -107,7 +107,7 @@ def replace_files(
       folder: made where missing.
       writes: name -> what writes its content. A file that is there already stays.
       what: what the files are, for errors.
-      entries: the names without which nothing loads, in the order in which they go.
+      entry_points: the names without which nothing loads, in the order in which they go.
       obsolete: whether a name that is there, and not written, goes as well.
 
     Raises:
@@ -115,31 +115,31 @@ def replace_files(
     """
     try:
         make_folder(folder)
-        with locked(folder):
-            clear(folder)
+        with lock_folder(folder):
+            remove_temporary(folder)
             try:
                 there = os.listdir(folder)
                 if blocked := [name for name in writes if (folder / name).is_dir()]:
                     raise CheckpointError(f"{folder / blocked[0]} is a folder: remove it")
-                new = {name: write_whole(folder, write) for name, write in writes.items()}
+                new = {name: write_temporary(folder, write) for name, write in writes.items()}
                 gone = [name for name in there if name not in writes and obsolete(name)]
-                new = _changed(folder, new, gone, entries)
-                put_in_place(folder, new, what, entries=entries, gone=gone)
+                new = _changed(folder, new, gone, entry_points)
+                commit_files(folder, new, what, entry_points=entry_points, gone=gone)
             finally:
                 with contextlib.suppress(OSError):
-                    clear(folder, old=False)
+                    remove_temporary(folder, old=False)
     except OSError as error:
         raise CheckpointError(
             f"{folder} could not be written; what was there is as it was ({error})"
         ) from error
 
 
-def put_in_place(
+def commit_files(
     folder: Path,
     new: Mapping[str, Path],
     what: str,
     *,
-    entries: Sequence[str] = (),
+    entry_points: Sequence[str] = (),
     gone: Iterable[str] = (),
 ) -> None:
     """Let files, whole on disk, take their names; where that fails, put back what was there.
@@ -148,27 +148,29 @@ def put_in_place(
       folder: where they are.
       new: name -> the file that is to be called so.
       what: what they are, for errors.
-      entries: as of replace_files.
+      entry_points: as of replace_files.
       gone: names that are to go.
 
     Raises:
       CheckpointError: the file system refused. What it says of the folder was looked up.
     """
     names = [*new, *gone]
-    going = sorted(names, key=lambda name: (name not in entries, *_place(name, entries)))
-    coming = sorted(new, key=lambda name: (name in entries, *_place(name, reversed(entries))))
+    going = sorted(names, key=lambda name: (name not in entry_points, *_place(name, entry_points)))
+    coming = sorted(
+        new, key=lambda name: (name in entry_points, *_place(name, reversed(entry_points)))
+    )
     before = {name: _identity(folder / name) for name in names}
     after = {name: _identity(new[name]) if name in new else None for name in names}
     try:
         if len(names) == 1 and new:
             _keep(folder, names[0])
         else:
-            _set_aside(folder, [name for name in going if before[name]], entries)
+            _set_aside(folder, [name for name in going if before[name]], entry_points)
         for name in coming:
-            if name in entries:
-                flush(folder)
+            if name in entry_points:
+                fsync(folder)
             rename(new[name], folder / name)
-        flush(folder)
+        fsync(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             _put_back(folder, coming, going, before, after)
@@ -176,21 +178,21 @@ def put_in_place(
             raise _failure(folder, what, before, after, error) from error
         raise
     with contextlib.suppress(OSError):
-        clear(folder)
+        remove_temporary(folder)
 
 
-def _place(name: str, entries: Iterable[str]) -> tuple[int, str]:
-    """Where a name stands among the entries, or after them."""
-    order = [*entries]
+def _place(name: str, entry_points: Iterable[str]) -> tuple[int, str]:
+    """Where a name stands among the entry_points, or after them."""
+    order = [*entry_points]
     return order.index(name) if name in order else len(order), name
 
 
-def _set_aside(folder: Path, names: list[str], entries: Sequence[str]) -> None:
-    """Take the names from old files, those of entries first and for good."""
+def _set_aside(folder: Path, names: list[str], entry_points: Sequence[str]) -> None:
+    """Take the names from old files, those of entry_points first and for good."""
     for number, name in enumerate(names, start=1):
         rename(folder / name, folder / f"{_OLD}{name}")
-        if name in entries and not {*names[number:]} & {*entries}:
-            flush(folder)
+        if name in entry_points and not {*names[number:]} & {*entry_points}:
+            fsync(folder)
 
 
 def _keep(folder: Path, name: str) -> None:
@@ -206,7 +208,7 @@ def _put_back(
     before: Mapping[str, object],
     after: Mapping[str, object],
 ) -> None:
-    """Undo a replacement: new files go, the entries first, and old ones get their names back."""
+    """Undo a replacement: new files go, the entry_points first, and old ones get their names back."""
     for name in reversed(coming):
         is_new = _identity(folder / name) == after[name]
         if is_new and (len(going) > 1 or before[name] is None):
@@ -215,9 +217,9 @@ def _put_back(
         if _identity(folder / f"{_OLD}{name}") is not None:
             rename(folder / f"{_OLD}{name}", folder / name)
     with contextlib.suppress(OSError):
-        flush(folder)
+        fsync(folder)
     if all(_identity(folder / name) == was for name, was in before.items()):
-        clear(folder)
+        remove_temporary(folder)
 
 
 def _failure(
@@ -257,12 +259,12 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def _changed(
-    folder: Path, new: Mapping[str, Path], gone: Sequence[str], entries: Sequence[str]
+    folder: Path, new: Mapping[str, Path], gone: Sequence[str], entry_points: Sequence[str]
 ) -> dict[str, Path]:
-    """The new files that are not there already; entries too, unless one rename is all there is."""
+    """The new files that are not there already; entry_points too, unless one rename is all there is."""
     changed = {name: path for name, path in new.items() if not _is_there(folder / name, path)}
     if len(changed) + len(gone) > 1:
-        changed |= {name: new[name] for name in entries if name in new}
+        changed |= {name: new[name] for name in entry_points if name in new}
     return changed
 
 
@@ -274,7 +276,7 @@ def _is_there(old: Path, new: Path) -> bool:
             return False
         if old.read_bytes() != new.read_bytes():
             return False
-        flush(old)
+        fsync(old)
     except OSError:
         return False
     return True

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.gguf_header import Place, read_header
+from lowrank_jax._files.gguf_header import TensorInfo, read_header
 from lowrank_jax._files.safetensors import Entry
 from lowrank_jax._files.shards import Tensors
 
@@ -58,7 +58,7 @@ class GgufTensors(Tensors):
                 f"{path} is a model of {architecture!r}: what GGUF files of it call their tensors, "
                 f"and how these lie, is known here of {sorted(_ROTATED)}; convert it to safetensors"
             )
-        self._tensors: dict[str, Place] = {}
+        self._tensors: dict[str, TensorInfo] = {}
         self._heads: dict[str, int] = {}
         for own, place in header.tensors.items():
             name, part = _name(own)
@@ -76,7 +76,7 @@ class GgufTensors(Tensors):
                 self._heads[name] = heads
 
     @property
-    def ties(self) -> bool:
+    def is_tied(self) -> bool:
         """Whether the look-up table is the last projection too: there is no other."""
         return "lm_head.weight" not in self
 
@@ -117,7 +117,7 @@ class GgufTensors(Tensors):
         """The name of the file."""
         return self.path.name
 
-    def equal(self, name: str, other: str) -> bool:
+    def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same to the last bit."""
         return self[name].tobytes() == self[other].tobytes()
 

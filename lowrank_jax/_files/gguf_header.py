@@ -22,7 +22,7 @@ _MOST_AXES, _KEY_LIMIT, _TEXT_LIMIT = 4, 1000, 1 << 16
 _FIELD, _TENSOR = 13, 24
 
 
-class Place(NamedTuple):
+class TensorInfo(NamedTuple):
     """Where a tensor lies in the file, and what it is; the shape is NumPy's, rows first."""
 
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Header(NamedTuple):
     """What a file says: fields that are numbers or texts (None for lists), tensors, all bytes."""
 
     fields: dict[str, Any]
-    tensors: dict[str, Place]
+    tensors: dict[str, TensorInfo]
     data: np.ndarray
 
 
@@ -77,7 +77,7 @@ def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> Header:
             raise ValueError(f"the tensor {name!r} stands twice")
         if shape[-1] % elements:
             raise ValueError(f"{name!r} of shape {list(shape)} is no whole number of blocks")
-        place = Place(
+        place = TensorInfo(
             shape, kind, start + offset, start + offset + math.prod(shape) // elements * width
         )
         if place.start < end or place.stop > data.size:

@@ -44,7 +44,7 @@ def read_file(path: Path, limit: int) -> bytes:
     return data
 
 
-def read_object(path: Path, limit: int) -> dict[str, Any]:
+def read_json_object(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object that a file of a folder holds.
 
     Raises:

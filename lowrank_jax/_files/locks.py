@@ -11,7 +11,7 @@ from lowrank_jax._errors import CheckpointError
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold the folder against other writers; the kernel lets go when the process dies.
 
     Windows and some network file systems have no such locks: there nothing is held.

@@ -135,7 +135,7 @@ class TensorFile:
             raise self._damaged("it became shorter while it was read")
         return data.view(entry.dtype).reshape(entry.shape)
 
-    def chunks(self, name: str) -> Iterator[bytes]:
+    def iter_chunks(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, a few at a time."""
         entry = self.entries[name]
         for start in range(entry.start, entry.stop, CHUNK):

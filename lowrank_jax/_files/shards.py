@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._files.json_text import read_object
+from lowrank_jax._files.json_text import read_json_object
 from lowrank_jax._files.safetensors import Entry, TensorFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,12 +49,12 @@ class Tensors(Mapping):
         """The name of the file that a tensor is in."""
         return self._files[name].path.name
 
-    def equal(self, name: str, other: str) -> bool:
+    def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same to the last bit."""
         one, two = self.entry(name), self.entry(other)
-        chunks = (self._files[key].chunks(key) for key in (name, other))
+        iter_chunks = (self._files[key].iter_chunks(key) for key in (name, other))
         same = (one.shape, one.dtype) == (two.shape, two.dtype)
-        return same and all(a == b for a, b in zip(*chunks, strict=True))
+        return same and all(a == b for a, b in zip(*iter_chunks, strict=True))
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
             + (f"; {pickles[0]} is a pickle, and nothing here unpickles" if pickles else "")
             + ": save the model again, as safetensors"
         )
-    where = read_object(folder / INDEX, _INDEX_LIMIT).get("weight_map")
+    where = read_json_object(folder / INDEX, _INDEX_LIMIT).get("weight_map")
     if not isinstance(where, dict) or not all(type(name) is str for name in where.values()):
         raise CheckpointError(
             f"{folder / INDEX} is no index of shards: expected a weight_map, an object that gives "

@@ -21,7 +21,7 @@ from lowrank_jax.names import Names, Parameter, parameter
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TorchLayout:
     """How a leaf lies in the parameters of a torch module, or of the modules of a stack.
 
     Args:
@@ -153,7 +153,7 @@ class Layout:
         return weights.reshape(self.sizes(self._order)).transpose(invert_permutation(self._order))
 
 
-def use_of(plan: Mapping[str, Any] | None, path: str) -> Any:
+def find_use(plan: Mapping[str, Any] | None, path: str) -> Any:
     """What a plan says of a leaf; None where there is no plan."""
     if plan is not None and path not in plan:
         raise CheckpointError(
@@ -163,14 +163,14 @@ def use_of(plan: Mapping[str, Any] | None, path: str) -> Any:
     return None if plan is None else plan[path]
 
 
-def stack_axes(name: Parameter, use: Any) -> tuple[int, ...]:
+def find_stack_axes(name: Parameter, use: Any) -> tuple[int, ...]:
     """The axes that enumerate layers: the plan's, or as many leading ones as the name numbers."""
     if name.kind == "weight" and use is not None and use.fan_in:
         return use.stack
     return tuple(range(name.module.count("{}")))
 
 
-def misnumbered(path: str, count: int, name: Parameter) -> str:
+def describe_stack_mismatch(path: str, count: int, name: Parameter) -> str:
     """The problem of a name that does not number a leaf's stack axes."""
     return (
         f"{path!r} has {count} stack axes, and its module's name {name.module!r} "
@@ -179,9 +179,11 @@ def misnumbered(path: str, count: int, name: Parameter) -> str:
     )
 
 
-def layout_of(path: str, shape: tuple[int, ...], name: Parameter, use: Any, node: Any) -> Layout:
+def infer_layout(
+    path: str, shape: tuple[int, ...], name: Parameter, use: Any, node: Any
+) -> TorchLayout:
     """How the leaf at a path lies in its parameter; node: its adapter, which knows the axes."""
-    stack = stack_axes(name, use)
+    stack = find_stack_axes(name, use)
     table = path.rpartition("/")[2] == "embedding"
     if use is not None:
         table = use.lookup or use.op == "lookup"
@@ -199,15 +201,15 @@ def layout_of(path: str, shape: tuple[int, ...], name: Parameter, use: Any, node
             "shape; pass plan=lowrank.plan(fn, params, *args)"
         )
     if len(stack) != name.module.count("{}"):
-        raise CheckpointError(misnumbered(path, len(stack), name))
+        raise CheckpointError(describe_stack_mismatch(path, len(stack), name))
     if table and kind != "vector":
         kind = "lookup"
     if kind == "lookup" and len(shape) - len(stack) != 2:
         raise CheckpointError(f"{path!r} of shape {shape} is no table [rows, features]")
-    return Layout(shape, stack, fan_in, fan_out, kind, name.fan_in_fan_out)
+    return TorchLayout(shape, stack, fan_in, fan_out, kind, name.fan_in_fan_out)
 
 
-def known_names(leaves: Mapping[str, Any], names: Names) -> dict[str, Parameter]:
+def resolve_names(leaves: Mapping[str, Any], names: Names) -> dict[str, Parameter]:
     """The parameters of the leaves that have one; `tied` only where the tree ties the two."""
     named = {path: name for path in leaves if (name := parameter(path, names)) is not None}
     first: dict[str, str] = {}
@@ -221,7 +223,7 @@ def known_names(leaves: Mapping[str, Any], names: Names) -> dict[str, Parameter]
     }
 
 
-def refuse_name(path: str, name: Parameter) -> None:
+def validate_name(path: str, name: Parameter) -> None:
     """Refuse a name that no module of torch has.
 
     Raises:
@@ -236,6 +238,6 @@ def refuse_name(path: str, name: Parameter) -> None:
             )
 
 
-def numbered(name: str, index: tuple[int, ...]) -> str:
+def fill_indices(name: str, index: tuple[int, ...]) -> str:
     """The name with numbers for its "{}"."""
     return functools.reduce(lambda text, i: text.replace("{}", str(i), 1), index, name)

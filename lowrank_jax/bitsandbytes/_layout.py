@@ -18,7 +18,7 @@ from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax.bitsandbytes._quant_state import QuantState
 
 
-def laid_out(
+def to_quantized(
     state: QuantState, shape: tuple[int, ...], fan_in: tuple[int, ...], packing: str
 ) -> Quantized:
     """The leaf of one weight, of which torch's order is [*fan_out, *fan_in].
@@ -62,7 +62,7 @@ def _arranged(
     codes = from_bnb_bytes(packed, 2 * packed.size)
     room = scales.size * quant.block_size - codes.size
     codes = jnp.pad(codes, (0, room), constant_values=get_format(quant.format).zero)
-    order, at = order_of_blocks(node)
+    order, at = find_block_order(node)
     sizes = [node.scales.shape[place] for place in order]
     codes = codes.reshape(*sizes, quant.block_size)
     back = np.argsort(order).tolist()
@@ -75,6 +75,6 @@ def _arranged(
     )
 
 
-def order_of_blocks(node: Quantized) -> tuple[list[int], int]:
+def find_block_order(node: Quantized) -> tuple[list[int], int]:
     """The axes of one leaf's scales, outermost in the flat order first; where codes are cut."""
     return get_flat_order(node.strides), node.codes.ndim - 1 - node.trailing

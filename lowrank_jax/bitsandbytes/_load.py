@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from lowrank_jax._checks.arguments import checked, name_text, texts_mapping
 from lowrank_jax._errors import AxesError, CheckpointError, listing_of
 from lowrank_jax._files.shards import open_folder
-from lowrank_jax._files.torch_layout import numbered
+from lowrank_jax._files.torch_layout import fill_indices
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax.bitsandbytes._layout import laid_out
-from lowrank_jax.bitsandbytes._quant_state import QuantState, read
+from lowrank_jax.bitsandbytes._layout import to_quantized
+from lowrank_jax.bitsandbytes._quant_state import QuantState, read_state
 from lowrank_jax.bitsandbytes._tensors import StateTensors, refuse_other_models
 
 
@@ -56,18 +56,18 @@ def from_state_dict(
     ((64, 3), True)
     """
     if "{}" not in name:
-        return _node(read(tensors, name), name, transpose, packing)
+        return _node(read_state(tensors, name), name, transpose, packing)
     pattern = re.compile(re.escape(name).replace(r"\{\}", "(0|[1-9][0-9]{0,17})"))
     found = {tuple(map(int, m.groups())) for key in tensors if (m := pattern.fullmatch(key))}
     if not found:
         raise CheckpointError(f"no tensor is called {name!r} with numbers for '{{}}'")
     sizes = [1 + max(index) for index in zip(*found, strict=True)]
     if count := math.prod(sizes) - len(found):
-        missing = (numbered(name, i) for i in _indices(sizes) if i not in found)
+        missing = (fill_indices(name, i) for i in _indices(sizes) if i not in found)
         raise CheckpointError(
             f"{name!r} cannot be stacked; missing are\n{listing_of(missing, count)}"
         )
-    names = [numbered(name, index) for index in _indices(sizes)]
+    names = [fill_indices(name, index) for index in _indices(sizes)]
     nodes = {
         key: from_state_dict(tensors, key, transpose=transpose, packing=packing) for key in names
     }
@@ -99,7 +99,7 @@ def _node(state: QuantState, name: str, transpose: bool, packing: str) -> Quanti
         if axis < 1:
             raise AxesError(f"{name} is of shape {list(shape)}: pass transpose=False")
         shape, axis = (*shape[:-2], shape[-1], shape[-2]), axis - 1
-    return laid_out(state, shape, (axis,), packing)
+    return to_quantized(state, shape, (axis,), packing)
 
 
 @checked(CheckpointError)

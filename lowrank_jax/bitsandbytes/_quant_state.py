@@ -61,7 +61,7 @@ class QuantState:
     second: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
 
-def check(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
+def check_tensors(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The JSON of a weight, once all its tensors are known to be there, and no other.
 
     Raises:
@@ -77,7 +77,7 @@ def check(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
     if len(found) != 1:
         start = f"{name}.quant_state."
         others = [keys[format] for format in found]
-        raise no_state(name, others or [key for key in tensors if key.startswith(start)])
+        raise make_state_error(name, others or [key for key in tensors if key.startswith(start)])
     header = _header(tensors, keys[found[0]], found[0])
     wanted = {*_SINGLE, *(_DOUBLE if "nested_offset" in header else ())}
     there = {side for side in SIDES if f"{name}.{side}" in tensors}
@@ -91,7 +91,7 @@ def check(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
     return header
 
 
-def no_state(name: str, others: Sequence[str]) -> CheckpointError:
+def make_state_error(name: str, others: Sequence[str]) -> CheckpointError:
     """The error of a weight without one quant state; others: the keys that stand in its place."""
     return CheckpointError(
         f"{name!r} needs one of {[f'{name}.{state}' for state in STATES]}; there is "
@@ -179,13 +179,13 @@ def _array(tensors: Mapping[str, Any], key: str) -> np.ndarray:
         ) from error
 
 
-def read(tensors: Mapping[str, Any], name: str) -> QuantState:
+def read_state(tensors: Mapping[str, Any], name: str) -> QuantState:
     """The state of one weight.
 
     Raises:
       CheckpointError: listing all that is not as bitsandbytes writes it.
     """
-    header, problems = check(tensors, name), []
+    header, problems = check_tensors(tensors, name), []
 
     def get(side: str, dtype: Any, size: int) -> np.ndarray:
         array = _array(tensors, f"{name}.{side}")
@@ -226,7 +226,7 @@ def _raise(name: str, problems: list[str]) -> None:
         raise CheckpointError(f"{name} is not as bitsandbytes writes it:\n{listing(problems)}")
 
 
-def write(state: QuantState, name: str, quant_storage: str) -> dict[str, np.ndarray]:
+def write_state(state: QuantState, name: str, quant_storage: str) -> dict[str, np.ndarray]:
     """The tensors of one weight, byte for byte as bitsandbytes writes them.
 
     Raises:

@@ -14,10 +14,10 @@ from lowrank_jax._codecs import FORMATS
 from lowrank_jax._codecs.packing import to_bnb_bytes, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP
 from lowrank_jax._errors import AxesError, ConfigError, TreeError
-from lowrank_jax._files.torch_layout import numbered
+from lowrank_jax._files.torch_layout import fill_indices
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax.bitsandbytes._layout import order_of_blocks
-from lowrank_jax.bitsandbytes._quant_state import QuantState, write
+from lowrank_jax.bitsandbytes._layout import find_block_order
+from lowrank_jax.bitsandbytes._quant_state import QuantState, write_state
 
 
 @checked(node=anything, name=name_text)
@@ -78,8 +78,8 @@ def to_state_dict(
     tensors: dict[str, np.ndarray] = {}
     for index in np.ndindex(*stack):
         one = jax.tree.map(lambda array, index=index: array[index], node)
-        key = numbered(name, index)
-        tensors |= write(_state(one, key, shape), key, quant_storage)
+        key = fill_indices(name, index)
+        tensors |= write_state(_state(one, key, shape), key, quant_storage)
     return tensors
 
 
@@ -101,7 +101,7 @@ def _state(node: Quantized, name: str, shape: tuple[int, ...] | None) -> QuantSt
 @jax.jit
 def _flattened(node: Quantized) -> tuple[jax.Array, jax.Array]:
     """bitsandbytes' bytes of the codes, and scales, both in the flat order of blocks."""
-    order, at = order_of_blocks(node)
+    order, at = find_block_order(node)
     codes = unpack(node.codes, at, node.packing)
     codes = jnp.transpose(codes, (*(place + (place >= at) for place in order), at)).reshape(-1)
     packed = to_bnb_bytes(codes[: node.size + node.size % 2], node.format)

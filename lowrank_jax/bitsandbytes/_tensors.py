@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._files.json_text import read_object
+from lowrank_jax._files.json_text import read_json_object
 from lowrank_jax._files.safetensors import Entry
 from lowrank_jax._files.shards import Tensors
 from lowrank_jax.bitsandbytes._quant_state import (
     SIDES,
     STATES,
     QuantState,
-    check,
     check_sizes,
-    no_state,
-    read,
+    check_tensors,
+    make_state_error,
+    read_state,
 )
 
 
@@ -50,8 +50,8 @@ class StateTensors(Tensors):
                 if name not in tensors:
                     raise CheckpointError(f"there is no tensor {name!r}, and there is {keys[0]}")
                 if not {*keys} & {f"{name}.{state}" for state in STATES}:
-                    raise no_state(name, keys)
-                self.weights[name] = header = check(tensors, name)
+                    raise make_state_error(name, keys)
+                self.weights[name] = header = check_tensors(tensors, name)
                 check_sizes(header, name, {key: tensors.entry(key) for key in _own(tensors, name)})
             except CheckpointError as error:
                 problems.append(str(error))
@@ -67,7 +67,7 @@ class StateTensors(Tensors):
     def state(self, name: str) -> QuantState:
         """Codes and scales of a weight in 4 bits."""
         try:
-            state = read(self._tensors, name)
+            state = read_state(self._tensors, name)
         except CheckpointError as error:
             raise CheckpointError(f"{self._folder} is damaged: {error}") from error
         second = {} if state.second is None else {"nested_absmax": state.second[0]}
@@ -102,11 +102,11 @@ class StateTensors(Tensors):
         """The name of the file that a tensor is in."""
         return self._tensors.file(name)
 
-    def equal(self, name: str, other: str) -> bool:
+    def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same to the last bit."""
         parts, others = ([key[len(x) :] for key in _own(self._tensors, x)] for x in (name, other))
         return parts == others and all(
-            self._tensors.equal(name + part, other + part) for part in parts
+            self._tensors.are_equal(name + part, other + part) for part in parts
         )
 
 
@@ -119,7 +119,7 @@ def _own(tensors: Tensors, name: str) -> list[str]:
 def refuse_other_models(folder: Path) -> None:
     """Refuse what config.json does not call a 4-bit model of bitsandbytes."""
     path = folder / "config.json"
-    quantization = read_object(path, 1 << 24).get("quantization_config")
+    quantization = read_json_object(path, 1 << 24).get("quantization_config")
     quantization = quantization if isinstance(quantization, dict) else {}
     method = quantization.get("quant_method")
     if method != "bitsandbytes":

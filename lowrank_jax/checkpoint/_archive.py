@@ -20,15 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._files.atomic import clear, flush, make_folder, put_in_place, write_whole
-from lowrank_jax._files.locks import locked
+from lowrank_jax._files.atomic import (
+    commit_files,
+    fsync,
+    make_folder,
+    remove_temporary,
+    write_temporary,
+)
+from lowrank_jax._files.locks import lock_folder
 from lowrank_jax._trees.fingerprint import list_differences, sha256
 from lowrank_jax.checkpoint._orbax import (
     make_checkpointer,
     read_arrays,
     write_arrays,
 )
-from lowrank_jax.checkpoint._quiet import quiet
+from lowrank_jax.checkpoint._quiet import silence_orbax
 
 # An archive is a directory: a manifest, and the one folder of arrays (Orbax's) that it names.
 # checkpoint.save says why its replacement is atomic.
@@ -43,7 +49,7 @@ _SLACK = 4096
 def write_archive(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Replace the archive at a directory by a manifest's body and arrays, atomically."""
     make_folder(directory)
-    with locked(directory):
+    with lock_folder(directory):
         _clean(directory)
         try:
             _commit(directory, body, arrays)
@@ -54,25 +60,25 @@ def write_archive(directory: Path, body: dict[str, Any], arrays: dict[str, np.nd
 def _commit(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write a whole new folder and manifest; the last rename makes them the archive."""
     folder = directory / f"arrays-{uuid.uuid4().hex}"
-    flush(directory)  # one that fails fails before there is anything to remove
+    fsync(directory)  # one that fails fails before there is anything to remove
     with _hashers() as pool:
         hashes = pool.map(sha256, arrays.values())  # while Orbax writes
-        with quiet(folder.name):
+        with silence_orbax(folder.name):
             write_arrays(folder, arrays)
         found = _files(folder)
         files = dict(zip(found, pool.map(_flushed, found.values()), strict=True))
         for parent, _, _ in os.walk(folder):
-            flush(Path(parent))
+            fsync(Path(parent))
         described = {
             name: [list(array.shape), array.dtype.name, sha]
             for (name, array), sha in zip(arrays.items(), hashes, strict=True)
         }
     head = {"format": _FORMAT, "version": _VERSION}
     body = {**head, **body, "arrays": described, "folder": folder.name, "files": files}
-    flush(directory)
-    text = _sealed(body)
-    manifest = write_whole(directory, lambda file: file.write(text))
-    put_in_place(directory, {_MANIFEST: manifest}, "checkpoint")
+    fsync(directory)
+    text = serialize_manifest(body)
+    manifest = write_temporary(directory, lambda file: file.write(text))
+    commit_files(directory, {_MANIFEST: manifest}, "checkpoint")
 
 
 def has_manifest(directory: Path) -> bool:
@@ -100,7 +106,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 f"version {_VERSION}: use the release that wrote it, or a newer one"
             )
         body.pop("sha256", None)
-        if text == _sealed(body) and _FOLDER.fullmatch(body["folder"]):
+        if text == serialize_manifest(body) and _FOLDER.fullmatch(body["folder"]):
             return body
         why = "its text is not what its sha256 says"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -125,7 +131,7 @@ def read_archive(
     plain = lambda dtype: jnp.dtype(np.uint8) if dtype.itemsize == 1 else dtype
     claimed = {n: (s, plain(dtype)) for n, (s, dtype, _) in described.items() if 0 not in s}
     claims = sum(math.prod(shape) * dtype.itemsize for shape, dtype in claimed.values())
-    with quiet(folder.name), make_checkpointer() as checkpointer:
+    with silence_orbax(folder.name), make_checkpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         stored = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in stored.items()}
         problems = list_differences(_shown(claimed), _shown(stored))
@@ -135,7 +141,7 @@ def read_archive(
         if problems:
             raise _damaged(directory, problems)
     found: dict[str, Any] = {}
-    with quiet(folder.name), _hashers() as pool:
+    with silence_orbax(folder.name), _hashers() as pool:
 
         def receive(read: dict[str, np.ndarray]) -> None:
             hashes = pool.map(sha256, read.values())
@@ -215,11 +221,11 @@ def _clean(directory: Path) -> None:
     Nothing goes where the manifest cannot be read, or may not be the one on disk.
     """
     with contextlib.suppress(OSError, CheckpointError):
-        flush(directory)
+        fsync(directory)
         names = os.listdir(directory)
         keep = read_manifest(directory)["folder"] if _MANIFEST in names else None
         (directory / f"{_MANIFEST}.new").unlink(missing_ok=True)  # of older releases
-        clear(directory)
+        remove_temporary(directory)
         for path in directory.glob("arrays-*"):
             # Orbax writes under a name with a suffix of its own
             if path.name != keep and _FOLDER.match(path.name):
@@ -237,7 +243,7 @@ def _remove(folder: Path) -> None:
 
 def _flushed(path: Path) -> list[Any]:
     """Size and SHA-256 of a file that is on disk."""
-    flush(path)
+    fsync(path)
     return [path.stat().st_size, _file_hash(path)]
 
 
@@ -252,7 +258,7 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sealed(body: dict[str, Any]) -> bytes:
+def serialize_manifest(body: dict[str, Any]) -> bytes:
     """The manifest of a body, with its SHA-256: the one text that is read back as this body."""
     sha = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": sha}, indent=1, allow_nan=False).encode()

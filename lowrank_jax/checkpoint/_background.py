@@ -60,7 +60,7 @@ class Saving:
 _under_way: dict[Path, Saving] = {}
 
 
-def settle(directory: Path) -> None:
+def finish_pending_save(directory: Path) -> None:
     """Wait for a save that was begun earlier at this path, and raise its error."""
     saving = _under_way.get(directory.resolve())
     if saving is not None:

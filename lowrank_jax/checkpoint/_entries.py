@@ -46,7 +46,7 @@ class _Array:
         return len(self.shape)
 
 
-def parts_of(nodes: dict[str, Any]) -> dict[str, Any]:
+def collect_arrays(nodes: dict[str, Any]) -> dict[str, Any]:
     """The arrays of nodes, by path and field."""
     return {
         f"{path}/{field.name}": getattr(node, field.name)
@@ -59,7 +59,7 @@ def parts_of(nodes: dict[str, Any]) -> dict[str, Any]:
 def write_entry(name: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, str]:
     """Put a leaf's values among the arrays; return its entry."""
     name = quote(name, errors="surrogatepass")
-    form = form_of(leaf)
+    form = classify_leaf(leaf)
     arrays[name] = to_numpy(name, gathered(leaf))
     return {"name": name, "form": form}
 
@@ -74,7 +74,7 @@ def write_entries(what: str, tree: Any, arrays: dict[str, np.ndarray]) -> list[d
     ]
 
 
-def form_of(leaf: Any) -> str:
+def classify_leaf(leaf: Any) -> str:
     """What an array is to become again: a JAX array (weakly typed or not), a PRNG key, a number."""
     dtype = getattr(leaf, "dtype", None)
     if type(leaf).__name__ in _SCALARS:
@@ -101,11 +101,11 @@ def read_body(body: Mapping) -> tuple[LoraConfig, Fingerprint | None, int | None
         for what in ("opt_state", "extra")
     }
     used = collections.Counter(leaf.name for leaf in jax.tree.leaves([nodes, trees]))
-    refuse(
+    raise_problems(
         "the manifest's entries and arrays are not one to one: restore another copy",
         [f"{name}: used {used[name]} times" for name in body["arrays"] if used[name] != 1],
     )
-    nodes = {path: _renewed(node) for path, node in nodes.items()}
+    nodes = {path: _upgrade_node(node) for path, node in nodes.items()}
     return config, None if base is None else Fingerprint.from_dict(base), step, nodes, trees
 
 
@@ -139,25 +139,25 @@ def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict
 
 def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """The entry of a node: its path, type, static fields and arrays."""
-    parts = parts_of({"": node}).items()
+    parts = collect_arrays({"": node}).items()
     return {
         "path": path.split("/"),
         "type": type(node).__name__,
-        "static": static_fields(type(node), vars(node)),
+        "static": get_static_fields(type(node), vars(node)),
         "arrays": {
             name[1:]: write_entry(f"lora/{path}{name}", leaf, arrays) for name, leaf in parts
         },
     }
 
 
-def node_types() -> dict[str, Any]:
+def get_node_types() -> dict[str, Any]:
     """The classes of nodes that are saved, by their names in the manifest."""
     return {kind.__name__: kind for kind in (*(row.node for row in ADAPTER_METHODS), Full)}
 
 
 def read_node(entry: Mapping, body: Mapping) -> Any:
     """The node of an entry, holding arrays not yet read."""
-    path, kind = "/".join(entry["path"]), node_types()[entry["type"]]
+    path, kind = "/".join(entry["path"]), get_node_types()[entry["type"]]
     known = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("static")}
     # a field that a file of before does not have takes its default
     static: dict[str, Any] = {
@@ -168,7 +168,7 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
             f"{path!r} is a {entry['type']} with {unknown}, unknown to this lowrank_jax: use the "
             "release that wrote it, or a newer one"
         )
-    refuse(
+    raise_problems(
         f"static fields of {path!r} are of the wrong type: restore another copy",
         [
             f"{name}: {value!r}, expected a {type(known[name]).__name__}"
@@ -182,14 +182,14 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
     return kind(**arrays, **static)
 
 
-def _renewed(node: Any) -> Any:
+def _upgrade_node(node: Any) -> Any:
     """The node that init makes today: (IA)^3 was a LowRank with factors of rank 0."""
     if type(node) is not LowRank or not node.folded or node.magnitude is None:
         return node
     if node.a.ndim <= len(node.fan_in) or node.a.shape[-1]:
         return node
     inputs = node.a.shape[-1 - len(node.fan_in) : -1]
-    static: Any = static_fields(LowRank, vars(node))
+    static: Any = get_static_fields(LowRank, vars(node))
     return IA3(magnitude=node.magnitude, **static, inputs=inputs)
 
 
@@ -206,7 +206,7 @@ def _are_axes(value: Any) -> bool:
     return not isinstance(value, tuple) or all(type(axis) is int for axis in value)
 
 
-def static_fields(kind: type, values: Mapping) -> dict[str, Any]:
+def get_static_fields(kind: type, values: Mapping) -> dict[str, Any]:
     """The static fields of a node, as plain values of the fields' own types."""
     plain = {}
     for field in dataclasses.fields(kind):
@@ -219,7 +219,7 @@ def static_fields(kind: type, values: Mapping) -> dict[str, Any]:
     return plain
 
 
-def loaded(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
+def build_leaf(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
     """The leaf of an array: placed by a sharding if there is one."""
     if entry.form in _SCALARS:
         return _SCALARS[entry.form](array)
@@ -246,7 +246,7 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def refuse(why: str, problems: list[str]) -> None:
+def raise_problems(why: str, problems: list[str]) -> None:
     """Raise one error with all problems, if there are any."""
     if problems:
         raise CheckpointError(f"{why}:\n{listing(problems)}")

@@ -13,10 +13,10 @@ from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint, list_differences
-from lowrank_jax.checkpoint._entries import parts_of, refuse, static_fields
+from lowrank_jax.checkpoint._entries import collect_arrays, get_static_fields, raise_problems
 
 
-def dense_shapes(nodes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def compute_dense_shapes(nodes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of the leaves that nodes are for, without the axis of a stack of adapters."""
     extra = max((n.adapters for n in nodes.values() if isinstance(n, LowRank)), default=0)
     cut = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[extra:], jnp.float32)
@@ -29,9 +29,9 @@ def dense_shapes(nodes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def refuse_malformed(nodes: dict[str, Any]) -> None:
     """The arrays of each adapter have the axes that it says, and one size along each."""
     shown = lambda node: ", ".join(
-        f"{name[1:]} {tuple(part.shape)}" for name, part in parts_of({"": node}).items()
+        f"{name[1:]} {tuple(part.shape)}" for name, part in collect_arrays({"": node}).items()
     )
-    refuse(
+    raise_problems(
         "lora holds arrays that do not fit each other or their axes: make it by init",
         [
             f"{path}: {shown(node)} of {node.kind!r} with stack {node.stack}, fan_in {node.fan_in} "
@@ -76,11 +76,11 @@ def refuse_misshapen(nodes: dict[str, Any], base: Any) -> None:
             f"base holds an adapter at {adapted[0]!r}: pass the frozen tree (lowrank.partition "
             "takes a combined one apart)"
         )
-    refuse(
+    raise_problems(
         "the adapter does not fit the base: pass the base it was trained on, at the same level",
         list_differences(
             {path: str(np.shape(leaves[path])) for path in nodes if path in leaves},
-            {path: str(shape) for path, shape in dense_shapes(nodes).items()},
+            {path: str(shape) for path, shape in compute_dense_shapes(nodes).items()},
         ),
     )
 
@@ -89,7 +89,7 @@ def refuse_other_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: 
     """The base is the one trained on, as far as that is known."""
     if check and trained_on is not None:
         own = base if isinstance(base, Fingerprint) else fingerprint(base)
-        refuse(
+        raise_problems(
             "this base is not the one the adapter was trained on: pass that one, or "
             "check_base=False to take this one all the same",
             trained_on.differences(own),
@@ -98,25 +98,25 @@ def refuse_other_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: 
         refuse_misshapen(nodes, base)
 
 
-def static_differences(wanted: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+def compare_static_fields(wanted: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     """Differences in axes, kind, scale and leaf's dtype of the nodes that both have."""
     both = {path for path in wanted if type(saved.get(path)) is type(wanted[path])}
     show = lambda nodes: {
         f"{path}.{name}": repr(value)
         for path in both
-        for name, value in static_fields(type(nodes[path]), vars(nodes[path])).items()
+        for name, value in get_static_fields(type(nodes[path]), vars(nodes[path])).items()
         if name != "base_modified"  # which base it is of; the file knows
     }
     return list_differences(show(wanted), show(saved))
 
 
-def fitted(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
+def match_leaves(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
     """Refuse saved leaves that are not those wanted; return the shardings wanted, by name."""
     wanted = {p: v if hasattr(v, "dtype") else np.asarray(v) for p, v in wanted.items()}
     # an array without elements says nothing; older releases had some
     saved = {p: v for p, v in saved.items() if p in wanted or 0 not in v.shape}
     show = lambda leaves: {p: f"{leaf.dtype}{list(leaf.shape)}" for p, leaf in leaves.items()}
-    refuse(
+    raise_problems(
         f"the saved {what} is not that of like.{what}: restore without it and convert, or make it "
         "by the config and optimizer of the checkpoint",
         list_differences(show(wanted), show(saved)) + list(more),
@@ -125,7 +125,7 @@ def fitted(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any =
     placed = {
         p: getattr(v, "sharding", None) for p, v in wanted.items() if getattr(v, "committed", True)
     }
-    refuse(
+    raise_problems(
         f"like.{what} asks for shardings that do not fit: give ones that divide the saved shapes",
         [
             f"{path}: {saved[path].dtype}{list(saved[path].shape)} by {sharding}"

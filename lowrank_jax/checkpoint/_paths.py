@@ -23,7 +23,7 @@ def checkpoint_errors(what: str, where: str = "") -> Iterator[None]:
         raise CheckpointError(f"{what} ({type(error).__name__}: {error})") from error
 
 
-def path_of(directory: str | os.PathLike) -> Path:
+def resolve_directory(directory: str | os.PathLike) -> Path:
     """The directory as an absolute path, which Orbax asks for."""
     text = os.fspath(directory)
     if not isinstance(text, str) or "://" in text:

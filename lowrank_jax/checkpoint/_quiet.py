@@ -14,7 +14,7 @@ _users = 0
 
 
 @contextlib.contextmanager
-def quiet(name: str) -> Iterator[None]:
+def silence_orbax(name: str) -> Iterator[None]:
     """Keep from standard error what Orbax logs of an error that comes out of the body.
 
     Orbax logs the tracebacks of its threads, and TensorStore prints one for each write that ends

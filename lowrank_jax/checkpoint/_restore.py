@@ -19,18 +19,18 @@ from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint
 from lowrank_jax.checkpoint._archive import has_manifest, read_archive, read_manifest
 from lowrank_jax.checkpoint._entries import (
-    loaded,
-    parts_of,
+    build_leaf,
+    collect_arrays,
     read_body,
 )
 from lowrank_jax.checkpoint._fitting import (
-    dense_shapes,
-    fitted,
+    compare_static_fields,
+    compute_dense_shapes,
+    match_leaves,
     refuse_malformed,
     refuse_other_base,
-    static_differences,
 )
-from lowrank_jax.checkpoint._paths import checkpoint_errors, path_of
+from lowrank_jax.checkpoint._paths import checkpoint_errors, resolve_directory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def exists(directory: str | os.PathLike) -> bool:
     ...     exists(directory)
     False
     """
-    return has_manifest(path_of(directory))
+    return has_manifest(resolve_directory(directory))
 
 
 @checked(CheckpointError)
@@ -115,7 +115,7 @@ def restore(
     None
     this base is not the one the adapter was trained on
     """
-    directory = path_of(directory)
+    directory = resolve_directory(directory)
     while True:
         body = read_manifest(directory)
         try:
@@ -131,7 +131,7 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
     with checkpoint_errors(f"{where} is malformed: not written by save", where):
         config, trained_on, step, nodes, saved = read_body(body)
         refuse_malformed(nodes)
-        dense_shapes(nodes)
+        compute_dense_shapes(nodes)
     get = like.get if isinstance(like, Mapping) else lambda name: getattr(like, name, None)
     likes = {what: get(what) for what in ("lora", *saved)}
     if like is not None and all(part is None for part in likes.values()):
@@ -148,8 +148,11 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
         if likes["lora"] is not None:
             wanted = collect_adapters(likes["lora"])
             nodes = renamed(nodes, wanted)
-            shardings |= fitted(
-                "lora", parts_of(wanted), parts_of(nodes), static_differences(wanted, nodes)
+            shardings |= match_leaves(
+                "lora",
+                collect_arrays(wanted),
+                collect_arrays(nodes),
+                compare_static_fields(wanted, nodes),
             )
             trees = {"lora": in_structure(likes["lora"], nodes, is_node)}
         elif base is not None and not isinstance(base, Fingerprint):
@@ -160,7 +163,7 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
             if likes[what] is not None:
                 wanted = dict(flatten(likes[what])[0])
                 leaves = renamed(leaves or {}, wanted)
-                shardings |= fitted(what, wanted, leaves)
+                shardings |= match_leaves(what, wanted, leaves)
                 trees[what] = in_structure(likes[what], leaves)
             else:
                 trees[what] = None if leaves is None else nested(leaves)
@@ -170,7 +173,7 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
         def make(name: str, array: np.ndarray) -> Any:
             if name in entries:
                 # once it is ready, nothing holds the array that it was made of
-                return jax.block_until_ready(loaded(entries[name], array, shardings.get(name)))
+                return jax.block_until_ready(build_leaf(entries[name], array, shardings.get(name)))
 
         leaves = read_archive(directory, body, make)
         trees = jax.tree.map(lambda entry: leaves[entry.name], trees)

@@ -17,7 +17,7 @@ from lowrank_jax._nodes import collect_adapters
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
 from lowrank_jax.checkpoint._archive import write_archive
-from lowrank_jax.checkpoint._background import Saving, settle
+from lowrank_jax.checkpoint._background import Saving, finish_pending_save
 from lowrank_jax.checkpoint._entries import (
     write_entries,
     write_node,
@@ -26,7 +26,7 @@ from lowrank_jax.checkpoint._fitting import (
     refuse_malformed,
     refuse_misshapen,
 )
-from lowrank_jax.checkpoint._paths import checkpoint_errors, path_of
+from lowrank_jax.checkpoint._paths import checkpoint_errors, resolve_directory
 
 
 @checked(CheckpointError, step=integer_like)
@@ -80,8 +80,8 @@ def save(
     >>> found.step, found.config == config, found.lora["w"].shape, found.lora["w"].scale
     (7, True, (4, 3), 2.0)
     """
-    directory = path_of(directory)
-    settle(directory)
+    directory = resolve_directory(directory)
+    finish_pending_save(directory)
     body, arrays = _contents(lora, config, base, opt_state, step, extra)
     by_the_first(lambda: _write(directory, body, arrays))
 
@@ -133,10 +133,10 @@ def save_async(
     ...     restore(directory).step
     7
     """
-    directory = path_of(directory)
+    directory = resolve_directory(directory)
     if jax.process_count() > 1:
         raise CheckpointError("save_async works in a program of one process: call save in all")
-    settle(directory)
+    finish_pending_save(directory)
     body, arrays = _contents(lora, config, base, opt_state, step, extra)
     arrays = {name: array.copy() for name, array in arrays.items()}
     return Saving(directory, lambda: _write(directory, body, arrays))

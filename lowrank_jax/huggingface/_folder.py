@@ -17,7 +17,7 @@ import numpy as np
 from lowrank_jax._display.text import printable
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.atomic import Write, replace_files
-from lowrank_jax._files.json_text import read_object
+from lowrank_jax._files.json_text import read_json_object
 from lowrank_jax._files.safetensors import write_tensors
 from lowrank_jax._files.shards import INDEX, SINGLE
 from lowrank_jax._files.within import read_within
@@ -28,7 +28,7 @@ _BESIDE_LIMIT = 1 << 28
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-class Lazy:
+class LazyTensor:
     """A tensor to be written: its shape and dtype, and how to come by its values."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
@@ -44,15 +44,15 @@ class Lazy:
         return self._read()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json; empty where there is none."""
     path = folder / CONFIG
     if not path.is_file():
         return {}
-    return read_object(path, CONFIG_LIMIT)
+    return read_json_object(path, CONFIG_LIMIT)
 
 
-def ties(config: Mapping[str, Any]) -> bool:
+def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
     """Whether a configuration lets look-up table and projection share a weight, said or not."""
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else {}
@@ -87,7 +87,7 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def beside(folder: Path, dtype: Any = None) -> dict[str, bytes]:
+def read_side_files(folder: Path, dtype: Any = None) -> dict[str, bytes]:
     """Name -> bytes of the files beside the tensors: configuration, tokenizer.
 
     Folders are passed over; a link out of the folder is refused, for what it leads to would be
@@ -102,7 +102,7 @@ def beside(folder: Path, dtype: Any = None) -> dict[str, bytes]:
         for path in sorted(folder.iterdir())
         if path.suffix in _BESIDE and not path.is_dir() and not _is_of_tensors(path.name)
     }
-    config = read_config(folder)
+    config = read_model_config(folder)
     for key in ("dtype", "torch_dtype"):
         if dtype is not None and config.get(key, dtype) != dtype:
             config[key] = dtype
@@ -121,7 +121,7 @@ def write_model(
 
     Args:
       folder: made where missing; other files in it are left alone.
-      files: the file's name -> name -> array, or Lazy.
+      files: the file's name -> name -> array, or LazyTensor.
       beside: the file's name -> its bytes.
     """
     texts = dict(beside)
@@ -140,7 +140,7 @@ def write_model(
         folder,
         writes,
         "model",
-        entries=(CONFIG, INDEX, SINGLE),
+        entry_points=(CONFIG, INDEX, SINGLE),
         obsolete=lambda name: name in (SINGLE, INDEX) or bool(_SHARD.fullmatch(name)),
     )
 

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.torch_layout import Layout, layout_of, misnumbered, numbered, stack_axes
+from lowrank_jax._files.torch_layout import (
+    TorchLayout,
+    describe_stack_mismatch,
+    fill_indices,
+    find_stack_axes,
+    infer_layout,
+)
 from lowrank_jax._primitives.contract import invert_permutation
 from lowrank_jax.names import Parameter
 
@@ -31,11 +37,11 @@ class TensorMapping:
 
     path: str
     keys: Mapping[Index, str]
-    layout: Layout
+    layout: TorchLayout
     shape: Shape
 
     @property
-    def layer(self) -> Layout:
+    def layer(self) -> TorchLayout:
         """The layout of one layer."""
         stack = self.layout.stack
         left = [axis for axis in range(len(self.layout.shape)) if axis not in stack]
@@ -68,22 +74,22 @@ class TensorMapping:
         return invert_permutation(stack + tuple(axis for axis in axes if axis not in stack))
 
 
-def keys_of(path: str, shape: Shape, name: Parameter, use: Any) -> dict[Index, str]:
+def name_tensors(path: str, shape: Shape, name: Parameter, use: Any) -> dict[Index, str]:
     """Index within the stack -> name of the tensor.
 
     Raises:
       CheckpointError: the name does not number the stack axes.
     """
-    stack = stack_axes(name, use)
+    stack = find_stack_axes(name, use)
     if len(stack) != name.module.count("{}") or max(stack, default=-1) >= len(shape):
-        raise CheckpointError(misnumbered(path, len(stack), name))
+        raise CheckpointError(describe_stack_mismatch(path, len(stack), name))
     sizes = [shape[axis] for axis in stack]
     if 0 in sizes:
         raise CheckpointError(f"{path!r} of shape {shape} stacks no layers: leave it out")
-    return {index: numbered(name.key, index) for index in np.ndindex(*sizes)}
+    return {index: fill_indices(name.key, index) for index in np.ndindex(*sizes)}
 
 
-def lying(
+def map_leaf(
     path: str, shape: Shape, name: Parameter, use: Any, tensor: Shape | None = None
 ) -> TensorMapping:
     """How a leaf lies in its tensors, of which one has the shape `tensor`, where that is known.
@@ -91,11 +97,11 @@ def lying(
     Raises:
       CheckpointError: the axes cannot be told, or the shapes do not fit.
     """
-    keys = keys_of(path, shape, name, use)
+    keys = name_tensors(path, shape, name, use)
     layout = None
     if tensor is not None and name.kind == "weight" and (use is None or not use.fan_in):
-        layout = _told_by(tensor, shape, stack_axes(name, use), name)
-    layout = layout or layout_of(path, shape, name, use, None)
+        layout = _told_by(tensor, shape, find_stack_axes(name, use), name)
+    layout = layout or infer_layout(path, shape, name, use, None)
     wanted = layout.weight_shape
     if layout.kind == "vector" and (name.kind == "bias" or tensor == (math.prod(wanted),)):
         wanted = (math.prod(wanted),)  # a bias [heads, dim] is flat in torch
@@ -109,7 +115,7 @@ def lying(
     return TensorMapping(path, keys, layout, wanted)
 
 
-def _told_by(tensor: Shape, shape: Shape, stack: Index, name: Parameter) -> Layout | None:
+def _told_by(tensor: Shape, shape: Shape, stack: Index, name: Parameter) -> TorchLayout | None:
     """The layout of a kernel of more than two axes, [*fan_in, *fan_out], by its tensor's shape.
 
     Products of leading sizes differ, unless an axis is 1, where it does not matter whose it is.
@@ -118,9 +124,9 @@ def _told_by(tensor: Shape, shape: Shape, stack: Index, name: Parameter) -> Layo
     if len(rest) < 3:
         return None
     if len(tensor) == len(rest):
-        return Layout(shape, stack, rest[:-1], rest[-1:], "conv")
+        return TorchLayout(shape, stack, rest[:-1], rest[-1:], "conv")
     for cut in range(1, len(rest)):
         ends = [math.prod(shape[axis] for axis in axes) for axes in (rest[:cut], rest[cut:])]
         if tensor == tuple(ends if name.fan_in_fan_out else ends[::-1]):
-            return Layout(shape, stack, rest[:cut], rest[cut:], "dot", name.fan_in_fan_out)
+            return TorchLayout(shape, stack, rest[:cut], rest[cut:], "dot", name.fan_in_fan_out)
     return None

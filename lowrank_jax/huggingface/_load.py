@@ -22,13 +22,13 @@ from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._trees.quantize import check_quantized, choose_targets, resolve_block_axes
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._folder import (
+    has_tied_embeddings,
     is_prequantized,
-    read_config,
-    ties,
+    read_model_config,
 )
 from lowrank_jax.huggingface._leaves import TensorMapping
-from lowrank_jax.huggingface._matching import is_floating, matched
-from lowrank_jax.huggingface._prequantized import in_four_bits
+from lowrank_jax.huggingface._matching import is_floating, match_tensors
+from lowrank_jax.huggingface._prequantized import find_prequantized
 from lowrank_jax.huggingface._reading import read_leaf, read_quantized
 from lowrank_jax.names import Names
 
@@ -93,10 +93,10 @@ def load(
     leaves = _leaves(like, dtype)
     with _opened(folder) as (tensors, tied):
         ignored = (ignore,) if isinstance(ignore, str) else ignore
-        found = matched(tensors, leaves, names, plan, ignored, tied)
+        found = match_tensors(tensors, leaves, names, plan, ignored, tied)
         found.refuse(folder, names)
         blocks = {} if quant is None else _blocks(leaves, found.leaves, quant, plan)
-        coded = in_four_bits(found.leaves, tensors, quant, blocks, folder)
+        coded = find_prequantized(found.leaves, tensors, quant, blocks, folder)
         given, bad = dict(flatten(like)[0]), {}
         out = dict(given)
         for path, lying in found.leaves.items():
@@ -119,12 +119,15 @@ def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
         if not folder.is_file():  # opening a pipe would wait for ever
             raise CheckpointError(f"{folder} does not exist, or is no regular file")
         tensors = GgufTensors(folder)
-        yield tensors, tensors.ties
+        yield tensors, tensors.is_tied
         return
-    config = read_config(folder)
+    config = read_model_config(folder)
     prequantized = is_prequantized(folder, config)
     with open_folder(folder) as tensors:
-        yield StateTensors(tensors, folder) if prequantized else tensors, ties(config)
+        yield (
+            StateTensors(tensors, folder) if prequantized else tensors,
+            has_tied_embeddings(config),
+        )
 
 
 def _leaves(like: Any, dtype: Any) -> dict[str, Any]:

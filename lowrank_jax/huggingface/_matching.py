@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.shards import Tensors
-from lowrank_jax._files.torch_layout import known_names, use_of
+from lowrank_jax._files.torch_layout import find_use, resolve_names
 from lowrank_jax._targeting.plan import Plan
-from lowrank_jax.huggingface._leaves import TensorMapping, keys_of, lying
+from lowrank_jax.huggingface._leaves import TensorMapping, map_leaf, name_tensors
 from lowrank_jax.names import Names, Parameter, parameter
 
 # what modules register beside their parameters: masks, positions, frequencies, counters
@@ -30,7 +30,7 @@ def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
 
 
 @dataclasses.dataclass
-class Found:
+class Match:
     """What a folder has for each leaf, and what is wrong.
 
     Args:
@@ -61,14 +61,14 @@ class Found:
         raise CheckpointError(f"{folder} does not fit the tree:\n" + "\n".join(wrong))
 
 
-def matched(
+def match_tensors(
     tensors: Tensors,
     leaves: Mapping[str, Any],
     names: Names,
     plan: Plan | None,
     ignore: Sequence[str],
     ties: bool,
-) -> Found:
+) -> Match:
     """What a folder has for each leaf; no tensor is read, save to compare two that are tied.
 
     Args:
@@ -79,8 +79,8 @@ def matched(
       ignore: as of load.
       ties: whether the model's configuration lets look-up table and projection share a weight.
     """
-    found, taken = Found(), set()
-    named = _as_in_file(known_names(leaves, names), tensors)
+    found, taken = Match(), set()
+    named = _as_in_file(resolve_names(leaves, names), tensors)
     shared = _shared(leaves, names, named) if ties else {}
     for path, leaf in leaves.items():
         shape = tuple(leaf.shape)
@@ -88,11 +88,11 @@ def matched(
             if not _is_kept(leaf):
                 found.missing.append(f"{path!r}: names has no module for it")
             continue
-        name, use = named[path], use_of(plan, path)
+        name, use = named[path], find_use(plan, path)
         if name.key not in tensors and path in shared:
             name = dataclasses.replace(name, module=shared[path])
         try:
-            keys = keys_of(path, shape, name, use)
+            keys = name_tensors(path, shape, name, use)
             if lost := [key for key in keys.values() if key not in tensors]:
                 if not _is_kept(leaf):
                     found.missing += [f"{key} ({path!r})" for key in lost]
@@ -109,12 +109,12 @@ def matched(
                 wanted = f"expected {jnp.dtype(leaf.dtype).name} for {path!r}"
                 found.misfits.append(f"{key}: dtype {entry.dtype.name}, {wanted}")
             try:
-                found.leaves[path] = lying(path, shape, name, use, entry.shape)
+                found.leaves[path] = map_leaf(path, shape, name, use, entry.shape)
             except CheckpointError as error:
                 found.misfits.append(f"{key}: {error}")
         if name.tied is not None and (copy := f"{name.tied}.weight") in tensors:
             taken.add(copy)
-            if not tensors.equal(copy, name.key):
+            if not tensors.are_equal(copy, name.key):
                 found.misfits.append(
                     f"{copy}: not {name.key}, and {path!r} is one leaf: the model ties nothing"
                 )

@@ -12,13 +12,13 @@ from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.shards import open_folder
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.huggingface._folder import (
-    beside,
-    read_config,
+    has_tied_embeddings,
+    read_model_config,
+    read_side_files,
     refuse_quantized,
-    ties,
     write_model,
 )
-from lowrank_jax.huggingface._merging import flat, merged
+from lowrank_jax.huggingface._merging import flatten_model, merge_tensors
 from lowrank_jax.names import Names
 
 
@@ -80,11 +80,11 @@ def merge(
             saved = checkpoint.restore(adapter)
             peft.save(place, saved.lora, saved.config, names=names)
             return merge(base, place, folder)
-    config = read_config(base)
+    config = read_model_config(base)
     refuse_quantized(base, config)
     with open_folder(base) as tensors:
-        found = flat(tensors, adapter, ties(config))
+        found = flatten_model(tensors, adapter, has_tied_embeddings(config))
         _, nodes, _ = peft.load(adapter, found.leaves, plan=Plan(found.uses), names=found.names)
         nodes = {key: node for key, node in nodes.items() if node is not None}
-        write_model(folder, merged(tensors, nodes, found), beside(base))
+        write_model(folder, merge_tensors(tensors, nodes, found), read_side_files(base))
     return sorted(nodes)

@@ -20,7 +20,7 @@ from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.shards import Tensors
 from lowrank_jax._targeting.plan import Use
 from lowrank_jax._trees.adapters import merge
-from lowrank_jax.huggingface._folder import Lazy
+from lowrank_jax.huggingface._folder import LazyTensor
 from lowrank_jax.names import Parameter
 from lowrank_jax.peft._folder import CONFIG, find_tensors, read_config_bytes
 from lowrank_jax.peft._parsing import AdapterConfig, parse_config
@@ -30,7 +30,7 @@ _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings
 
 
 @dataclasses.dataclass
-class Flat:
+class FlatModel:
     """A model's tensors as the leaves of a tree, and what PEFT needs to be told of them.
 
     Args:
@@ -64,11 +64,11 @@ def _read(folder: Path) -> _Adapter:
     return _Adapter(config, parts)
 
 
-def flat(tensors: Tensors, adapter_folder: Path, ties: bool) -> Flat:
+def flatten_model(tensors: Tensors, adapter_folder: Path, ties: bool) -> FlatModel:
     """The leaves that an adapter may change; ties: as of `matched`."""
     adapter = _read(adapter_folder)
     prefix = _prefix(tensors, adapter)
-    found = Flat({}, {}, {}, {})
+    found = FlatModel({}, {}, {}, {})
     for key in tensors:
         entry = tensors.entry(key)
         if not jnp.issubdtype(entry.dtype, jnp.floating):
@@ -112,7 +112,7 @@ def _described(
     return name, use
 
 
-def _tie(found: Flat, tensors: Tensors, adapter: _Adapter, ties: bool) -> None:
+def _tie(found: FlatModel, tensors: Tensors, adapter: _Adapter, ties: bool) -> None:
     """Make one leaf of a look-up table and the projection that shares its weight."""
     if not ties:
         return
@@ -122,7 +122,7 @@ def _tie(found: Flat, tensors: Tensors, adapter: _Adapter, ties: bool) -> None:
         if name.kind != "weight" or name.module.rpartition(".")[2] not in _TABLES[:-1]:
             continue
         own = f"{head}.weight"
-        if own in tensors and not tensors.equal(own, key):
+        if own in tensors and not tensors.are_equal(own, key):
             continue
         if not {name.module, head} & adapter.parts.keys():
             continue
@@ -137,13 +137,15 @@ def _tie(found: Flat, tensors: Tensors, adapter: _Adapter, ties: bool) -> None:
         return
 
 
-def merged(tensors: Tensors, nodes: Mapping[str, Any], found: Flat) -> dict[str, dict[str, Lazy]]:
+def merge_tensors(
+    tensors: Tensors, nodes: Mapping[str, Any], found: FlatModel
+) -> dict[str, dict[str, LazyTensor]]:
     """File -> name -> tensor, in the files that the model has, each merged when it is asked for."""
-    files: dict[str, dict[str, Lazy]] = {}
+    files: dict[str, dict[str, LazyTensor]] = {}
     for key in tensors:
         entry, origin = tensors.entry(key), found.copies.get(key, key)
         read = _reader(tensors, origin, nodes.get(origin))
-        files.setdefault(tensors.file(key), {})[key] = Lazy(entry.shape, entry.dtype, read)
+        files.setdefault(tensors.file(key), {})[key] = LazyTensor(entry.shape, entry.dtype, read)
     return files
 
 

@@ -16,13 +16,13 @@ from lowrank_jax._files.shards import Tensors
 from lowrank_jax._nodes.host import allocate_aligned
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.configs import QuantConfig
-from lowrank_jax.bitsandbytes._layout import laid_out
+from lowrank_jax.bitsandbytes._layout import to_quantized
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._leaves import TensorMapping
-from lowrank_jax.huggingface._reading import put_in_place
+from lowrank_jax.huggingface._reading import place_leaf
 
 
-def in_four_bits(
+def find_prequantized(
     leaves: dict[str, TensorMapping],
     tensors: Tensors,
     quant: QuantConfig | None,
@@ -91,7 +91,7 @@ def _read(
     whole, stack = None, tuple(layout.shape[axis] for axis in layout.stack)
     for index, key in lying.keys.items():
         state = tensors.state(key)
-        node = laid_out(state, layer.shape, layer.fan_in, packing)
+        node = to_quantized(state, layer.shape, layer.fan_in, packing)
         node = dataclasses.replace(node, weight_dtype=jnp.dtype(dtype).name)
         if whole is None:
             whole = jax.tree.map(
@@ -106,4 +106,4 @@ def _read(
             place[(*index, ...)] = np.asarray(part)
     assert whole is not None
     assert whole.shape == layout.shape
-    return put_in_place(whole, lying.path, sharding)
+    return place_leaf(whole, lying.path, sharding)

@@ -22,7 +22,7 @@ from lowrank_jax.huggingface._leaves import TensorMapping
 
 def read_leaf(tensors: Tensors, lying: TensorMapping, dtype: Any, sharding: Any) -> jax.Array:
     """A dense leaf."""
-    return put_in_place(_host(tensors, lying, dtype), lying.path, sharding)
+    return place_leaf(_host(tensors, lying, dtype), lying.path, sharding)
 
 
 def read_quantized(
@@ -41,7 +41,7 @@ def read_quantized(
     node, bad = quantize_on_host(leaf, eval_quantized_shapes(shape, fan_in, stack, quant))
     del leaf
     _trim()
-    return put_in_place(node, lying.path, sharding), bad
+    return place_leaf(node, lying.path, sharding), bad
 
 
 def _trim() -> None:
@@ -83,7 +83,7 @@ def _fill(view: np.ndarray, first: tuple[int, ...], tensors: Tensors, lying: Ten
             view[index[len(first) :]] = lying.from_tensor(tensors[key])
 
 
-def put_in_place(leaf: Any, path: str, sharding: Any) -> Any:
+def place_leaf(leaf: Any, path: str, sharding: Any) -> Any:
     """A leaf of NumPy arrays on the device, or as `like` has its own."""
     if sharding is None:
         return jax.device_put(leaf)  # CPUs take the buffers over

@@ -17,12 +17,12 @@ from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import is_node, strip_norms
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.huggingface._folder import (
-    beside,
     is_prequantized,
-    read_config,
+    read_model_config,
+    read_side_files,
     write_model,
 )
-from lowrank_jax.huggingface._writing import in_shards, outgoing
+from lowrank_jax.huggingface._writing import collect_tensors, split_shards
 from lowrank_jax.names import Names
 
 
@@ -81,17 +81,19 @@ def save(
     if not leaves:
         raise CheckpointError("params has no leaves: pass the tree of the model's parameters")
     origin = None if like_folder is None else Path(like_folder)
-    if origin is not None and is_prequantized(origin, read_config(origin)):
+    if origin is not None and is_prequantized(origin, read_model_config(origin)):
         raise CheckpointError(
             f"like_folder is {origin}, whose weights are in 4 bits, and what is written is dense: "
             "name the folder of the dense model, or none"
         )
     with contextlib.nullcontext() if origin is None else open_folder(origin) as original:
-        tensors = outgoing(leaves, names, plan, original, dequantize)
+        tensors = collect_tensors(leaves, names, plan, original, dequantize)
     kinds = {
         tensor.dtype for tensor in tensors.values() if jnp.issubdtype(tensor.dtype, jnp.floating)
     }
     dtype = kinds.pop().name if len(kinds) == 1 else None
     write_model(
-        Path(folder), in_shards(tensors, max_shard), beside(origin, dtype) if origin else {}
+        Path(folder),
+        split_shards(tensors, max_shard),
+        read_side_files(origin, dtype) if origin else {},
     )

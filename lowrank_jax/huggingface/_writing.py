@@ -13,24 +13,24 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError, listing
 from lowrank_jax._files.safetensors import DTYPES
 from lowrank_jax._files.shards import SINGLE, Tensors
-from lowrank_jax._files.torch_layout import known_names, refuse_name, use_of
+from lowrank_jax._files.torch_layout import find_use, resolve_names, validate_name
 from lowrank_jax._nodes import as_dense, is_adapter
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._trees.fingerprint import to_numpy
-from lowrank_jax.huggingface._folder import Lazy
-from lowrank_jax.huggingface._leaves import TensorMapping, keys_of, lying
+from lowrank_jax.huggingface._folder import LazyTensor
+from lowrank_jax.huggingface._leaves import TensorMapping, map_leaf, name_tensors
 from lowrank_jax.huggingface._matching import is_buffer
 from lowrank_jax.names import Names
 
 
-def outgoing(
+def collect_tensors(
     leaves: Mapping[str, Any],
     names: Names,
     plan: Plan | None,
     original: Tensors | None,
     dequantize: bool,
-) -> dict[str, Lazy]:
+) -> dict[str, LazyTensor]:
     """Name -> tensor, of all leaves; all that is wrong is in one error.
 
     Args:
@@ -44,24 +44,24 @@ def outgoing(
         raise CheckpointError(
             f"{adapted[0]!r} is an adapter: merge first, lowrank.merge(base, lora)"
         )
-    named = known_names(leaves, names)
+    named = resolve_names(leaves, names)
     problems = [f"{path!r}: names has no module for it" for path in leaves if path not in named]
-    tensors: dict[str, Lazy] = {}
+    tensors: dict[str, LazyTensor] = {}
     for path, name in named.items():
-        leaf, use = leaves[path], use_of(plan, path)
+        leaf, use = leaves[path], find_use(plan, path)
         try:
-            refuse_name(path, name)
+            validate_name(path, name)
             _check(path, leaf, dequantize)
             shape = tuple(leaf.shape)
-            keys = keys_of(path, shape, name, use)
+            keys = name_tensors(path, shape, name, use)
             first = keys[min(keys)]
             known = original.entry(first).shape if original and first in original else None
-            place = lying(path, shape, name, use, known)
+            place = map_leaf(path, shape, name, use, known)
         except CheckpointError as error:
             problems.append(f"{name.key}: {error}")
             continue
         for index, key in place.keys.items():
-            tensors[key] = Lazy(
+            tensors[key] = LazyTensor(
                 place.shape, leaf.dtype, functools.partial(_read, leaf, place, index)
             )
         if original and name.tied is not None and (copy := f"{name.tied}.weight") in original:
@@ -86,7 +86,7 @@ def _check(path: str, leaf: Any, dequantize: bool) -> None:
         raise CheckpointError(f"{path!r} is {leaf.dtype}, which the files have no dtype for")
 
 
-def _differences(tensors: Mapping[str, Lazy], original: Tensors) -> list[str]:
+def _differences(tensors: Mapping[str, LazyTensor], original: Tensors) -> list[str]:
     """What the original has, and the tree not, and the other way round."""
     shape = lambda key: original.entry(key).shape
     lost = [key for key in original if key not in tensors and not is_buffer(key, shape(key))]
@@ -115,9 +115,9 @@ def _layer(leaf: Any, index: tuple[int, ...], stack: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda x: first(x)[index], leaf)
 
 
-def in_shards(tensors: Mapping[str, Lazy], limit: int) -> dict[str, dict[str, Lazy]]:
+def split_shards(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, dict[str, LazyTensor]]:
     """File -> tensors, layers in their order, each file as full as the limit lets it be."""
-    shards: list[dict[str, Lazy]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name in sorted(tensors, key=_numerically):
         if shards[-1] and size + tensors[name].nbytes > limit:

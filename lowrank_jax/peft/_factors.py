@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.torch_layout import Layout
+from lowrank_jax._files.torch_layout import TorchLayout
 from lowrank_jax._nodes import LowRank
 from lowrank_jax.peft._matching import Matching, Place
 from lowrank_jax.peft._tensors import MAGNITUDE, PREFIX
@@ -44,7 +44,7 @@ def match_factors(matching: Matching, place: Place) -> Callable[[], LowRank] | N
 
 
 def _take_module(
-    matching: Matching, place: Place, layout: Layout, module: str
+    matching: Matching, place: Place, layout: TorchLayout, module: str
 ) -> tuple[Keys, float] | None:
     """Keys and scale of one module."""
     first, second = layout.factor_shapes(1)
@@ -85,7 +85,7 @@ def _take_module(
 
 
 def _take_tied(
-    matching: Matching, place: Place, layout: Layout, other: str, keys: Keys, scale: float
+    matching: Matching, place: Place, layout: TorchLayout, other: str, keys: Keys, scale: float
 ) -> None:
     """Take the factors of the projection that shares a table, which must be the table's."""
     a, b, magnitude = keys
@@ -110,7 +110,7 @@ def _take_tied(
 
 def _build_node(
     matching: Matching,
-    layout: Layout,
+    layout: TorchLayout,
     kind: str,
     keys: Mapping[tuple[int, ...], Keys],
     scales: Mapping[tuple[int, ...], float],

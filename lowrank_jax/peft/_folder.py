@@ -57,4 +57,4 @@ def write_folder(folder: Path, config: str, tensors: Mapping[str, np.ndarray]) -
         TENSORS: lambda file: write_tensors(file, tensors),
         CONFIG: lambda file: file.write(text),
     }
-    replace_files(folder, writes, "adapter", entries=(CONFIG,))
+    replace_files(folder, writes, "adapter", entry_points=(CONFIG,))

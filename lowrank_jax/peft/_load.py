@@ -15,7 +15,13 @@ import numpy as np
 from lowrank_jax._checks.arguments import checked
 from lowrank_jax._errors import CheckpointError, LowrankError, listing
 from lowrank_jax._files.safetensors import TensorFile
-from lowrank_jax._files.torch_layout import known_names, misnumbered, numbered, stack_axes, use_of
+from lowrank_jax._files.torch_layout import (
+    describe_stack_mismatch,
+    fill_indices,
+    find_stack_axes,
+    find_use,
+    resolve_names,
+)
 from lowrank_jax._jax.paths import flatten, in_structure
 from lowrank_jax._nodes import Full, LowRank, attach_norms, is_node, strip_norms
 from lowrank_jax._nodes.family import Rows
@@ -84,7 +90,7 @@ def load(
         if read_config_bytes(folder) != text:
             raise CheckpointError(f"{folder} was saved anew while it was read: load it again")
         matching = Matching(file, config)
-        builds = _match(matching, floating, known_names(floating, names), plan)
+        builds = _match(matching, floating, resolve_names(floating, names), plan)
         if problems := [*matching.problems, *matching.list_unused()]:
             raise CheckpointError(
                 f"the adapter at {folder} does not fit params:\n{listing(problems)}"
@@ -123,13 +129,13 @@ def _match(
     # weights first: a bias takes what came beside the factors of its weight
     for path in sorted(named, key=lambda path: named[path].kind != "weight"):
         leaf, name = leaves[path], named[path]
-        use = use_of(plan, path)
-        stack = stack_axes(name, use)
+        use = find_use(plan, path)
+        stack = find_stack_axes(name, use)
         if len(stack) != name.module.count("{}") or max(stack, default=-1) >= leaf.ndim:
-            matching.unnamed.append(misnumbered(path, len(stack), name))
+            matching.unnamed.append(describe_stack_mismatch(path, len(stack), name))
             continue
         indices = np.ndindex(*(leaf.shape[axis] for axis in stack))
-        modules = {index: numbered(name.module, index) for index in indices}
+        modules = {index: fill_indices(name.module, index) for index in indices}
         build = _match_leaf(matching, Place(path, leaf, name, use, modules))
         if build is not None:
             builds[path] = build
@@ -142,7 +148,7 @@ def _match_leaf(matching: Matching, place: Place) -> Callable[[], Any] | None:
     if place.name.kind != "weight":
         return match_whole(matching, place)
     adapted = any(map(matching.adapts, modules))
-    if place.leaf.ndim > len(stack_axes(place.name, place.use)) + 1:
+    if place.leaf.ndim > len(find_stack_axes(place.name, place.use)) + 1:
         matching.problems += [
             f"{PREFIX}{module}: no factors, and target_modules names it ({place.path!r})"
             for module in modules

@@ -14,7 +14,7 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.safetensors import TensorFile
-from lowrank_jax._files.torch_layout import Layout, layout_of
+from lowrank_jax._files.torch_layout import TorchLayout, infer_layout
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._trees.fingerprint import to_numpy
 from lowrank_jax.names import Parameter
@@ -37,9 +37,9 @@ class Place:
     use: Any
     modules: dict[tuple[int, ...], str]
 
-    def torch_layout(self) -> Layout:
+    def torch_layout(self) -> TorchLayout:
         """How the leaf lies in torch's parameter; a CheckpointError where that is not known."""
-        return layout_of(self.path, tuple(self.leaf.shape), self.name, self.use, None)
+        return infer_layout(self.path, tuple(self.leaf.shape), self.name, self.use, None)
 
     @property
     def has_values(self) -> bool:
@@ -128,7 +128,7 @@ class Matching:
         value = self.file.read(other)
         return np.array_equal(self.file.read(key), value.T if turned else value)
 
-    def is_base_copy(self, place: Place, layout: Layout, key: str) -> bool:
+    def is_base_copy(self, place: Place, layout: TorchLayout, key: str) -> bool:
         """Whether a tensor of the file is the leaf, as far as the coarser of the two can say."""
         if not place.dense or layout.stack or self.shape(key) != layout.weight_shape:
             return False
@@ -136,7 +136,7 @@ class Matching:
         narrow = min((theirs.dtype, ours.dtype), key=lambda dtype: dtype.itemsize)
         return np.array_equal(theirs.astype(narrow), ours.astype(narrow))
 
-    def take_base(self, place: Place, layout: Layout, module: str) -> None:
+    def take_base(self, place: Place, layout: TorchLayout, module: str) -> None:
         """Take the frozen copy of a weight that PEFT keeps beside the factors of a table."""
         key = self.take(module, "base_layer.weight")
         if key is None or not self.check_tensor(place.path, key, layout.weight_shape):
@@ -146,7 +146,7 @@ class Matching:
                 f"{key}: the file's copy of the base is not {place.path!r} of params"
             )
 
-    def find_tied(self, place: Place, layout: Layout) -> str | None:
+    def find_tied(self, place: Place, layout: TorchLayout) -> str | None:
         """The module that shares a table's weight; where names has none, that is a problem."""
         try:
             return find_tied_module(layout, place.name, place.use)

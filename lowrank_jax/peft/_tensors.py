@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.torch_layout import Layout
+from lowrank_jax._files.torch_layout import TorchLayout
 from lowrank_jax.names import Parameter
 
 PREFIX = "base_model.model."
@@ -39,7 +39,7 @@ def _is_factor(module: str) -> bool:
     return any(x.startswith("lora_") for x in module.split(".")[-2:])
 
 
-def find_tied_module(layout: Layout, name: Parameter, use: Any) -> str | None:
+def find_tied_module(layout: TorchLayout, name: Parameter, use: Any) -> str | None:
     """The module that shares a table's weight and so its adapter, or None.
 
     Raises:

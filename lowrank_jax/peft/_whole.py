@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.torch_layout import Layout
+from lowrank_jax._files.torch_layout import TorchLayout
 from lowrank_jax._nodes import Full, as_dense
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.full import make_full
@@ -68,7 +68,7 @@ def _describe_partial(place: Place) -> str:
     )
 
 
-def _check_leaf_tensor(matching: Matching, place: Place, layout: Layout, key: str) -> bool:
+def _check_leaf_tensor(matching: Matching, place: Place, layout: TorchLayout, key: str) -> bool:
     """Whether a tensor has the leaf's shape; a bias [heads, dim] is torch's [heads * dim]."""
     flat = (math.prod(layout.weight_shape),)
     one = layout.kind == "vector" and matching.shape(key) == flat
@@ -78,7 +78,7 @@ def _check_leaf_tensor(matching: Matching, place: Place, layout: Layout, key: st
 def _build_full(
     matching: Matching,
     place: Place,
-    layout: Layout,
+    layout: TorchLayout,
     keys: Mapping[Index, str],
     folds: Mapping[Index, tuple[str, float]],
 ) -> Full:

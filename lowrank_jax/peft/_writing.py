@@ -10,12 +10,12 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listing
 from lowrank_jax._files.safetensors import DTYPES
 from lowrank_jax._files.torch_layout import (
-    Layout,
-    known_names,
-    layout_of,
-    numbered,
-    refuse_name,
-    use_of,
+    TorchLayout,
+    fill_indices,
+    find_use,
+    infer_layout,
+    resolve_names,
+    validate_name,
 )
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import Full, LowRank, as_dense, collect_adapters, is_node, strip_norms
@@ -62,7 +62,7 @@ class _AdapterContents:
         _check_supported(path, node, name)
         if isinstance(node, Rows):
             return self._add_rows(path, node, name)
-        layout = layout_of(path, tuple(node.shape), name, use, node)
+        layout = infer_layout(path, tuple(node.shape), name, use, node)
         tied = find_tied_module(layout, name, use)
         self.conv1d |= name.fan_in_fan_out
         if isinstance(node, LowRank):
@@ -70,10 +70,10 @@ class _AdapterContents:
         return self._add_whole(layout.to_weights(_to_host(path, node.weight)), name, layout, tied)
 
     def _add_whole(
-        self, weights: np.ndarray, name: Parameter, layout: Layout, tied: str | None
+        self, weights: np.ndarray, name: Parameter, layout: TorchLayout, tied: str | None
     ) -> None:
         for index in layout.indices:
-            module, value = numbered(name.module, index), weights[index]
+            module, value = fill_indices(name.module, index), weights[index]
             if name.kind == "bias":
                 value = value.reshape(-1)
             if name.kind == "bias" and name.module not in self.whole:
@@ -97,13 +97,13 @@ class _AdapterContents:
         self._add_tensors(name.module, {TOKENS: changed.astype(base.dtype)})
 
     def _add_factors(
-        self, path: str, node: LowRank, name: Parameter, layout: Layout, tied: str | None
+        self, path: str, node: LowRank, name: Parameter, layout: TorchLayout, tied: str | None
     ) -> None:
         a, b = _to_host(path, node.a), _to_host(path, node.b)
         magnitude = None if node.magnitude is None else _to_host(path, node.magnitude)
         alpha = compute_alpha(node.scale, node.rank, self.rslora)
         for index in layout.indices:
-            module = numbered(name.module, index)
+            module = fill_indices(name.module, index)
             parts = layout.to_factors(a[index], b[index])
             if magnitude is not None:
                 parts[MAGNITUDE] = magnitude[index].reshape(layout.magnitude_shape)
@@ -133,7 +133,7 @@ def convert_adapter(
     nodes = _rebase_nodes(collect_adapters(lora), bases, original)
     if for_serving:
         nodes = unify_factors(nodes)
-    named = known_names({**leaves, **bases}, names)
+    named = resolve_names({**leaves, **bases}, names)
     whole = {
         name.module
         for path, name in named.items()
@@ -150,8 +150,8 @@ def convert_adapter(
                     f"{path!r}: PEFT saves whole modules, and another leaf of {named[path].module}"
                     " is trained whole: pass base, which holds this one"
                 )
-            refuse_name(path, named[path])
-            writing.add_leaf(path, node, named[path], use_of(plan, path))
+            validate_name(path, named[path])
+            writing.add_leaf(path, node, named[path], find_use(plan, path))
         except LowrankError as error:
             problems.append(str(error))
     if problems:

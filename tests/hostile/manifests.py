@@ -5,7 +5,7 @@ import json
 
 import good
 
-from lowrank_jax.checkpoint._archive import _sealed
+from lowrank_jax.checkpoint._archive import serialize_manifest
 
 DEEP = [0]
 for _ in range(300):
@@ -30,7 +30,7 @@ def changed(place, value):
             if callable(value)
             else value
         )
-        path.write_bytes(_sealed(body))
+        path.write_bytes(serialize_manifest(body))
 
     return write
 
