@@ -7,17 +7,17 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from lowrank_jax._display.text import printable, printable_lines
+from lowrank_jax._display.text import to_printable, to_printable_lines
 
 
-class _Printed(Exception):
+class _PrintableMessage(Exception):
     """An exception whose text is fit to print."""
 
     def __init__(self, *args: Any):
-        super().__init__(*(printable_lines(a) if isinstance(a, str) else a for a in args))
+        super().__init__(*(to_printable_lines(a) if isinstance(a, str) else a for a in args))
 
 
-class LowrankError(_Printed, ValueError):
+class LowrankError(_PrintableMessage, ValueError):
     """Base of every error this library raises on bad input."""
 
 
@@ -49,32 +49,32 @@ class CheckpointError(LowrankError):
     """A checkpoint is missing, damaged, or belongs to another base."""
 
 
-class MaterializeWarning(_Printed, UserWarning):
+class MaterializeWarning(_PrintableMessage, UserWarning):
     """A weight was built densely because no rule covers the equation that uses it."""
 
 
-class PlanWarning(_Printed, UserWarning):
+class PlanWarning(_PrintableMessage, UserWarning):
     """A leaf reaches a product by operations no rule follows, so "all-linear" passes over it."""
 
 
-class OffloadWarning(_Printed, UserWarning):
+class OffloadWarning(_PrintableMessage, UserWarning):
     """An optimizer's state stays on the device, which has no host memory to put it in."""
 
 
-def listing(problems: list[str], limit: int = 20) -> str:
+def list_problems(problems: list[str], limit: int = 20) -> str:
     """Join problems one to a line, saying how many were left out."""
-    return listing_of(problems, len(problems), limit)
+    return list_first_problems(problems, len(problems), limit)
 
 
-def listing_of(problems: Iterable[str], count: int, limit: int = 20) -> str:
+def list_first_problems(problems: Iterable[str], count: int, limit: int = 20) -> str:
     """Join the first of `count` problems one to a line; the others are not asked for."""
-    lines = [f"  - {printable(p, 1000)}" for p in itertools.islice(problems, limit)]
+    lines = [f"  - {to_printable(p, 1000)}" for p in itertools.islice(problems, limit)]
     if count > limit:
         lines.append(f"  ... and {count - limit} more")
     return "\n".join(lines)
 
 
-def forgotten(what: str) -> LowrankError:
+def make_not_lifted_error(what: str) -> LowrankError:
     """The error of a node that met a function which knows none."""
     return LowrankError(
         f"{what} was used as if it were an array: the function that uses the parameters must be "

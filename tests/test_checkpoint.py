@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lowrank
 from lowrank_jax import CheckpointError, TreeError, _nodes, checkpoint
-from lowrank_jax._jax.paths import path_of
+from lowrank_jax._jax.paths import join_keys
 from lowrank_jax._trees import fingerprint as hashing
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
 from lowrank_jax.checkpoint import _archive, _entries, _fitting
@@ -719,7 +719,7 @@ def paths_of_older_releases(tree, is_leaf=None):
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     is_value = lambda key: isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
     cut = lambda keys: keys[:-1] if keys and is_value(keys[-1]) else keys
-    return [(path_of(cut(keys)), leaf) for keys, leaf in keyed], treedef
+    return [(join_keys(cut(keys)), leaf) for keys, leaf in keyed], treedef
 
 
 def test_checkpoints_with_paths_of_older_releases_come_back(tmp_path, monkeypatch):

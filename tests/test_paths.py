@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx, struct
 
 import lowrank_jax as lowrank
-from lowrank_jax._jax.paths import flatten, matches, path_hash, select
+from lowrank_jax._jax.paths import flatten, hash_path, matches, select
 from lowrank_jax._nodes import is_node
 from lowrank_jax._transforms.lift import split_arguments
 
@@ -102,7 +102,7 @@ def test_paths_that_print_alike_are_refused():
 
 def test_hash_is_the_same_everywhere():
     # a constant: were it another tomorrow, every adapter would start elsewhere
-    assert path_hash("params/layers_0/q_proj/kernel") == 0x14B80BA6
+    assert hash_path("params/layers_0/q_proj/kernel") == 0x14B80BA6
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import NamedSharding, P
 
 import lowrank_jax as lowrank
-from lowrank_jax._display.table import Table, bytes_text, collapsed
+from lowrank_jax._display.table import Table, collapse_rows, format_bytes
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -239,7 +239,7 @@ def test_notes_of_like_layers_are_one_and_unused_whole_leaves_are_said():
 
 def test_rows_are_joined_only_where_nothing_is_lost():
     layer = lambda i, j=0, cell="x": (f"layer_{i}/w_{j}", cell)
-    joined = lambda rows: [(row[0], count) for row, count in collapsed(rows)]
+    joined = lambda rows: [(row[0], count) for row, count in collapse_rows(rows)]
     assert joined([layer(i) for i in range(3)]) == [("layer_{0..2}/w_0", 3)]
     assert joined([layer(i) for i in (0, 2, 5)]) == [("layer_{0,2,5}/w_0", 3)]
     # rows whose other cells differ are shown as they are
@@ -253,10 +253,10 @@ def test_rows_are_joined_only_where_nothing_is_lost():
 
 
 def test_units():
-    assert bytes_text(0) == "0 B"
-    assert bytes_text(1023) == "1023 B"
-    assert bytes_text(1024) == "1.00 KiB"
-    assert bytes_text(5 * 2**40) == "5,120.00 GiB"
+    assert format_bytes(0) == "0 B"
+    assert format_bytes(1023) == "1023 B"
+    assert format_bytes(1024) == "1.00 KiB"
+    assert format_bytes(5 * 2**40) == "5,120.00 GiB"
 
 
 def test_table_of_no_rows():

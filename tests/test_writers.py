@@ -22,7 +22,7 @@ import pytest
 import lowrank_jax as lowrank
 from lowrank_jax import CheckpointError, checkpoint, huggingface, peft
 from lowrank_jax._cli import main
-from lowrank_jax._display.text import printable
+from lowrank_jax._display.text import to_printable
 from lowrank_jax._files.shards import open_folder
 from lowrank_jax.checkpoint import _quiet
 
@@ -622,12 +622,12 @@ def fit(text, limit=30_000):
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_printable(case):
-    text = printable(HOSTILE[case])
+    text = to_printable(HOSTILE[case])
     assert fit(text)
     assert "\n" not in text
     assert len(text) < 300
     text.encode()
-    assert printable(text) == text
+    assert to_printable(text) == text
     for error in (CheckpointError, lowrank.PlanWarning):
         assert fit(str(error(f"{HOSTILE[case]} is wrong")).replace("\nodd", ""))
 
@@ -636,7 +636,7 @@ def test_printable(case):
     "text", ["слой/überß", "层.weight", "👩‍👩‍👧", "क्‍ष", "a b~\\'\"", "לשון", "ﷺ𝔘"]
 )
 def test_what_is_written_in_the_world_stays(text):
-    assert printable(text) == text
+    assert to_printable(text) == text
     assert str(CheckpointError(text)) == text
 
 

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._display.text import quoted
+from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import ConfigError, LowrankError, TreeError
 
 F = TypeVar("F", bound=Callable)
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Validator:
     """What an argument may be.
 
     Args:
@@ -37,12 +37,14 @@ class Kind:
     holds: Callable[[Any], bool]
     expected: str
 
-    def __or__(self, other: Kind) -> Kind:
+    def __or__(self, other: Validator) -> Validator:
         expected = " or ".join(filter(None, (self.expected, other.expected)))
-        return Kind(lambda value: self.holds(value) or other.holds(value), expected)
+        return Validator(lambda value: self.holds(value) or other.holds(value), expected)
 
 
-def checked(error: type[LowrankError] = ConfigError, /, **own: Kind) -> Callable[[F], F]:
+def check_arguments(
+    error: type[LowrankError] = ConfigError, /, **own: Validator
+) -> Callable[[F], F]:
     """Make a decorator that checks each argument of a call against its annotation.
 
     Args:
@@ -63,13 +65,13 @@ def checked(error: type[LowrankError] = ConfigError, /, **own: Kind) -> Callable
         optional = {parameter.name for parameter in parameters if parameter.default is None}
 
         @functools.cache
-        def kinds() -> Mapping[str, Kind]:
+        def kinds() -> Mapping[str, Validator]:
             """Argument -> Kind; at the first call, when all annotations can be resolved."""
             named = [parameter for parameter in parameters if parameter.kind not in variable]
             given = {p.name: p.annotation for p in named if p.annotation is not p.empty}
             names = given.keys() - own.keys()
-            hints = {name: _resolved(given[name], function) for name in names}
-            return {name: kind_of(hint) for name, hint in hints.items()} | own
+            hints = {name: _resolve_annotation(given[name], function) for name in names}
+            return {name: to_validator(hint) for name, hint in hints.items()} | own
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +82,7 @@ def checked(error: type[LowrankError] = ConfigError, /, **own: Kind) -> Callable
                     continue
                 where = f" takes ({shown_order})" if name in order else ""
                 raise error(
-                    f"{function.__name__}{where}: {name} is {shown(value)}; expected "
+                    f"{function.__name__}{where}: {name} is {describe_value(value)}; expected "
                     f"{kind.expected}"
                 )
             return function(*args, **kwargs)
@@ -90,14 +92,14 @@ def checked(error: type[LowrankError] = ConfigError, /, **own: Kind) -> Callable
     return decorate
 
 
-def _resolved(annotation: Any, function: Callable) -> Any:
+def _resolve_annotation(annotation: Any, function: Callable) -> Any:
     """The type that an annotation names."""
     if not isinstance(annotation, str):
         return annotation
     return eval(annotation, inspect.unwrap(function).__globals__)
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value in a few words: its type, and itself where that is short."""
     if value is None or isinstance(value, bool):
         return repr(value)
@@ -106,18 +108,20 @@ def shown(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{article} {name} of shape {value.shape} and dtype {value.dtype}"
     plain = isinstance(value, int | float | complex | str | bytes | os.PathLike)
-    text = ascii(quoted(value))[1:-1] if isinstance(value, int) else ascii(value) if plain else ""
+    text = (
+        ascii(quote_value(value))[1:-1] if isinstance(value, int) else ascii(value) if plain else ""
+    )
     return f"{article} {name}" + (f", {text}" if 0 < len(text) <= 60 else "")
 
 
-def kind_of(annotation: Any) -> Kind:
+def to_validator(annotation: Any) -> Validator:
     """The Kind of the values that an annotation allows."""
     if annotation is None or annotation is types.NoneType:
         return nothing
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         parts = [part for part in inner if part is not str or os.PathLike not in inner]
-        return functools.reduce(Kind.__or__, map(kind_of, parts))
+        return functools.reduce(Validator.__or__, map(to_validator, parts))
     if annotation is os.PathLike:
         return path
     if annotation in _KINDS:
@@ -131,11 +135,11 @@ def kind_of(annotation: Any) -> Kind:
     return instance_of(origin or annotation)
 
 
-def instance_of(cls: type) -> Kind:
+def instance_of(cls: type) -> Validator:
     """The Kind of the instances of a class."""
     name = "mapping" if cls is collections.abc.Mapping else cls.__name__
     article = "an" if name[:1].lower() in "aeiou" else "a"
-    return Kind(lambda value: isinstance(value, cls), f"{article} {name}")
+    return Validator(lambda value: isinstance(value, cls), f"{article} {name}")
 
 
 def is_integer(value: Any) -> bool:
@@ -243,7 +247,7 @@ def _is_tree_of_arrays(value: Any) -> bool:
     """Whether a value is a container, or an array itself."""
     if value is None or not jax.tree_util.all_leaves([value]):
         return value is not None
-    return hasattr(value, "shape") and hasattr(value, "dtype") and not is_other_dtype(value)
+    return hasattr(value, "shape") and hasattr(value, "dtype") and not has_unsupported_dtype(value)
 
 
 def _is_floating_dtype(value: Any) -> bool:
@@ -256,65 +260,69 @@ def _is_floating_dtype(value: Any) -> bool:
         return False
 
 
-def is_other_dtype(value: Any) -> bool:
+def has_unsupported_dtype(value: Any) -> bool:
     """Whether a value is a NumPy array of a dtype that JAX has not."""
     return isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "OSUMm"
 
 
-def refuse_other_dtypes(values: Sequence[Any], paths: Sequence[str]) -> None:
+def refuse_unsupported_dtypes(values: Sequence[Any], paths: Sequence[str]) -> None:
     """Raise where an argument that is to be traced has a dtype that JAX has not."""
     for value, where in zip(values, paths, strict=True):
-        if is_other_dtype(value):
+        if has_unsupported_dtype(value):
             raise TreeError(
                 f"{where!r} is a NumPy array of {value.dtype}, which JAX has no arrays of: take it "
                 "out of the tree"
             )
 
 
-anything = Kind(lambda value: True, "anything")
-path = Kind(_is_path, "a path that the file system takes, as non-empty text or a pathlib.Path")
-function = Kind(callable, "a function")
-number = Kind(is_finite, "a finite number")
-number_like = Kind(is_number_like, "a finite number or an array of real numbers")
-key = Kind(is_key, "a PRNG key (jax.random.key(0))")
-key_or_seed = key | Kind(is_seed, "an integer seed in [0, 2**32)")
-transformation = Kind(
+anything = Validator(lambda value: True, "anything")
+path = Validator(_is_path, "a path that the file system takes, as non-empty text or a pathlib.Path")
+function = Validator(callable, "a function")
+number = Validator(is_finite, "a finite number")
+number_like = Validator(is_number_like, "a finite number or an array of real numbers")
+key = Validator(is_key, "a PRNG key (jax.random.key(0))")
+key_or_seed = key | Validator(is_seed, "an integer seed in [0, 2**32)")
+transformation = Validator(
     _is_transformation, "an Optax transformation, as optax.adamw(1e-3) returns it"
 )
-texts_mapping = Kind(
+texts_mapping = Validator(
     lambda value: (
         isinstance(value, collections.abc.Mapping) and all(isinstance(key, str) for key in value)
     ),
     "a mapping whose keys are texts",
 )
-factor_scale = Kind(_is_factor_scale, "a finite number above 0")
-rate = Kind(is_scalar, "a finite number") | Kind(callable, "a schedule")
-nothing = Kind(lambda value: value is None, "None")
-integer_like = Kind(_is_index_like, "an integer")
-shape_of_matrix = Kind(_is_shape_of_matrix, "a floating matrix [fan-in, fan-out], or its shape")
-matrix = Kind(_is_matrix, "a float32 or float64 matrix [fan-in, fan-out]")
-rank = Kind(lambda value: is_index(value) and value > 0, "an integer of at least 1 and below 2**31")
-count = Kind(lambda value: is_index(value) and value >= 0, "an integer in [0, 2**31)")
-positive = Kind(
+factor_scale = Validator(_is_factor_scale, "a finite number above 0")
+rate = Validator(is_scalar, "a finite number") | Validator(callable, "a schedule")
+nothing = Validator(lambda value: value is None, "None")
+integer_like = Validator(_is_index_like, "an integer")
+shape_of_matrix = Validator(
+    _is_shape_of_matrix, "a floating matrix [fan-in, fan-out], or its shape"
+)
+matrix = Validator(_is_matrix, "a float32 or float64 matrix [fan-in, fan-out]")
+rank = Validator(
+    lambda value: is_index(value) and value > 0, "an integer of at least 1 and below 2**31"
+)
+count = Validator(lambda value: is_index(value) and value >= 0, "an integer in [0, 2**31)")
+positive = Validator(
     lambda value: is_finite(value) and value >= np.finfo(np.float32).tiny, "a finite number above 0"
 )
-function_of_params = Kind(callable, "a function of (params, *args): model.apply, say")
-tree_of_arrays = Kind(_is_tree_of_arrays, "a tree of arrays")
-name_text = Kind(lambda value: isinstance(value, str) and bool(value), "non-empty text")
-floating_dtype = Kind(_is_floating_dtype, "a floating dtype")
-integers = Kind(
+function_of_params = Validator(callable, "a function of (params, *args): model.apply, say")
+tree_of_arrays = Validator(_is_tree_of_arrays, "a tree of arrays")
+name_text = Validator(lambda value: isinstance(value, str) and bool(value), "non-empty text")
+floating_dtype = Validator(_is_floating_dtype, "a floating dtype")
+integers = Validator(
     lambda value: isinstance(value, tuple | list) and all(map(is_integer, value)),
     "a tuple of integers",
 )
-texts = Kind(
+texts = Validator(
     lambda value: isinstance(value, tuple | list) and all(isinstance(i, str) for i in value),
     "a sequence of texts",
 )
 
-_KINDS: dict[Any, Kind] = {
+_KINDS: dict[Any, Validator] = {
     Any: anything,
-    bool: Kind(lambda value: isinstance(value, bool), "True or False"),
-    int: Kind(is_integer, "an integer"),
+    bool: Validator(lambda value: isinstance(value, bool), "True or False"),
+    int: Validator(is_integer, "an integer"),
     float: number,
-    str: Kind(lambda value: isinstance(value, str), "text"),
+    str: Validator(lambda value: isinstance(value, str), "text"),
 }

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax._checks.arguments import is_finite, rank, shown
-from lowrank_jax._display.text import quoted
+from lowrank_jax._checks.arguments import describe_value, is_finite, rank
+from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import ConfigError
 
-DEEPEST, _BITS = 50, 1024
+MAX_DEPTH, _BITS = 50, 1024
 
 
 def _is_finite_float(value: Any) -> bool:
@@ -23,13 +23,13 @@ def _is_finite_float(value: Any) -> bool:
 
 def check_json(name: str, value: Any, depth: int = 0) -> None:
     """Raise where a value is not one of JSON, or not one that goes to a file and back."""
-    if depth > DEEPEST:
-        raise ConfigError(f"{name[:80]} is nested more than {DEEPEST} deep")
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{name[:80]} is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ConfigError(f"{name} has the key {quoted(key)}: keys of JSON are texts")
-            check_json(f"{name}[{quoted(key)}]", item, depth + 1)
+                raise ConfigError(f"{name} has the key {quote_value(key)}: keys of JSON are texts")
+            check_json(f"{name}[{quote_value(key)}]", item, depth + 1)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             check_json(f"{name}[{index}]", item, depth + 1)
@@ -37,38 +37,38 @@ def check_json(name: str, value: Any, depth: int = 0) -> None:
         if value.bit_length() > _BITS:
             raise ConfigError(f"{name} is an integer of more than {_BITS} bits")
     elif not (value is None or isinstance(value, str) or _is_finite_float(value)):
-        raise ConfigError(f"{name} is {shown(value)}, which is not a JSON value")
+        raise ConfigError(f"{name} is {describe_value(value)}, which is not a JSON value")
 
 
 def check_rank(name: str, value: Any) -> None:
     """Raise where a value is not a rank."""
     if not isinstance(value, int) or not rank.holds(value):
-        raise ConfigError(f"{name} must be {rank.expected}, not {quoted(value)}")
+        raise ConfigError(f"{name} must be {rank.expected}, not {quote_value(value)}")
 
 
 def check_alpha(name: str, value: Any) -> None:
     """Raise where a value is not the numerator of a scale."""
     if not isinstance(value, int | float) or not is_finite(value) or value <= 0:
-        raise ConfigError(f"{name} must be a finite number above 0, not {quoted(value)}")
+        raise ConfigError(f"{name} must be a finite number above 0, not {quote_value(value)}")
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raise where a value is not a bool."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be True or False, not {quoted(value)}")
+        raise ConfigError(f"{name} must be True or False, not {quote_value(value)}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise where a value is not one of some texts."""
     if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name} must be one of {tuple(choices)}, not {quoted(value)}")
+        raise ConfigError(f"{name} must be one of {tuple(choices)}, not {quote_value(value)}")
 
 
 def check_keys(cls: Any, values: Any) -> None:
     """Raise where what from_dict was given is not a mapping of fields of the class."""
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{cls.__name__}.from_dict takes a mapping, as to_dict returns it, not {shown(values)}"
+            f"{cls.__name__}.from_dict takes a mapping, as to_dict returns it, not {describe_value(values)}"
         )
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known, key=str):
@@ -85,7 +85,7 @@ def check_scale(what: str, scale: float) -> None:
         )
 
 
-def pairs_of(name: str, value: Any) -> list[Any]:
+def to_pairs(name: str, value: Any) -> list[Any]:
     """The items of a mapping of JSON, or of a list of pairs in its place."""
     pairs = [*value.items()] if isinstance(value, Mapping) else value
     is_regex = lambda key: isinstance(key, Mapping) and {"re"} <= {*key} <= {"re", "flags"}
@@ -94,6 +94,6 @@ def pairs_of(name: str, value: Any) -> list[Any]:
     if not isinstance(pairs, list | tuple) or not all(map(is_pair, pairs)):
         raise ConfigError(
             f"{name} takes a mapping of pattern to value, or a list of [pattern, value], not "
-            f"{shown(value)}"
+            f"{describe_value(value)}"
         )
     return [*pairs]

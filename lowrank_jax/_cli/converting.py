@@ -9,17 +9,17 @@ from typing import Any
 import jax
 
 from lowrank_jax import checkpoint, peft
-from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._checks.arguments import path as path_like
 from lowrank_jax._errors import CheckpointError, LowrankError
 from lowrank_jax._files.safetensors import TensorFile
-from lowrank_jax._jax.paths import nested
+from lowrank_jax._jax.paths import to_nested_dict
 from lowrank_jax.names import Names
 from lowrank_jax.peft._folder import CONFIG, find_tensors
 from lowrank_jax.peft._tensors import split_key
 
 
-@checked(CheckpointError, source=path_like, target=path_like)
+@check_arguments(CheckpointError, source=path_like, target=path_like)
 def convert(source: Path, target: Path, names: Names = None) -> str:
     """Write the adapter at source in its other form at target; returns what that form is.
 
@@ -70,7 +70,7 @@ def _params(folder: Path) -> Any:
         path = f"{module.replace('.', '/')}/{last}"
         leaves[path] = jax.ShapeDtypeStruct(shape, entry.dtype)
     try:
-        return nested(leaves)
+        return to_nested_dict(leaves)
     except CheckpointError as error:
         raise CheckpointError(f"the tensors at {folder} make no tree: {error}") from error
 

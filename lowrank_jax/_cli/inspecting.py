@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax import checkpoint
-from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._checks.arguments import path as path_like
-from lowrank_jax._display.text import printable
+from lowrank_jax._display.text import to_printable
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.shards import INDEX, SINGLE, open_folder
@@ -29,7 +29,7 @@ _FIRST = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_
 _SHOWN = 10
 
 
-@checked(CheckpointError, folder=path_like)
+@check_arguments(CheckpointError, folder=path_like)
 def describe(folder: Path) -> list[str]:
     """Lines about a folder; those that say what is odd begin with "odd: ".
 
@@ -59,7 +59,7 @@ def _adapter(folder: Path) -> list[str]:
     config = parse_config(read_adapter(folder), str(folder / CONFIG))
     lines = [
         "a PEFT adapter" + (" with DoRA" if config["use_dora"] else ""),
-        f"base model: {printable(config['base_model_name_or_path'] or 'not named')}",
+        f"base model: {to_printable(config['base_model_name_or_path'] or 'not named')}",
     ]
     with TensorFile(find_tensors(folder)) as file:
         lines.append(_sizes(file.entries.values()))
@@ -71,14 +71,14 @@ def _adapter(folder: Path) -> list[str]:
         ranks, whole, odd = (
             Counter(),
             [],
-            [f"{printable(k)}: no key of an adapter" for k in split if not split[k]],
+            [f"{to_printable(k)}: no key of an adapter" for k in split if not split[k]],
         )
         for module, named in parts.items():
             if not any(part.startswith("lora_") for part in named):
                 whole.append(module)
             for first, second in _FIRST.items():
                 if (first in named) != (second in named):
-                    odd.append(f"{printable(module)}: has one of {first} and {second}")
+                    odd.append(f"{to_printable(module)}: has one of {first} and {second}")
                 elif first in named:
                     rank = next(iter(file.entries[named[first]].shape), 0)
                     if rank == 0:
@@ -86,12 +86,16 @@ def _adapter(folder: Path) -> list[str]:
                         continue
                     ranks[rank, config.scale(module, rank)] += 1
                     if rank != (other := config.rank(module)):
-                        odd.append(f"{printable(module)}: rank {rank}, and {CONFIG} says {other}")
+                        odd.append(
+                            f"{to_printable(module)}: rank {rank}, and {CONFIG} says {other}"
+                        )
                     if not file.read(named[first]).any() or not file.read(named[second]).any():
                         odd.append(
-                            f"{printable(module)}: a factor is 0, so that it changes nothing"
+                            f"{to_printable(module)}: a factor is 0, so that it changes nothing"
                         )
-        odd += [f"{printable(key)}: not finite" for key in split if not _is_finite(file.read(key))]
+        odd += [
+            f"{to_printable(key)}: not finite" for key in split if not _is_finite(file.read(key))
+        ]
     lines += _ranks(ranks)
     lines += [f"other modules saved: {len(whole)}, {_some(whole)}"] if whole else []
     return lines + _odd(odd)
@@ -106,7 +110,7 @@ def _checkpoint(folder: Path) -> list[str]:
         if isinstance(node, LowRank):
             ranks[node.rank, node.scale] += 1
         arrays = [np.asarray(x) for x in vars(node).values() if hasattr(x, "__array__")]
-        odd += [f"{printable(path)}: not finite"] if not all(map(_is_finite, arrays)) else []
+        odd += [f"{to_printable(path)}: not finite"] if not all(map(_is_finite, arrays)) else []
     dora = any(getattr(node, "magnitude", None) is not None for node in nodes.values())
     whole = [path for path, node in nodes.items() if not isinstance(node, LowRank)]
     arrays = [x for n in nodes.values() for x in vars(n).values() if hasattr(x, "__array__")]
@@ -129,19 +133,19 @@ def _model(folder: Path) -> list[str]:
     quantization = config.get("quantization_config")
     kind = "a dense model"
     if isinstance(quantization, dict):
-        kind = f"a model quantized by {printable(quantization.get('quant_method'))}"
+        kind = f"a model quantized by {to_printable(quantization.get('quant_method'))}"
     names = config.get("architectures") or config.get("model_type") or "no config.json"
     names = names if isinstance(names, list) else [names]
     with open_folder(folder) as tensors:
         entries = {key: tensors.entry(key) for key in tensors}
         files = {tensors.file(key) for key in tensors}
-    lines = [f"{kind}: {', '.join(map(printable, names[:_SHOWN]))}", _sizes(entries.values())]
+    lines = [f"{kind}: {', '.join(map(to_printable, names[:_SHOWN]))}", _sizes(entries.values())]
     lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
     odd = [] if config else ["there is no config.json: transformers will not load it"]
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
         odd.append(f"{INDEX} stands beside {SINGLE}, which is the one that is read")
     odd += [
-        f"{printable(p.name)}: of no file of this model"
+        f"{to_printable(p.name)}: of no file of this model"
         for p in folder.glob("*.safetensors")
         if p.name not in files
     ]
@@ -172,7 +176,7 @@ def _ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     left = len(names) - _SHOWN
-    return ", ".join(map(printable, sorted(names)[:_SHOWN])) + (
+    return ", ".join(map(to_printable, sorted(names)[:_SHOWN])) + (
         f" and {left} more" if left > 0 else ""
     )
 

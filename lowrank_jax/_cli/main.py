@@ -11,7 +11,7 @@ from typing import TextIO
 from lowrank_jax import huggingface, names
 from lowrank_jax._cli.converting import convert
 from lowrank_jax._cli.inspecting import describe
-from lowrank_jax._display.text import printable, printable_lines
+from lowrank_jax._display.text import to_printable, to_printable_lines
 from lowrank_jax._errors import LowrankError
 
 TABLES = sorted(name for name, value in vars(names).items() if isinstance(value, names.Table))
@@ -92,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        _print([printable(line, _LINE) for line in options.run(options)], sys.stdout)
+        _print([to_printable(line, _LINE) for line in options.run(options)], sys.stdout)
     except (LowrankError, OSError) as error:
-        _print([printable_lines(f"lowrank_jax: {error}")], sys.stderr)
+        _print([to_printable_lines(f"lowrank_jax: {error}")], sys.stderr)
         return 1
     return 0
 

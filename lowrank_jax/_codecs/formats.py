@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowrank_jax._display.text import quoted
+from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import ConfigError
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -134,7 +134,7 @@ FORMATS = {
 def get_format(name: str) -> Format:
     """The format of that name."""
     if not isinstance(name, str) or name not in FORMATS:
-        raise ConfigError(f"format must be one of {sorted(FORMATS)}, not {quoted(name)}")
+        raise ConfigError(f"format must be one of {sorted(FORMATS)}, not {quote_value(name)}")
     return FORMATS[name]
 
 
@@ -142,7 +142,7 @@ def check_block_size(size: int) -> None:
     """Refuse what bitsandbytes refuses."""
     if isinstance(size, bool) or not isinstance(size, int) or size not in BLOCK_SIZES:
         raise ConfigError(
-            f"a block is of {quoted(size)} elements; block_size must be a power of two, one of "
+            f"a block is of {quote_value(size)} elements; block_size must be a power of two, one of "
             f"{BLOCK_SIZES}"
         )
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lowrank_jax._display.text import printable, printable_lines
+from lowrank_jax._display.text import to_printable, to_printable_lines
 
 Row = tuple[str, ...]
 
@@ -29,9 +29,9 @@ class Table:
     note: str = ""
 
     def __post_init__(self) -> None:
-        rows = tuple(tuple(printable(cell, 1000) for cell in row) for row in self.rows)
+        rows = tuple(tuple(to_printable(cell, 1000) for cell in row) for row in self.rows)
         object.__setattr__(self, "rows", rows)
-        object.__setattr__(self, "note", printable_lines(self.note))
+        object.__setattr__(self, "note", to_printable_lines(self.note))
 
     def __str__(self) -> str:
         lines = [self.columns, *self.rows]
@@ -68,7 +68,7 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        kept = [i for i in range(len(self.columns)) if self._said(i) or not self.rows]
+        kept = [i for i in range(len(self.columns)) if self._has_content(i) or not self.rows]
         table = RichTable(box=box.SIMPLE, pad_edge=False, caption=self.note or None)
         for i in kept:  # a narrow terminal folds the paths and the notes
             name, outer = self.columns[i], i in (0, len(self.columns) - 1)
@@ -78,12 +78,12 @@ class Table:
             table.add_row(*(Text(row[i]) for i in kept))
         return table
 
-    def _said(self, column: int) -> bool:
+    def _has_content(self, column: int) -> bool:
         """Whether a column says anything."""
         return any(row[column] not in ("", "-") for row in self.rows)
 
 
-class Tabled(Mapping):
+class TableMapping(Mapping):
     """A mapping of path -> what is known of the leaf there, shown as the table of a subclass."""
 
     def __init__(self, leaves: Mapping[str, Any]):
@@ -117,7 +117,7 @@ class Tabled(Mapping):
         return self._table().rich()
 
 
-def collapsed(rows: Iterable[Row], at_least: int = 2) -> list[tuple[Row, int]]:
+def collapse_rows(rows: Iterable[Row], at_least: int = 2) -> list[tuple[Row, int]]:
     """Rows that differ only in numbers within their first cell, a path, made one, and how many.
 
     >>> rows = [("layer_0/w", "8×8"), ("layer_1/w", "8×8"), ("layer_2/w", "8×8"), ("head", "8×2")]
@@ -130,7 +130,7 @@ def collapsed(rows: Iterable[Row], at_least: int = 2) -> list[tuple[Row, int]]:
         groups.setdefault(key, []).append(row)
     out: list[tuple[Row, int]] = []
     for members in groups.values():
-        pattern = _pattern([row[0] for row in members]) if len(members) >= at_least else None
+        pattern = _merge_paths([row[0] for row in members]) if len(members) >= at_least else None
         if pattern is None:
             out += [(row, 1) for row in members]
         else:
@@ -138,16 +138,16 @@ def collapsed(rows: Iterable[Row], at_least: int = 2) -> list[tuple[Row, int]]:
     return out
 
 
-def _pattern(paths: Sequence[str]) -> str | None:
+def _merge_paths(paths: Sequence[str]) -> str | None:
     """One text for paths whose numbers run through every combination, or None."""
     parts = [re.split(r"(\d+)", path) for path in paths]
     cells = [list(dict.fromkeys(values)) for values in zip(*parts, strict=True)]
     if math.prod(map(len, cells)) != len(paths):
         return None
-    return "".join(values[0] if len(values) == 1 else _run(values) for values in cells)
+    return "".join(values[0] if len(values) == 1 else _format_numbers(values) for values in cells)
 
 
-def _run(numbers: Sequence[str]) -> str:
+def _format_numbers(numbers: Sequence[str]) -> str:
     """{0..3} for consecutive numbers, else {0,2,3}."""
     values = sorted(map(int, numbers))
     if {*map(str, values)} == {*numbers} and values == list(range(values[0], values[-1] + 1)):
@@ -155,12 +155,12 @@ def _run(numbers: Sequence[str]) -> str:
     return "{" + ",".join(sorted(numbers, key=int)) + "}"
 
 
-def shape_text(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
     """4×3, or "scalar"."""
     return "×".join(map(str, shape)) or "scalar"
 
 
-def bytes_text(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes in the unit that suits it.
 
     >>> bytes_text(512), bytes_text(4.5 * 2**20)

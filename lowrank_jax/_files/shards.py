@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.json_text import read_json_object
 from lowrank_jax._files.safetensors import Entry, TensorFile
 
@@ -76,7 +76,7 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
         if lost := sorted(promised - files.keys()):
             raise CheckpointError(
                 f"{folder / INDEX} names tensors that its shards do not hold: the files are of "
-                f"different models, or damaged\n{listing(lost)}"
+                f"different models, or damaged\n{list_problems(lost)}"
             )
         yield Tensors(files)
 
@@ -101,13 +101,13 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
     names = sorted({*where.values()})
     if outside := [name for name in names if Path(name).name != name or name == ".."]:
         raise CheckpointError(
-            f"{folder / INDEX} names files outside its folder:\n{listing(outside)}"
+            f"{folder / INDEX} names files outside its folder:\n{list_problems(outside)}"
         )
     if strange := [name for name in names if not _is_file_name(name)]:
-        raise CheckpointError(f"{folder / INDEX} names what is no file:\n{listing(strange)}")
+        raise CheckpointError(f"{folder / INDEX} names what is no file:\n{list_problems(strange)}")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"shards are missing of {folder}; fetch them again\n{listing(missing)}"
+            f"shards are missing of {folder}; fetch them again\n{list_problems(missing)}"
         )
     return [folder / name for name in names], {*where}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax._display.text import printable
+from lowrank_jax._display.text import to_printable
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._nodes import LowRank
 from lowrank_jax._primitives.contract import invert_permutation
@@ -230,9 +230,9 @@ def validate_name(path: str, name: Parameter) -> None:
       CheckpointError: it has control characters, lone surrogates, "/", or nothing between two dots.
     """
     for key in filter(None, (name.key, name.tied)):
-        if "/" in key or not all(key.split(".")) or printable(key, len(key)) != key:
+        if "/" in key or not all(key.split(".")) or to_printable(key, len(key)) != key:
             raise CheckpointError(
-                f"'{printable(path)}' is to be called '{printable(key)}': torch's names are parts "
+                f"'{to_printable(path)}' is to be called '{to_printable(key)}': torch's names are parts "
                 "with a dot between them, without '/' and control characters; rename the leaf, or "
                 "give names"
             )

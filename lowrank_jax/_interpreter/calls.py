@@ -21,11 +21,11 @@ from lowrank_jax._jax.equations import Scan, ShardMap, While
 
 def _survey_call(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     with survey.inside(eqn):
-        return survey.run(equations.body(eqn), ins)
+        return survey.run(equations.get_body(eqn), ins)
 
 
 def _sources_of_call(table: Table, eqn: Any) -> list[Source | None]:
-    return find_sources(table, equations.body(eqn))
+    return find_sources(table, equations.get_body(eqn))
 
 
 def _survey_shard_map(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -105,7 +105,7 @@ def _survey_while(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _survey_cond(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     with survey.inside(eqn):
-        branches = [survey.run(branch, ins[1:]) for branch in equations.branches(eqn)]
+        branches = [survey.run(branch, ins[1:]) for branch in equations.get_branches(eqn)]
     outs = [survey.join(eqn, values) for values in zip(*branches, strict=True)]
     return [out.replace(data=out.data or ins[0].data) for out in outs]
 

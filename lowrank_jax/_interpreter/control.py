@@ -26,7 +26,7 @@ def _is_weight(value: Any) -> bool:
 
 def _reenter(ctx: Context, eqn: Equation, values: list[Any], call: Callable) -> list[Any]:
     """Evaluate the body through call(run, values); a weight returned unchanged stays outside."""
-    body, through = equations.body(eqn), find_forwarded_by(ctx.operations, eqn)
+    body, through = equations.get_body(eqn), find_forwarded_by(ctx.operations, eqn)
     kept = {i: values[j] for i, j in enumerate(through) if j is not None and _is_weight(values[j])}
 
     def run(operands: list[Any]) -> list[Any]:
@@ -132,7 +132,7 @@ def _laid_out(weight: Weight, sharding: Any) -> Weight:
 
 
 def evaluate_remat(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    options = equations.remat_options(eqn)
+    options = equations.get_remat_options(eqn)
     if options["policy"] is not None:
         options["policy"] = SeenAsDots(options["policy"])
     return _reenter(ctx, eqn, values, lambda run, v: jax.checkpoint(run, **options)(v))
@@ -174,7 +174,7 @@ def _divides(mesh: Any, weight: Weight, specs: Any) -> bool:
 
     def fits(array: Any, spec: Any) -> bool:
         pairs = zip(array.shape, spec, strict=False)
-        return all(size % jaxprs.parts_of(mesh, entry) == 0 for size, entry in pairs)
+        return all(size % jaxprs.count_shards(mesh, entry) == 0 for size, entry in pairs)
 
     return jax.tree.all(jax.tree.map(fits, weight, specs))
 
@@ -264,7 +264,7 @@ def evaluate_while(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 def evaluate_cond(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     index, *operands = values
-    branches = equations.branches(eqn)
+    branches = equations.get_branches(eqn)
     through = [find_forwarded(ctx.operations, branch) for branch in branches]
     kept = {
         i: operands[js[0]]

@@ -24,7 +24,7 @@ def _evaluate_scaled(operation: Callable) -> Callable:
 
     def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         weight, other = values if isinstance(values[0], Weight) else values[::-1]
-        if isinstance(other, Weight) or tuple(weight.shape) != equations.result_shape(eqn):
+        if isinstance(other, Weight) or tuple(weight.shape) != equations.get_result_shape(eqn):
             return None
         if operation is lax.div and not isinstance(values[0], Weight):
             return None
@@ -45,7 +45,7 @@ def _evaluate_scaled(operation: Callable) -> Callable:
 def _survey_scaled(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """A weight times (or divided by) a number, or numbers along some axes, stays a weight."""
     shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in eqn.invars]
-    out_shape = equations.result_shape(eqn)
+    out_shape = equations.get_result_shape(eqn)
     at = int(math.prod(shapes[0]) < math.prod(shapes[1]) and eqn.primitive.name == "mul")
     weight, other = ins[at], ins[1 - at]
     axes = [axis for axis, size in enumerate(shapes[1 - at]) if size != 1]
@@ -63,7 +63,7 @@ def survey_any(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 
     A function with a derivative of its own, say.
     """
-    for body in equations.bodies(eqn):
+    for body in equations.find_bodies(eqn):
         taken = [survey.compute(eqn, value) for value in ins]
         with survey.inside(eqn):
             return survey.run(body, taken)
@@ -117,7 +117,7 @@ def _is_opaque(survey: Survey, eqn: Any, ins: list[Value]) -> bool:
         for atom, value in zip(eqn.invars, ins, strict=True)
         if value.views or value.computed
     ]
-    whole = equations.result_shape(eqn) if eqn.outvars else None
+    whole = equations.get_result_shape(eqn) if eqn.outvars else None
     return whole is not None and any(shape != whole for shape in shapes if shape)
 
 

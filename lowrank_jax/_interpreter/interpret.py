@@ -71,7 +71,7 @@ class Context(Nesting):
 
     def where(self, eqn: Equation) -> tuple[str, str]:
         """The user's line and layer of an equation; those inside a jit know only part of it."""
-        layers = filter(None, map(jaxprs.user_layer, reversed(self.chain(eqn))))
+        layers = filter(None, map(jaxprs.get_user_layer, reversed(self.chain(eqn))))
         return self.line(eqn), "/".join(layers)
 
     def built(self, weight: Weight, eqn: Equation) -> Any:
@@ -146,7 +146,7 @@ class Context(Nesting):
 def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Evaluate a (closed) jaxpr on arrays and weights; results may be weights too."""
     inner, consts = jaxprs.split_jaxpr(jaxpr)
-    env = dict(zip(jaxprs.binders(jaxpr), [*consts, *args], strict=True))
+    env = dict(zip(jaxprs.get_input_vars(jaxpr), [*consts, *args], strict=True))
     last = _last_uses(inner)
     read = lambda atom: atom.val if isinstance(atom, jaxprs.Literal) else env[atom]
     for number, eqn in enumerate(inner.eqns):
@@ -167,7 +167,7 @@ def _apply(ctx: Context, eqn: Equation, values: list[Any]) -> Sequence[Any]:
     rule = ctx.operations.get(eqn.primitive.name, OTHER).evaluate
     try:
         if rule is not None:
-            with jaxprs.in_context(eqn):
+            with jaxprs.use_eqn_context(eqn):
                 outs = rule(ctx, eqn, values)
             if outs is not None:
                 # the part of joined weights that is a plain array is one again

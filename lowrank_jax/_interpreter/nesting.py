@@ -36,4 +36,4 @@ class Nesting:
 
     def line(self, eqn: Equation) -> str:
         """The user's source line of an equation; one inside a jit knows only that around it."""
-        return next(filter(None, map(jaxprs.user_line, self.chain(eqn))), "an unknown line")
+        return next(filter(None, map(jaxprs.find_user_line, self.chain(eqn))), "an unknown line")

@@ -63,16 +63,16 @@ def _evaluate_conv(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     left, right = _keep_larger(ctx, eqn, values)
     if not isinstance(right, Weight):
         return None
-    return _recorded(ctx, eqn, right, ctx.use(right).conv(left, equations.conv_options(eqn)))
+    return _recorded(ctx, eqn, right, ctx.use(right).conv(left, equations.get_conv_options(eqn)))
 
 
 def _evaluate_gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     if not is_first_alone(values):
         return None
-    weight, options = values[0], equations.gather_options(eqn)
+    weight, options = values[0], equations.get_gather_options(eqn)
     indices, options = _without_whole_axes(weight.shape, values[1], options)
     if not indices.shape[-1]:  # nothing is chosen: as many copies as there are indices
-        shape = equations.result_shape(eqn)
+        shape = equations.get_result_shape(eqn)
         axes = [*map(int, options["dimension_numbers"].offset_dims)]
         bound = lambda array: lax.broadcast_in_dim(array, shape, axes)
         return one_or_none(weight.broadcast(shape, axes, bound))
@@ -148,7 +148,7 @@ def _survey_dot(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     if out.activation:
         return [out]
     # of parameters alone: each is followed on, to a product with data
-    shape = equations.result_shape(eqn)
+    shape = equations.get_result_shape(eqn)
     left = ins[0].map(lambda v: v.contract(shape, [*lb, *lf, *(None for _ in rf)], lc))
     right = ins[1].map(lambda v: v.contract(shape, [*rb, *(None for _ in lf), *rf], rc))
     views = tuple(dict.fromkeys((*left.views, *right.views)))
@@ -166,14 +166,14 @@ def _survey_ragged_dot(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value
 
 def _survey_conv(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """The window and the input features are contracted."""
-    out, *taps = equations.conv_options(eqn)["dimension_numbers"].rhs_spec
+    out, *taps = equations.get_conv_options(eqn)["dimension_numbers"].rhs_spec
     return _survey_product(survey, eqn, ins, [None, (taps, (), (out,))], "conv")
 
 
 def _survey_gather(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Rows of a table, one index of a stack, or many of them."""
     table, indices = ins
-    options, shape = equations.gather_options(eqn), equations.result_shape(eqn)
+    options, shape = equations.get_gather_options(eqn), equations.get_result_shape(eqn)
     numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
     many = len(eqn.invars[1].aval.shape) > 1
     out = table.map(lambda view: view.gather(numbers, sizes, shape, indices.data, many), indices)

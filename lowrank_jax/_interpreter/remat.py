@@ -8,7 +8,7 @@ from typing import Any
 
 from jax import lax
 
-from lowrank_jax._checks.arguments import checked, function
+from lowrank_jax._checks.arguments import check_arguments, function
 from lowrank_jax._operators.blocks import Conv, Dot
 from lowrank_jax._primitives.quantized_dot import quantized_dot_p
 
@@ -35,7 +35,7 @@ class SeenAsDots:
         return self.policy(lax.dot_general_p, *avals[:2], dimension_numbers=numbers, **plain)
 
 
-@checked(policy=function)
+@check_arguments(policy=function)
 def checkpoint_policy(policy: Callable[..., Any]) -> Callable[..., Any]:
     """Make a policy of jax.checkpoint take products of quantized weights for products.
 

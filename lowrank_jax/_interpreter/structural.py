@@ -70,26 +70,28 @@ def divided(arrange: Callable[[Any, Any], list[Any]]) -> Operation:
 
 
 def _transpose(eqn: Any, w: Any) -> Any:
-    return w.transpose(equations.permutation(eqn))
+    return w.transpose(equations.get_permutation(eqn))
 
 
 def _source_of_transpose(table: Table, eqn: Any) -> list[Any]:
-    return [(0, equations.permutation(eqn))]
+    return [(0, equations.get_permutation(eqn))]
 
 
 def _reshape(eqn: Any, w: Any) -> Any:
-    order = equations.reshape_order(eqn)
+    order = equations.get_reshape_order(eqn)
     w = w if order is None else w.transpose(order)
-    return w if w is None else w.reshape(equations.result_shape(eqn))
+    return w if w is None else w.reshape(equations.get_result_shape(eqn))
 
 
 def _with_or_without_ones(eqn: Any, w: Any) -> Any:
-    return w.reshape(equations.result_shape(eqn))
+    return w.reshape(equations.get_result_shape(eqn))
 
 
 def _broadcast_in_dim(eqn: Any, w: Any) -> Any:
     bound = lambda array: jaxprs.bind(eqn, [array])[0]
-    return w.broadcast(equations.result_shape(eqn), equations.broadcast_dimensions(eqn), bound)
+    return w.broadcast(
+        equations.get_result_shape(eqn), equations.get_broadcast_dimensions(eqn), bound
+    )
 
 
 def _slice(eqn: Any, w: Any) -> Any:
@@ -97,7 +99,7 @@ def _slice(eqn: Any, w: Any) -> Any:
 
 
 def _rev(eqn: Any, w: Any) -> Any:
-    return w.rev(equations.reversed_axes(eqn))
+    return w.rev(equations.get_reversed_axes(eqn))
 
 
 def _split(eqn: Any, w: Any) -> list[Any]:
@@ -107,7 +109,7 @@ def _split(eqn: Any, w: Any) -> list[Any]:
 
 
 def _unstack(eqn: Any, w: Any) -> list[Any]:
-    axis = equations.stacked_axis(eqn)
+    axis = equations.get_stack_axis(eqn)
     return [w.take_index(axis, number) for number in range(w.shape[axis])]
 
 
@@ -115,12 +117,12 @@ def _unstack(eqn: Any, w: Any) -> list[Any]:
 
 
 def _evaluate_convert(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    return one_or_none(values[0].astype(equations.new_dtype(eqn)))
+    return one_or_none(values[0].astype(equations.get_new_dtype(eqn)))
 
 
 def _survey_convert(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Only casts among floating dtypes leave a weight a weight."""
-    if jnp.issubdtype(equations.new_dtype(eqn), jnp.floating):
+    if jnp.issubdtype(equations.get_new_dtype(eqn), jnp.floating):
         return ins
     return [as_number(eqn, survey.compute(eqn, ins[0]))]
 
@@ -129,7 +131,7 @@ def _evaluate_dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     if not is_first_alone(values):
         return None
     weight, starts = values[0], values[1 : 1 + values[0].ndim]
-    sizes = equations.slice_sizes(eqn)
+    sizes = equations.get_slice_sizes(eqn)
     parts = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
 
     def take(array: Any, where: dict[int, int]) -> Any:
@@ -154,7 +156,7 @@ def _survey_dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> list[Va
     data = any(start.data for start in ins[1:])
 
     def cut(view: Any) -> Any:
-        for axis, size in enumerate(equations.slice_sizes(eqn)):
+        for axis, size in enumerate(equations.get_slice_sizes(eqn)):
             if size != view.shape[axis]:
                 view = view.dynamic_slice(axis, size, data)
         return view
@@ -163,11 +165,16 @@ def _survey_dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> list[Va
 
 
 def _evaluate_concatenate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    return [ConcatenatedWeight.of(values, equations.joined_axis(eqn))]
+    return [ConcatenatedWeight.of(values, equations.get_concatenate_axis(eqn))]
 
 
 def _survey_concatenate(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
-    axis, shape, offset, parts = equations.joined_axis(eqn), equations.result_shape(eqn), 0, []
+    axis, shape, offset, parts = (
+        equations.get_concatenate_axis(eqn),
+        equations.get_result_shape(eqn),
+        0,
+        [],
+    )
     for value, atom in zip(ins, eqn.invars, strict=True):
         place = lambda view, offset=offset: view.join(axis, shape, offset)
         parts.append(value.map(place))
@@ -187,13 +194,13 @@ def _join(survey: Survey, eqn: Any, ins: list[Value], parts: list[Value]) -> lis
 
 def _evaluate_stack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """jnp.stack from JAX 0.12 on."""
-    axis, shape = equations.stacked_axis(eqn), list(values[0].shape)
+    axis, shape = equations.get_stack_axis(eqn), list(values[0].shape)
     slices = all_or_none([value.reshape([*shape[:axis], 1, *shape[axis:]]) for value in values])
     return slices and [ConcatenatedWeight.of(slices, axis)]
 
 
 def _survey_stack(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
-    axis, shape = equations.stacked_axis(eqn), equations.result_shape(eqn)
+    axis, shape = equations.get_stack_axis(eqn), equations.get_result_shape(eqn)
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     kept = [i for i in range(len(shape)) if i != axis]
     parts = [
@@ -205,7 +212,7 @@ def _survey_stack(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Padding around a weight is joined to it."""
-    edges = equations.padding(eqn)
+    edges = equations.get_padding(eqn)
     if not is_first_alone(values) or any(min(edge) < 0 or edge[2] for edge in edges):
         return None
     weight, value = values
@@ -218,7 +225,7 @@ def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 
 def _survey_pad(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
-    parts = [ins[0].map(lambda view: view.pad(equations.padding(eqn))), Value()]
+    parts = [ins[0].map(lambda view: view.pad(equations.get_padding(eqn))), Value()]
     survey.take(eqn, ins[1].views)
     return _join(survey, eqn, [ins[0], ins[1].replace(views=())], parts)
 
@@ -246,10 +253,10 @@ def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """A move of one weight is a move of its base, to the memory of the host or of the device."""
     if len(values) > 1:
         return None
-    (weight,), (target,) = values, equations.devices(eqn)
+    (weight,), (target,) = values, equations.get_devices(eqn)
     if jaxprs.is_host(target):
         return one_or_none(weight.transfer_base(jaxprs.to_host))
-    moved = weight.transfer_base(jaxprs.on_device)
+    moved = weight.transfer_base(jaxprs.to_device)
     if moved is None or isinstance(target, jax.memory.Space):
         return one_or_none(moved)
     return _identity(ctx, eqn, [moved])
@@ -257,11 +264,11 @@ def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Each array is laid out as the axes of the weight that it runs along."""
-    wanted = equations.new_sharding(eqn)
+    wanted = equations.get_new_sharding(eqn)
 
     def move(array: Any, spec: Any) -> Any:
         sharding = type(wanted)(wanted.mesh, spec, memory_kind=wanted.memory_kind)
-        return equations.resharded(eqn, array, sharding)
+        return equations.bind_reshard(eqn, array, sharding)
 
     return one_or_none(values[0].reshard(wanted.spec, move))
 

@@ -110,7 +110,7 @@ class Survey(Nesting):
     def run(self, jaxpr: Jaxpr, args: Sequence[Value]) -> list[Value]:
         """The values of the results of a jaxpr."""
         inner, consts = jaxprs.split_jaxpr(jaxpr)
-        binders = jaxprs.binders(jaxpr)
+        binders = jaxprs.get_input_vars(jaxpr)
         constant = lambda var: argument(var.aval) if self.constants_are_data else Value()
         values = [*map(constant, binders[: len(consts)]), *args]
         env = dict(zip(binders, values, strict=True))

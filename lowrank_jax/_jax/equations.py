@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lowrank_jax._jax import jaxprs
 
 
-def _some(eqn: Any, names: Iterable[str]) -> dict[str, Any]:
+def _get_params(eqn: Any, names: Iterable[str]) -> dict[str, Any]:
     """Those of these parameters that are there and not None."""
     return {name: eqn.params[name] for name in names if eqn.params.get(name) is not None}
 
@@ -16,27 +16,27 @@ def _some(eqn: Any, names: Iterable[str]) -> dict[str, Any]:
 # Structural operations
 
 
-def new_dtype(eqn: Any) -> Any:
+def get_new_dtype(eqn: Any) -> Any:
     """convert_element_type: the dtype of the result."""
     return eqn.params["new_dtype"]
 
 
-def permutation(eqn: Any) -> tuple[int, ...]:
+def get_permutation(eqn: Any) -> tuple[int, ...]:
     """transpose: axis i of the result is axis permutation[i] of the operand."""
     return tuple(eqn.params["permutation"])
 
 
-def reshape_order(eqn: Any) -> tuple[int, ...] | None:
+def get_reshape_order(eqn: Any) -> tuple[int, ...] | None:
     """reshape: the order of axes in which elements are taken, or None: that of the operand."""
     return eqn.params.get("dimensions")
 
 
-def result_shape(eqn: Any) -> tuple[int, ...]:
+def get_result_shape(eqn: Any) -> tuple[int, ...]:
     """The shape of the first result."""
     return tuple(eqn.outvars[0].aval.shape)
 
 
-def broadcast_dimensions(eqn: Any) -> tuple[int, ...]:
+def get_broadcast_dimensions(eqn: Any) -> tuple[int, ...]:
     """broadcast_in_dim: axis i of the operand is this axis of the result."""
     return tuple(map(int, eqn.params["broadcast_dimensions"]))  # vmap leaves NumPy's integers
 
@@ -55,7 +55,7 @@ class Slice(NamedTuple):
         return cls(starts, limits, eqn.params["strides"] or (1,) * len(starts))
 
 
-def slice_sizes(eqn: Any) -> tuple[int, ...]:
+def get_slice_sizes(eqn: Any) -> tuple[int, ...]:
     """dynamic_slice: the shape of the result."""
     return tuple(eqn.params["slice_sizes"])
 
@@ -72,37 +72,37 @@ class Split(NamedTuple):
         return cls(eqn.params["axis"], tuple(eqn.params["sizes"]))
 
 
-def stacked_axis(eqn: Any) -> int:
+def get_stack_axis(eqn: Any) -> int:
     """stack and unstack: the axis."""
     return eqn.params["axis"]
 
 
-def joined_axis(eqn: Any) -> int:
+def get_concatenate_axis(eqn: Any) -> int:
     """concatenate: the axis."""
     return eqn.params["dimension"]
 
 
-def padding(eqn: Any) -> Sequence[tuple[int, int, int]]:
+def get_padding(eqn: Any) -> Sequence[tuple[int, int, int]]:
     """pad: for each axis how much comes before, after and between."""
     return eqn.params["padding_config"]
 
 
-def reversed_axes(eqn: Any) -> list[int]:
+def get_reversed_axes(eqn: Any) -> list[int]:
     """rev: the axes."""
     return list(eqn.params["dimensions"])
 
 
-def devices(eqn: Any) -> Sequence[Any]:
+def get_devices(eqn: Any) -> Sequence[Any]:
     """device_put: for each operand the device, sharding or memory space, or None."""
     return eqn.params["devices"]
 
 
-def new_sharding(eqn: Any) -> Any:
+def get_new_sharding(eqn: Any) -> Any:
     """reshard: the sharding of the result."""
     return eqn.params["dst_sharding"]
 
 
-def resharded(eqn: Any, array: Any, sharding: Any) -> Any:
+def bind_reshard(eqn: Any, array: Any, sharding: Any) -> Any:
     """The result of a reshard of another array to another sharding."""
     return jaxprs.bind(eqn, [array], dst_sharding=sharding)[0]
 
@@ -119,7 +119,7 @@ class Dot(NamedTuple):
     @classmethod
     def of(cls, eqn: Any) -> Dot:
         """The parameters of an equation."""
-        return cls(eqn.params["dimension_numbers"], _some(eqn, _DOT_OPTIONS))
+        return cls(eqn.params["dimension_numbers"], _get_params(eqn, _DOT_OPTIONS))
 
 
 class RaggedDot(NamedTuple):
@@ -133,22 +133,22 @@ class RaggedDot(NamedTuple):
     def of(cls, eqn: Any) -> RaggedDot:
         """The parameters of an equation."""
         numbers = eqn.params["ragged_dot_dimension_numbers"]
-        return cls(numbers, _some(eqn, _DOT_OPTIONS), eqn.params["group_offset"])
+        return cls(numbers, _get_params(eqn, _DOT_OPTIONS), eqn.params["group_offset"])
 
 
 _DOT_OPTIONS = ("precision", "preferred_element_type", "out_sharding")
 
 
-def conv_options(eqn: Any) -> dict[str, Any]:
+def get_conv_options(eqn: Any) -> dict[str, Any]:
     """conv_general_dilated: the keyword arguments of lax.conv_general_dilated."""
     names = (
         *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
         *("feature_group_count", "batch_group_count", *_DOT_OPTIONS),
     )
-    return _some(eqn, names)
+    return _get_params(eqn, names)
 
 
-def gather_options(eqn: Any) -> dict[str, Any]:
+def get_gather_options(eqn: Any) -> dict[str, Any]:
     """gather: the keyword arguments of lax.gather."""
     names = ("dimension_numbers", "slice_sizes", "unique_indices", "indices_are_sorted")
     return {name: eqn.params[name] for name in (*names, "mode", "fill_value")}
@@ -157,12 +157,12 @@ def gather_options(eqn: Any) -> dict[str, Any]:
 # Equations that hold jaxprs
 
 
-def body(eqn: Any) -> Any:
+def get_body(eqn: Any) -> Any:
     """jit, remat, shard_map and calls: the jaxpr."""
     return eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
 
 
-def bodies(eqn: Any) -> list[Any]:
+def find_bodies(eqn: Any) -> list[Any]:
     """Any equation: the jaxprs that take its operands and return its results."""
     shapes = lambda atoms: [getattr(atom.aval, "shape", None) for atom in atoms]
     found = []
@@ -186,11 +186,11 @@ class Jit(NamedTuple):
     @classmethod
     def of(cls, eqn: Any) -> Jit:
         """The parameters of an equation."""
-        shardings = [jaxprs.specified(one) for one in eqn.params["out_shardings"]]
+        shardings = [jaxprs.drop_unspecified(one) for one in eqn.params["out_shardings"]]
         return cls(eqn.params["jaxpr"], eqn.params["name"], shardings)
 
 
-def remat_options(eqn: Any) -> dict[str, Any]:
+def get_remat_options(eqn: Any) -> dict[str, Any]:
     """remat: the keyword arguments of jax.checkpoint."""
     return {name: eqn.params[name] for name in ("prevent_cse", "policy")}
 
@@ -228,7 +228,7 @@ class Scan(NamedTuple):
     def of(cls, eqn: Any) -> Scan:
         """The parameters of an equation."""
         own = (eqn.params[name] for name in ("length", "reverse", "unroll"))
-        return cls(eqn.params["jaxpr"], *_split_scan(eqn), *own)
+        return cls(eqn.params["jaxpr"], *_count_scan_operands(eqn), *own)
 
     @property
     def first_slice(self) -> int:
@@ -236,7 +236,7 @@ class Scan(NamedTuple):
         return self.consts + self.carries
 
 
-def _split_scan(eqn: Any) -> tuple[int, int]:
+def _count_scan_operands(eqn: Any) -> tuple[int, int]:
     """Numbers of constants and carries of a scan: sequences have one axis more outside the body."""
     inner, _ = jaxprs.split_jaxpr(eqn.params["jaxpr"])
     ndim = lambda atoms: [len(atom.aval.shape) for atom in atoms]
@@ -274,6 +274,6 @@ class While(NamedTuple):
         return self.cond_consts + self.body_consts
 
 
-def branches(eqn: Any) -> Sequence[Any]:
+def get_branches(eqn: Any) -> Sequence[Any]:
     """cond and switch: the jaxprs, chosen from by the first operand."""
     return eqn.params["branches"]

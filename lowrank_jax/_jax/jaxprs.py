@@ -34,13 +34,13 @@ def split_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
     return inner, list(consts or ())
 
 
-def binders(jaxpr: Jaxpr) -> list[Any]:
+def get_input_vars(jaxpr: Jaxpr) -> list[Any]:
     """The variables of constants and inputs, in the order their values are given."""
     inner, _ = split_jaxpr(jaxpr)
     return [*getattr(inner, "constvars", ()), *inner.invars]
 
 
-def users(jaxpr: Jaxpr, number: int) -> list[Any]:
+def find_consumers(jaxpr: Jaxpr, number: int) -> list[Any]:
     """The equations that take an input, given by number."""
     inner, _ = split_jaxpr(jaxpr)
     var = inner.invars[number]
@@ -57,14 +57,16 @@ def bind(eqn: Any, args: Sequence[Any], **changes: Any) -> Sequence[Any]:
     return out if eqn.primitive.multiple_results else [out]
 
 
-def in_context(eqn: Any):
+def use_eqn_context(eqn: Any):
     """A context manager in which new operations carry the equation's names and context."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
-    return _Both(source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager)
+    return _ContextPair(
+        source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager
+    )
 
 
-class _Both:
+class _ContextPair:
     """Two context managers as one, cheaper than an ExitStack."""
 
     __slots__ = ("first", "second")
@@ -81,7 +83,7 @@ class _Both:
         return self.first.__exit__(*exc)
 
 
-def specified(sharding: Any) -> Any:
+def drop_unspecified(sharding: Any) -> Any:
     """A sharding or layout that a user gave, or None."""
     return sharding if isinstance(sharding, jax.sharding.Sharding) else None
 
@@ -93,7 +95,7 @@ _INTERNAL = tuple(
 )
 
 
-def user_line(eqn: Any) -> str:
+def find_user_line(eqn: Any) -> str:
     """Where an equation is in the user's own code, or "": file.py:12 (function)."""
     try:
         frames = eqn.source_info.traceback.frames
@@ -107,7 +109,7 @@ def user_line(eqn: Any) -> str:
     return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({frame.function_name})"
 
 
-def user_layer(eqn: Any) -> str:
+def get_user_layer(eqn: Any) -> str:
     """The name stack of the equation: the user's modules and named scopes, or ""."""
     return str(eqn.source_info.name_stack)
 
@@ -117,13 +119,13 @@ def is_tracer(value: Any) -> bool:
     return isinstance(value, Tracer)
 
 
-def is_plain(value: Any) -> bool:
+def has_no_mesh(value: Any) -> bool:
     """Whether a value is of no mesh, nor varying over a manual one."""
     kind = jax.typeof(value)
     return not getattr(kind, "vma", None) and kind.sharding.mesh.empty
 
 
-def is_automatic(value: Any) -> bool:
+def has_auto_axes(value: Any) -> bool:
     """Whether a value is of no mesh, or of one whose axes are all the compiler's to use."""
     kind = jax.typeof(value)
     axes = kind.sharding.mesh.axis_types
@@ -135,12 +137,12 @@ def is_manual() -> bool:
     return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
 
-def is_explicit(value: Any) -> bool:
+def has_explicit_axes(value: Any) -> bool:
     """Whether a value is of a mesh whose types say how arrays lie."""
     return AxisType.Explicit in jax.typeof(value).sharding.mesh.axis_types
 
 
-def laid_out_like(result: Any, branch: Callable, *operands: Any) -> Any:
+def match_sharding(result: Any, branch: Callable, *operands: Any) -> Any:
     """branch(*operands), lying on the mesh as `result` does; how it gets there XLA decides.
 
     On a mesh with explicit axes every product must say how its result lies, and what the user said
@@ -149,7 +151,7 @@ def laid_out_like(result: Any, branch: Callable, *operands: Any) -> Any:
     sharding = jax.typeof(result).sharding
     if not any(map(is_split, (result, *jax.tree.leaves(operands)))):
         return branch(*operands)
-    return by_the_compiler(branch, sharding, *operands)
+    return call_with_auto_axes(branch, sharding, *operands)
 
 
 def is_split(array: Any, axis: int | None = None) -> bool:
@@ -159,18 +161,18 @@ def is_split(array: Any, axis: int | None = None) -> bool:
     return any(entry is not None for entry in entries)
 
 
-def parts_of(mesh: Any, entry: Any) -> int:
+def count_shards(mesh: Any, entry: Any) -> int:
     """Into how many parts an entry of a PartitionSpec splits an axis."""
     names = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
-def runs_at_once() -> bool:
+def is_eager() -> bool:
     """Whether operations run as they are called, under grad or vmap too: no jit traces them."""
     return not is_tracer(jax.numpy.zeros(()))
 
 
-def mesh_of(array: Any) -> Any:
+def use_mesh_of(array: Any) -> Any:
     """A context: the mesh that a concrete array lies on; where a tracer lies is known already."""
     if is_tracer(array):
         return contextlib.nullcontext()
@@ -188,7 +190,7 @@ def is_on_host(array: Any) -> bool:
     return isinstance(array, jax.Array) and jax.typeof(array).memory_space == _HOST
 
 
-def on_device(tree: PyTree) -> Any:
+def to_device(tree: PyTree) -> Any:
     """The tree with all its arrays in the memory of the device."""
     move = lambda leaf: jax.device_put(leaf, _DEVICE) if is_on_host(leaf) else leaf
     return jax.tree.map(move, tree)
@@ -206,7 +208,7 @@ def is_host(target: Any) -> bool:
     return getattr(target, "memory_kind", None) not in (None, "device")
 
 
-def by_the_compiler(fn: Callable, out_sharding: Any, *operands: Any) -> Any:
+def call_with_auto_axes(fn: Callable, out_sharding: Any, *operands: Any) -> Any:
     """fn(*operands), explicit axes of the mesh left to the compiler inside it."""
     mesh = jax.tree.leaves(out_sharding)[0].mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

@@ -14,20 +14,20 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._display.text import quoted
-from lowrank_jax._errors import CheckpointError, PatternError, TreeError, listing_of
-from lowrank_jax._jax.statics import is_plain
+from lowrank_jax._display.text import quote_value
+from lowrank_jax._errors import CheckpointError, PatternError, TreeError, list_first_problems
+from lowrank_jax._jax.statics import has_plain_keys
 from lowrank_jax._jax.types import PyTree
 
 ALL_LINEAR = "all-linear"
 
-DEEPEST = 300  # keys of a path that a tree is made of
-_COMPARED = 100  # characters of a name that are compared with another's
+MAX_KEYS = 300  # keys of a path that a tree is made of
+_COMPARED_CHARS = 100  # characters of a name that are compared with another's
 
 Pattern = str | re.Pattern
 
 
-def path_of(keys: Sequence[Any]) -> str:
+def join_keys(keys: Sequence[Any]) -> str:
     """Join a key path by "/"."""
     return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
@@ -40,13 +40,13 @@ def flatten_with_keys(
     A wrapper is what Flax puts around an array: nnx.Variable, nn.Partitioned, nn.meta.AxisMetadata.
     A field that is called "value" in anything else is a key like any other.
     """
-    leaves, treedef = flattened(jax.tree.flatten, tree, is_leaf)
-    if is_plain(treedef):
-        return [*zip(keys_of(treedef), leaves, strict=True)], treedef
-    keyed, treedef = flattened(jax.tree_util.tree_flatten_with_path, tree, is_leaf)
-    wrappers = _wrappers()
+    leaves, treedef = flatten_checked(jax.tree.flatten, tree, is_leaf)
+    if has_plain_keys(treedef):
+        return [*zip(list_keys(treedef), leaves, strict=True)], treedef
+    keyed, treedef = flatten_checked(jax.tree_util.tree_flatten_with_path, tree, is_leaf)
+    wrappers = _find_wrappers()
     if wrappers and any(_is_value(key) for keys, _ in keyed for key in keys):
-        keyed = list(_unwrapped((), tree, is_leaf or (lambda _: False), wrappers))
+        keyed = list(_iterate_unwrapped((), tree, is_leaf or (lambda _: False), wrappers))
     return keyed, treedef
 
 
@@ -60,7 +60,7 @@ def _refuse_unsorted(
         try:
             sorted(tree)
         except TypeError:
-            at = f"at {path_of(keys)!r}" if keys else "at its root"
+            at = f"at {join_keys(keys)!r}" if keys else "at its root"
             kinds = " and ".join(sorted({type(key).__name__ for key in tree}))
             raise TreeError(
                 f"a tree has a dict {at} whose keys are of types that cannot be sorted ({kinds}): "
@@ -75,7 +75,7 @@ def _refuse_unsorted(
             _refuse_unsorted((*keys, *key), child, is_leaf, error)
 
 
-def flattened(flatten: Callable, tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> Any:
+def flatten_checked(flatten: Callable, tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> Any:
     """jax's own flattening; keys that it cannot sort are refused by path."""
     try:
         return flatten(tree, is_leaf=is_leaf)
@@ -85,19 +85,19 @@ def flattened(flatten: Callable, tree: PyTree, is_leaf: Callable[[Any], bool] | 
 
 
 @functools.lru_cache(maxsize=1024)
-def keys_of(treedef: Any) -> tuple[tuple[Any, ...], ...]:
+def list_keys(treedef: Any) -> tuple[tuple[Any, ...], ...]:
     """The keys of each leaf of a structure without wrappers."""
     numbers = jax.tree.unflatten(treedef, range(treedef.num_leaves))
     return tuple(keys for keys, _ in jax.tree_util.tree_leaves_with_path(numbers))
 
 
 @functools.lru_cache(maxsize=1024)
-def _paths_of(treedef: Any) -> tuple[str, ...]:
+def _list_paths(treedef: Any) -> tuple[str, ...]:
     """The path of each leaf of a structure without wrappers."""
-    return _told_apart([path_of(keys) for keys in keys_of(treedef)])
+    return _check_unique([join_keys(keys) for keys in list_keys(treedef)])
 
 
-def _told_apart(paths: Sequence[str]) -> tuple[str, ...]:
+def _check_unique(paths: Sequence[str]) -> tuple[str, ...]:
     """The paths, no two of which are alike."""
     if len({*paths}) != len(paths):
         twice = sorted(path for path, count in Counter(paths).items() if count > 1)
@@ -108,7 +108,7 @@ def _told_apart(paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _wrappers() -> tuple[type, ...]:
+def _find_wrappers() -> tuple[type, ...]:
     """Flax's classes whose value stands for them; none where Flax is not imported."""
     of = lambda module, name: vars(sys.modules.get(module) or object).get(name)
     named = [
@@ -124,7 +124,7 @@ def _is_value(key: Any) -> bool:
     return isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
 
 
-def _unwrapped(
+def _iterate_unwrapped(
     before: tuple[Any, ...],
     tree: PyTree,
     is_leaf: Callable[[Any], bool],
@@ -143,22 +143,22 @@ def _unwrapped(
             if isinstance(child, jax.Array):  # most are
                 yield own, child
             else:
-                yield from _unwrapped(own, child, is_leaf, wrappers)
+                yield from _iterate_unwrapped(own, child, is_leaf, wrappers)
 
 
 def flatten(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[str, Any]], Any]:
     """Flatten into [(path, leaf)] and the treedef; two leaves of one path are refused."""
-    leaves, treedef = flattened(jax.tree.flatten, tree, is_leaf)
-    if is_plain(treedef):
-        return [*zip(_paths_of(treedef), leaves, strict=True)], treedef
+    leaves, treedef = flatten_checked(jax.tree.flatten, tree, is_leaf)
+    if has_plain_keys(treedef):
+        return [*zip(_list_paths(treedef), leaves, strict=True)], treedef
     keyed, treedef = flatten_with_keys(tree, is_leaf)
-    paths = _told_apart([path_of(keys) for keys, _ in keyed])
+    paths = _check_unique([join_keys(keys) for keys, _ in keyed])
     return [(path, leaf) for path, (_, leaf) in zip(paths, keyed, strict=True)], treedef
 
 
-def renamed(saved: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+def rename_legacy_paths(saved: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
     """Saved leaves by the paths wanted, where they differ in keys called "value" alone.
 
     Files of older releases have no such key at the end of a path, whatever it was of, and have one
@@ -176,7 +176,7 @@ def renamed(saved: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
     return {place.get(path, path): leaf for path, leaf in saved.items()}
 
 
-def path_hash(path: str) -> int:
+def hash_path(path: str) -> int:
     """A 32-bit number of the path, the same in every process and on every host."""
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=4).digest(), "big")
 
@@ -188,11 +188,11 @@ def check_pattern(pattern: Any) -> None:
             raise PatternError(f"pattern {pattern!r} is a bytes regex; compile it from a str")
     elif not isinstance(pattern, str) or not pattern:
         raise PatternError(
-            f"a pattern is a non-empty glob string or a compiled re.Pattern, not {quoted(pattern)}"
+            f"a pattern is a non-empty glob string or a compiled re.Pattern, not {quote_value(pattern)}"
         )
     elif "" in pattern.split("/"):
         raise PatternError(
-            f"pattern {quoted(pattern)} has an empty segment: paths have no leading, trailing or "
+            f"pattern {quote_value(pattern)} has an empty segment: paths have no leading, trailing or "
             "doubled '/'"
         )
 
@@ -230,48 +230,48 @@ def matches(pattern: Pattern, path: str) -> bool:
     return compile_pattern(pattern).fullmatch(path) is not None
 
 
-def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
+def find_nearest_paths(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
     """The paths most like the pattern, for error messages."""
-    text = str(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)[:_COMPARED]
+    text = str(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)[:_COMPARED_CHARS]
     names = [name for name in text.split("/") if name.strip("*.?")] or [text]
     alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
     score = lambda path: sum(
-        max(alike(n, part) for part in path[:_COMPARED].split("/")) for n in names
+        max(alike(n, part) for part in path[:_COMPARED_CHARS].split("/")) for n in names
     )
-    return sorted(_alike(text, paths), key=score, reverse=True)[:count]
+    return sorted(_preselect(text, paths), key=score, reverse=True)[:count]
 
 
-def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+def find_nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The names most like another one, for error messages."""
-    name = name[:_COMPARED]
-    score = lambda other: difflib.SequenceMatcher(None, other[:_COMPARED], name).ratio()
-    return sorted(_alike(name, names), key=score, reverse=True)[:count]
+    name = name[:_COMPARED_CHARS]
+    score = lambda other: difflib.SequenceMatcher(None, other[:_COMPARED_CHARS], name).ratio()
+    return sorted(_preselect(name, names), key=score, reverse=True)[:count]
 
 
-def _alike(text: str, names: Iterable[str], count: int = 100) -> list[str]:
+def _preselect(text: str, names: Iterable[str], count: int = 100) -> list[str]:
     """The names that share the most triples of characters with a text: a cheap comparison first."""
     names = [*names]
     if len(names) <= count:
         return names
     triples = {text[i : i + 3] for i in range(len(text) - 2)}
-    shared = lambda name: sum(triple in name[:_COMPARED] for triple in triples)
+    shared = lambda name: sum(triple in name[:_COMPARED_CHARS] for triple in triples)
     return heapq.nlargest(count, names, key=shared)
 
 
-def no_match(pattern: Pattern, paths: Sequence[str], what: str) -> PatternError:
+def make_no_match_error(pattern: Pattern, paths: Sequence[str], what: str) -> PatternError:
     """The error of a pattern that matches nothing."""
     shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     if not paths:
         return PatternError(f"{what} pattern {shown!r} matches nothing: the tree has no leaves")
-    near = ", ".join(repr(path) for path in nearest(pattern, paths))
+    near = ", ".join(repr(path) for path in find_nearest_paths(pattern, paths))
     return PatternError(
         f"{what} pattern {shown!r} matches none of the {len(paths)} leaves; the nearest paths are "
         f"{near}. A pattern is matched against the whole path: '*' stays within one segment, "
-        f"'**' spans segments{_suggested(pattern, paths)}"
+        f"'**' spans segments{_suggest_glob(pattern, paths)}"
     )
 
 
-def _suggested(pattern: Pattern, paths: Sequence[str]) -> str:
+def _suggest_glob(pattern: Pattern, paths: Sequence[str]) -> str:
     """The glob that was likely meant: the same words, at another depth."""
     if isinstance(pattern, re.Pattern):
         return ""
@@ -298,28 +298,30 @@ def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict
         for path in hits:
             chosen.setdefault(path, pattern)
     if len(missed) == 1:
-        raise no_match(missed[0], paths, what)
+        raise make_no_match_error(missed[0], paths, what)
     if missed:
-        text = listing_of((str(no_match(p, paths, what)) for p in missed), len(missed))
+        text = list_first_problems(
+            (str(make_no_match_error(p, paths, what)) for p in missed), len(missed)
+        )
         raise PatternError(f"{len(missed)} patterns match nothing:\n{text}")
     return chosen
 
 
-def in_structure(tree: PyTree, leaves: dict[str, Any], is_leaf: Any = None) -> Any:
+def unflatten_by_path(tree: PyTree, leaves: dict[str, Any], is_leaf: Any = None) -> Any:
     """A tree's structure with these at its leaves, None where there is none."""
     own, treedef = flatten(tree, is_leaf=is_leaf)
     return jax.tree.unflatten(treedef, [leaves.get(path) for path, _ in own])
 
 
-def nested(leaves: dict[str, Any]) -> Any:
+def to_nested_dict(leaves: dict[str, Any]) -> Any:
     """Nested dicts by path; the leaf itself where the tree was one leaf."""
     if set(leaves) == {""}:
         return leaves[""]
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
-        if len(parents) > DEEPEST:
-            raise CheckpointError(f"{path[:80]!r}... is of more than {DEEPEST} keys")
+        if len(parents) > MAX_KEYS:
+            raise CheckpointError(f"{path[:80]!r}... is of more than {MAX_KEYS} keys")
         inner = tree
         for key in parents:
             inner = inner.setdefault(key, {}) if isinstance(inner, dict) else None

@@ -11,7 +11,7 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError
 
 
-def gathered(leaf: Any) -> Any:
+def gather_shards(leaf: Any) -> Any:
     """An array whose shards lie in several processes, whole in each; a key's data; others as is."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return leaf
@@ -22,14 +22,14 @@ def gathered(leaf: Any) -> Any:
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def placed(leaf: Any, sharding: Any) -> jax.Array:
+def place_array(leaf: Any, sharding: Any) -> jax.Array:
     """An array that each process has whole, by a sharding that may be over all of them."""
     if not getattr(sharding, "is_fully_addressable", True):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
     return jax.device_put(leaf, sharding)
 
 
-def by_the_first(write: Callable[[], None]) -> None:
+def write_on_first_process(write: Callable[[], None]) -> None:
     """Let process 0 write while the others wait; where it fails, it fails in all.
 
     Raises:

@@ -25,7 +25,7 @@ class Static:
     @functools.cached_property
     def key(self) -> Hashable:
         """What is compared."""
-        return key_of(self.value)
+        return make_key(self.value)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Static) and self.key == other.key
@@ -34,7 +34,7 @@ class Static:
         return hash(self.key)
 
 
-def key_of(value: Any) -> Hashable:
+def make_key(value: Any) -> Hashable:
     """A key that is equal for two values only if these are equal, and of equal types, throughout.
 
     Looks into containers, dataclasses that compare by their fields, and pytree structures (keys of
@@ -48,20 +48,20 @@ def key_of(value: Any) -> Hashable:
     if isinstance(value, complex):
         return kind, struct.pack("dd", value.real, value.imag)
     if isinstance(value, tuple | list):
-        return kind, tuple(map(key_of, value))
+        return kind, tuple(map(make_key, value))
     if isinstance(value, set | frozenset):
-        return kind, frozenset(map(key_of, value))
+        return kind, frozenset(map(make_key, value))
     if isinstance(value, Mapping):
-        return kind, tuple((key_of(name), key_of(item)) for name, item in value.items())
+        return kind, tuple((make_key(name), make_key(item)) for name, item in value.items())
     if isinstance(value, jax.tree_util.PyTreeDef):
-        return kind, value if is_plain(value) else _key_of_structure(value)
+        return kind, value if has_plain_keys(value) else _make_structure_key(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return kind, value, _keys_of_fields(value)
+        return kind, value, _make_field_keys(value)
     return kind, value
 
 
 @functools.lru_cache(maxsize=4096)
-def is_plain(treedef: Any) -> bool:
+def has_plain_keys(treedef: Any) -> bool:
     """Whether a pytree structure is of containers whose keys are texts: its own `==` is exact."""
     node = treedef.node_data()
     if node is None:
@@ -71,26 +71,26 @@ def is_plain(treedef: Any) -> bool:
         known = {*map(type, static)} <= {str}
     else:
         known = kind in (list, tuple, type(None)) or hasattr(kind, "_fields")
-    return known and all(map(is_plain, treedef.children()))
+    return known and all(map(has_plain_keys, treedef.children()))
 
 
-def _key_of_structure(treedef: Any) -> Hashable:
+def _make_structure_key(treedef: Any) -> Hashable:
     """The key of a pytree structure: at each node its type, its static data, and its children."""
     node = treedef.node_data()
     if node is None:
         return None
     kind, static = node
-    return kind, key_of(static), tuple(map(_key_of_structure, treedef.children()))
+    return kind, make_key(static), tuple(map(_make_structure_key, treedef.children()))
 
 
-def _keys_of_fields(value: Any) -> Hashable:
+def _make_field_keys(value: Any) -> Hashable:
     """Keys of the fields that a dataclass compares; none where it compares by identity."""
     if type(value).__eq__ is object.__eq__:
         return ()
     keys = []
     for field in dataclasses.fields(value):
         if field.compare:
-            key = key_of(getattr(value, field.name))
+            key = make_key(getattr(value, field.name))
             try:
                 hash(key)
             except TypeError:  # the dataclass has a hash without it, and compares it itself

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._errors import CheckpointError, forgotten
+from lowrank_jax._errors import CheckpointError, make_not_lifted_error
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
@@ -46,7 +46,7 @@ class Normed(Wrapper):
         return self.value
 
     def __jax_array__(self):
-        raise forgotten("a leaf with DoRA's norms")
+        raise make_not_lifted_error("a leaf with DoRA's norms")
 
 
 def attach_norms(leaf: Any, node: LowRank) -> Normed:
@@ -94,7 +94,7 @@ class Adapted(Wrapper):
         return self.base
 
     def __jax_array__(self):
-        raise forgotten("an adapted weight")
+        raise make_not_lifted_error("an adapted weight")
 
 
 def is_node(value: Any) -> bool:
@@ -113,10 +113,10 @@ def is_adapter(value: Any) -> bool:
 def as_dense(leaf: Any) -> Any:
     """The dense array of a leaf that has no adapter: quantized, trained whole, or an array."""
     if isinstance(leaf, Quantized):
-        return dequantize_node(jaxprs.on_device(leaf))
+        return dequantize_node(jaxprs.to_device(leaf))
     if isinstance(leaf, Normed):
         return as_dense(leaf.value)
-    return jaxprs.on_device(leaf).weight if isinstance(leaf, Full) else leaf
+    return jaxprs.to_device(leaf).weight if isinstance(leaf, Full) else leaf
 
 
 def collect_adapters(lora: PyTree) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._errors import forgotten
+from lowrank_jax._errors import make_not_lifted_error
 from lowrank_jax._nodes.serialization import Wrapper
 
 
@@ -44,7 +44,7 @@ class Full(Wrapper):
         return tuple(self.shape) == tuple(shape)
 
     def __jax_array__(self):
-        raise forgotten("a Full leaf")
+        raise make_not_lifted_error("a Full leaf")
 
 
 def make_full(value: Any, dtype: jax.typing.DTypeLike) -> Full:

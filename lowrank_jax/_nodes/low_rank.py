@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from lowrank_jax._errors import AxesError, forgotten
+from lowrank_jax._errors import AxesError, make_not_lifted_error
 from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._primitives.contract import RANK, Labels
 
@@ -163,4 +163,4 @@ class LowRank(Node):
         return node.fan_in, node.fan_out, node.stack
 
     def __jax_array__(self):
-        raise forgotten("a LowRank adapter")
+        raise make_not_lifted_error("a LowRank adapter")

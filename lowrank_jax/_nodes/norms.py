@@ -34,8 +34,8 @@ def compute_squared_norm(leaf: Any, stack: Sequence[int], fan_out: Sequence[int]
         return _squared_norm(leaf, axes, len(stack))
     out = jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, axes))
     run = lambda leaf: _squared_norm(leaf, axes, len(stack))
-    with jaxprs.mesh_of(jax.tree.leaves(leaf)[0]):
-        return jaxprs.by_the_compiler(run, out, leaf)
+    with jaxprs.use_mesh_of(jax.tree.leaves(leaf)[0]):
+        return jaxprs.call_with_auto_axes(run, out, leaf)
 
 
 def get_dense_sharding(leaf: Any) -> Any:

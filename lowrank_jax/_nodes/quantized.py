@@ -216,8 +216,8 @@ def dequantize_node(node: Quantized) -> jax.Array:
     sharding = dense_sharding_of(node)
     if sharding is None:
         return _dequantized(node)
-    with jaxprs.mesh_of(node.codes):
-        return jaxprs.by_the_compiler(_dequantized, sharding, node)
+    with jaxprs.use_mesh_of(node.codes):
+        return jaxprs.call_with_auto_axes(_dequantized, sharding, node)
 
 
 @functools.partial(jax.jit, inline=True)

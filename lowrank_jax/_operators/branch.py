@@ -48,20 +48,20 @@ def apply_adapter(
         part = lambda w, x, *others: branch(w, apply_dropout(w, x, stacked), *others).astype(
             y.dtype
         )
-        return y + jaxprs.laid_out_like(y, part, w, x, *others)
+        return y + jaxprs.match_sharding(y, part, w, x, *others)
     dry = x
     if stacked:
         dry = apply_dropout(w, x, stacked)
     elif w.key is not None and w.rate:
-        dry = jaxprs.laid_out_like(x, apply_dropout, w, x)
+        dry = jaxprs.match_sharding(x, apply_dropout, w, x)
     same = y if dry is x else base(dry)
-    start = dry if before is None else jaxprs.laid_out_like(dry, before, dry, w.gain)
+    start = dry if before is None else jaxprs.match_sharding(dry, before, dry, w.gain)
     out = same if before is None else base(start)
     bare = w.replace(multiplier=None, key=None, gain=None)
     part = lambda w, x, *others: branch(w, x, *others).astype(out.dtype)
-    out = out + jaxprs.laid_out_like(out, part, bare, start, *others)
+    out = out + jaxprs.match_sharding(out, part, bare, start, *others)
     if after is not None:
-        out = jaxprs.laid_out_like(out, after, out, w.gain, *others)
+        out = jaxprs.match_sharding(out, after, out, w.gain, *others)
     if dry is x and w.multiplier is None:
         return out
     exact = accumulator_dtype(y.dtype)

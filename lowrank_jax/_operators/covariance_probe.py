@@ -267,7 +267,7 @@ class CovarianceProbe(LabeledWeight):
             self.notify(Event.DIFFERENTIATED)
             make = lambda *operands: covariance(*operands).reshape(kind.shape)
             if any(map(jaxprs.is_split, operands)):
-                change = jaxprs.by_the_compiler(make, kind.sharding, *operands)
+                change = jaxprs.call_with_auto_axes(make, kind.sharding, *operands)
             else:
                 change = make(*operands)
             return cotangent, change, *(None for _ in operands)

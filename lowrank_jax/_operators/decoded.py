@@ -58,13 +58,13 @@ def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
 def _run_product(w: Any, like: PyTree, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
     """A product, on a mesh with explicit axes laid out as like(dense weight, other)."""
     run = lambda other, *parts: quantized_dot(other, parts, op, decode)
-    if not any(map(jaxprs.is_explicit, (other, *parts))):
+    if not any(map(jaxprs.has_explicit_axes, (other, *parts))):
         return run(other, *parts)
     dense = lambda own, other: like(DenseWeight(own.materialize()), other)
     result = jax.eval_shape(dense, w, other)
     if not any(map(jaxprs.is_split, (result, other, *parts))):
         return run(other, *parts)
-    return jaxprs.by_the_compiler(run, result.sharding, other, *parts)
+    return jaxprs.call_with_auto_axes(run, result.sharding, other, *parts)
 
 
 def _local_layout(w: Any, layout: BlockLayout) -> BlockLayout:

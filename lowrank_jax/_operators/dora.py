@@ -50,8 +50,8 @@ def compute_norms(leaf: Any, delta: LowRank) -> jax.Array:
     if not any(map(jaxprs.is_split, jax.tree.leaves(operands))):
         return run(*operands)
     sharding = jax.typeof(own.squares).sharding
-    with jaxprs.mesh_of(own.squares):
-        return jaxprs.by_the_compiler(run, sharding, *operands)
+    with jaxprs.use_mesh_of(own.squares):
+        return jaxprs.call_with_auto_axes(run, sharding, *operands)
 
 
 def count_dead_features(leaf: Any, delta: LowRank) -> int:

@@ -65,7 +65,7 @@ def gather(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
         return changed
     places = [out.index(label) for label in id_labels]
     drop = lambda rows, ids: _drop_cotangents(rows, ids, places)
-    return jaxprs.laid_out_like(changed, drop, changed, ids)
+    return jaxprs.match_sharding(changed, drop, changed, ids)
 
 
 _FILL = lax.GatherScatterMode.FILL_OR_DROP

@@ -76,7 +76,7 @@ class LowRankWeight(LabeledWeight):
     @classmethod
     def of(cls, node: Adapted, path: Any) -> LowRankWeight:
         """The weight of a node with LowRank factors."""
-        base, node = as_weight(node.base), jaxprs.on_device(node)
+        base, node = as_weight(node.base), jaxprs.to_device(node)
         assert isinstance(node.delta, LowRank)
         delta = node.delta.for_shape(base.shape)
         fan_in, fan_out, stack = delta.axes(base.ndim)

@@ -23,7 +23,7 @@ def materialize(node: Any) -> Any:
         raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
     if not isinstance(node, Adapted):
         return as_dense(node)
-    node = jaxprs.on_device(node)
+    node = jaxprs.to_device(node)
     if isinstance(node.delta, LowRank):
         return LowRankWeight.of(node, None).materialize()
     if node.multiplier is None:

@@ -153,7 +153,7 @@ class QuantizedWeight(Weight):
         sharding, spec = jax.typeof(self.parts[0]).sharding, jax.P()
         if self.is_blockwise:
             spec = self.layout.spec(sharding.spec)
-        return jaxprs.by_the_compiler(dense, jax.NamedSharding(sharding.mesh, spec), self)
+        return jaxprs.call_with_auto_axes(dense, jax.NamedSharding(sharding.mesh, spec), self)
 
     def replace(self, **changes: Any) -> QuantizedWeight:
         return dataclasses.replace(self, **changes)
@@ -264,7 +264,7 @@ class QuantizedWeight(Weight):
         decode = self.decoding.scales
         if jaxprs.is_split(scales):
             sharding = jax.typeof(scales).sharding
-            scales = jaxprs.by_the_compiler(decode, sharding, scales, *second)
+            scales = jaxprs.call_with_auto_axes(decode, sharding, scales, *second)
         else:
             scales = decode(scales, *second)
         return self.replace(parts=(codes, scales, table))

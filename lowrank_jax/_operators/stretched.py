@@ -165,10 +165,10 @@ class ScaledWeight(LabeledWeight):
         if {*self.by_axes} <= {*out}:
             y = run(x)
             scale_axes = lambda y, by: multiply_labeled(y, out, by, self.by_axes)
-            return None if y is None else jaxprs.laid_out_like(y, scale_axes, y, self.by)
+            return None if y is None else jaxprs.match_sharding(y, scale_axes, y, self.by)
         if {*self.by_axes} <= {*labels}:
             scale_axes = lambda x, by: multiply_labeled(x, labels, by, self.by_axes)
-            return run(jaxprs.laid_out_like(x, scale_axes, x, self.by))
+            return run(jaxprs.match_sharding(x, scale_axes, x, self.by))
         return None
 
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 
-from lowrank_jax._jax.jaxprs import Primitive, is_plain
+from lowrank_jax._jax.jaxprs import Primitive, has_no_mesh
 
 Labels = tuple[Hashable, ...]
 
@@ -31,7 +31,7 @@ def bilinear(
 ) -> Any:
     """Sum x * y over the labels that out lacks; every label is in at least two of xl, yl, out."""
     params: dict[str, Any] = {"xl": xl, "yl": yl, "out": out, **_OPTIONS, **options}
-    if is_plain(x) and is_plain(y):
+    if has_no_mesh(x) and has_no_mesh(y):
         return bilinear_p.bind(x, y, **params)
     return _dot(x, y, **params)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
-from lowrank_jax._jax.jaxprs import Primitive, ShapedArray, is_automatic
+from lowrank_jax._jax.jaxprs import Primitive, ShapedArray, has_auto_axes
 
 
 class PlatformFn:
@@ -62,7 +62,7 @@ def quantized_dot(
       op: linear in its first argument: a product, a convolution.
       decode: parts -> the weight.
     """
-    if all(map(is_automatic, (x, *parts))):
+    if all(map(has_auto_axes, (x, *parts))):
         return quantized_dot_p.bind(x, *parts, op=op, decode=decode)
     # within manual axes, and on explicit meshes, JAX's own rules know the types
     return jax.checkpoint(lambda x, *parts: _quantized_dot(x, *parts, op=op, decode=decode))(

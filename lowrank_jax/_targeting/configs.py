@@ -10,18 +10,18 @@ from typing import Any
 
 from lowrank_jax._checks.arguments import is_index, is_seed
 from lowrank_jax._checks.fields import (
-    DEEPEST,
+    MAX_DEPTH,
     check_alpha,
     check_choice,
     check_json,
     check_keys,
     check_rank,
     check_scale,
-    pairs_of,
+    to_pairs,
 )
 from lowrank_jax._codecs import check_block_size, get_format
 from lowrank_jax._codecs.packing import PACKINGS
-from lowrank_jax._display.text import quoted
+from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._jax.paths import ALL_LINEAR, Pattern, check_pattern
 from lowrank_jax._nodes.methods import find_method, method_names
@@ -65,7 +65,9 @@ def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
     """Normalize one pattern or a sequence of them to a tuple."""
     items = (value,) if isinstance(value, str | re.Pattern) else value
     if not isinstance(items, tuple | list | set | frozenset):
-        raise ConfigError(f"{name} takes a pattern or a sequence of patterns, not {quoted(value)}")
+        raise ConfigError(
+            f"{name} takes a pattern or a sequence of patterns, not {quote_value(value)}"
+        )
     items = tuple(sorted(items, key=str) if isinstance(items, set | frozenset) else items)
     for item in items:
         if not isinstance(item, str) or item != ALL_LINEAR:
@@ -76,7 +78,7 @@ def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
 def _pattern_map(name: str, value: Any) -> FrozenMapping:
     """Normalize a mapping of patterns."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} takes a mapping of pattern to value, not {quoted(value)}")
+        raise ConfigError(f"{name} takes a mapping of pattern to value, not {quote_value(value)}")
     for key in value:
         check_pattern(key)
     return FrozenMapping(value)
@@ -89,7 +91,7 @@ def _integers(name: str, values: Mapping, what: str) -> FrozenMapping:
         items = (value,) if isinstance(value, int) else value
         if not isinstance(items, tuple | list) or not all(map(is_index, items)):
             raise ConfigError(
-                f"{name}[{quoted(pattern)}] takes {what} (integers), not {quoted(value)}"
+                f"{name}[{quote_value(pattern)}] takes {what} (integers), not {quote_value(value)}"
             )
         found[pattern] = tuple(items)
     return FrozenMapping(found)
@@ -101,10 +103,10 @@ def _pairs(name: str, values: Mapping) -> FrozenMapping:
     for pattern, pair in values.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ConfigError(
-                f"{name}[{quoted(pattern)}] takes (fan_in, fan_out), not {quoted(pair)}"
+                f"{name}[{quote_value(pattern)}] takes (fan_in, fan_out), not {quote_value(pair)}"
             )
         named = {"fan_in": pair[0], "fan_out": pair[1]}
-        parts = _integers(f"{name}[{quoted(pattern)}]", named, "axes")
+        parts = _integers(f"{name}[{quote_value(pattern)}]", named, "axes")
         found[pattern] = tuple(parts.values())
     return FrozenMapping(found)
 
@@ -134,14 +136,14 @@ def _from_json(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Mapping) and set(value) in ({"re"}, {"re", "flags"}):
         flags = value.get("flags", 0)
         if type(flags) is not int or flags & ~_REGEX_FLAGS:
-            raise ConfigError(f"{quoted(dict(value))} has flags that a regex of paths has not")
+            raise ConfigError(f"{quote_value(dict(value))} has flags that a regex of paths has not")
         try:
             return re.compile(value["re"], flags)
         except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ConfigError(f"{quoted(dict(value))} is not a regex: {error}") from error
+            raise ConfigError(f"{quote_value(dict(value))} is not a regex: {error}") from error
     if isinstance(value, list | tuple):
-        if depth > DEEPEST:
-            raise ConfigError(f"a value is nested more than {DEEPEST} deep")
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"a value is nested more than {MAX_DEPTH} deep")
         return tuple(_from_json(item, depth + 1) for item in value)
     return value
 
@@ -220,21 +222,23 @@ class LoraConfig:
         for name in _PATTERN_MAPS:
             put(name, _pattern_map(name, getattr(self, name)))
         for pattern, value in self.rank_pattern.items():
-            check_rank(f"rank_pattern[{quoted(pattern)}]", value)
+            check_rank(f"rank_pattern[{quote_value(pattern)}]", value)
         for pattern, value in self.alpha_pattern.items():
-            check_alpha(f"alpha_pattern[{quoted(pattern)}]", value)
+            check_alpha(f"alpha_pattern[{quote_value(pattern)}]", value)
         put("stack", _integers("stack", self.stack, "axes"))
         put("axes", _pairs("axes", self.axes))
         put("train_rows", _integers("train_rows", self.train_rows, "rows"))
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
-                    f"{name} must be True or False, not {quoted(getattr(self, name))}"
+                    f"{name} must be True or False, not {quote_value(getattr(self, name))}"
                 )
         self._check_method()
         check_choice("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
         if not isinstance(self.extras, Mapping):
-            raise ConfigError(f"extras takes a mapping of JSON values, not {quoted(self.extras)}")
+            raise ConfigError(
+                f"extras takes a mapping of JSON values, not {quote_value(self.extras)}"
+            )
         check_json("extras", self.extras)
         put("extras", _frozen(self.extras))
         # the scale falls with the rank and grows with alpha: its extremes are at theirs
@@ -243,7 +247,9 @@ class LoraConfig:
         ends = {min(alphas), max(alphas)} if alphas else set()
         for size in (min(sizes), max(sizes)):
             for alpha in ends | ({None} if self.alpha is None else set()):
-                check_scale(f"alpha {quoted(alpha)} and rank {size}", self.scale_of(size, alpha))
+                check_scale(
+                    f"alpha {quote_value(alpha)} and rank {size}", self.scale_of(size, alpha)
+                )
 
     def _check_method(self) -> None:
         check_choice("method", self.method, method_names())
@@ -251,7 +257,7 @@ class LoraConfig:
         if not is_seed(seed) if method.is_seeded else seed is not None:
             raise ConfigError(
                 "VeRA's random matrices are drawn from projection_seed: an integer with "
-                f'method="vera", and None without; it is {quoted(seed)} with {quoted(self.method)}'
+                f'method="vera", and None without; it is {quote_value(seed)} with {quote_value(self.method)}'
             )
         if not method.has_norm and (self.dora or self.rslora):
             raise ConfigError(
@@ -270,7 +276,7 @@ class LoraConfig:
         parsed = {}
         for name, value in values.items():
             if name in _PATTERN_MAPS:
-                pairs = pairs_of(name, value)
+                pairs = to_pairs(name, value)
                 parsed[name] = {_from_json(key): _from_json(item) for key, item in pairs}
             elif name == "extras":
                 parsed[name] = value
@@ -326,7 +332,7 @@ class QuantConfig:
         check_block_size(self.block_size)
         if not isinstance(self.double_quant, bool):
             raise ConfigError(
-                f"double_quant must be True or False, not {quoted(self.double_quant)}"
+                f"double_quant must be True or False, not {quote_value(self.double_quant)}"
             )
         check_choice("packing", self.packing, PACKINGS)
         for name in ("targets", "exclude"):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank_jax._display.table import Table, Tabled, collapsed, shape_text
+from lowrank_jax._display.table import Table, TableMapping, collapse_rows, format_shape
 from lowrank_jax._targeting.configs import LoraConfig
 
 PRODUCTS = ("dot", "conv")
@@ -72,7 +72,7 @@ class Use:
         return bool(self.reason) and not (self.linear or self.lookup or self.final)
 
 
-class Plan(Tabled):
+class Plan(TableMapping):
     """A mapping of path -> Use; `str`, rich and notebooks show it as a table.
 
     Leaves that differ only in the number of their layer share a row, `layers_{0..29}/w`. Under
@@ -107,8 +107,8 @@ class Plan(Tabled):
                 for axes in (use.fan_in, use.fan_out, use.stack)
             ]
             linear = "yes" if use.linear else ""
-            shape, notes = shape_text(use.shape), ", ".join(notes)
+            shape, notes = format_shape(use.shape), ", ".join(notes)
             rows.append((path, shape, use.op, *sizes, str(use.uses), linear, notes))
         return Table(
-            _COLUMNS, tuple(row for row, _ in collapsed(rows)), frozenset({"uses"}), self.note
+            _COLUMNS, tuple(row for row, _ in collapse_rows(rows)), frozenset({"uses"}), self.note
         )

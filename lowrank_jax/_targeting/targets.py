@@ -17,9 +17,9 @@ from lowrank_jax._errors import (
     PatternError,
     PlanWarning,
     TreeError,
-    listing,
+    list_problems,
 )
-from lowrank_jax._jax.paths import ALL_LINEAR, matches, no_match, select
+from lowrank_jax._jax.paths import ALL_LINEAR, make_no_match_error, matches, select
 from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import PRODUCTS, Plan, Use
@@ -53,7 +53,9 @@ def resolve_targets(
     for name in ("rank_pattern", "alpha_pattern", "stack", "axes"):
         for pattern in getattr(config, name):
             if not any(matches(pattern, path) for path in chosen):
-                raise no_match(pattern, list(chosen), f"{name} (over the adapted leaves)")
+                raise make_no_match_error(
+                    pattern, list(chosen), f"{name} (over the adapted leaves)"
+                )
     named = [pattern for pattern in (*config.targets, *config.axes) if pattern != ALL_LINEAR]
     targets, problems = {}, []
     for path in chosen:
@@ -65,7 +67,7 @@ def resolve_targets(
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        text = listing([str(problem) for problem in problems])
+        text = list_problems([str(problem) for problem in problems])
         raise type(problems[0])(f"{len(problems)} leaves cannot be adapted:\n{text}")
     if not targets:
         raise PatternError(f"no leaf is left to adapt: {explain_no_target(plan, linear)}")
@@ -84,7 +86,7 @@ def _check_plan(leaves: Mapping[str, Any], plan: Plan) -> None:
     if problems:
         raise TreeError(
             "the plan was made of another tree than params; call plan(fn, params, ...) with these "
-            f"params, at the same level of the tree:\n{listing(problems)}"
+            f"params, at the same level of the tree:\n{list_problems(problems)}"
         )
 
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._checks.arguments import (
-    checked,
+    check_arguments,
+    describe_value,
     factor_scale,
     function,
     rate,
-    shown,
     transformation,
     tree_of_arrays,
 )
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # imported where it is used: importing the library costs what
     import optax
 
 
-@checked(tree=tree_of_arrays)
+@check_arguments(tree=tree_of_arrays)
 def trainable_mask(tree: PyTree) -> Any:
     """Mark what is trained: True at factors, magnitudes and Full leaves, False elsewhere.
 
@@ -66,7 +66,7 @@ def trainable_mask(tree: PyTree) -> Any:
     return jax.tree.unflatten(treedef, [mark(leaf) for _, leaf in leaves])
 
 
-@checked()
+@check_arguments()
 def factor_labels(lora: PyTree) -> Any:
     """Name what is trained: "a", "b", "magnitude" or "full", for optax.partition.
 
@@ -109,7 +109,7 @@ def factor_labels(lora: PyTree) -> Any:
     return jax.tree.unflatten(treedef, [label(leaf) for _, leaf in leaves])
 
 
-@checked(tx=transformation)
+@check_arguments(tx=transformation)
 def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Train the adapters of a combined tree and leave the rest alone.
 
@@ -169,7 +169,7 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.GradientTransformationExtraArgs(start, update)
 
 
-@checked(fn=function, tree=tree_of_arrays)
+@check_arguments(fn=function, tree=tree_of_arrays)
 def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -> Any:
     """Change the adapters of a combined tree: $a_p \\to fn(a)_p$ for each path p.
 
@@ -203,7 +203,7 @@ def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -
     changed = fn(nodes)
     if not isinstance(changed, dict) or set(changed) != set(nodes):
         raise TreeError(
-            f"map_adapters takes (fn, tree): fn returned {shown(changed)}; expected a dict of the "
+            f"map_adapters takes (fn, tree): fn returned {describe_value(changed)}; expected a dict of the "
             f"{len(nodes)} paths of adapters it was given"
         )
     leaves, treedef = flatten(tree, is_leaf=is_node)
@@ -255,7 +255,7 @@ def _no_change(leaf: Any) -> Any:
     return Unchanged() if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.zeros((), dtype)
 
 
-@checked(make_tx=function, learning_rate=rate, ratio=factor_scale)
+@check_arguments(make_tx=function, learning_rate=rate, ratio=factor_scale)
 def lora_plus(
     make_tx: Callable[[Any], optax.GradientTransformation], learning_rate: Any, ratio: float = 16.0
 ) -> optax.GradientTransformation:
@@ -287,6 +287,6 @@ def lora_plus(
     slow, fast = make_tx(learning_rate), make_tx(faster)
     if not transformation.holds(slow):
         raise ConfigError(
-            f"make_tx returned {shown(slow)}; expected {transformation.expected}: pass optax.adamw"
+            f"make_tx returned {describe_value(slow)}; expected {transformation.expected}: pass optax.adamw"
         )
     return optax.partition({"a": slow, "full": slow, "b": fast, "magnitude": fast}, factor_labels)

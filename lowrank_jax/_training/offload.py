@@ -9,7 +9,7 @@ import jax
 from jax import NamedSharding
 from jax import P as PartitionSpec
 
-from lowrank_jax._checks.arguments import checked, transformation
+from lowrank_jax._checks.arguments import check_arguments, transformation
 from lowrank_jax._errors import OffloadWarning
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import PyTree
@@ -21,7 +21,7 @@ _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 _KIND = "pinned_host"  # what JAX takes for Space.Host
 
 
-@checked(tx=transformation)
+@check_arguments(tx=transformation)
 def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Keep the state of any optimizer in the pinned memory of the host.
 

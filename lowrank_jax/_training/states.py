@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import NamedSharding, lax
 from jax import P as PartitionSpec
 
-from lowrank_jax._checks.arguments import checked, count, transformation
+from lowrank_jax._checks.arguments import check_arguments, count, transformation
 from lowrank_jax._codecs import check_block_size
 from lowrank_jax._codecs.dynamic import choose_blocks, decode_dynamic, encode_dynamic
 from lowrank_jax._errors import TreeError
@@ -45,7 +45,7 @@ class Coded(Node):
     dtype: str = dataclasses.field(metadata=_STATIC)
 
 
-@checked(tx=transformation, min_size=count)
+@check_arguments(tx=transformation, min_size=count)
 def quantize_state(
     tx: optax.GradientTransformation, *, block_size: int = 256, min_size: int = 4096
 ) -> optax.GradientTransformationExtraArgs:
@@ -147,8 +147,8 @@ def _encoded(leaf: jax.Array, axis: int, size: int, dtype: str) -> Coded:
         sharding = jax.typeof(leaf).sharding
         shape = jax.eval_shape(code, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))[1].shape
         out = (sharding, _where_whole(sharding, shape))
-        with jaxprs.mesh_of(leaf):
-            codes, absmax = jaxprs.by_the_compiler(code, out, leaf)
+        with jaxprs.use_mesh_of(leaf):
+            codes, absmax = jaxprs.call_with_auto_axes(code, out, leaf)
     else:
         codes, absmax = code(leaf)
     return Coded(codes, absmax, axis, size, dtype)
@@ -159,14 +159,14 @@ def _decoded(node: Coded) -> jax.Array:
     value = lambda codes, absmax: decode_dynamic(codes, absmax, node.axis, node.size, node.dtype)
     if jaxprs.is_split(node.codes):
         out = jax.typeof(node.codes).sharding
-        with jaxprs.mesh_of(node.codes):
-            return jaxprs.by_the_compiler(value, out, node.codes, node.absmax)
+        with jaxprs.use_mesh_of(node.codes):
+            return jaxprs.call_with_auto_axes(value, out, node.codes, node.absmax)
     return value(node.codes, node.absmax)
 
 
 def _where_whole(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding less the axes that it would not split evenly."""
-    whole = lambda entry, size: size % jaxprs.parts_of(sharding.mesh, entry) == 0
+    whole = lambda entry, size: size % jaxprs.count_shards(sharding.mesh, entry) == 0
     entries = zip(sharding.spec, shape, strict=False)
     kept = (entry if whole(entry, size) else None for entry, size in entries)
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))

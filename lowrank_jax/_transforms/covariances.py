@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import checked, function_of_params
-from lowrank_jax._errors import AxesError, ConfigError, LowrankError, TreeError, listing
+from lowrank_jax._checks.arguments import check_arguments, function_of_params
+from lowrank_jax._errors import AxesError, ConfigError, LowrankError, TreeError, list_problems
 from lowrank_jax._interpreter.interpret import Context, Record, interpret
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax.paths import flatten
@@ -27,7 +27,7 @@ from lowrank_jax._targeting.targets import Target, resolve_targets
 from lowrank_jax._transforms import lift
 
 
-@checked(fn=function_of_params)
+@check_arguments(fn=function_of_params)
 def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -> Callable:
     r"""Make the function that measures $C = \sum x x^\top$ at every target.
 
@@ -191,7 +191,7 @@ def _check_observed(targets: Mapping[str, Target], watch: _ProbeContext) -> None
     ]:
         raise AxesError(
             "targets without an input to measure: pass plan=lowrank.plan(fn, params, *args), which "
-            f"knows their axes, or exclude them:\n{listing(blind)}"
+            f"knows their axes, or exclude them:\n{list_problems(blind)}"
         )
     missed = {  # as a set, in order
         f"{path}: {record.primitive} at {record.source}": None
@@ -204,5 +204,5 @@ def _check_observed(targets: Mapping[str, Target], watch: _ProbeContext) -> None
             "no result of fn has a derivative that reaches these products, so their inputs would "
             "not be counted. Return what depends on them and is no integer (logits, not their "
             "argmax), remove a lax.stop_gradient after them or code whose result is not used, or "
-            f" exclude the leaves:\n{listing([*missed])}"
+            f" exclude the leaves:\n{list_problems([*missed])}"
         )

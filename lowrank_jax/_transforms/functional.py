@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import anything, checked, shown
-from lowrank_jax._errors import StateError, TreeError, forgotten, listing
+from lowrank_jax._checks.arguments import anything, check_arguments, describe_value
+from lowrank_jax._errors import StateError, TreeError, list_problems, make_not_lifted_error
 from lowrank_jax._interpreter.operation import find_forwarded
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax.jaxprs import is_tracer
-from lowrank_jax._jax.paths import flatten, in_structure
+from lowrank_jax._jax.paths import flatten, unflatten_by_path
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import is_node
 from lowrank_jax._transforms.lift import is_array, split_arguments, trace
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # imported where it is used: the core does not depend on Flax
 Method = Callable[..., Any] | str
 
 
-@checked(TreeError, model=anything)
+@check_arguments(TreeError, model=anything)
 def functional(
     model: nnx.Module, *, wrt: Any = None, method: Method | None = None
 ) -> tuple[Callable, Any]:
@@ -81,7 +81,7 @@ def functional(
     return fn, params
 
 
-@checked(TreeError, model=anything)
+@check_arguments(TreeError, model=anything)
 def functional_with_state(
     model: nnx.Module, *, wrt: Any = None, method: Method | None = None
 ) -> tuple[Callable, Any, Any]:
@@ -152,7 +152,7 @@ class _SplitModule:
             nnx.filterlib.to_predicate(wrt)
         except (TypeError, ValueError) as error:
             raise TreeError(
-                f"wrt is {shown(wrt)}; expected a filter of NNX, as nnx.Param or a tuple of types"
+                f"wrt is {describe_value(wrt)}; expected a filter of NNX, as nnx.Param or a tuple of types"
             ) from error
         graphdef, params, state = nnx.split(model, wrt, ...)
         if not jax.tree.leaves(params):
@@ -199,7 +199,7 @@ class _SplitModule:
         raise StateError(
             "the call adds variables to the model or removes some; a pure function cannot keep "
             "that. Return what was sown from method: method=lambda model, *args: (model(*args), "
-            f"nnx.pop(model, nnx.Intermediate)):\n{listing(added + gone)}"
+            f"nnx.pop(model, nnx.Intermediate)):\n{list_problems(added + gone)}"
         )
 
     def restore_structure(self, state: PyTree, after: Any) -> Any:
@@ -211,7 +211,7 @@ class _SplitModule:
                 "that is returned has the structure of the one that came. Give these variables "
                 f"values of their final structure before the call:\n{self.format_variables(lost)}"
             )
-        return in_structure(state, leaves)
+        return unflatten_by_path(state, leaves)
 
     def find_changed(
         self, params: PyTree, state: PyTree, after: Any, args: Any, kwargs: Any
@@ -238,7 +238,7 @@ class _SplitModule:
     def format_variables(self, paths: list[str]) -> str:
         """Variables, one to a line, with their types."""
         kinds = {**self.params, **self.state}
-        return listing([f"{path} ({kinds.get(path, 'new')})" for path in paths])
+        return list_problems([f"{path} ({kinds.get(path, 'new')})" for path in paths])
 
 
 def _flatten_both(params: PyTree, state: PyTree) -> dict[str, Any]:
@@ -300,13 +300,13 @@ def _match_leaves(expected: dict[str, str], tree: PyTree, what: str) -> list[Any
     """The leaves of a tree that has the model's variables and no others, in the model's order."""
     leaves = flatten(tree, is_leaf=is_node)[0]
     if any(is_node(leaf) for _, leaf in leaves):
-        raise forgotten("an adapted weight")
+        raise make_not_lifted_error("an adapted weight")
     came = dict(flatten(tree)[0])
     problems = [f"{path} ({kind}): missing" for path, kind in expected.items() if path not in came]
     problems += [f"{path}: unexpected" for path in sorted(came.keys() - expected.keys())]
     if problems:
         raise TreeError(
             f"the {what} given are not those of the model: pass a tree like the one that "
-            f"functional returned, at the same level:\n{listing(problems)}"
+            f"functional returned, at the same level:\n{list_problems(problems)}"
         )
     return [came[path] for path in expected]

@@ -12,20 +12,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked, function_of_params, refuse_other_dtypes
+from lowrank_jax._checks.arguments import (
+    check_arguments,
+    function_of_params,
+    refuse_unsupported_dtypes,
+)
 from lowrank_jax._errors import (
     ConfigError,
     LowrankError,
     MaterializeWarning,
     StateError,
-    listing,
+    list_problems,
 )
 from lowrank_jax._interpreter.interpret import Context, Record, interpret
 from lowrank_jax._interpreter.operation import find_forwarded
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._jax.paths import flatten_with_keys, flattened, keys_of, path_of
-from lowrank_jax._jax.statics import Static, is_plain
+from lowrank_jax._jax.paths import flatten_checked, flatten_with_keys, join_keys, list_keys
+from lowrank_jax._jax.statics import Static, has_plain_keys
 from lowrank_jax._nodes import Adapted, Full, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.whole import check_node
@@ -70,8 +74,8 @@ def split_arguments(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[CallSignature, list[Any], tuple[str, ...]]:
     """Flatten arguments into a Call, its arrays and nodes, and the path of each."""
-    leaves, treedef = flattened(jax.tree.flatten, (args, kwargs), is_node)
-    if is_plain(treedef):
+    leaves, treedef = flatten_checked(jax.tree.flatten, (args, kwargs), is_node)
+    if has_plain_keys(treedef):
         named = _name_treedef_leaves(treedef)
     else:
         keyed, treedef = flatten_with_keys((args, kwargs), is_node)
@@ -95,13 +99,13 @@ def _name_leaves(keyed: Sequence[Any]) -> tuple[tuple[str, ...], tuple[int, ...]
 @functools.lru_cache(maxsize=1024)
 def _name_treedef_leaves(treedef: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The same of a plain structure."""
-    return _name_leaves(keys_of(treedef))
+    return _name_leaves(list_keys(treedef))
 
 
 def _format_path(keys: Sequence[Any]) -> str:
     """The path within the first argument; other arguments are named before theirs."""
     group, which, *rest = keys
-    path = path_of(rest)
+    path = join_keys(rest)
     if group.idx == 0 and which.idx == 0:
         return path
     name = f"args[{which.idx}]" if group.idx == 0 else which.key
@@ -155,7 +159,7 @@ def trace(
         moved = tuple(i for i, (one, other) in pairs if one is not other)
         return out, [after[i] for i in moved]
 
-    refuse_other_dtypes(dynamic, paths)
+    refuse_unsupported_dtypes(dynamic, paths)
     for leaf, path in zip(dynamic, paths, strict=True):
         if is_node(leaf):
             check_node(leaf, path)
@@ -208,10 +212,12 @@ def evaluate(
     has_value = known or [not jaxprs.is_tracer(leaf) for leaf in dynamic]
     kept = lambda i: call.owners[i] in adapted or has_value[i]
     if changed := [paths[i] for i in traced.mutated if kept(i)]:
-        raise StateError(f"the function changes its arguments: {_IN_PLACE}:\n{listing(changed)}")
+        raise StateError(
+            f"the function changes its arguments: {_IN_PLACE}:\n{list_problems(changed)}"
+        )
     for i, (leaf, path) in enumerate(zip(dynamic, paths, strict=True)):
         if is_node(leaf) and isinstance(getattr(leaf, "delta", leaf), Full):
-            for eqn in jaxprs.users(traced.jaxpr, i):
+            for eqn in jaxprs.find_consumers(traced.jaxpr, i):
                 ctx.records.append(Record(path, eqn.primitive.name, "dense", *ctx.where(eqn)))
     values = [
         wrap_node(leaf, path) if is_node(leaf) else leaf
@@ -231,7 +237,7 @@ def wrap_node(node: Any, path: str) -> Any:
     return materialize(node)
 
 
-@checked(fn=function_of_params)
+@check_arguments(fn=function_of_params)
 def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
     r"""A function of the same signature whose array arguments may be adapted weights.
 
@@ -291,7 +297,7 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
         if not any(map(is_node, dynamic)):
             return fn(*args, **kwargs)
         traced = any(map(jaxprs.is_tracer, jax.tree.leaves(dynamic)))
-        if traced and (opens or _find_unhashable(call) or not jaxprs.runs_at_once()):
+        if traced and (opens or _find_unhashable(call) or not jaxprs.is_eager()):
             return run(call, paths, None, dynamic)
         check_hashable(call)
         known = tuple(not jaxprs.is_tracer(leaf) for leaf in dynamic)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import checked, function_of_params
+from lowrank_jax._checks.arguments import check_arguments, function_of_params
 from lowrank_jax._interpreter.survey import Survey, Value, argument, is_number
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._interpreter.views import View
@@ -21,7 +21,7 @@ from lowrank_jax._targeting.plan import PRODUCTS, Plan, Use
 from lowrank_jax._transforms.lift import is_array, split_arguments, trace
 
 
-@checked(fn=function_of_params)
+@check_arguments(fn=function_of_params)
 def plan(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> Plan:
     """Learn, without arithmetic, which equations of fn use each leaf of params, and by which axes.
 

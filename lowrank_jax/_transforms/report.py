@@ -11,13 +11,19 @@ from typing import Any
 import jax
 
 from lowrank_jax._checks.arguments import (
-    checked,
+    check_arguments,
     function_of_params,
-    refuse_other_dtypes,
+    refuse_unsupported_dtypes,
     tree_of_arrays,
 )
-from lowrank_jax._display.table import Table, Tabled, bytes_text, collapsed, shape_text
-from lowrank_jax._display.text import printable
+from lowrank_jax._display.table import (
+    Table,
+    TableMapping,
+    collapse_rows,
+    format_bytes,
+    format_shape,
+)
+from lowrank_jax._display.text import to_printable
 from lowrank_jax._interpreter.interpret import Context, Record
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax.paths import flatten
@@ -86,7 +92,7 @@ class LeafReport:
         return ", ".join(f"{how} {count}×" for how, count in counts.items()) or "unused"
 
 
-class Report(Tabled):
+class Report(TableMapping):
     """A mapping of path -> LeafReport, over the adapted leaves; `str` and HTML show all of it.
 
     Args:
@@ -137,7 +143,9 @@ class Report(Tabled):
             for path, leaf in self.items()
             if leaf.still
         ]
-        return tuple(printable(" ".join(row), 2000) for row, _ in collapsed(dict.fromkeys(found)))
+        return tuple(
+            to_printable(" ".join(row), 2000) for row, _ in collapse_rows(dict.fromkeys(found))
+        )
 
     def _summary(self) -> Table:
         """Counts and bytes, of all devices and, where that differs, of one."""
@@ -152,22 +160,22 @@ class Report(Tabled):
             ("trained", "adapters", self.trainable),
         ):
             share = f"{100 * count / max(1, self.total):.2f}%"
-            sizes = [bytes_text(getattr(memory, part)) for memory in places]
+            sizes = [format_bytes(getattr(memory, part)) for memory in places]
             rows.append((name, f"{count:,}", share, *sizes))
         if self.memory.scales:
-            sizes = [bytes_text(memory.scales) for memory in places]
+            sizes = [format_bytes(memory.scales) for memory in places]
             rows.append(("scales of quantized leaves", "", "", *sizes))
         return Table(tuple(columns), tuple(rows), frozenset(columns[1:]))
 
     def _table(self) -> Table:
         """One row for each adapted leaf, or for leaves that differ in the number of a layer."""
         rows = [
-            (path, shape_text(leaf.shape), _format_adapter(leaf), str(leaf.trainable), leaf.how)
+            (path, format_shape(leaf.shape), _format_adapter(leaf), str(leaf.trainable), leaf.how)
             for path, leaf in self.items()
         ]
         summed = [
             (path, shape, adapter, f"{count * int(trainable):,}", how)
-            for (path, shape, adapter, trainable, how), count in collapsed(rows)
+            for (path, shape, adapter, trainable, how), count in collapse_rows(rows)
         ]
         columns = (
             "leaf",
@@ -187,7 +195,7 @@ class Report(Tabled):
     def _repr_html_(self) -> str:
         """HTML for a notebook: the tables, and every equation behind a fold."""
         lines = [
-            f"<li><code>{html.escape(printable(path))}</code>: {html.escape(_format_use(use))}</li>"
+            f"<li><code>{html.escape(to_printable(path))}</code>: {html.escape(_format_use(use))}</li>"
             for path, leaf in self.items()
             for use in leaf.uses
         ]
@@ -225,7 +233,7 @@ def _format_use(use: Record) -> str:
     return f"{use.how} at {use.primitive}, {use.source}{layer}"
 
 
-@checked(fn=function_of_params, tree=tree_of_arrays)
+@check_arguments(fn=function_of_params, tree=tree_of_arrays)
 def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     """Count what is trained and what it costs, and say how fn uses every adapted weight.
 
@@ -265,7 +273,7 @@ def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     w     64×32  LoRA r=2 s=2      192  factored 1×
     """
     call, dynamic, paths = split_arguments((tree, *args), kwargs)
-    refuse_other_dtypes(dynamic, paths)
+    refuse_unsupported_dtypes(dynamic, paths)
     ctx = Context(OPERATIONS, inline_jit=True)
     jax.eval_shape(lambda dynamic: evaluate(fn, call, dynamic, paths, ctx), dynamic)
     leaves = [(path, strip_norms(leaf)) for path, leaf in flatten(tree, is_leaf=is_node)[0]]

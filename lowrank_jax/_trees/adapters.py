@@ -8,9 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import checked, key, number_like, shown, tree_of_arrays
-from lowrank_jax._errors import ConfigError, TreeError, listing
-from lowrank_jax._jax.paths import flatten, path_hash
+from lowrank_jax._checks.arguments import (
+    check_arguments,
+    describe_value,
+    key,
+    number_like,
+    tree_of_arrays,
+)
+from lowrank_jax._errors import ConfigError, TreeError, list_problems
+from lowrank_jax._jax.paths import flatten, hash_path
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import (
     Adapted,
@@ -25,7 +31,7 @@ from lowrank_jax._operators.materialize import materialize
 from lowrank_jax._trees.init import to_typed_key
 
 
-@checked(scale=number_like, key=key)
+@check_arguments(scale=number_like, key=key)
 def combine(
     base: PyTree,
     lora: PyTree,
@@ -109,7 +115,7 @@ def _multiplier(scale: Any) -> jax.Array | None:
 
 def _mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
     """One dropout key for each stacked weight of a leaf."""
-    leaf_key = jax.random.fold_in(to_typed_key(key), path_hash(path))
+    leaf_key = jax.random.fold_in(to_typed_key(key), hash_path(path))
     return jax.random.split(leaf_key, node.stacked) if node.stacked else leaf_key
 
 
@@ -134,7 +140,7 @@ def _nodes_of(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, Any]:
         if path not in arrays:
             problems.append(f"{path}: in the adapter, not in the base")
         elif not hasattr(arrays[path], "shape"):
-            problems.append(f"{path}: {shown(arrays[path])} in the base, not an array")
+            problems.append(f"{path}: {describe_value(arrays[path])} in the base, not an array")
         elif not node.fits(arrays[path].shape):
             problems.append(
                 f"{path}: the adapter is for shape {tuple(node.shape)}, the base has "
@@ -143,14 +149,14 @@ def _nodes_of(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, Any]:
     if problems:
         raise TreeError(
             "the adapter does not fit the base: it belongs to another model, or to another level "
-            f"of the tree (params against variables['params']):\n{listing(problems)}"
+            f"of the tree (params against variables['params']):\n{list_problems(problems)}"
         )
     if not nodes:
         raise TreeError("the adapter holds no node: pass the second result of init")
     return nodes
 
 
-@checked(tree=tree_of_arrays)
+@check_arguments(tree=tree_of_arrays)
 def partition(tree: PyTree) -> tuple[Any, Any]:
     """Take a combined tree apart into (base, lora): the inverse of combine.
 
@@ -178,7 +184,7 @@ def partition(tree: PyTree) -> tuple[Any, Any]:
     return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
 
 
-@checked(scale=number_like)
+@check_arguments(scale=number_like)
 def merge(base: PyTree, lora: PyTree, *, scale: Any = 1.0) -> Any:
     r"""Fold the adapter into dense weights: $W + m\,s\,a\,b$, added in float32 and cast once.
 
@@ -212,7 +218,7 @@ def merge(base: PyTree, lora: PyTree, *, scale: Any = 1.0) -> Any:
     return jax.tree.map(dense, combine(base, lora, scale=scale), is_leaf=is_node)
 
 
-@checked()
+@check_arguments()
 def fold_norms(base: PyTree, lora: PyTree) -> Any:
     r"""Make DoRA as cheap as LoRA for inference: compute its norms once and for all.
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import initializers
-from lowrank_jax._checks.arguments import shown
+from lowrank_jax._checks.arguments import describe_value
 from lowrank_jax._codecs.rounding import is_narrower, round_to
 from lowrank_jax._errors import ConfigError, LowrankError
 from lowrank_jax._jax import jaxprs
@@ -65,8 +65,8 @@ def apply_initializer(
         like((*target.stack, RANK, *target.fan_out)),
         sharding if moves else None,
     )
-    with jaxprs.mesh_of(jax.tree.leaves(leaf)[0]):
-        return jaxprs.by_the_compiler(make, out, key, leaf, data)
+    with jaxprs.use_mesh_of(jax.tree.leaves(leaf)[0]):
+        return jaxprs.call_with_auto_axes(make, out, key, leaf, data)
 
 
 _by_function: weakref.WeakKeyDictionary[Any, Callable] = weakref.WeakKeyDictionary()
@@ -135,7 +135,7 @@ def _refuse_other_results(made: Any, name: str) -> None:
     parts = made if isinstance(made, tuple | list) and len(made) == 3 else ()
     floating = lambda part: jnp.issubdtype(getattr(part, "dtype", object), jnp.floating)
     if not parts or not all(map(floating, parts[: 2 + (parts[2] is not None)])):
-        came = [shown(part) for part in made] if parts else shown(made)
+        came = [describe_value(part) for part in made] if parts else describe_value(made)
         raise LowrankError(
             f"the initializer {name!r} returned {came}; expected (a, b, residual), floating "
             "arrays, with None for a residual where the base stays as it is"

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked, shown, tree_of_arrays
+from lowrank_jax._checks.arguments import check_arguments, describe_value, tree_of_arrays
 from lowrank_jax._errors import TreeError
-from lowrank_jax._jax.paths import flatten, renamed
-from lowrank_jax._jax.processes import gathered
+from lowrank_jax._jax.paths import flatten, rename_legacy_paths
+from lowrank_jax._jax.processes import gather_shards
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Normed, is_adapter, strip_norms
 
@@ -55,7 +55,7 @@ class Fingerprint:
             ]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise TreeError(
-                f"values is {shown(values)}, not a dictionary of Fingerprint.to_dict "
+                f"values is {describe_value(values)}, not a dictionary of Fingerprint.to_dict "
                 f"({type(error).__name__}: {error})"
             ) from error
         if algorithm != "sha256":
@@ -66,7 +66,7 @@ class Fingerprint:
         """One line for each path in which `other` is not this tree."""
         show = lambda leaf: f"{leaf[1]}{list(leaf[0])} of SHA-256 {leaf[2][:12]}"
         mine, theirs = ({p: show(rest) for p, *rest in f.leaves} for f in (self, other))
-        return list_differences(renamed(mine, theirs), theirs)
+        return list_differences(rename_legacy_paths(mine, theirs), theirs)
 
 
 def list_differences(expected: Mapping[str, str], came: Mapping[str, str]) -> list[str]:
@@ -82,7 +82,7 @@ def list_differences(expected: Mapping[str, str], came: Mapping[str, str]) -> li
     return lines
 
 
-@checked(tree=tree_of_arrays)
+@check_arguments(tree=tree_of_arrays)
 def fingerprint(tree: PyTree) -> Fingerprint:
     """Compute the identity of a base: path, shape, dtype and SHA-256 of the bytes of each leaf.
 
@@ -120,7 +120,7 @@ def fingerprint(tree: PyTree) -> Fingerprint:
     # nodes of other kinds (quantized leaves) count by their parts
     leaves = flatten(plain)[0]
     if jax.process_count() > 1:  # leaves are gathered by all processes, in one order
-        return Fingerprint(tuple(sorted(_leaf(path, gathered(leaf)) for path, leaf in leaves)))
+        return Fingerprint(tuple(sorted(_leaf(path, gather_shards(leaf)) for path, leaf in leaves)))
     # hashlib releases the GIL: threads read and hash several leaves at once
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return Fingerprint(

@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import initializers
-from lowrank_jax._checks.arguments import anything, checked, is_seed, key_or_seed, shown
+from lowrank_jax._checks.arguments import (
+    anything,
+    check_arguments,
+    describe_value,
+    is_seed,
+    key_or_seed,
+)
 from lowrank_jax._errors import ConfigError, TreeError
-from lowrank_jax._jax.paths import Pattern, flatten, matches, no_match, path_hash
+from lowrank_jax._jax.paths import Pattern, flatten, hash_path, make_no_match_error, matches
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import (
     LowRank,
@@ -42,7 +48,7 @@ from lowrank_jax._trees.quantize import check_quantized, quantize_leaf
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 
 
-@checked(key=key_or_seed, initializer=anything)
+@check_arguments(key=key_or_seed, initializer=anything)
 def init(
     key: jax.Array | int,
     params: PyTree,
@@ -112,7 +118,7 @@ def init(
     for path, leaf in leaves:
         node, leaf = None, strip_norms(leaf)
         if path in targets:
-            leaf_key = jax.random.fold_in(root, path_hash(path))
+            leaf_key = jax.random.fold_in(root, hash_path(path))
             leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], chosen[path], config)
         elif path in whole:
             node = init_full(leaf)
@@ -139,7 +145,9 @@ def _initializers(given: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
         else:
             hits = [path for path in targets if matches(pattern, path) and path not in given]
             if not any(matches(pattern, path) for path in targets):
-                raise no_match(pattern, list(targets), "initializer (over the adapted leaves)")
+                raise make_no_match_error(
+                    pattern, list(targets), "initializer (over the adapted leaves)"
+                )
         for path in hits:
             found.setdefault(path, own)
     return {path: found.get(path) for path in targets}
@@ -152,7 +160,7 @@ def _initializer(name: str, value: Any) -> Any:
     if isinstance(value, str) and value in initializers.BY_NAME:
         return initializers.BY_NAME[value]
     raise ConfigError(
-        f"{name} is {shown(value)}; expected a function (key, weight, rank, scale) -> "
+        f"{name} is {describe_value(value)}; expected a function (key, weight, rank, scale) -> "
         f"(a, b, residual), one of the names {sorted(initializers.BY_NAME)}, or a mapping of "
         "pattern to either"
     )

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked
-from lowrank_jax._display.table import Table, Tabled, collapsed, shape_text
-from lowrank_jax._errors import TreeError, listing
+from lowrank_jax._checks.arguments import check_arguments
+from lowrank_jax._display.table import Table, TableMapping, collapse_rows, format_shape
+from lowrank_jax._errors import TreeError, list_problems
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
@@ -43,7 +43,7 @@ class QuantizationError:
     largest: float
 
 
-class QuantizationErrors(Tabled):
+class QuantizationErrors(TableMapping):
     """A mapping of path -> QuantizationError, shown whole by str and in notebooks.
 
     Args:
@@ -54,7 +54,7 @@ class QuantizationErrors(Tabled):
         rows = [
             (
                 path,
-                shape_text(leaf.shape),
+                format_shape(leaf.shape),
                 f"{leaf.format}, {leaf.bits:.2f} bits",
                 f"{100 * leaf.relative:.2f}%",
                 f"{leaf.mean:.2e}",
@@ -63,11 +63,11 @@ class QuantizationErrors(Tabled):
             for path, leaf in self.items()
         ]
         columns = ("leaf", "shape", "kept as", "relative error", "mean", "largest")
-        alike = tuple(row for row, _ in collapsed(rows))
+        alike = tuple(row for row, _ in collapse_rows(rows))
         return Table(columns, alike, frozenset(columns[3:]))
 
 
-@checked()
+@check_arguments()
 def quantization_error(dense: Any, frozen: PyTree) -> QuantizationErrors:
     r"""Measure what quantization did to each leaf.
 
@@ -129,14 +129,14 @@ def _check(dense: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
     problems = [f"{path}: in frozen, not in dense" for path in frozen if path not in dense]
     problems += [f"{path}: in dense, not in frozen" for path in dense if path not in frozen]
     problems += [
-        f"{path}: {shape_text(frozen[path].shape)} in frozen, {shape_text(shape)} in dense"
+        f"{path}: {format_shape(frozen[path].shape)} in frozen, {format_shape(shape)} in dense"
         for path in chosen
         if path in dense and (shape := jnp.shape(dense[path])) != frozen[path].shape
     ]
     if problems:
         raise TreeError(
             "frozen was not made from this dense tree: pass the one that quantize took:\n"
-            + listing(problems)
+            + list_problems(problems)
         )
     arrays = [(path, tree[path]) for tree in (dense, frozen) for path in chosen]
     unknown = lambda leaf: jaxprs.is_tracer(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked, tree_of_arrays
-from lowrank_jax._errors import ConfigError, PatternError, TreeError, listing
+from lowrank_jax._checks.arguments import check_arguments, tree_of_arrays
+from lowrank_jax._errors import ConfigError, PatternError, TreeError, list_problems
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
@@ -29,7 +29,7 @@ from lowrank_jax._trees.donation import Donation
 from lowrank_jax._trees.specs import specs
 
 
-@checked()
+@check_arguments()
 def quantize(
     params: PyTree, quant: QuantConfig, *, plan: Plan | None = None, donate: bool = False
 ) -> Any:
@@ -161,8 +161,8 @@ def quantize_leaf(
     sharding = jax.typeof(leaf).sharding
     number = jax.NamedSharding(sharding.mesh, jax.P())
     out = specs({path: shapes}, {path: sharding})[path], (number, number)
-    with jaxprs.mesh_of(leaf):
-        return jaxprs.by_the_compiler(encode, out, leaf)
+    with jaxprs.use_mesh_of(leaf):
+        return jaxprs.call_with_auto_axes(encode, out, leaf)
 
 
 def eval_quantized_shapes(leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
@@ -225,7 +225,7 @@ def check_quantized(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> 
     if problems:
         raise TreeError(
             "a block with a NaN or an infinity has no scale: mend the weights, or exclude the "
-            f"leaf:\n{listing(problems)}"
+            f"leaf:\n{list_problems(problems)}"
         )
     problems = [
         f"{path}: its scales, quantized in their turn, are beyond "
@@ -236,11 +236,11 @@ def check_quantized(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> 
     if problems:
         raise ConfigError(
             "weights as large cannot be quantized doubly: pass double_quant=False, or exclude the "
-            f"leaf:\n{listing(problems)}"
+            f"leaf:\n{list_problems(problems)}"
         )
 
 
-@checked(frozen=tree_of_arrays)
+@check_arguments(frozen=tree_of_arrays)
 def dequantize(frozen: PyTree) -> Any:
     """The dense tree again: each quantized leaf decoded in float32 and cast once to its dtype.
 

@@ -10,8 +10,8 @@ import jax
 from jax import NamedSharding
 from jax import P as PartitionSpec
 
-from lowrank_jax._checks.arguments import checked
-from lowrank_jax._errors import TreeError, listing
+from lowrank_jax._checks.arguments import check_arguments
+from lowrank_jax._errors import TreeError, list_problems
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
@@ -22,7 +22,7 @@ from lowrank_jax._primitives.contract import RANK, labeled_spec
 Spec = PartitionSpec | NamedSharding
 
 
-@checked()
+@check_arguments()
 def specs(tree: PyTree, dense_specs: Any) -> Any:
     """Give every array of a tree the PartitionSpec that follows from the dense parameter's.
 
@@ -86,7 +86,7 @@ def specs(tree: PyTree, dense_specs: Any) -> Any:
     if problems:
         raise TreeError(
             "dense_specs does not fit the tree: pass the specs of the dense parameters, at the "
-            f"same level of the tree:\n{listing(problems)}"
+            f"same level of the tree:\n{list_problems(problems)}"
         )
     return jax.tree.unflatten(treedef, found)
 
@@ -118,7 +118,7 @@ def _indivisible(leaf: Any, spec: Spec) -> str | None:
     if entry is None or not isinstance(spec, NamedSharding):
         return None
     names = (entry,) if isinstance(entry, str) else entry
-    blocks, devices = leaf.codes.shape[first], jaxprs.parts_of(spec.mesh, entry)
+    blocks, devices = leaf.codes.shape[first], jaxprs.count_shards(spec.mesh, entry)
     if blocks % devices == 0:
         return None
     return (

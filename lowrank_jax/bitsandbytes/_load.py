@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import checked, name_text, texts_mapping
-from lowrank_jax._errors import AxesError, CheckpointError, listing_of
+from lowrank_jax._checks.arguments import check_arguments, name_text, texts_mapping
+from lowrank_jax._errors import AxesError, CheckpointError, list_first_problems
 from lowrank_jax._files.shards import open_folder
 from lowrank_jax._files.torch_layout import fill_indices
 from lowrank_jax._nodes.quantized import Quantized
@@ -22,7 +22,7 @@ from lowrank_jax.bitsandbytes._quant_state import QuantState, read_state
 from lowrank_jax.bitsandbytes._tensors import StateTensors, refuse_other_models
 
 
-@checked(CheckpointError, tensors=texts_mapping, name=name_text)
+@check_arguments(CheckpointError, tensors=texts_mapping, name=name_text)
 def from_state_dict(
     tensors: Mapping[str, Any], name: str, *, transpose: bool = True, packing: str = "uint4"
 ) -> Quantized:
@@ -65,7 +65,7 @@ def from_state_dict(
     if count := math.prod(sizes) - len(found):
         missing = (fill_indices(name, i) for i in _indices(sizes) if i not in found)
         raise CheckpointError(
-            f"{name!r} cannot be stacked; missing are\n{listing_of(missing, count)}"
+            f"{name!r} cannot be stacked; missing are\n{list_first_problems(missing, count)}"
         )
     names = [fill_indices(name, index) for index in _indices(sizes)]
     nodes = {
@@ -102,7 +102,7 @@ def _node(state: QuantState, name: str, transpose: bool, packing: str) -> Quanti
     return to_quantized(state, shape, (axis,), packing)
 
 
-@checked(CheckpointError)
+@check_arguments(CheckpointError)
 def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, Any]:
     """Every tensor of a prequantized model's folder, as transformers' save_pretrained writes it.
 

@@ -22,10 +22,10 @@ from lowrank_jax._codecs import FORMATS
 from lowrank_jax._codecs.formats import BLOCK_SIZES
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
 from lowrank_jax._display.text import shorten
-from lowrank_jax._errors import CheckpointError, ConfigError, listing
+from lowrank_jax._errors import CheckpointError, ConfigError, list_problems
 from lowrank_jax._files.json_text import parse_json
 from lowrank_jax._files.safetensors import AXES_LIMIT
-from lowrank_jax._jax.paths import nearest_names
+from lowrank_jax._jax.paths import find_nearest_names
 
 DTYPES = ("bfloat16", "float16", "float32")
 STORAGES = ("uint8", *DTYPES)
@@ -68,7 +68,7 @@ def check_tensors(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
       CheckpointError: saying what is missing, left over or unknown.
     """
     if name not in tensors:
-        near = nearest_names(name, tensors)
+        near = find_nearest_names(name, tensors)
         raise CheckpointError(
             f"there is no tensor {name!r}: pass the weight's full key; the nearest are {near}"
         )
@@ -223,7 +223,9 @@ def read_state(tensors: Mapping[str, Any], name: str) -> QuantState:
 def _raise(name: str, problems: list[str]) -> None:
     """Raise if there are problems."""
     if problems:
-        raise CheckpointError(f"{name} is not as bitsandbytes writes it:\n{listing(problems)}")
+        raise CheckpointError(
+            f"{name} is not as bitsandbytes writes it:\n{list_problems(problems)}"
+        )
 
 
 def write_state(state: QuantState, name: str, quant_storage: str) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import anything, checked, name_text
+from lowrank_jax._checks.arguments import anything, check_arguments, name_text
 from lowrank_jax._codecs import FORMATS
 from lowrank_jax._codecs.packing import to_bnb_bytes, unpack
 from lowrank_jax._codecs.scales import DYNAMIC_MAP
@@ -20,7 +20,7 @@ from lowrank_jax.bitsandbytes._layout import find_block_order
 from lowrank_jax.bitsandbytes._quant_state import QuantState, write_state
 
 
-@checked(node=anything, name=name_text)
+@check_arguments(node=anything, name=name_text)
 def to_state_dict(
     node: Quantized,
     name: str,

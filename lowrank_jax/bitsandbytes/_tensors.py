@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.json_text import read_json_object
 from lowrank_jax._files.safetensors import Entry
 from lowrank_jax._files.shards import Tensors
@@ -56,7 +56,7 @@ class StateTensors(Tensors):
             except CheckpointError as error:
                 problems.append(str(error))
         if problems:
-            raise CheckpointError(f"{folder} is damaged:\n{listing(problems)}")
+            raise CheckpointError(f"{folder} is damaged:\n{list_problems(problems)}")
         own = [key for key in tensors if key not in beside and ".quant_state." not in key]
         self._names = dict.fromkeys(own)
 

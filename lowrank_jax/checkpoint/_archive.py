@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.atomic import (
     commit_files,
     fsync,
@@ -195,7 +195,7 @@ def _damaged(directory: Path, problems: list[str], folder: str = "the arrays") -
     """The error of a checkpoint that is not as it was written."""
     return CheckpointError(
         f"the checkpoint at {directory} is damaged: restore another copy. In {folder}:\n"
-        + listing(problems)
+        + list_problems(problems)
     )
 
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._display.text import quoted
-from lowrank_jax._errors import CheckpointError, listing
-from lowrank_jax._jax.paths import DEEPEST, flatten
-from lowrank_jax._jax.processes import gathered, placed
+from lowrank_jax._display.text import quote_value
+from lowrank_jax._errors import CheckpointError, list_problems
+from lowrank_jax._jax.paths import MAX_KEYS, flatten
+from lowrank_jax._jax.processes import gather_shards, place_array
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3
 from lowrank_jax._nodes.methods import ADAPTER_METHODS
@@ -60,7 +60,7 @@ def write_entry(name: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str
     """Put a leaf's values among the arrays; return its entry."""
     name = quote(name, errors="surrogatepass")
     form = classify_leaf(leaf)
-    arrays[name] = to_numpy(name, gathered(leaf))
+    arrays[name] = to_numpy(name, gather_shards(leaf))
     return {"name": name, "form": form}
 
 
@@ -128,9 +128,9 @@ def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict
     found = {}
     for entry in entries:
         keys = entry["path"]
-        if type(keys) is not list or not 1 <= len(keys) <= DEEPEST:
-            wanted = f"expected a list of keys, of which there are at most {DEEPEST}"
-            raise CheckpointError(f"the manifest has the path {quoted(keys)}, {wanted}")
+        if type(keys) is not list or not 1 <= len(keys) <= MAX_KEYS:
+            wanted = f"expected a list of keys, of which there are at most {MAX_KEYS}"
+            raise CheckpointError(f"the manifest has the path {quote_value(keys)}, {wanted}")
         if (path := "/".join(keys)) in found:
             raise CheckpointError(f"the manifest has {path!r} twice: restore another copy")
         found[path] = read(entry, body)
@@ -230,7 +230,7 @@ def build_leaf(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
     else:
         leaf = jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(_aligned(array))
         leaf = leaf if leaf.dtype == array.dtype else jnp.array(_aligned(array))
-    return leaf if sharding is None else placed(leaf, sharding)
+    return leaf if sharding is None else place_array(leaf, sharding)
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
@@ -249,4 +249,4 @@ def _aligned(array: np.ndarray) -> np.ndarray:
 def raise_problems(why: str, problems: list[str]) -> None:
     """Raise one error with all problems, if there are any."""
     if problems:
-        raise CheckpointError(f"{why}:\n{listing(problems)}")
+        raise CheckpointError(f"{why}:\n{list_problems(problems)}")

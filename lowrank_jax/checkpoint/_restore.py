@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._jax.paths import flatten, in_structure, nested, renamed
+from lowrank_jax._jax.paths import flatten, rename_legacy_paths, to_nested_dict, unflatten_by_path
 from lowrank_jax._nodes import collect_adapters, is_node
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint
@@ -54,7 +54,7 @@ class Checkpoint:
     extra: Any = None
 
 
-@checked(CheckpointError)
+@check_arguments(CheckpointError)
 def exists(directory: str | os.PathLike) -> bool:
     """Whether there is a checkpoint: False until the first save there has come to its end.
 
@@ -74,7 +74,7 @@ def exists(directory: str | os.PathLike) -> bool:
     return has_manifest(resolve_directory(directory))
 
 
-@checked(CheckpointError)
+@check_arguments(CheckpointError)
 def restore(
     directory: str | os.PathLike, *, base: Any = None, like: Any = None, check_base: bool = True
 ) -> Checkpoint:
@@ -143,30 +143,32 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
     with checkpoint_errors(f"the checkpoint at {directory} does not fit"):
         if base is not None:
             if not isinstance(base, Fingerprint):
-                nodes = renamed(nodes, [path for path, _ in flatten(base, is_leaf=is_node)[0]])
+                nodes = rename_legacy_paths(
+                    nodes, [path for path, _ in flatten(base, is_leaf=is_node)[0]]
+                )
             refuse_other_base(nodes, trained_on, base, check_base)
         if likes["lora"] is not None:
             wanted = collect_adapters(likes["lora"])
-            nodes = renamed(nodes, wanted)
+            nodes = rename_legacy_paths(nodes, wanted)
             shardings |= match_leaves(
                 "lora",
                 collect_arrays(wanted),
                 collect_arrays(nodes),
                 compare_static_fields(wanted, nodes),
             )
-            trees = {"lora": in_structure(likes["lora"], nodes, is_node)}
+            trees = {"lora": unflatten_by_path(likes["lora"], nodes, is_node)}
         elif base is not None and not isinstance(base, Fingerprint):
-            trees = {"lora": in_structure(base, nodes, is_node)}
+            trees = {"lora": unflatten_by_path(base, nodes, is_node)}
         else:
-            trees = {"lora": nested(nodes)}
+            trees = {"lora": to_nested_dict(nodes)}
         for what, leaves in saved.items():
             if likes[what] is not None:
                 wanted = dict(flatten(likes[what])[0])
-                leaves = renamed(leaves or {}, wanted)
+                leaves = rename_legacy_paths(leaves or {}, wanted)
                 shardings |= match_leaves(what, wanted, leaves)
-                trees[what] = in_structure(likes[what], leaves)
+                trees[what] = unflatten_by_path(likes[what], leaves)
             else:
-                trees[what] = None if leaves is None else nested(leaves)
+                trees[what] = None if leaves is None else to_nested_dict(leaves)
     with checkpoint_errors(f"the arrays at {directory} could not be read"):
         entries = {entry.name: entry for entry in jax.tree.leaves(trees)}
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked, integer_like
+from lowrank_jax._checks.arguments import check_arguments, integer_like
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._jax.processes import by_the_first
+from lowrank_jax._jax.processes import write_on_first_process
 from lowrank_jax._nodes import collect_adapters
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
@@ -29,7 +29,7 @@ from lowrank_jax.checkpoint._fitting import (
 from lowrank_jax.checkpoint._paths import checkpoint_errors, resolve_directory
 
 
-@checked(CheckpointError, step=integer_like)
+@check_arguments(CheckpointError, step=integer_like)
 def save(
     directory: str | os.PathLike,
     *,
@@ -83,10 +83,10 @@ def save(
     directory = resolve_directory(directory)
     finish_pending_save(directory)
     body, arrays = _contents(lora, config, base, opt_state, step, extra)
-    by_the_first(lambda: _write(directory, body, arrays))
+    write_on_first_process(lambda: _write(directory, body, arrays))
 
 
-@checked(CheckpointError, step=integer_like)
+@check_arguments(CheckpointError, step=integer_like)
 def save_async(
     directory: str | os.PathLike,
     *,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax._display.text import printable
+from lowrank_jax._display.text import to_printable
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.atomic import Write, replace_files
 from lowrank_jax._files.json_text import read_json_object
@@ -129,7 +129,7 @@ def write_model(
         texts[INDEX] = _index(files)
     if taken := sorted(name for name in files if not _is_free(name)):
         raise CheckpointError(
-            f"a file of tensors is to be called '{printable(taken[0])}': an index has to name "
+            f"a file of tensors is to be called '{to_printable(taken[0])}': an index has to name "
             "files that end with .safetensors"
         )
     writes: dict[str, Write] = {

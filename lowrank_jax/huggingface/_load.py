@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._checks.arguments import checked, floating_dtype
+from lowrank_jax._checks.arguments import check_arguments, floating_dtype
 from lowrank_jax._errors import CheckpointError, TreeError
 from lowrank_jax._files.gguf import SUFFIX, GgufTensors
 from lowrank_jax._files.shards import Tensors, open_folder
-from lowrank_jax._jax.paths import flatten, in_structure
+from lowrank_jax._jax.paths import flatten, unflatten_by_path
 from lowrank_jax._nodes import is_node
 from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._targeting.configs import QuantConfig
@@ -33,7 +33,7 @@ from lowrank_jax.huggingface._reading import read_leaf, read_quantized
 from lowrank_jax.names import Names
 
 
-@checked(CheckpointError, dtype=floating_dtype)
+@check_arguments(CheckpointError, dtype=floating_dtype)
 def load(
     folder: str | os.PathLike,
     like: Any,
@@ -109,7 +109,7 @@ def load(
             else:
                 out[path] = read_leaf(tensors, lying, dtype, sharding)
     check_quantized(bad, leaves)
-    return in_structure(like, out)
+    return unflatten_by_path(like, out)
 
 
 @contextlib.contextmanager

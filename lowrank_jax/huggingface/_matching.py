@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.shards import Tensors
 from lowrank_jax._files.torch_layout import find_use, resolve_names
 from lowrank_jax._targeting.plan import Plan
@@ -50,7 +50,7 @@ class Match:
             "no leaf takes": self.unexpected,
             "these do not fit": self.misfits,
         }
-        wrong = [f"{kind}\n{listing(lines)}" for kind, lines in kinds.items() if lines]
+        wrong = [f"{kind}\n{list_problems(lines)}" for kind, lines in kinds.items() if lines]
         if not wrong:
             return
         if names is None and self.missing and self.unexpected:

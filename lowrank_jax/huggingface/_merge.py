@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from lowrank_jax import checkpoint, peft
-from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.shards import open_folder
 from lowrank_jax._targeting.plan import Plan
@@ -22,7 +22,7 @@ from lowrank_jax.huggingface._merging import flatten_model, merge_tensors
 from lowrank_jax.names import Names
 
 
-@checked(CheckpointError)
+@check_arguments(CheckpointError)
 def merge(
     base: str | os.PathLike,
     adapter: str | os.PathLike,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.shards import Tensors
 from lowrank_jax._nodes.host import allocate_aligned
 from lowrank_jax._nodes.quantized import Quantized
@@ -52,7 +52,7 @@ def find_prequantized(
                 problems.append(f"{path!r}: {problem}")
     if problems:
         raise CheckpointError(
-            f"{folder} holds weights in 4 bits that do not fit the tree:\n{listing(problems)}"
+            f"{folder} holds weights in 4 bits that do not fit the tree:\n{list_problems(problems)}"
         )
     return readers
 

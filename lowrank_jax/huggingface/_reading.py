@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lowrank_jax._files.shards import Tensors
-from lowrank_jax._jax.processes import placed
+from lowrank_jax._jax.processes import place_array
 from lowrank_jax._nodes.host import quantize_on_host
 from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._targeting.configs import QuantConfig
@@ -91,4 +91,4 @@ def place_leaf(leaf: Any, path: str, sharding: Any) -> Any:
         sharding = specs({path: leaf}, {path: sharding})[path]
     else:
         sharding = jax.tree.map(lambda _: sharding, leaf)
-    return jax.tree.map(placed, leaf, sharding)
+    return jax.tree.map(place_array, leaf, sharding)

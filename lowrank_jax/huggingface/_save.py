@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.shards import open_folder
 from lowrank_jax._jax.paths import flatten
@@ -26,7 +26,7 @@ from lowrank_jax.huggingface._writing import collect_tensors, split_shards
 from lowrank_jax.names import Names
 
 
-@checked(CheckpointError)
+@check_arguments(CheckpointError)
 def save(
     folder: str | os.PathLike,
     params: Any,

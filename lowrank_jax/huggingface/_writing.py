@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.safetensors import DTYPES
 from lowrank_jax._files.shards import SINGLE, Tensors
 from lowrank_jax._files.torch_layout import find_use, resolve_names, validate_name
@@ -69,7 +69,7 @@ def collect_tensors(
     if original is not None:
         problems += _differences(tensors, original)
     if problems:
-        raise CheckpointError(f"nothing was written:\n{listing(problems)}")
+        raise CheckpointError(f"nothing was written:\n{list_problems(problems)}")
     return tensors
 
 

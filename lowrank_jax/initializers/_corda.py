@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._checks.arguments import anything, checked, positive
+from lowrank_jax._checks.arguments import anything, check_arguments, positive
 from lowrank_jax._errors import ConfigError
 from lowrank_jax.initializers._data import check_fan_in, damp_covariance, validate_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
@@ -36,7 +36,7 @@ class Corda:
         return a, b, compute_residual(weight, a, b, scale)
 
 
-@checked(covariances=anything, damping=positive)
+@check_arguments(covariances=anything, damping=positive)
 def corda(
     covariances: Mapping[str, Any], mode: str = "ipm", damping: float = 0.01
 ) -> dict[str, Initializer]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._errors import ConfigError, listing
+from lowrank_jax._errors import ConfigError, list_problems
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax.initializers._spectral import matmul
@@ -46,7 +46,7 @@ def validate_arrays(name: str, data: PyTree, square: bool) -> dict[str, jax.Arra
         if not jaxprs.is_tracer(array) and not bool(jnp.all(jnp.isfinite(arrays[path]))):
             problems.append(f"{path}: values that are not finite in float32")
     if problems:
-        raise ConfigError(f"{name} cannot be used:\n{listing(problems)}")
+        raise ConfigError(f"{name} cannot be used:\n{list_problems(problems)}")
     return arrays
 
 

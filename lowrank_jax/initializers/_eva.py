@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import anything, checked
+from lowrank_jax._checks.arguments import anything, check_arguments
 from lowrank_jax._errors import ConfigError, PatternError
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import ALL_LINEAR, Pattern, matches
@@ -40,7 +40,7 @@ class Eva:
         return self.components[:, :rank], jnp.zeros((rank, weight.shape[1]), jnp.float32), None
 
 
-@checked(covariances=anything)
+@check_arguments(covariances=anything)
 def eva(
     covariances: Mapping[str, Any], config: LoraConfig, rho: float = 2.0
 ) -> tuple[dict[str, Initializer], LoraConfig]:

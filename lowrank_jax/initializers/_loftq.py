@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import anything, checked, rank
+from lowrank_jax._checks.arguments import anything, check_arguments, rank
 from lowrank_jax._codecs.rounding import round_to
 from lowrank_jax._nodes.quantized import dequantize_node, quantize_array
 from lowrank_jax._targeting.configs import QuantConfig
@@ -73,7 +73,7 @@ class LoftQ:
         return functools.partial(matmul, root), solve
 
 
-@checked(iterations=rank, covariances=anything)
+@check_arguments(iterations=rank, covariances=anything)
 def loftq(
     quant: QuantConfig, iterations: int = 5, covariances: Mapping[str, Any] | None = None
 ) -> Initializer | dict[str, Initializer]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import anything, checked, positive, shown
+from lowrank_jax._checks.arguments import anything, check_arguments, describe_value, positive
 from lowrank_jax._errors import ConfigError
 from lowrank_jax.initializers._data import validate_arrays
 from lowrank_jax.initializers._random import Factors, Initializer
@@ -51,7 +51,7 @@ class LoraGa:
         return a, b, compute_residual(weight, a, b, scale)
 
 
-@checked(gradients=anything, gamma=positive)
+@check_arguments(gradients=anything, gamma=positive)
 def lora_ga(
     gradients: Mapping[str, Any],
     gamma: float = 16.0,
@@ -100,7 +100,9 @@ def lora_ga(
 def _group_axes(path: str, array: jax.Array, plan: Mapping[str, Any]) -> jax.Array:
     """A leaf's gradient as [*stack, i, o]."""
     if path in plan and not hasattr(plan[path], "fan_in"):
-        raise ConfigError(f"plan[{path!r}] is {shown(plan[path])}, not a Use: pass lowrank.plan")
+        raise ConfigError(
+            f"plan[{path!r}] is {describe_value(plan[path])}, not a Use: pass lowrank.plan"
+        )
     if path not in plan or tuple(plan[path].shape) != array.shape:
         known = f"shape {tuple(plan[path].shape)}" if path in plan else "no such leaf"
         raise ConfigError(f"gradients[{path!r}] has shape {array.shape}, the plan has {known}")

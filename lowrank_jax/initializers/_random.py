@@ -8,7 +8,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import checked, factor_scale, key, nothing, rank, shape_of_matrix
+from lowrank_jax._checks.arguments import (
+    check_arguments,
+    factor_scale,
+    key,
+    nothing,
+    rank,
+    shape_of_matrix,
+)
 from lowrank_jax._codecs.rounding import round_to
 from lowrank_jax._errors import ConfigError
 
@@ -16,7 +23,7 @@ Factors = tuple[jax.Array, jax.Array, jax.Array | None]
 Initializer = Callable[[jax.Array, jax.Array, int, float], Factors]
 
 # checks the arguments of an initializer that looks at the shape of a weight alone
-of_shape = checked(key=key, weight=shape_of_matrix, rank=rank, scale=factor_scale | nothing)
+of_shape = check_arguments(key=key, weight=shape_of_matrix, rank=rank, scale=factor_scale | nothing)
 
 
 @of_shape

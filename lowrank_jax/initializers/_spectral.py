@@ -8,7 +8,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import checked, count, factor_scale, key, matrix, nothing, rank
+from lowrank_jax._checks.arguments import (
+    check_arguments,
+    count,
+    factor_scale,
+    key,
+    matrix,
+    nothing,
+    rank,
+)
 from lowrank_jax.initializers._random import Factors, Initializer
 
 # In float32 whatever the backend's default: what a rounded product loses, the base loses for good.
@@ -16,7 +24,7 @@ matmul = functools.partial(jnp.matmul, precision="highest")
 svd = functools.partial(jnp.linalg.svd, full_matrices=False)
 
 # checks the arguments of an initializer that draws nothing
-of_weight = checked(key=key | nothing, weight=matrix, rank=rank, scale=factor_scale)
+of_weight = check_arguments(key=key | nothing, weight=matrix, rank=rank, scale=factor_scale)
 
 # Columns beyond the rank, from 5 to 10 by arXiv 0909.4061 section 4.2.
 OVERSAMPLING = 8
@@ -104,7 +112,7 @@ def randomized_svd(
     return matmul(q, u), sigma, vt
 
 
-@checked(iterations=count)
+@check_arguments(iterations=count)
 def randomized_pissa(iterations: int = 4) -> Initializer:
     r"""PiSSA by a randomized SVD, which never holds more than r + 8 singular vectors.
 

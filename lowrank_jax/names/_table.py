@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 
-from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError
 
 KINDS = {
@@ -114,7 +114,7 @@ def _apply_rules(rules: list[tuple[re.Pattern, str]], path: str) -> str | None:
 Names = Mapping[str, str | Parameter] | Callable[[str], str | Parameter | None] | None
 
 
-@checked(CheckpointError)
+@check_arguments(CheckpointError)
 def parameter(path: str, names: Names = None) -> Parameter | None:
     """The torch parameter that the leaf at a path is.
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked
-from lowrank_jax._errors import CheckpointError, LowrankError, listing
+from lowrank_jax._checks.arguments import check_arguments
+from lowrank_jax._errors import CheckpointError, LowrankError, list_problems
 from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.torch_layout import (
     describe_stack_mismatch,
@@ -22,7 +22,7 @@ from lowrank_jax._files.torch_layout import (
     find_use,
     resolve_names,
 )
-from lowrank_jax._jax.paths import flatten, in_structure
+from lowrank_jax._jax.paths import flatten, unflatten_by_path
 from lowrank_jax._nodes import Full, LowRank, attach_norms, is_node, strip_norms
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._targeting.configs import LoraConfig
@@ -37,7 +37,7 @@ from lowrank_jax.peft._tensors import PREFIX, TOKENS
 from lowrank_jax.peft._whole import match_tokens, match_whole
 
 
-@checked(CheckpointError)
+@check_arguments(CheckpointError)
 def load(
     directory: str | os.PathLike, params: Any, *, plan: Plan | None = None, names: Names = None
 ) -> tuple[Any, Any, LoraConfig]:
@@ -93,7 +93,7 @@ def load(
         builds = _match(matching, floating, resolve_names(floating, names), plan)
         if problems := [*matching.problems, *matching.list_unused()]:
             raise CheckpointError(
-                f"the adapter at {folder} does not fit params:\n{listing(problems)}"
+                f"the adapter at {folder} does not fit params:\n{list_problems(problems)}"
             )
         if not builds:
             raise CheckpointError(f"the adapter at {folder} holds no tensor")
@@ -102,13 +102,13 @@ def load(
         raise CheckpointError(
             f"the adapter at {folder} holds NaN or infinity, where a model would give nothing "
             "else: save it again from a run that did not diverge, or in a dtype that its values "
-            f"fit in:\n{listing(sorted(matching.not_finite))}"
+            f"fit in:\n{list_problems(sorted(matching.not_finite))}"
         )
     base = {
         path: attach_norms(leaf, nodes[path]) if _needs_norm(leaf, nodes.get(path)) else leaf
         for path, leaf in leaves
     }
-    trees = (in_structure(params, found, is_node) for found in (base, nodes))
+    trees = (unflatten_by_path(params, found, is_node) for found in (base, nodes))
     try:
         return *trees, _make_config(config, nodes)
     except LowrankError as error:

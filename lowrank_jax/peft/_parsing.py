@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.json_text import parse_json
 from lowrank_jax.peft._config import DEFAULTS
 from lowrank_jax.peft._patterns import Automaton, ModulePatterns, Suffixes
@@ -189,7 +189,7 @@ def parse_config(text: bytes, where: str) -> AdapterConfig:
     if values["lora_bias"] is True and values["use_dora"] is True:
         problems.append("lora_bias and use_dora: PEFT has no such adapter")
     if problems:
-        raise CheckpointError(f"{where} cannot be read:\n{listing(problems)}")
+        raise CheckpointError(f"{where} cannot be read:\n{list_problems(problems)}")
     return AdapterConfig(values, patterns)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError, TreeError
-from lowrank_jax._jax.paths import flatten, in_structure
+from lowrank_jax._jax.paths import flatten, unflatten_by_path
 from lowrank_jax._nodes import collect_adapters, is_adapter, is_node
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
@@ -20,7 +20,7 @@ from lowrank_jax.peft._serving import describe_unservable, fold_into
 from lowrank_jax.peft._writing import convert_adapter
 
 
-@checked(CheckpointError)
+@check_arguments(CheckpointError)
 def save(
     directory: str | os.PathLike,
     lora: Any,
@@ -93,7 +93,7 @@ def save(
     write_folder(Path(directory), text, tensors)
 
 
-@checked()
+@check_arguments()
 def servable(base: Any, lora: Any) -> tuple[Any, Any]:
     r"""Fold into the base what servers have no adapter for, and leave the rest as it is.
 
@@ -137,7 +137,7 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
         path: fold_into(leaf, nodes[path]) if path in nodes.keys() - kept.keys() else leaf
         for path, leaf in leaves.items()
     }
-    return in_structure(base, folded, is_node), in_structure(base, kept, is_node)
+    return unflatten_by_path(base, folded, is_node), unflatten_by_path(base, kept, is_node)
 
 
 def _check_base(nodes: dict[str, Any], base: Any) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._errors import CheckpointError, listing
+from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._nodes import Adapted, Full, LowRank, attach_norms
 from lowrank_jax._nodes.methods import get_label
 from lowrank_jax._operators.materialize import materialize
@@ -41,7 +41,7 @@ def unify_factors(nodes: dict[str, Any]) -> dict[str, Any]:
     ]:
         raise CheckpointError(
             "servers read LoRA's factors alone; lowrank.peft.servable(base, lora) folds the rest "
-            f"into the base, or leave for_serving out:\n{listing(problems)}"
+            f"into the base, or leave for_serving out:\n{list_problems(problems)}"
         )
     if zero := [path for path, node in nodes.items() if not node.scale > 0]:
         raise CheckpointError(f"{zero[0]!r}: scale {nodes[zero[0]].scale}; PEFT's alpha is above 0")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, listing
+from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, list_problems
 from lowrank_jax._files.safetensors import DTYPES
 from lowrank_jax._files.torch_layout import (
     TorchLayout,
@@ -155,7 +155,7 @@ def convert_adapter(
         except LowrankError as error:
             problems.append(str(error))
     if problems:
-        raise CheckpointError(f"nothing was written; PEFT cannot hold\n{listing(problems)}")
+        raise CheckpointError(f"nothing was written; PEFT cannot hold\n{list_problems(problems)}")
     adapted, only = set(writing.scales), set(writing.biases)
     for module, value in writing.biases.items():
         inner = ".base_layer" if module in adapted else ""
@@ -241,7 +241,7 @@ def _check_base_unmodified(nodes: dict[str, Any]) -> None:
             "file would be wrong. Give lowrank.peft.save base and original=params, as they were "
             "before init; or base=base, original=base where that base is what is served (after one "
             "turn of LoftQ the original, quantized); or save lowrank.merge(base, lora):\n"
-            + listing(moved)
+            + list_problems(moved)
         )
 
 
@@ -281,5 +281,5 @@ def _rebase_nodes(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -
         ]
         relative[path] = dataclasses.replace(node, a=joined[0], b=joined[1])
     if problems:
-        raise CheckpointError(f"base is not original, adapted:\n{listing(problems)}")
+        raise CheckpointError(f"base is not original, adapted:\n{list_problems(problems)}")
     return relative
