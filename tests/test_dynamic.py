@@ -43,7 +43,9 @@ def nearest(ratios, form):
     """The codes of ratios that are no block, zero among them."""
     ratios = jnp.asarray(ratios)
     unsigned = np.full(ratios.shape, form == "unsigned")
-    return np.asarray(jax.jit(dynamic._nearest)(ratios, jnp.zeros(ratios.shape, bool), unsigned))
+    return np.asarray(
+        jax.jit(dynamic._find_nearest)(ratios, jnp.zeros(ratios.shape, bool), unsigned)
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)

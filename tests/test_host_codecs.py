@@ -154,7 +154,7 @@ def test_dtypes_views_and_iterables():
 
 @pytest.mark.parametrize(("rows", "flat"), [(1024, False), (1000, True)])
 def test_memory_beside_the_codes_is_that_of_pieces(rows, flat, monkeypatch):
-    monkeypatch.setattr(leaves, "_cores", lambda: 2)
+    monkeypatch.setattr(leaves, "_count_cores", lambda: 2)
     leaf = np.random.default_rng(0).standard_normal((rows, 4096), F32)
     shapes = jax.eval_shape(lambda x: quantize_array(x, (0,), (), packing="uint8"), leaf)
     assert (shapes.order is not None) == flat

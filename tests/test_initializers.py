@@ -627,9 +627,9 @@ def test_init_takes_a_mapping_and_data_that_is_traced():
     merged = [lowrank.merge(*tree) for tree in (eager, traced)]
     chex.assert_trees_all_close(merged[0], weights, rtol=0, atol=CLOSE * norm(weights["w"]))
     chex.assert_trees_all_close(*merged, rtol=0, atol=CLOSE * norm(weights["w"]))
-    before = factors._of_structure._cache_size()
+    before = factors._run_pytree._cache_size()
     make(jax.random.key(0), weights, {path: 2 * array for path, array in cov.items()})
-    assert factors._of_structure._cache_size() == before, "data became a constant"
+    assert factors._run_pytree._cache_size() == before, "data became a constant"
 
 
 def test_lora_ga_takes_gradients_as_jax_grad_gives_them():

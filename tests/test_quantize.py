@@ -401,9 +401,9 @@ def test_a_stack_on_the_host_is_encoded_there(monkeypatch):
     params, plan = two_stacks()
     quant = lowrank.QuantConfig()
     want = lowrank.quantize(jax.device_put(params), quant, plan=plan)
-    seen, encode = [], quantize._encode
+    seen, encode = [], quantize._quantize_on_device
     spy = lambda leaf, *rest: seen.append(leaf) or encode(leaf, *rest)
-    monkeypatch.setattr(quantize, "_encode", spy)
+    monkeypatch.setattr(quantize, "_quantize_on_device", spy)
     got = lowrank.quantize(params, quant, plan=plan)
     chex.assert_trees_all_equal(got, want)
     assert seen

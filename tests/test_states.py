@@ -176,9 +176,9 @@ def _tiling(x):
 def test_second_moments_must_not_become_zero(rule, monkeypatch):
     """Curvatures of 1 to 1e-5 in a block, each step sees half: m / eps where v became 0."""
     if rule == "nearest":
-        original = dynamic._nearest
+        original = dynamic._find_nearest
         nearest = lambda ratios, positive, unsigned: original(ratios, positive & False, unsigned)
-        monkeypatch.setattr(dynamic, "_nearest", nearest)
+        monkeypatch.setattr(dynamic, "_find_nearest", nearest)
         monkeypatch.setattr(states, "encode", dynamic.encode_dynamic.__wrapped__)
     scale = np.float32(10) ** np.random.default_rng(0).uniform(-5, 0, 4096).astype(np.float32)
     loss = lambda x, seen: 0.5 * jnp.sum(scale * seen * (x - 1) ** 2)

@@ -84,7 +84,7 @@ def encode_dynamic(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.A
     part = jnp.where(absmax > _HUGE, np.float32(0.25), np.float32(1))
     factor = jnp.where(scaled, 1 / (absmax * part), 0)
     ratios = jnp.where(scaled, blocks * part * factor, 0)
-    codes = _joined(_nearest(ratios, blocks > 0, unsigned), axis, x.shape[axis])
+    codes = _join(_find_nearest(ratios, blocks > 0, unsigned), axis, x.shape[axis])
     return codes, jnp.squeeze(jnp.where(unsigned, -absmax, absmax), axis)
 
 
@@ -101,9 +101,9 @@ def decode_dynamic(
     blocks, absmax = _split(codes, axis, size).astype(jnp.float32), jnp.expand_dims(absmax, axis)
     unsigned, below = absmax <= 0, blocks < 127  # a block of zeros is unsigned
     rank = jnp.where(blocks == 0, 128, jnp.abs(blocks - 127))
-    values = _value(jnp.where(unsigned, blocks + 1, 2 * rank + 0.5))
+    values = _evaluate_map(jnp.where(unsigned, blocks + 1, 2 * rank + 0.5))
     values = jnp.where(~unsigned & below, -values, values) * jnp.abs(absmax)
-    return _joined(values, axis, codes.shape[axis]).astype(dtype)
+    return _join(values, axis, codes.shape[axis]).astype(dtype)
 
 
 def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -115,24 +115,26 @@ def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
     return x.reshape(*x.shape[:at], -1, size, *x.shape[at + 1 :])
 
 
-def _joined(blocks: jax.Array, axis: int, n: int) -> jax.Array:
+def _join(blocks: jax.Array, axis: int, n: int) -> jax.Array:
     """The inverse of _split."""
     at = blocks.ndim + axis - 1
     x = blocks.reshape(*blocks.shape[:at], -1, *blocks.shape[at + 2 :])
     return lax.slice_in_dim(x, 0, n, axis=at)
 
 
-def _nearest(ratios: jax.Array, positive: jax.Array, unsigned: jax.Array) -> jax.Array:
+def _find_nearest(ratios: jax.Array, positive: jax.Array, unsigned: jax.Array) -> jax.Array:
     """The codes, uint8: the inverse of V tells two neighbors, and their middle which of them."""
     ratio, negative = jnp.abs(ratios), ratios < 0
-    inverse, start = _decade(ratio, [-1, *10.0 ** (_DECADES[1:7] - 7)], 1 / _STEPS, _STARTS)
+    inverse, start = _select_by_decade(
+        ratio, [-1, *10.0 ** (_DECADES[1:7] - 7)], 1 / _STEPS, _STARTS
+    )
     y = (ratio * inverse + start - 9) / 18
     last = jnp.where(unsigned, 255, jnp.where(negative, 126, 127))
     rank = jnp.minimum(jnp.floor(jnp.where(unsigned, y - 0.25, y / 2 - 0.5)), last)
 
     def value(rank: jax.Array) -> jax.Array:
         rank = jnp.where(negative & (rank == 127), 128, rank)  # there is no -0.993
-        return _value(jnp.where(unsigned, rank, 2 * rank + 0.5))
+        return _evaluate_map(jnp.where(unsigned, rank, 2 * rank + 0.5))
 
     middle = (value(rank) + value(rank + 1)) / 2
     rank += jnp.where(negative, ratio >= middle, ratio > middle)
@@ -141,13 +143,13 @@ def _nearest(ratios: jax.Array, positive: jax.Array, unsigned: jax.Array) -> jax
     return codes.astype(jnp.int32).astype(jnp.uint8)
 
 
-def _value(y: jax.Array) -> jax.Array:
+def _evaluate_map(y: jax.Array) -> jax.Array:
     """V: 0 below y = 2, 1 from y = 256 on."""
-    step, start = _decade(y, 2.0 ** (_DECADES + 1), _STEPS, _STARTS)
+    step, start = _select_by_decade(y, 2.0 ** (_DECADES + 1), _STEPS, _STARTS)
     return jnp.minimum(step * (18 * y + 9 - start), 1)
 
 
-def _decade(x: jax.Array, bounds: Any, *rows: np.ndarray) -> list[jax.Array]:
+def _select_by_decade(x: jax.Array, bounds: Any, *rows: np.ndarray) -> list[jax.Array]:
     """The entries of each row at the last bound that x has reached; 0 before the first."""
     entries = [jnp.zeros_like(x) for _ in rows]
     for i, bound in enumerate(bounds):

@@ -1,7 +1,7 @@
 """The codecs of NumPy arrays, on the host: nothing is compiled, and a piece is worked on at a time.
 
 Codes and scales are those of the JAX codecs bit for bit. NumPy divides as IEEE 754 says; but XLA
-takes float32 below 2**-126 for 0, and so does `_flushed` here.
+takes float32 below 2**-126 for 0, and so does `_flush_subnormals` here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def encode_blocks(x: np.ndarray, format: str, axis: int = -1) -> tuple[np.ndarra
     """
     check_block_size(x.shape[axis])
     row = get_format(format)
-    ratios, absmax = _normalized(np.asarray(x, np.float32), axis, exact=row.has_two_zeros)
+    ratios, absmax = _normalize(np.asarray(x, np.float32), axis, exact=row.has_two_zeros)
     return row.to_codes_numpy(ratios), absmax.squeeze(axis)
 
 
@@ -39,7 +39,7 @@ def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray
     codes, absmax = encode_blocks(x[:full].reshape(-1, block_size), format)
     codes = codes.reshape(-1)
     if full < x.size:
-        ratios, last = _short(np.asarray(x[full:], np.float32))
+        ratios, last = _normalize_short(np.asarray(x[full:], np.float32))
         ratios = np.pad(ratios, (0, full + block_size - x.size))
         codes = np.concatenate([codes, get_format(format).to_codes_numpy(ratios)])
         absmax = np.append(absmax, last)
@@ -51,13 +51,13 @@ def encode_scales(
 ) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """Double quantization of scales float32 [n]; as of `lowrank_jax._codecs.scales`."""
     with np.errstate(over="ignore"):  # an infinite offset makes every scale NaN
-        offset = _mean(np.where(np.isnan(absmax), np.float32(0), absmax))
-    x = _flushed(absmax - offset)
+        offset = _pairwise_mean(np.where(np.isnan(absmax), np.float32(0), absmax))
+    x = _flush_subnormals(absmax - offset)
     full = x.size - x.size % SCALE_BLOCK
-    ratios, nested = _normalized(x[:full].reshape(-1, SCALE_BLOCK), 1, exact=True)
+    ratios, nested = _normalize(x[:full].reshape(-1, SCALE_BLOCK), 1, exact=True)
     ratios, nested = ratios.reshape(-1), nested.reshape(-1)
     if full < x.size:
-        rest, last = _short(x[full:])
+        rest, last = _normalize_short(x[full:])
         ratios, nested = np.concatenate([ratios, rest]), np.append(nested, last)
     codes, middles = np.empty(ratios.shape, np.uint8), compute_midpoints(DYNAMIC_MAP)
     for start in range(0, codes.size, _PIECE):
@@ -78,7 +78,7 @@ def pack(codes: np.ndarray, axis: int, packing: str) -> np.ndarray:
     return (high << 4) | low
 
 
-def _normalized(x: np.ndarray, axis: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+def _normalize(x: np.ndarray, axis: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     """x / absmax to an ulp, in an array of its own, and absmax with the axis kept.
 
     A block with a value that is not finite has ratios 0 and absmax NaN.
@@ -99,31 +99,31 @@ def _normalized(x: np.ndarray, axis: int, exact: bool) -> tuple[np.ndarray, np.n
     factor = np.float32(1) / divisor
     factor[none] = 0
     if exact:
-        _flushed(ratios)
+        _flush_subnormals(ratios)
     ratios *= factor
     if exact:
-        _flushed(ratios)
+        _flush_subnormals(ratios)
     absmax[absmax < _TINY] = 0
     return ratios, absmax
 
 
-def _short(x: np.ndarray) -> tuple[np.ndarray, Any]:
+def _normalize_short(x: np.ndarray) -> tuple[np.ndarray, Any]:
     """x / absmax of a short block, divided and not multiplied, and its absmax."""
     absmax = np.abs(x).max()
     if not np.isfinite(absmax):
         return np.zeros_like(x), np.float32(np.nan)
     if absmax < _TINY:
         return np.zeros_like(x), np.float32(0)
-    return _flushed(_flushed(x.copy()) / absmax), absmax
+    return _flush_subnormals(_flush_subnormals(x.copy()) / absmax), absmax
 
 
-def _flushed(x: np.ndarray) -> np.ndarray:
+def _flush_subnormals(x: np.ndarray) -> np.ndarray:
     """The array itself, what XLA takes for 0 set to 0."""
     x[np.abs(x) < _TINY] = 0
     return x
 
 
-def _mean(x: np.ndarray) -> np.float32:
+def _pairwise_mean(x: np.ndarray) -> np.float32:
     """Mean of non-negative numbers, by halves."""
     n = x.size
     while x.size > 1:

@@ -18,7 +18,7 @@ from lowrank_jax._codecs.formats import compute_midpoints, select_from_table
 SCALE_BLOCK = 256  # how many scales share one float32
 
 
-def _dynamic_map() -> np.ndarray:
+def _build_dynamic_map() -> np.ndarray:
     """bitsandbytes' signed 8-bit map, float32 [256] ascending.
 
     Decade by decade, the middles of 2**i equal parts of [0.1, 1], both signs, then 0 and 1.
@@ -36,7 +36,7 @@ def _dynamic_map() -> np.ndarray:
     return np.sort(np.concatenate(values))
 
 
-DYNAMIC_MAP = _dynamic_map()
+DYNAMIC_MAP = _build_dynamic_map()
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -63,19 +63,21 @@ def encode_scales(
     >>> codes, nested, offset
     (Array([  0, 127, 255], dtype=uint8), Array([1.], dtype=float32), Array(2., dtype=float32))
     """
-    offset = _mean(jnp.where(jnp.isnan(absmax), np.float32(0), absmax))
+    offset = _pairwise_mean(jnp.where(jnp.isnan(absmax), np.float32(0), absmax))
     ratios, nested = normalize_flat(absmax - offset, SCALE_BLOCK)
     codes = jnp.searchsorted(compute_midpoints(DYNAMIC_MAP), ratios, side="left")
     codes = codes.astype(jnp.uint8)
     # decoded scales rise with their codes: of each block the last code tells
     short = -codes.size % SCALE_BLOCK
     last = jnp.max(jnp.pad(codes, (0, short)).reshape(-1, SCALE_BLOCK), 1)
-    largest = _scales(jnp.take(DYNAMIC_MAP, last.astype(jnp.int32), mode="clip"), nested, offset)
+    largest = _multiply_then_add(
+        jnp.take(DYNAMIC_MAP, last.astype(jnp.int32), mode="clip"), nested, offset
+    )
     fits = jnp.isfinite(largest.astype(dtype))
     return codes, mask_with_nan(fits, nested), offset
 
 
-def _mean(x: jax.Array) -> jax.Array:
+def _pairwise_mean(x: jax.Array) -> jax.Array:
     """Mean of non-negative numbers, by halves: the order of a reduction is XLA's choice."""
     n = x.size
     while x.size > 1:
@@ -117,10 +119,10 @@ def decode_scales(
         if tree
         else jnp.take(table, codes.astype(jnp.int32), mode="clip")
     )
-    return _scales(values, nested, offset)
+    return _multiply_then_add(values, nested, offset)
 
 
-def _scales(values: jax.Array, nested: jax.Array, offset: jax.Array) -> jax.Array:
+def _multiply_then_add(values: jax.Array, nested: jax.Array, offset: jax.Array) -> jax.Array:
     """values * nested + offset, two roundings."""
     # No value exceeds 1, so the clip changes nothing, but the product is rounded before the sum.
     return jnp.clip(values * nested, -nested, nested) + offset

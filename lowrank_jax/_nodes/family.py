@@ -78,7 +78,7 @@ class VeRA(LowRank):
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense delta."""
         stack = self.a.shape[:-1]
-        return _shape(self, stack, self.inputs, self.b.shape[len(stack) :])
+        return _assemble_shape(self, stack, self.inputs, self.b.shape[len(stack) :])
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """The random matrices, each column of A times d, each output feature of B times e."""
@@ -133,7 +133,9 @@ class IA3(LowRank):
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
         at = self.magnitude.ndim - len(self.fan_out)
-        return _shape(self, self.magnitude.shape[:at], self.inputs, self.magnitude.shape[at:])
+        return _assemble_shape(
+            self, self.magnitude.shape[:at], self.inputs, self.magnitude.shape[at:]
+        )
 
     def for_shape(self, shape: Sequence[int]) -> LowRank:
         """The adapter of a weight of this shape: a part of the fan-in has the same l."""
@@ -199,7 +201,7 @@ class Rows(LowRank):
         return (jnp.arange(self.size)[:, None] == rows).astype(self.b.dtype), self.b
 
 
-def _shape(
+def _assemble_shape(
     node: LowRank, stack: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]
 ) -> tuple[int, ...]:
     """Shape of the weight whose axes of each kind have these sizes."""
@@ -224,36 +226,38 @@ def init_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
 
 def init_loha(key: Any, leaf: Any, target: Any, config: Any) -> LoHa:
     """a_2 = 0, so that nothing changes at first; the rest as in LyCORIS."""
-    stack, fan_in, fan_out = sizes(leaf, target)
+    stack, fan_in, fan_out = get_sizes(leaf, target)
     one, two, three = jax.random.split(key, 3)
     rank = target.rank
     a = 0.1 * jax.random.normal(one, (*stack, *fan_in, rank))
     b, d = (jax.random.normal(k, (*stack, rank, *fan_out)) for k in (two, three))
     a = jnp.concatenate([a, jnp.zeros_like(a)], -1)
     b = jnp.concatenate([b, d], len(stack))
-    return LoHa(a.astype(config.factor_dtype), b.astype(config.factor_dtype), **axes(target))
+    return LoHa(
+        a.astype(config.factor_dtype), b.astype(config.factor_dtype), **get_static_fields(target)
+    )
 
 
 def init_vera(key: Any, leaf: Any, target: Any, config: Any) -> VeRA:
     """d = 0.1 and e = 0, as in the paper."""
-    stack, fan_in, fan_out = sizes(leaf, target)
+    stack, fan_in, fan_out = get_sizes(leaf, target)
     d = jnp.full((*stack, target.rank), 0.1, config.factor_dtype)
     e = jnp.zeros((*stack, *fan_out), config.factor_dtype)
-    return VeRA(d, e, **axes(target), inputs=fan_in, seed=config.projection_seed)
+    return VeRA(d, e, **get_static_fields(target), inputs=fan_in, seed=config.projection_seed)
 
 
 def init_ia3(key: Any, leaf: Any, target: Any, config: Any) -> IA3:
     r"""l = 1, so that nothing changes at first."""
-    stack, fan_in, fan_out = sizes(leaf, target)
-    return IA3(magnitude=jnp.ones((*stack, *fan_out)), **axes(target), inputs=fan_in)
+    stack, fan_in, fan_out = get_sizes(leaf, target)
+    return IA3(magnitude=jnp.ones((*stack, *fan_out)), **get_static_fields(target), inputs=fan_in)
 
 
-def sizes(leaf: Any, target: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def get_sizes(leaf: Any, target: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Sizes of a leaf's stack, fan-in and fan-out axes."""
-    of = lambda axes: tuple(leaf.shape[axis] for axis in axes)
+    of = lambda get_static_fields: tuple(leaf.shape[axis] for axis in get_static_fields)
     return of(target.stack), of(target.fan_in), of(target.fan_out)
 
 
-def axes(target: Any) -> dict[str, Any]:
+def get_static_fields(target: Any) -> dict[str, Any]:
     """The static fields of a target's node."""
     return {name: getattr(target, name) for name in ("fan_in", "fan_out", "stack", "scale", "kind")}

@@ -34,21 +34,23 @@ def quantize_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, tuple[int
     """
     node = jax.tree.map(lambda part: allocate_aligned(part.shape, part.dtype), shapes)
     bad = _fill(node, np.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf)
-    return node, (bad, 0 if node.nested is None else _not_finite(node.nested))
+    return node, (bad, 0 if node.nested is None else _count_nonfinite_in(node.nested))
 
 
 def count_nonfinite(array: np.ndarray) -> int:
     """How many values are not finite."""
-    return _sum_over(_pieces(array, ()), lambda cut: _not_finite(_float32(array[cut])))
+    return _sum_over(
+        _cut_into_pieces(array, ()), lambda cut: _count_nonfinite_in(_to_float32(array[cut]))
+    )
 
 
-def _float32(piece: np.ndarray) -> np.ndarray:
+def _to_float32(piece: np.ndarray) -> np.ndarray:
     """A piece as it is computed with, in an order of its own; beyond float32 it is infinite."""
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(piece, np.float32)
 
 
-def _not_finite(piece: np.ndarray) -> int:
+def _count_nonfinite_in(piece: np.ndarray) -> int:
     return int(np.sum(~np.isfinite(piece)))
 
 
@@ -56,9 +58,9 @@ def _fill(node: Quantized, leaf: Any) -> int:
     """Write codes and scales into a node's arrays."""
     if node.stacked:
         layers = enumerate(leaf)
-        return sum(_fill(_layer(node, number), layer) for number, layer in layers)
+        return sum(_fill(_get_layer(node, number), layer) for number, layer in layers)
     scales = np.empty(node.scales.shape, np.float32) if node.nested is not None else node.scales
-    fill = _fill_blocks if node.order is None else _fill_flat
+    fill = _fill_blocked if node.order is None else _fill_flat
     bad = fill(node, leaf, scales)
     if node.nested is not None:
         order = get_flat_order(node.strides)
@@ -68,25 +70,25 @@ def _fill(node: Quantized, leaf: Any) -> int:
     return bad
 
 
-def _layer(node: Quantized, number: int) -> Quantized:
+def _get_layer(node: Quantized, number: int) -> Quantized:
     """The node of one layer; views."""
     return jax.tree.map(lambda array: array[(number, ...)], node)
 
 
-def _fill_blocks(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
+def _fill_blocked(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
     """A leaf whose axes whole blocks fill; in pieces, between blocks."""
     at = node.leading + 1
     shape = (*node.codes.shape[:at], node.block_size, *node.codes.shape[at + 1 :])
     blocks = leaf.reshape(shape)
 
     def one(cut: tuple[slice, ...]) -> int:
-        piece = _float32(blocks[cut])
+        piece = _to_float32(blocks[cut])
         codes, absmax = host.encode_blocks(piece, node.format, at)
-        _store(node, cut, codes, at)
+        _store_codes(node, cut, codes, at)
         scales[cut[:at] + cut[at + 1 :]] = absmax
-        return 0 if np.isfinite(absmax).all() else _not_finite(piece)
+        return 0 if np.isfinite(absmax).all() else _count_nonfinite_in(piece)
 
-    return _sum_over(_pieces(blocks, (at,)), one)
+    return _sum_over(_cut_into_pieces(blocks, (at,)), one)
 
 
 def _fill_flat(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
@@ -97,25 +99,25 @@ def _fill_flat(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
     def one(cut: tuple[slice, ...]) -> int:
         start, stop = cut[0].start * size, min(cut[0].stop * size, leaf.size)
         first = start // width
-        near = _float32(rows[first : -(-stop // width)]).reshape(-1)
+        near = _to_float32(rows[first : -(-stop // width)]).reshape(-1)
         piece = near[start - first * width : stop - first * width]
         codes, absmax = host.encode_flat(piece, node.format, size)
-        _store(node, cut, codes.reshape(-1, size), 1)
+        _store_codes(node, cut, codes.reshape(-1, size), 1)
         scales[cut] = absmax
-        return 0 if np.isfinite(absmax).all() else _not_finite(piece)
+        return 0 if np.isfinite(absmax).all() else _count_nonfinite_in(piece)
 
     starts = range(0, len(scales), per_piece)
     return _sum_over([(slice(i, i + per_piece),) for i in starts], one)
 
 
-def _store(node: Quantized, cut: tuple[slice, ...], codes: np.ndarray, axis: int) -> None:
+def _store_codes(node: Quantized, cut: tuple[slice, ...], codes: np.ndarray, axis: int) -> None:
     """Write codes into their place; an integer of 4 bits has a byte of its own."""
     if get_format(node.format).is_packed:
         codes = host.pack(codes, axis, node.packing)
     node.codes.view(codes.dtype)[cut] = codes
 
 
-def _pieces(array: np.ndarray, whole: tuple[int, ...]) -> list[tuple[slice, ...]]:
+def _cut_into_pieces(array: np.ndarray, whole: tuple[int, ...]) -> list[tuple[slice, ...]]:
     """Where to cut an array: along its longest axis, but for those to leave whole."""
     cuttable = [axis for axis in range(array.ndim) if axis not in whole]
     axis = max(cuttable, key=array.shape.__getitem__, default=None)
@@ -135,11 +137,11 @@ def _sum_over(cuts: list[Any], one: Any) -> int:
     """The sum of a function over pieces, by as many threads as there are cores."""
     if len(cuts) == 1:
         return int(one(cuts[0]))
-    with ThreadPoolExecutor(min(len(cuts), _cores())) as pool:
+    with ThreadPoolExecutor(min(len(cuts), _count_cores())) as pool:
         return int(sum(pool.map(one, cuts)))
 
 
-def _cores() -> int:
+def _count_cores() -> int:
     """How many cores this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # not everywhere
     return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -62,7 +62,7 @@ class LowRank(Node):
         at, columns = len(self.stacked), self.a.shape[-1]
         return self.rank >= min(math.prod(f.shape[at:]) // columns for f in (self.a, self.b))
 
-    def _more(self) -> list[str]:
+    def _extra_repr(self) -> list[str]:
         known = all(array is None or hasattr(array, "shape") for array in (self.a, self.b))
         return [f"rank={self.rank}" + " (full)" * self.is_full] if known else []
 
@@ -106,7 +106,7 @@ class LowRank(Node):
         gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - len(shape)
         if not 0 < gone <= len(self.stack):
             return self
-        left = map(self._without, itertools.combinations(self.stack, gone))
+        left = map(self._drop_stack_axes, itertools.combinations(self.stack, gone))
         found = {(n.fan_in, n.fan_out, n.stack): n for n in left if n.shape == tuple(shape)}
         if len(found) > 1:
             raise AxesError(
@@ -117,7 +117,7 @@ class LowRank(Node):
             )
         return next(iter(found.values()), self)
 
-    def _without(self, lost: Sequence[int]) -> LowRank:
+    def _drop_stack_axes(self, lost: Sequence[int]) -> LowRank:
         """The adapter whose arrays have lost these stack axes."""
         shift = lambda axes: tuple(
             axis - sum(axis > other for other in lost) for axis in axes if axis not in lost
@@ -159,7 +159,7 @@ class LowRank(Node):
                 f"stack={self.stack} stands at a weight of {ndim} axes; a vmapped or stacked "
                 "adapter is to be used under jax.vmap"
             )
-        node = self._without(sorted(self.stack)[:gone]) if gone else self
+        node = self._drop_stack_axes(sorted(self.stack)[:gone]) if gone else self
         return node.fan_in, node.fan_out, node.stack
 
     def __jax_array__(self):

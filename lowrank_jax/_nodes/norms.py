@@ -31,9 +31,9 @@ def compute_squared_norm(leaf: Any, stack: Sequence[int], fan_out: Sequence[int]
     axes = (*stack, *fan_out)
     sharding = get_dense_sharding(leaf)
     if sharding is None:
-        return _squared_norm(leaf, axes, len(stack))
+        return _sum_squares(leaf, axes, len(stack))
     out = jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, axes))
-    run = lambda leaf: _squared_norm(leaf, axes, len(stack))
+    run = lambda leaf: _sum_squares(leaf, axes, len(stack))
     with jaxprs.use_mesh_of(jax.tree.leaves(leaf)[0]):
         return jaxprs.call_with_auto_axes(run, out, leaf)
 
@@ -46,11 +46,11 @@ def get_dense_sharding(leaf: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _squared_norm(leaf: Any, axes: tuple[int, ...], stacked: int) -> jax.Array:
+def _sum_squares(leaf: Any, axes: tuple[int, ...], stacked: int) -> jax.Array:
     """The same; of a quantized stack layer by layer, so that one is decoded at a time."""
     if isinstance(leaf, Quantized) and stacked and axes[0] == 0 and leaf.stacked:
         inner = tuple(axis - 1 for axis in axes[1:])
-        return lax.map(lambda leaf: _squared_norm(leaf, inner, stacked - 1), leaf)
+        return lax.map(lambda leaf: _sum_squares(leaf, inner, stacked - 1), leaf)
     dense = dequantize_node(leaf) if isinstance(leaf, Quantized) else leaf
     fan_in = tuple(axis for axis in range(dense.ndim) if axis not in axes)
     squares = jnp.sum(jnp.square(dense.astype(accumulator_dtype(dense.dtype))), fan_in)
@@ -91,10 +91,10 @@ def compute_norm(
 
 def compute_column_scale(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
     """What each output feature is multiplied by: magnitude over norm; 0 where there is no norm."""
-    return magnitude.astype(norms.dtype) * jnp.where(norms <= 0, 0, 1) / _at_least(norms)
+    return magnitude.astype(norms.dtype) * jnp.where(norms <= 0, 0, 1) / _replace_zeros(norms)
 
 
-def _at_least(norms: jax.Array) -> jax.Array:
+def _replace_zeros(norms: jax.Array) -> jax.Array:
     return jnp.where(norms <= 0, 1, norms)  # a NaN stays one
 
 

@@ -215,13 +215,13 @@ def dequantize_node(node: Quantized) -> jax.Array:
     """The dense leaf: decoded in float32, cast once to its dtype; split as its type says."""
     sharding = dense_sharding_of(node)
     if sharding is None:
-        return _dequantized(node)
+        return _dequantize_node(node)
     with jaxprs.use_mesh_of(node.codes):
-        return jaxprs.call_with_auto_axes(_dequantized, sharding, node)
+        return jaxprs.call_with_auto_axes(_dequantize_node, sharding, node)
 
 
 @functools.partial(jax.jit, inline=True)
-def _dequantized(node: Quantized) -> jax.Array:
+def _dequantize_node(node: Quantized) -> jax.Array:
     """The same; one program, for op by op a look-up takes the memory of eight dense leaves."""
     blocks = node.decoding(*node.parts)
     if node.order is None:
@@ -269,13 +269,13 @@ def quantize_array(
     while lead < leaf.ndim and lead in stack:
         lead += 1
     fan_in = tuple(axis - lead for axis in fan_in)
-    one = lambda leaf: _quantized(leaf, fan_in, **options)
+    one = lambda leaf: _quantize_unstacked(leaf, fan_in, **options)
     for depth in reversed(range(lead)):
         one = jax.vmap(one) if depth or together else functools.partial(jax.lax.map, one)
     return one(leaf)
 
 
-def _quantized(
+def _quantize_unstacked(
     leaf: Any,
     fan_in: Axes,
     *,
@@ -287,7 +287,7 @@ def _quantized(
     """A leaf that no stack axis leads."""
     options = {"format": format, "block_size": block_size, "packing": packing}
     shape = leaf.shape
-    group = _group(shape, fan_in, block_size)
+    group = _find_blocked_axes(shape, fan_in, block_size)
     if group is None:
         place = (*(axis for axis in range(len(shape)) if axis not in fan_in), *fan_in)
         row = jnp.transpose(leaf, place).reshape(-1)
@@ -301,7 +301,7 @@ def _quantized(
         cut = (*shape[:first], -1, block_size, *shape[last + 1 :])
         codes, scales = _codecs.encode_blocks(leaf.reshape(cut), format, first + 1)
         trailing, place = len(shape) - last - 1, None
-        strides = _strides(scales.shape, first, [a for a in fan_in if a < first])
+        strides = _compute_strides(scales.shape, first, [a for a in fan_in if a < first])
     if _codecs.get_format(format).is_packed:
         codes = pack(codes, codes.ndim - 1 - trailing, packing)
     node = Quantized(
@@ -311,7 +311,9 @@ def _quantized(
     return quantize_scales(node) if double_quant else node
 
 
-def _group(shape: tuple[int, ...], fan_in: tuple[int, ...], block: int) -> tuple[int, int] | None:
+def _find_blocked_axes(
+    shape: tuple[int, ...], fan_in: tuple[int, ...], block: int
+) -> tuple[int, int] | None:
     """First and last of the adjacent fan-in axes, the last of all, that whole blocks fill."""
     last = max(fan_in)
     first, size = last, shape[last]
@@ -321,7 +323,9 @@ def _group(shape: tuple[int, ...], fan_in: tuple[int, ...], block: int) -> tuple
     return None if size % block or not size else (first, last)
 
 
-def _strides(shape: tuple[int, ...], blocks: int, fan_in_before: list[int]) -> tuple[int, ...]:
+def _compute_strides(
+    shape: tuple[int, ...], blocks: int, fan_in_before: list[int]
+) -> tuple[int, ...]:
     """Steps of the axes of scales in bitsandbytes' order: fan-out, then fan-in, then blocks."""
     inner = [*fan_in_before, blocks]
     ordered = [axis for axis in range(len(shape)) if axis not in inner] + inner

@@ -34,10 +34,10 @@ class Node:
     def __repr__(self) -> str:
         """The shapes and dtypes of its arrays, and what differs from the defaults."""
         fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore
-        said = [f"{f.name}={_brief(v)}" for f, v in fields if v is not None and v != f.default]
-        return f"{type(self).__name__}({', '.join([*said, *self._more()])})"
+        said = [f"{f.name}={_summarize(v)}" for f, v in fields if v is not None and v != f.default]
+        return f"{type(self).__name__}({', '.join([*said, *self._extra_repr()])})"
 
-    def _more(self) -> list[str]:
+    def _extra_repr(self) -> list[str]:
         """What else its repr says."""
         return []
 
@@ -71,14 +71,14 @@ class Wrapper(Node):
         return self.inner.dtype
 
 
-def _brief(value: Any) -> str:
+def _summarize(value: Any) -> str:
     """An array as its dtype and shape: float32[4, 2]."""
     if isinstance(value, Node) or not hasattr(value, "dtype"):
         return repr(value)
     return f"{value.dtype}{[*value.shape]}"
 
 
-def array_fields(node: Any) -> list[str]:
+def list_array_fields(node: Any) -> list[str]:
     """Names of the fields that hold arrays, or trees of them."""
     return [field.name for field in dataclasses.fields(node) if not field.metadata.get("static")]
 
@@ -86,12 +86,12 @@ def array_fields(node: Any) -> list[str]:
 def to_state(node: Any) -> dict[str, Any]:
     """The arrays of a node by field, as flax.serialization.to_state_dict wants them."""
     convert = sys.modules[_FLAX].to_state_dict
-    return {name: convert(_plain(getattr(node, name))) for name in array_fields(node)}
+    return {name: convert(_to_plain(getattr(node, name))) for name in list_array_fields(node)}
 
 
 def from_state(node: Any, state: dict[str, Any]) -> Any:
     """The node with the arrays of such a dict; the static fields are its own."""
-    names = array_fields(node)
+    names = list_array_fields(node)
     held = lambda values: {name for name in names if values[name] is not None}
     own = {name: getattr(node, name) for name in names}
     if set(state) != set(names) or held(state) != held(own):
@@ -101,11 +101,14 @@ def from_state(node: Any, state: dict[str, Any]) -> Any:
             f"{sys.modules[_FLAX].current_path()}: make the target by the config of the state"
         )
     convert = sys.modules[_FLAX].from_state_dict
-    parts = {name: _like(own[name], convert(own[name], state[name], name=name)) for name in names}
+    parts = {
+        name: _restore_dtype(own[name], convert(own[name], state[name], name=name))
+        for name in names
+    }
     return dataclasses.replace(node, **parts)
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """A typed key as its data, 4-bit integers in a byte each; all else as it is."""
     dtype = getattr(value, "dtype", None)
     if dtype is None or isinstance(value, Node):
@@ -115,8 +118,8 @@ def _plain(value: Any) -> Any:
     return value.astype(_WIDE[dtype.name]) if dtype.name in _WIDE else value
 
 
-def _like(own: Any, value: Any) -> Any:
-    """What `_plain` made, as the target has it."""
+def _restore_dtype(own: Any, value: Any) -> Any:
+    """What `_to_plain` made, as the target has it."""
     dtype = getattr(own, "dtype", None)
     if dtype is None or isinstance(own, Node):
         return value

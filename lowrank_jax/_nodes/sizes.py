@@ -26,21 +26,23 @@ def count_elements(leaf: Any) -> int:
 
 def count_bytes(leaf: Any) -> int:
     """Bytes as devices hold them: accelerators pack two 4-bit integers, a CPU gives each a byte."""
-    return _held(leaf, leaf.shape)
+    return _count_bytes_of_shape(leaf, leaf.shape)
 
 
 def count_device_bytes(leaf: Any) -> int:
     """Bytes on the device that holds most; an array without a sharding is whole on one."""
     sharding = getattr(leaf, "sharding", None)
-    return _held(leaf, leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+    return _count_bytes_of_shape(
+        leaf, leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    )
 
 
-def _held(leaf: Any, shape: tuple[int, ...]) -> int:
+def _count_bytes_of_shape(leaf: Any, shape: tuple[int, ...]) -> int:
     count = math.prod(shape)
-    return (count + 1) // 2 if _packed(leaf) else count * leaf.dtype.itemsize
+    return (count + 1) // 2 if _is_packed(leaf) else count * leaf.dtype.itemsize
 
 
-def _packed(leaf: Any) -> bool:
+def _is_packed(leaf: Any) -> bool:
     """Whether an array of 4-bit integers is, or would be, on something that packs them."""
     if leaf.dtype.name not in ("uint4", "int4"):
         return False

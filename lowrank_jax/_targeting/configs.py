@@ -61,7 +61,7 @@ class FrozenMapping(Mapping):
         return repr(dict(self._items))
 
 
-def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
+def _normalize_patterns(name: str, value: Any) -> tuple[Pattern, ...]:
     """Normalize one pattern or a sequence of them to a tuple."""
     items = (value,) if isinstance(value, str | re.Pattern) else value
     if not isinstance(items, tuple | list | set | frozenset):
@@ -75,7 +75,7 @@ def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
     return items
 
 
-def _pattern_map(name: str, value: Any) -> FrozenMapping:
+def _normalize_pattern_map(name: str, value: Any) -> FrozenMapping:
     """Normalize a mapping of patterns."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} takes a mapping of pattern to value, not {quote_value(value)}")
@@ -84,7 +84,7 @@ def _pattern_map(name: str, value: Any) -> FrozenMapping:
     return FrozenMapping(value)
 
 
-def _integers(name: str, values: Mapping, what: str) -> FrozenMapping:
+def _normalize_integers(name: str, values: Mapping, what: str) -> FrozenMapping:
     """Normalize a mapping of patterns to integers."""
     found = {}
     for pattern, value in values.items():
@@ -97,7 +97,7 @@ def _integers(name: str, values: Mapping, what: str) -> FrozenMapping:
     return FrozenMapping(found)
 
 
-def _pairs(name: str, values: Mapping) -> FrozenMapping:
+def _normalize_axis_pairs(name: str, values: Mapping) -> FrozenMapping:
     """Normalize a mapping of patterns to (fan_in, fan_out)."""
     found = {}
     for pattern, pair in values.items():
@@ -106,7 +106,7 @@ def _pairs(name: str, values: Mapping) -> FrozenMapping:
                 f"{name}[{quote_value(pattern)}] takes (fan_in, fan_out), not {quote_value(pair)}"
             )
         named = {"fan_in": pair[0], "fan_out": pair[1]}
-        parts = _integers(f"{name}[{quote_value(pattern)}]", named, "axes")
+        parts = _normalize_integers(f"{name}[{quote_value(pattern)}]", named, "axes")
         found[pattern] = tuple(parts.values())
     return FrozenMapping(found)
 
@@ -125,11 +125,11 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _frozen(value: Any) -> Any:
+def _freeze(value: Any) -> Any:
     """JSON values in a form that can be hashed."""
     if isinstance(value, Mapping):
-        return FrozenMapping({key: _frozen(value[key]) for key in sorted(value, key=str)})
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+        return FrozenMapping({key: _freeze(value[key]) for key in sorted(value, key=str)})
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
 
 
 def _from_json(value: Any, depth: int = 0) -> Any:
@@ -216,18 +216,18 @@ class LoraConfig:
         if self.alpha is not None:
             check_alpha("alpha", self.alpha)
         for name in ("targets", "exclude", "train"):
-            put(name, _patterns(name, getattr(self, name)))
+            put(name, _normalize_patterns(name, getattr(self, name)))
         if ALL_LINEAR in self.exclude + self.train:
             raise ConfigError('"all-linear" is a value of targets, not of exclude or train')
         for name in _PATTERN_MAPS:
-            put(name, _pattern_map(name, getattr(self, name)))
+            put(name, _normalize_pattern_map(name, getattr(self, name)))
         for pattern, value in self.rank_pattern.items():
             check_rank(f"rank_pattern[{quote_value(pattern)}]", value)
         for pattern, value in self.alpha_pattern.items():
             check_alpha(f"alpha_pattern[{quote_value(pattern)}]", value)
-        put("stack", _integers("stack", self.stack, "axes"))
-        put("axes", _pairs("axes", self.axes))
-        put("train_rows", _integers("train_rows", self.train_rows, "rows"))
+        put("stack", _normalize_integers("stack", self.stack, "axes"))
+        put("axes", _normalize_axis_pairs("axes", self.axes))
+        put("train_rows", _normalize_integers("train_rows", self.train_rows, "rows"))
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
@@ -240,7 +240,7 @@ class LoraConfig:
                 f"extras takes a mapping of JSON values, not {quote_value(self.extras)}"
             )
         check_json("extras", self.extras)
-        put("extras", _frozen(self.extras))
+        put("extras", _freeze(self.extras))
         # the scale falls with the rank and grows with alpha: its extremes are at theirs
         sizes, alphas = {self.rank, *self.rank_pattern.values()}, {*self.alpha_pattern.values()}
         alphas |= set() if self.alpha is None else {self.alpha}
@@ -336,7 +336,7 @@ class QuantConfig:
             )
         check_choice("packing", self.packing, PACKINGS)
         for name in ("targets", "exclude"):
-            put(name, _patterns(name, getattr(self, name)))
+            put(name, _normalize_patterns(name, getattr(self, name)))
         if ALL_LINEAR in self.exclude:
             raise ConfigError('"all-linear" is a value of targets, not of exclude')
 

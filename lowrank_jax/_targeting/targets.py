@@ -61,7 +61,7 @@ def resolve_targets(
     for path in chosen:
         by_name = any(matches(pattern, path) for pattern in named)
         try:
-            targets[path] = _target(path, leaves[path], config, plan, by_name)
+            targets[path] = _make_target(path, leaves[path], config, plan, by_name)
         except LowrankError as error:
             problems.append(error)
     if len(problems) == 1:
@@ -189,12 +189,14 @@ def explain_no_target(plan: Plan | None, linear: bool) -> str:
     return '"all-linear" found no leaf that a matrix product or convolution consumes:\n' + str(plan)
 
 
-def _first(patterns: Mapping, path: str, default: Any) -> Any:
+def _find_first(patterns: Mapping, path: str, default: Any) -> Any:
     """The value of the first pattern that matches."""
     return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
 
 
-def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name: bool) -> Target:
+def _make_target(
+    path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name: bool
+) -> Target:
     """Axes from the plan (or [i, o] for a matrix), rank and scale from the configuration.
 
     A leaf that no pattern names, chosen by "all-linear" alone, takes at most the rank it can have;
@@ -206,8 +208,8 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name
             f"{path!r} has dtype {leaf.dtype}: factors cast to 8 bits would lose the adapter; cast "
             "the leaf to bfloat16 first"
         )
-    if (pair := _first(config.axes, path, None)) is not None:
-        fan_in, fan_out, stack = _named_axes(path, leaf.ndim, *pair)
+    if (pair := _find_first(config.axes, path, None)) is not None:
+        fan_in, fan_out, stack = _normalize_axes(path, leaf.ndim, *pair)
         kind = use.op if use is not None and use.op in KINDS else "dot"
     else:
         why = "a low-rank product needs fan-in and fan-out axes"
@@ -215,8 +217,8 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name
         fan_in, fan_out, stack, kind = resolve_axes(path, tuple(leaf.shape), use, why, remedy)
         if by_name and leaf.ndim == 2 and not (fan_in and fan_out):
             fan_in, fan_out, stack = (0,), (1,), ()  # built densely where it is used
-    if (override := _first(config.stack, path, None)) is not None:
-        stack = _stack(path, leaf.ndim, override)
+    if (override := _find_first(config.stack, path, None)) is not None:
+        stack = _normalize_stack(path, leaf.ndim, override)
         fan_in = tuple(axis for axis in fan_in if axis not in stack)
         fan_out = tuple(axis for axis in fan_out if axis not in stack)
         freed = set(range(leaf.ndim)) - {*stack, *fan_in, *fan_out}
@@ -226,9 +228,9 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name
             f"{path!r} of shape {tuple(leaf.shape)} has no {'fan-in' if not fan_in else 'fan-out'} "
             "axes to put a low-rank product between; exclude it, or train it whole (train=...)"
         )
-    own = _first(config.rank_pattern, path, None)
+    own = _find_first(config.rank_pattern, path, None)
     rank = config.rank if own is None else own
-    alpha = _first(config.alpha_pattern, path, config.alpha)
+    alpha = _find_first(config.alpha_pattern, path, config.alpha)
     scale = config.scale_of(rank, alpha)
     sizes = [math.prod(leaf.shape[axis] for axis in axes) for axes in (fan_in, fan_out)]
     narrow = rank > min(sizes) and find_method(config.method).rank_is_bounded
@@ -243,7 +245,7 @@ def _target(path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name
     return Target(fan_in, fan_out, stack, rank, scale, kind)
 
 
-def _named_axes(
+def _normalize_axes(
     path: str, ndim: int, fan_in: Sequence[int], fan_out: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """fan_in and fan_out as they are given, and the axes that are left."""
@@ -278,7 +280,7 @@ def resolve_axes(
     )
 
 
-def _stack(path: str, ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
+def _normalize_stack(path: str, ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
     """Normalized stack axes of an override."""
     if any(not -ndim <= axis < ndim for axis in axes):
         raise AxesError(f"stack={tuple(axes)} for {path!r}: the leaf has {ndim} axes")

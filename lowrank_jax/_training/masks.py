@@ -140,7 +140,7 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
     inner: Any = optax.with_extra_args_support(tx)
 
     def start(params: PyTree) -> Any:
-        nodes = _nodes(params)
+        nodes = _collect_nodes(params)
         if not nodes:
             raise TreeError(
                 "only_adapters was initialized on a tree without adapters: pass "
@@ -153,7 +153,7 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
     ) -> tuple[Any, Any]:
         if params is None:
             raise TreeError("only_adapters needs the parameters: tx.update(grads, state, params)")
-        gradients, nodes = _nodes(updates), _nodes(params)
+        gradients, nodes = _collect_nodes(updates), _collect_nodes(params)
         if set(gradients) != set(nodes):
             raise TreeError(
                 "the gradients and the parameters hold adapters at different paths "
@@ -163,7 +163,7 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
         updated, state = inner.update(gradients, state, nodes, **extra)
         small: Any = updated
         leaves, treedef = flatten(params, is_leaf=is_node)
-        full = [_updated(leaf, small.get(path)) for path, leaf in leaves]
+        full = [_make_update(leaf, small.get(path)) for path, leaf in leaves]
         return jax.tree.unflatten(treedef, full), state
 
     return optax.GradientTransformationExtraArgs(start, update)
@@ -197,7 +197,7 @@ def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -
     >>> map_adapters(averaged, tree)["w"].delta.a.shape
     (2, 1)
     """
-    nodes = _nodes(tree)
+    nodes = _collect_nodes(tree)
     if not nodes:
         raise TreeError("map_adapters takes (fn, tree): tree holds no adapters; pass combine(...)")
     changed = fn(nodes)
@@ -216,7 +216,7 @@ def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -
     )
 
 
-def _nodes(tree: PyTree) -> dict[str, Any]:
+def _collect_nodes(tree: PyTree) -> dict[str, Any]:
     """path -> adapter node: a flat dict, which every container of parameters can turn into."""
     found = {}
     for path, leaf in flatten(tree, is_leaf=is_node)[0]:
@@ -225,13 +225,13 @@ def _nodes(tree: PyTree) -> dict[str, Any]:
     return found
 
 
-def _updated(leaf: Any, update: Any) -> Any:
+def _make_update(leaf: Any, update: Any) -> Any:
     """The update of one leaf: that of its adapter, and no change of anything frozen."""
     if update is None:
-        return jax.tree.map(_no_change, leaf)
+        return jax.tree.map(_make_zero, leaf)
     if not isinstance(leaf, Adapted):
         return update
-    still = jax.tree.map(_no_change, leaf)
+    still = jax.tree.map(_make_zero, leaf)
     return dataclasses.replace(still, delta=update)
 
 
@@ -249,7 +249,7 @@ class Unchanged:
         return hash(Unchanged)
 
 
-def _no_change(leaf: Any) -> Any:
+def _make_zero(leaf: Any) -> Any:
     """A scalar zero of the leaf's dtype: nothing of the leaf's size is made."""
     dtype = jnp.result_type(leaf)
     return Unchanged() if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.zeros((), dtype)

@@ -58,63 +58,65 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
     def start(params: PyTree) -> Any:
         state = inner.init(params)
-        if lacking := _without_host_memory((params, state)):
+        if lacking := _find_devices_without_host((params, state)):
             first = lacking[0]
             warnings.warn(
                 f"the optimizer's state stays in device memory: {first} (one of {len(lacking)} "
-                f"such devices) has no {_KIND!r} memory, only {sorted(_kinds(first))}; leave "
+                f"such devices) has no {_KIND!r} memory, only {sorted(_list_memory_kinds(first))}; leave "
                 "offload_state away there, or filter lowrank.OffloadWarning",
                 OffloadWarning,
                 stacklevel=2,
             )
             return state
-        return _moved(_on_one_mesh(state, params), _HOST)
+        return _move_state(_place_on_mesh(state, params), _HOST)
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[Any, Any]:
-        if _without_host_memory((updates, state)):
+        if _find_devices_without_host((updates, state)):
             return inner.update(updates, state, params, **extra)
-        updates, state = inner.update(updates, _moved(state, _DEVICE), params, **extra)
-        return updates, _moved(state, _HOST)
+        updates, state = inner.update(updates, _move_state(state, _DEVICE), params, **extra)
+        return updates, _move_state(state, _HOST)
 
     return optax.GradientTransformationExtraArgs(start, update)
 
 
-def _moves(leaf: Any) -> bool:
+def _is_movable(leaf: Any) -> bool:
     """Whether a leaf is worth moving: counters and rates are not."""
     return isinstance(leaf, jax.Array) and leaf.ndim > 0
 
 
-def _moved(state: PyTree, space: Any) -> Any:
+def _move_state(state: PyTree, space: Any) -> Any:
     """The state with its arrays in a memory."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if _moves(leaf) else leaf, state)
+    return jax.tree.map(
+        lambda leaf: jax.device_put(leaf, space) if _is_movable(leaf) else leaf, state
+    )
 
 
-def _placed(tree: PyTree) -> list[jax.Array]:
+def _list_placed_arrays(tree: PyTree) -> list[jax.Array]:
     """The arrays that lie somewhere: those not being traced."""
     leaves = jax.tree.leaves(tree)
     return [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not jaxprs.is_tracer(leaf)]
 
 
-def _without_host_memory(tree: PyTree) -> list[Any]:
+def _find_devices_without_host(tree: PyTree) -> list[Any]:
     """Devices of a tree that lack the memory; the default one stands for what is traced."""
-    devices = {d for leaf in _placed(tree) for d in leaf.sharding.addressable_devices}
+    devices = {d for leaf in _list_placed_arrays(tree) for d in leaf.sharding.addressable_devices}
     devices = sorted(devices or jax.local_devices()[:1], key=lambda device: device.id)
-    return [device for device in devices if _KIND not in _kinds(device)]
+    return [device for device in devices if _KIND not in _list_memory_kinds(device)]
 
 
-def _kinds(device: Any) -> list[str]:
+def _list_memory_kinds(device: Any) -> list[str]:
     """The memories that a device can address."""
     return [memory.kind for memory in device.addressable_memories()]
 
 
-def _on_one_mesh(state: PyTree, params: PyTree) -> Any:
+def _place_on_mesh(state: PyTree, params: PyTree) -> Any:
     """The state with what lies nowhere yet on the parameters' mesh: host arrays are committed."""
-    named = (leaf.sharding for leaf in _placed(params))
+    named = (leaf.sharding for leaf in _list_placed_arrays(params))
     mesh = next((s.mesh for s in named if isinstance(s, NamedSharding)), None)
     if mesh is None:
         return state
     whole = NamedSharding(mesh, PartitionSpec())
-    loose = lambda leaf: _moves(leaf) and not jaxprs.is_tracer(leaf) and not leaf.committed
+    loose = lambda leaf: _is_movable(leaf) and not jaxprs.is_tracer(leaf) and not leaf.committed
     return jax.tree.map(lambda leaf: jax.device_put(leaf, whole) if loose(leaf) else leaf, state)

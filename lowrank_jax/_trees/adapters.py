@@ -75,12 +75,12 @@ def combine(
     ('Adapted', (4, 3), (3,))
     """
     leaves, treedef = flatten(base, is_leaf=is_node)
-    nodes = _nodes_of(leaves, lora)
+    nodes = _match_adapters(leaves, lora)
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ConfigError(f"dropout is a static rate in [0, 1), not {dropout!r}")
     if dropout and key is None:
         raise ConfigError("dropout needs a key: combine(base, lora, dropout=rate, key=key)")
-    multiplier = _multiplier(scale)
+    multiplier = _to_multiplier(scale)
     combined = []
     for path, leaf in leaves:
         node = nodes.get(path)
@@ -93,14 +93,14 @@ def combine(
             leaf = leaf if known else attach_norms(leaf, node)
         masks = None
         if dropout and isinstance(node, LowRank):
-            masks = _mask_keys(key, path, node)
+            masks = _make_mask_keys(key, path, node)
         own = multiplier if multiplier is None else jnp.array(multiplier)  # it may be donated
         rate = float(dropout) if masks is not None else 0.0
         combined.append(Adapted(leaf, node, own, masks, rate))
     return jax.tree.unflatten(treedef, combined)
 
 
-def _multiplier(scale: Any) -> jax.Array | None:
+def _to_multiplier(scale: Any) -> jax.Array | None:
     """The scale as a scalar array, or None for 1."""
     if isinstance(scale, int | float) and scale == 1:
         return None
@@ -113,13 +113,13 @@ def _multiplier(scale: Any) -> jax.Array | None:
     return jnp.asarray(scale, jnp.float32)
 
 
-def _mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
+def _make_mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
     """One dropout key for each stacked weight of a leaf."""
     leaf_key = jax.random.fold_in(to_typed_key(key), hash_path(path))
     return jax.random.split(leaf_key, node.stacked) if node.stacked else leaf_key
 
 
-def _nodes_of(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, Any]:
+def _match_adapters(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, Any]:
     """Adapter nodes by path, checked against the base."""
     nodes = dict(flatten(lora, is_leaf=is_node)[0])
     arrays = dict(leaves)
@@ -244,7 +244,7 @@ def fold_norms(base: PyTree, lora: PyTree) -> Any:
     (Array([1., 1., 1.], dtype=float32), Array([2., 2., 2.], dtype=float32))
     """
     leaves = dict(flatten(base, is_leaf=is_node)[0])
-    nodes = _nodes_of(list(leaves.items()), lora)
+    nodes = _match_adapters(list(leaves.items()), lora)
     if all(getattr(node, "magnitude", None) is None for node in nodes.values()):
         raise TreeError(
             "the adapter has no magnitude: there is nothing to fold in one without DoRA"

@@ -22,7 +22,7 @@ class Donation:
     """
 
     def __init__(self, leaves: Mapping[str, Any], paths: Iterable[str]):
-        self._buffers = {path: _buffers(leaf) for path, leaf in leaves.items()}
+        self._buffers = {path: _find_buffers(leaf) for path, leaf in leaves.items()}
         self._users = Counter(itertools.chain.from_iterable(self._buffers.values()))
         self._arrays = {p: leaves[p] for p in paths if isinstance(leaves[p], jax.Array)}
         self._waiting: list[str] = []
@@ -39,7 +39,7 @@ class Donation:
             self._arrays[path].delete()
 
 
-def _buffers(leaf: Any) -> set[Any]:
+def _find_buffers(leaf: Any) -> set[Any]:
     """What tells which buffers an array has on the devices of this process."""
     if not isinstance(leaf, jax.Array) or jaxprs.is_tracer(leaf) or leaf.is_deleted():
         return set()

@@ -52,7 +52,7 @@ def apply_initializer(
             f"its initializer holds an array of shape {wrong[0]}, but the leaf's stack "
             f"axes, which are to lead it, have sizes {stack}"
         )
-    run = _compiled(form)
+    run = _compile_initializer(form)
     make = lambda key, leaf, data: run(key, leaf, data, target, dtype)
     sharding = get_dense_sharding(leaf)
     if sharding is None:
@@ -69,22 +69,22 @@ def apply_initializer(
         return jaxprs.call_with_auto_axes(make, out, key, leaf, data)
 
 
-_by_function: weakref.WeakKeyDictionary[Any, Callable] = weakref.WeakKeyDictionary()
+_compiled_by_function: weakref.WeakKeyDictionary[Any, Callable] = weakref.WeakKeyDictionary()
 
 
-def _compiled(form: Any) -> Callable:
-    """`_factors` of an initializer; what is compiled for a function is freed with it."""
+def _compile_initializer(form: Any) -> Callable:
+    """`_run_initializer` of an initializer; what is compiled for a function is freed with it."""
     if not isinstance(form, types.FunctionType | functools.partial):  # these are equal to no other
         own = Static(form)
-        return lambda *args: _of_structure(own, *args)
-    if form not in _by_function:
+        return lambda *args: _run_pytree(own, *args)
+    if form not in _compiled_by_function:
         known = weakref.ref(form)
-        run = lambda *args: _factors(Static(known()), *args)
-        _by_function[form] = jax.jit(run, static_argnums=(3, 4))
-    return _by_function[form]
+        run = lambda *args: _run_initializer(Static(known()), *args)
+        _compiled_by_function[form] = jax.jit(run, static_argnums=(3, 4))
+    return _compiled_by_function[form]
 
 
-def _factors(
+def _run_initializer(
     form: Static, key: jax.Array, leaf: jax.Array, data: PyTree, target: Target, dtype: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """a, b and the residual in the leaf's own layout: groups flattened, stacks vmapped."""
@@ -102,7 +102,7 @@ def _factors(
         if hasattr(own, "with_factor_dtype"):
             own = own.with_factor_dtype(dtype)
         made = own(key, weight, target.rank, target.scale)
-        _refuse_other_results(made, name)
+        _check_result(made, name)
         return made
 
     name = getattr(form.value, "__name__", type(form.value).__name__)
@@ -120,7 +120,7 @@ def _factors(
         )
     kept_a, kept_b = round_to(a, dtype), round_to(b, dtype)
     if residual is not None and (is_narrower(dtype, a.dtype) or is_narrower(dtype, b.dtype)):
-        lost = _lost(a, b, kept_a, kept_b, weight.dtype)
+        lost = _compute_rounding_error(a, b, kept_a, kept_b, weight.dtype)
         residual = residual.astype(weight.dtype) + target.scale * lost
     a = kept_a.reshape(*stack, *fan_in, target.rank).astype(dtype)
     b = kept_b.reshape(*stack, target.rank, *fan_out).astype(dtype)
@@ -130,7 +130,7 @@ def _factors(
     return a, b, residual
 
 
-def _refuse_other_results(made: Any, name: str) -> None:
+def _check_result(made: Any, name: str) -> None:
     """An initializer returns two arrays of floats, and a third or None."""
     parts = made if isinstance(made, tuple | list) and len(made) == 3 else ()
     floating = lambda part: jnp.issubdtype(getattr(part, "dtype", object), jnp.floating)
@@ -142,10 +142,12 @@ def _refuse_other_results(made: Any, name: str) -> None:
         )
 
 
-_of_structure = jax.jit(_factors, static_argnums=(0, 4, 5))
+_run_pytree = jax.jit(_run_initializer, static_argnums=(0, 4, 5))
 
 
-def _lost(a: Any, b: Any, kept_a: Any, kept_b: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _compute_rounding_error(
+    a: Any, b: Any, kept_a: Any, kept_b: Any, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     """What a @ b loses where its factors are rounded: (a - a') b + a' (b - b'), small products."""
     a, b, kept_a, kept_b = (factor.astype(dtype) for factor in (a, b, kept_a, kept_b))
     left = jnp.concatenate([a - kept_a, kept_a], -1)

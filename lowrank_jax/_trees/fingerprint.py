@@ -120,15 +120,17 @@ def fingerprint(tree: PyTree) -> Fingerprint:
     # nodes of other kinds (quantized leaves) count by their parts
     leaves = flatten(plain)[0]
     if jax.process_count() > 1:  # leaves are gathered by all processes, in one order
-        return Fingerprint(tuple(sorted(_leaf(path, gather_shards(leaf)) for path, leaf in leaves)))
+        return Fingerprint(
+            tuple(sorted(_describe_leaf(path, gather_shards(leaf)) for path, leaf in leaves))
+        )
     # hashlib releases the GIL: threads read and hash several leaves at once
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return Fingerprint(
-            tuple(sorted(pool.map(_leaf, *zip(*leaves, strict=True)))) if leaves else ()
+            tuple(sorted(pool.map(_describe_leaf, *zip(*leaves, strict=True)))) if leaves else ()
         )
 
 
-def _leaf(path: str, leaf: Any) -> tuple[str, tuple[int, ...], str, str]:
+def _describe_leaf(path: str, leaf: Any) -> tuple[str, tuple[int, ...], str, str]:
     """Path, shape, dtype name and content hash of one leaf."""
     array = to_numpy(path, leaf)
     return path, array.shape, array.dtype.name, sha256(array)

@@ -113,7 +113,7 @@ def init(
     warn_skipped(plan, config.targets, targets, (*config.exclude, *whole, *rows))
     if find_method(config.method).start and initializer is not None:
         raise ConfigError(f"an initializer is of LoRA's a and b; {config.method!r} has its own")
-    chosen = _initializers(initializer, targets)
+    chosen = _resolve_initializers(initializer, targets)
     base, lora = [], []
     for path, leaf in leaves:
         node, leaf = None, strip_norms(leaf)
@@ -129,17 +129,17 @@ def init(
     return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
 
 
-def _initializers(given: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
+def _resolve_initializers(given: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
     """The initializer of each target, None where it is the default.
 
     A target's own path goes before patterns, of which the first that matches wins: what is made
     from data names each leaf, and a path may hold a "*".
     """
     if not isinstance(given, Mapping):
-        return dict.fromkeys(targets, _initializer("initializer", given))
+        return dict.fromkeys(targets, _resolve_initializer("initializer", given))
     found: dict[str, Any] = {}
     for pattern, value in given.items():
-        own = _initializer(f"initializer[{pattern!r}]", value)
+        own = _resolve_initializer(f"initializer[{pattern!r}]", value)
         if isinstance(pattern, str) and pattern in targets:
             hits = [pattern]
         else:
@@ -153,7 +153,7 @@ def _initializers(given: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
     return {path: found.get(path) for path in targets}
 
 
-def _initializer(name: str, value: Any) -> Any:
+def _resolve_initializer(name: str, value: Any) -> Any:
     """The function of an initializer, which may be given by name."""
     if value is None or (callable(value) and not isinstance(value, type)):
         return value
@@ -189,7 +189,7 @@ def _init_leaf(
 ) -> tuple[Any, LowRank]:
     """The base that is left of one leaf, and its adapter."""
     if start := find_method(config.method).start:
-        return _normed(leaf, start(key, leaf, target, config), config)
+        return _add_magnitude(leaf, start(key, leaf, target, config), config)
     if initializer is None:
         initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
     quant = getattr(initializer, "quant", None)
@@ -207,24 +207,26 @@ def _init_leaf(
         if quant is None:
             leaf = residual.astype(leaf.dtype)
         else:
-            leaf = _quantized(path, residual, leaf, target, quant)
+            leaf = _quantize_residual(path, residual, leaf, target, quant)
     axes = target.fan_in, target.fan_out, target.stack
     node = LowRank(a, b, None, *axes, target.scale, target.kind, base_modified=residual is not None)
-    return _normed(leaf, node, config)
+    return _add_magnitude(leaf, node, config)
 
 
-def _normed(leaf: Any, node: LowRank, config: LoraConfig) -> tuple[Any, LowRank]:
+def _add_magnitude(leaf: Any, node: LowRank, config: LoraConfig) -> tuple[Any, LowRank]:
     """With DoRA the leaf carries its squared norms, and the adapter a magnitude."""
     if not config.dora:
         return leaf, node
     leaf = attach_norms(leaf, node)
-    return leaf, dataclasses.replace(node, magnitude=_norms(leaf, node))
+    return leaf, dataclasses.replace(node, magnitude=_compute_norms(leaf, node))
 
 
-_norms = jax.jit(compute_norms)
+_compute_norms = jax.jit(compute_norms)
 
 
-def _quantized(path: str, residual: Any, leaf: Any, target: Target, quant: Any) -> Quantized:
+def _quantize_residual(
+    path: str, residual: Any, leaf: Any, target: Target, quant: Any
+) -> Quantized:
     """The base of an initializer that quantizes it, of the leaf's own dtype."""
     if target.kind == "lookup":
         raise ConfigError(

@@ -106,14 +106,14 @@ def quantization_error(dense: Any, frozen: PyTree) -> QuantizationErrors:
         {path: strip_norms(leaf) for path, leaf in flatten(tree, is_leaf=is_node)[0]}
         for tree in (dense, frozen)
     )
-    _check(wanted, leaves)
+    _check_trees(wanted, leaves)
     chosen = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
     return QuantizationErrors(
-        {path: _deviation(wanted[path], leaf) for path, leaf in chosen.items()}
+        {path: _measure_leaf(wanted[path], leaf) for path, leaf in chosen.items()}
     )
 
 
-def _check(dense: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
+def _check_trees(dense: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
     """Raise where there is nothing to compare."""
     order = "the order is (dense, frozen)"
     for name, tree, wrong in (("dense", dense, is_node), ("frozen", frozen, is_adapter)):
@@ -147,7 +147,7 @@ def _check(dense: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
         )
 
 
-def _deviation(dense: Any, node: Quantized) -> QuantizationError:
+def _measure_leaf(dense: Any, node: Quantized) -> QuantizationError:
     """One leaf, stacked layers one by one; sums of rows are added up in float64."""
     squares = norm = total = largest = 0.0
     for index in np.ndindex(node.shape[: node.stacked]):

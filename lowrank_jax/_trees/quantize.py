@@ -89,7 +89,8 @@ def quantize(
     donation = None
     if donate:  # nothing is deleted before all is known to be good
         check_quantized(
-            {path: _survey(path, arrays[path], *axes[path], quant) for path in axes}, arrays
+            {path: _find_bad_values(path, arrays[path], *axes[path], quant) for path in axes},
+            arrays,
         )
         donation = Donation(arrays, axes)
     out, bad = [], {}
@@ -105,14 +106,14 @@ def quantize(
     return jax.tree.unflatten(treedef, out)
 
 
-def _survey(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
+def _find_bad_values(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
     """What `quantize_leaf` would find wrong with a leaf, which is encoded only where it must be."""
     shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)  # which raises what encoding would
     on_host = isinstance(leaf, np.ndarray)
-    bad = count_nonfinite(leaf) if on_host else _bad(leaf)
+    bad = count_nonfinite(leaf) if on_host else _count_nonfinite(leaf)
     if jaxprs.is_tracer(bad) or int(bad) or not quant.double_quant:
         return bad, 0
-    largest = max(leaf.max(), -leaf.min()) if on_host else _largest(leaf)
+    largest = max(leaf.max(), -leaf.min()) if on_host else _max_magnitude(leaf)
     # so that the sum of all scales, and their mean and a difference from it, are within range
     sums, values = (float(jnp.finfo(dtype).max) for dtype in (jnp.float32, shapes.dtype))
     if float(largest) < 0.99 * min(sums / shapes.scales.size, values / 2):
@@ -153,8 +154,8 @@ def quantize_leaf(
     if isinstance(leaf, np.ndarray):
         node, bad = quantize_on_host(leaf, eval_quantized_shapes(leaf, fan_in, stack, quant))
         return jax.device_put(node), bad
-    together = 0 in stack and _split_first(leaf)
-    encode = lambda leaf: _encode(leaf, fan_in, stack, quant, together)
+    together = 0 in stack and _is_first_axis_split(leaf)
+    encode = lambda leaf: _quantize_on_device(leaf, fan_in, stack, quant, together)
     if not jaxprs.is_split(leaf):
         return encode(leaf)
     shapes, _ = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
@@ -168,10 +169,10 @@ def quantize_leaf(
 def eval_quantized_shapes(leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
     """The node of a leaf of that shape and dtype, without values."""
     leaf = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-    return jax.eval_shape(lambda leaf: _encode(leaf, fan_in, stack, quant)[0], leaf)
+    return jax.eval_shape(lambda leaf: _quantize_on_device(leaf, fan_in, stack, quant)[0], leaf)
 
 
-def _split_first(leaf: Any) -> bool:
+def _is_first_axis_split(leaf: Any) -> bool:
     """Whether the first axis is known to be split over devices."""
     if jaxprs.is_tracer(leaf):
         return jaxprs.is_split(leaf, 0)
@@ -180,7 +181,7 @@ def _split_first(leaf: Any) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _encode(
+def _quantize_on_device(
     leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig, together: bool = False
 ) -> tuple[Any, Any]:
     """One leaf on a device."""
@@ -194,18 +195,21 @@ def _encode(
         packing=quant.packing,
         together=together,
     )
-    return node, (_bad(leaf), jnp.zeros(()) if node.nested is None else _bad(node.nested))
+    return node, (
+        _count_nonfinite(leaf),
+        jnp.zeros(()) if node.nested is None else _count_nonfinite(node.nested),
+    )
 
 
 @jax.jit
-def _bad(leaf: jax.Array) -> jax.Array:
+def _count_nonfinite(leaf: jax.Array) -> jax.Array:
     """How many values are not finite in float32; a leaf may have more than an integer counts."""
     finite = jnp.isfinite(leaf.astype(jnp.float32))
     return jnp.sum(~finite, -1, jnp.int32).sum(dtype=jnp.float32)
 
 
 @jax.jit
-def _largest(leaf: jax.Array) -> jax.Array:
+def _max_magnitude(leaf: jax.Array) -> jax.Array:
     """The largest magnitude of a leaf without NaN; of what is written to memory nothing."""
     return jnp.maximum(jnp.max(leaf), -jnp.min(leaf)).astype(jnp.float32)
 

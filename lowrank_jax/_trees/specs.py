@@ -63,23 +63,23 @@ def specs(tree: PyTree, dense_specs: Any) -> Any:
             "PartitionSpec, a NamedSharding or None is expected: the order is (tree, dense_specs)"
         )
     leaves, treedef = flatten(tree, is_leaf=is_node)
-    many = _stacked_adapters([leaf for _, leaf in leaves])
+    many = _count_adapter_axes([leaf for _, leaf in leaves])
     found, used, problems = [], set(), []
     for path, leaf in leaves:
-        at = _nearest(given, path)
+        at = _find_spec(given, path)
         if at is None:
             problems.append(f"{path}: no spec")
             continue
         used.add(at)
         spec = given[at] if given[at] is not None else PartitionSpec()
-        ndim = _ndim(leaf, many)
-        if len(_entries(spec)) > ndim:
-            problems.append(f"{path}: {_entries(spec)} for a leaf of {ndim} axes")
+        ndim = _count_axes(leaf, many)
+        if len(_get_entries(spec)) > ndim:
+            problems.append(f"{path}: {_get_entries(spec)} for a leaf of {ndim} axes")
             continue
-        if problem := _indivisible(strip_norms(getattr(leaf, "base", leaf)), spec):
+        if problem := _explain_indivisible(strip_norms(getattr(leaf, "base", leaf)), spec):
             problems.append(f"{path}: {problem}")
             continue
-        found.append(_of(leaf, spec, ndim, many))
+        found.append(_make_specs(leaf, spec, ndim, many))
     if not any(isinstance(leaf, LowRank | Full) for _, leaf in leaves):  # an adapter has few paths
         unused = [path for path, spec in given.items() if spec is not None and path not in used]
         problems += [f"{path}: a spec, but no leaf" for path in unused]
@@ -91,22 +91,22 @@ def specs(tree: PyTree, dense_specs: Any) -> Any:
     return jax.tree.unflatten(treedef, found)
 
 
-def _nearest(given: Mapping[str, Any], path: str) -> str | None:
+def _find_spec(given: Mapping[str, Any], path: str) -> str | None:
     """The path of the spec that holds for a leaf: its own, or a branch's above it."""
     parts = path.split("/")
     above = ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
     return next((name for name in above if name in given), None)
 
 
-def _entries(spec: Spec) -> PartitionSpec:
+def _get_entries(spec: Spec) -> PartitionSpec:
     return spec.spec if isinstance(spec, NamedSharding) else spec
 
 
-def _indivisible(leaf: Any, spec: Spec) -> str | None:
+def _explain_indivisible(leaf: Any, spec: Spec) -> str | None:
     """Why a leaf in blocks cannot be split so, or None."""
     if not isinstance(leaf, Quantized) or leaf.order is not None:
         return None
-    first, entries = leaf.leading, tuple(_entries(spec))
+    first, entries = leaf.leading, tuple(_get_entries(spec))
     last = first + len(leaf.blocked) - 1
     inner = range(first + 1, min(last + 1, len(entries)))
     if within := [axis for axis in inner if entries[axis] is not None]:
@@ -127,21 +127,21 @@ def _indivisible(leaf: Any, spec: Spec) -> str | None:
     )
 
 
-def _stacked_adapters(leaves: Sequence[Any]) -> int:
+def _count_adapter_axes(leaves: Sequence[Any]) -> int:
     """How many axes of stacked adapters lead the arrays of an adapter."""
     return max((leaf.adapters for leaf in leaves if isinstance(leaf, LowRank)), default=0)
 
 
-def _ndim(leaf: Any, many: int) -> int:
+def _count_axes(leaf: Any, many: int) -> int:
     """Number of axes of the dense leaf, without those of stacked adapters."""
     if isinstance(leaf, LowRank):
         return len(leaf.fan_in) + len(leaf.fan_out) + len(leaf.stack)
     return getattr(leaf, "ndim", 0) - (many if isinstance(leaf, Full) else 0)
 
 
-def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
+def _make_specs(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
     """The leaf with specs in place of its arrays."""
-    entries = _entries(spec)
+    entries = _get_entries(spec)
     ahead = (RANK,) * many
     wrap = lambda own: (
         NamedSharding(spec.mesh, own, memory_kind=spec.memory_kind)
@@ -155,14 +155,14 @@ def _of(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
         keys = leaf.delta.stack if isinstance(leaf.delta, LowRank) else ()
         return dataclasses.replace(
             leaf,
-            base=_of(leaf.base, spec, ndim),
-            delta=_of(leaf.delta, spec, ndim),
+            base=_make_specs(leaf.base, spec, ndim),
+            delta=_make_specs(leaf.delta, spec, ndim),
             multiplier=None if leaf.multiplier is None else wrap(PartitionSpec()),
             key=None if leaf.key is None else wrap(labeled_spec(entries, keys)),
         )
     if isinstance(leaf, Normed):
         squares = wrap(labeled_spec(entries, leaf.axes))
-        return dataclasses.replace(leaf, value=_of(leaf.value, spec, ndim), squares=squares)
+        return dataclasses.replace(leaf, value=_make_specs(leaf.value, spec, ndim), squares=squares)
     if isinstance(leaf, Quantized):
         return leaf.map_axes(lambda labels: wrap(labeled_spec(entries, labels)))
     if not isinstance(leaf, LowRank):
