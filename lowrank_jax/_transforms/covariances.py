@@ -72,7 +72,7 @@ def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -
     def run(
         call: lift.CallSignature, paths: tuple[str, ...], dynamic: list[Any]
     ) -> dict[str, jax.Array]:
-        (params, *_), _ = call.arguments(dynamic)
+        (params, *_), _ = call.unflatten(dynamic)
         targets = _resolve_targets(params, config, plan)
         return _measure(fn, targets, call, paths, dynamic)
 
@@ -106,22 +106,24 @@ class _ProbeContext(Context):
     Where a loop traces its body once more, the last time is the one that counts.
     """
 
-    seen: dict[str, dict[Any, tuple[Record, set[Event]]]] = dataclasses.field(default_factory=dict)
-    latest: dict[str, set[Event]] = dataclasses.field(default_factory=dict)
+    products: dict[str, dict[Any, tuple[Record, set[Event]]]] = dataclasses.field(
+        default_factory=dict
+    )
+    current: dict[str, set[Event]] = dataclasses.field(default_factory=dict)
 
     def _use_leaf(self, leaf: Weight) -> Weight:
         used = super()._use_leaf(leaf)
         if isinstance(used, CovarianceProbe):
-            told = self.latest[used.path] = set[Event]()
+            told = self.current[used.path] = set[Event]()
             used = used.replace(notify=told.add)
         return used
 
     def record(self, weight: Weight, eqn: Equation, how: str, reason: str = "") -> None:
         super().record(weight, eqn, how, reason)
-        told = self.latest.pop(weight.path, set())
+        told = self.current.pop(weight.path, set())
         if Event.OBSERVED in told:
             here = (*map(id, self.frame), id(eqn))
-            self.seen.setdefault(weight.path, {})[here] = self.records[-1], told
+            self.products.setdefault(weight.path, {})[here] = self.records[-1], told
 
     def built(self, weight: Weight, eqn: Equation) -> Any:
         if _has_probe(weight):

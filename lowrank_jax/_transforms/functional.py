@@ -66,15 +66,15 @@ def functional(
     pure, params, state = _SplitModule.of(model, wrt, method)
 
     def fn(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
-        out, after = pure.call(params, state, args, kwargs)
-        if changed := pure.changed(params, state, after, args, kwargs):
+        out, after = pure.apply(params, state, args, kwargs)
+        if changed := pure.find_changed(params, state, after, args, kwargs):
             raise StateError(
                 "the call changes variables of the model, and a function of the parameters alone "
                 "would forget that. Call model.eval() before lowrank.functional(model) where batch "
                 "statistics and dropout are to rest, pass dropout's rngs as an argument (a new "
                 "nnx.Rngs(dropout=key) in each call), or take "
                 "lowrank.functional_with_state(model), whose function returns the new state:\n"
-                f"{pure.listed(changed)}"
+                f"{pure.format_variables(changed)}"
             )
         return out
 
@@ -118,15 +118,15 @@ def functional_with_state(
     pure, params, state = _SplitModule.of(model, wrt, method)
 
     def fn(params: PyTree, state: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        out, after = pure.call(params, state, args, kwargs)
-        changed = pure.changed(params, state, after, args, kwargs)
+        out, after = pure.apply(params, state, args, kwargs)
+        changed = pure.find_changed(params, state, after, args, kwargs)
         if lost := [path for path in changed if path in pure.params]:
             raise StateError(
                 "the call changes parameters of the model; only other state can be returned. Hold "
                 "what the call changes in a variable of another type than nnx.Param "
-                f"(nnx.BatchStat, nnx.Variable), or leave it out by wrt:\n{pure.listed(lost)}"
+                f"(nnx.BatchStat, nnx.Variable), or leave it out by wrt:\n{pure.format_variables(lost)}"
             )
-        return out, pure.in_structure(state, after[1])
+        return out, pure.restore_structure(state, after[1])
 
     return fn, params, state
 

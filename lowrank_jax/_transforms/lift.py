@@ -119,12 +119,12 @@ class TracedFunction:
     Args:
       jaxpr: its results, then what has become of the arguments that it put other arrays into.
       out_tree: the structure of its results.
-      moved: those arguments, by number.
+      reassigned: those arguments, by number.
     """
 
     jaxpr: Any
     out_tree: Any
-    moved: tuple[int, ...]
+    reassigned: tuple[int, ...]
 
     @property
     def mutated(self) -> list[int]:
@@ -134,20 +134,20 @@ class TracedFunction:
         the jaxpr tells.
         """
         through = find_forwarded(OPERATIONS, self.jaxpr)[self.out_tree.num_leaves :]
-        return [i for i, source in zip(self.moved, through, strict=True) if source != i]
+        return [i for i, source in zip(self.reassigned, through, strict=True) if source != i]
 
 
 def trace(
     fn: Callable, call: CallSignature, dynamic: Sequence[Any], paths: Sequence[str]
 ) -> TracedFunction:
     """Trace fn on dense leaves."""
-    moved: tuple[int, ...] = ()
+    reassigned: tuple[int, ...] = ()
 
     def flat(*leaves: Any) -> Any:
-        nonlocal moved
+        nonlocal reassigned
         pairs = zip(leaves, hosted, strict=True)
         leaves = tuple(jaxprs.to_host(leaf) if on_host else leaf for leaf, on_host in pairs)
-        args, kwargs = call.arguments(leaves)
+        args, kwargs = call.unflatten(leaves)
         out = fn(*args, **kwargs)
         after = [leaf for leaf in jax.tree.leaves((args, kwargs)) if is_array(leaf)]
         if len(after) != len(leaves):
@@ -156,8 +156,8 @@ def trace(
                 f"the call, {len(after)} after it): {_IN_PLACE}"
             )
         pairs = enumerate(zip(leaves, after, strict=True))
-        moved = tuple(i for i, (one, other) in pairs if one is not other)
-        return out, [after[i] for i in moved]
+        reassigned = tuple(i for i, (one, other) in pairs if one is not other)
+        return out, [after[i] for i in reassigned]
 
     refuse_unsupported_dtypes(dynamic, paths)
     for leaf, path in zip(dynamic, paths, strict=True):
@@ -168,7 +168,7 @@ def trace(
     ]
     avals = [jax.eval_shape(materialize, leaf) if is_node(leaf) else leaf for leaf in dynamic]
     jaxpr, (out, _) = jax.make_jaxpr(flat, return_shape=True)(*avals)
-    return TracedFunction(jaxpr, jax.tree.structure(out), moved)
+    return TracedFunction(jaxpr, jax.tree.structure(out), reassigned)
 
 
 def _frozen_arrays(node: Any) -> list[Any]:

@@ -19,18 +19,18 @@ Keys = tuple[str, str, str | None]  # of A, B and magnitude
 def match_factors(matching: Matching, place: Place) -> Callable[[], LowRank] | None:
     """How to make the node of a leaf, or None with the problems noted."""
     try:
-        layout = place.layout()
+        layout = place.torch_layout()
     except CheckpointError as error:
-        return matching.drop(place, str(error))
+        return matching.reject(place, str(error))
     if layout.kind == "vector":
-        return matching.drop(place, f"{place.path!r}: factors of a leaf that is no matrix")
+        return matching.reject(place, f"{place.path!r}: factors of a leaf that is no matrix")
     before = len(matching.problems)
     keys, scales = {}, {}
-    adapted = {i: module for i, module in place.modules.items() if matching.adapts(module)}
+    adapted = {i: module for i, module in place.modules.items() if matching.has_factors(module)}
     for index, module in adapted.items():
         if taken := _take_module(matching, place, layout, module):
             keys[index], scales[index] = taken
-    if len(matching.problems) == before and (other := matching.tied(place, layout)):
+    if len(matching.problems) == before and (other := matching.find_tied(place, layout)):
         _take_tied(matching, place, layout, other, keys[()], scales[()])
     if matching.config["use_dora"] and len(adapted) < len(place.modules):
         matching.problems.append(
@@ -73,11 +73,11 @@ def _take_module(
         return None
     shapes = layout.factor_shapes(rank)
     fit = [
-        matching.fits(place.path, a, shapes[first]),
-        matching.fits(place.path, b, shapes[second]),
+        matching.check_tensor(place.path, a, shapes[first]),
+        matching.check_tensor(place.path, b, shapes[second]),
     ]
     if magnitude is not None:
-        fit.append(matching.fits(place.path, magnitude, layout.magnitude_shape))
+        fit.append(matching.check_tensor(place.path, magnitude, layout.magnitude_shape))
     scale = matching.config.scale(module, rank)
     if (key := keys.get("lora_B.bias")) is not None:
         matching.folds[module] = key, scale
@@ -97,10 +97,10 @@ def _take_tied(
             "other axes"
         )
     elif first is None or second is None:
-        matching.alone(place, other)
+        matching.check_untied(place, other)
     elif not (
-        matching.equal(first, b, turned=True)
-        and matching.equal(second, a, turned=True)
+        matching.is_equal(first, b, turned=True)
+        and matching.is_equal(second, a, turned=True)
         and matching.config.scale(other, matching.shape(first)[0]) == scale
     ):
         matching.problems.append(

@@ -147,16 +147,16 @@ def _match_leaf(matching: Matching, place: Place) -> Callable[[], Any] | None:
     modules = place.modules.values()
     if place.name.kind != "weight":
         return match_whole(matching, place)
-    adapted = any(map(matching.adapts, modules))
+    adapted = any(map(matching.has_factors, modules))
     if place.leaf.ndim > len(find_stack_axes(place.name, place.use)) + 1:
         matching.problems += [
             f"{PREFIX}{module}: no factors, and target_modules names it ({place.path!r})"
             for module in modules
-            if matching.config.targets(module) and not matching.adapts(module)
+            if matching.config.is_target(module) and not matching.has_factors(module)
         ]
     tokens = any(TOKENS in matching.parts.get(module, {}) for module in modules)
     if tokens and adapted:
-        return matching.drop(
+        return matching.reject(
             place, f"{place.path!r}: factors and trainable tokens; a leaf has one adapter"
         )
     match = match_tokens if tokens else match_factors if adapted else match_whole

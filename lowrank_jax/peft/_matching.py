@@ -130,7 +130,7 @@ class Matching:
 
     def is_base_copy(self, place: Place, layout: TorchLayout, key: str) -> bool:
         """Whether a tensor of the file is the leaf, as far as the coarser of the two can say."""
-        if not place.dense or layout.stack or self.shape(key) != layout.weight_shape:
+        if not place.has_values or layout.stack or self.shape(key) != layout.weight_shape:
             return False
         theirs, ours = self.file.read(key), layout.to_weights(to_numpy(place.path, place.leaf))
         narrow = min((theirs.dtype, ours.dtype), key=lambda dtype: dtype.itemsize)
@@ -141,7 +141,7 @@ class Matching:
         key = self.take(module, "base_layer.weight")
         if key is None or not self.check_tensor(place.path, key, layout.weight_shape):
             return
-        if place.dense and not layout.stack and not self.is_base_copy(place, layout, key):
+        if place.has_values and not layout.stack and not self.is_base_copy(place, layout, key):
             self.problems.append(
                 f"{key}: the file's copy of the base is not {place.path!r} of params"
             )

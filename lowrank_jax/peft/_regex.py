@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-MAX_LENGTH, _MAX_DEPTH, _MOST = 1000, 30, 1000
+MAX_LENGTH, _MAX_DEPTH, _MAX_REPEATS = 1000, 30, 1000
 
 _CLASSES: dict[str, Callable[[str], bool]] = {
     "d": str.isdecimal,
@@ -123,7 +123,7 @@ class _Parser:
             raise RegexError("it repeats too often")
         low = int(first or 0)
         high = (int(second) if second else None) if comma else low
-        if max(low, high or 0) > _MOST or (high is not None and high < low):
+        if max(low, high or 0) > _MAX_REPEATS or (high is not None and high < low):
             raise RegexError("it repeats too often, or from more to fewer times")
         return low, high
 

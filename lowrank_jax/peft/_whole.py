@@ -35,14 +35,14 @@ def match_whole(matching: Matching, place: Place) -> Callable[[], Full] | None:
     if not keys and not folds:
         return None
     try:
-        layout = place.layout()
+        layout = place.torch_layout()
     except CheckpointError as error:
-        return matching.drop(place, str(error))
+        return matching.reject(place, str(error))
     found = [*keys.values(), *(key for key, _ in folds.values())]
     fit = [_check_leaf_tensor(matching, place, layout, key) for key in found]
     if not all(fit):
         return None
-    saved = kind != "weight" or any(map(matching.config.saves, place.modules.values()))
+    saved = kind != "weight" or any(map(matching.config.is_saved_whole, place.modules.values()))
     if not saved and all(matching.is_base(place, layout, key) for key in found):
         return None  # frozen copies, as save_embedding_layers keeps them
     if folds and jnp.dtype(place.leaf.dtype).itemsize < 4:
@@ -50,13 +50,13 @@ def match_whole(matching: Matching, place: Place) -> Callable[[], Full] | None:
             f"{place.path!r} is {place.leaf.dtype}, and lora_bias would be rounded into it: cast "
             "the leaf to float32"
         )
-    elif (folds or len(keys) < len(place.modules)) and not place.dense:
+    elif (folds or len(keys) < len(place.modules)) and not place.has_values:
         matching.problems.append(_describe_partial(place))
-    if keys and (other := matching.tied(place, layout)):
+    if keys and (other := matching.find_tied(place, layout)):
         copy = matching.take(other, "weight")
         if copy is None:
-            matching.alone(place, other)
-        elif not matching.equal(copy, keys[()], turned=False):
+            matching.check_untied(place, other)
+        elif not matching.is_equal(copy, keys[()], turned=False):
             matching.problems.append(f"{copy}: not {keys[()]}, and {place.path!r} is one leaf")
     return lambda: _build_full(matching, place, layout, keys, folds)
 
@@ -72,7 +72,7 @@ def _check_leaf_tensor(matching: Matching, place: Place, layout: TorchLayout, ke
     """Whether a tensor has the leaf's shape; a bias [heads, dim] is torch's [heads * dim]."""
     flat = (math.prod(layout.weight_shape),)
     one = layout.kind == "vector" and matching.shape(key) == flat
-    return matching.fits(place.path, key, flat if one else layout.weight_shape)
+    return matching.check_tensor(place.path, key, flat if one else layout.weight_shape)
 
 
 def _build_full(
@@ -101,20 +101,20 @@ def match_tokens(matching: Matching, place: Place) -> Callable[[], Rows] | None:
     """How to make the node of a table of which rows were trained: the file has the rows."""
     module = place.modules.get(())
     key = None if module is None else matching.take(module, TOKENS)
-    rows = None if module is None else matching.config.tokens(module)
+    rows = None if module is None else matching.config.token_rows(module)
     if key is None or rows is None:
-        return matching.drop(
+        return matching.reject(
             place,
             f"{place.path!r}: trainable tokens, of which trainable_token_indices says nothing",
         )
     size, *rest = place.leaf.shape
     if max(rows, default=0) >= size or len(set(rows)) < len(rows):
-        return matching.drop(
+        return matching.reject(
             place, f"{place.path!r}: trainable_token_indices names rows twice, or above {size - 1}"
         )
     if isinstance(place.leaf, jax.ShapeDtypeStruct):
-        return matching.drop(place, _describe_partial(place))
-    if not matching.fits(place.path, key, (len(rows), *rest)):
+        return matching.reject(place, _describe_partial(place))
+    if not matching.check_tensor(place.path, key, (len(rows), *rest)):
         return None
     return lambda: _build_rows(matching, place, key, rows)
 

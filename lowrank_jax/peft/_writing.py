@@ -52,7 +52,7 @@ class _AdapterContents:
     bases: dict[str, Any]
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scales: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
-    saved: set[str] = dataclasses.field(default_factory=set)
+    saved_modules: set[str] = dataclasses.field(default_factory=set)
     biases: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     conv1d: bool = False
@@ -80,7 +80,7 @@ class _AdapterContents:
                 self.biases[module] = value
                 continue
             for owner in filter(None, (module, tied)):
-                self.saved.add(owner)
+                self.saved_modules.add(owner)
                 self._add_tensors(owner, {name.kind: value})
 
     def _add_rows(self, path: str, node: Rows, name: Parameter) -> None:
@@ -163,7 +163,7 @@ def convert_adapter(
     own = {
         "bias": ("lora_only" if only <= adapted else "all") if only else "none",
         "fan_in_fan_out": writing.conv1d,
-        "modules_to_save": sorted(writing.saved) or None,
+        "modules_to_save": sorted(writing.saved_modules) or None,
         "trainable_token_indices": writing.tokens or None,
         "use_dora": _is_dora(nodes),
     }
