@@ -12,7 +12,7 @@ from models import noisy, normal
 import lowrank_jax as lowrank
 from lowrank_jax import _codecs
 from lowrank_jax._codecs import Format
-from lowrank_jax._interpreter.structural import structural
+from lowrank_jax._interpreter.structural import make_structural
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._nodes import methods
 from lowrank_jax._nodes.family import LoHa, get_sizes, get_static_fields
@@ -101,7 +101,7 @@ def test_a_structural_primitive_is_one_row(monkeypatch):
     fn = lambda p, x: jnp.tanh(x @ flip_p.bind(p["w"]))
     params, x = {"w": normal(8, 6)}, normal(3, 8)
     assert lowrank.plan(fn, params, x)["w"].reason.startswith("made_up_flip")
-    monkeypatch.setitem(OPERATIONS, "made_up_flip", structural(lambda eqn, w: w.rev((0,))))
+    monkeypatch.setitem(OPERATIONS, "made_up_flip", make_structural(lambda eqn, w: w.rev((0,))))
     plan = lowrank.plan(fn, params, x)
     assert (plan["w"].op, plan["w"].fan_in, plan["w"].fan_out) == ("dot", (0,), (1,))
     base, lora = lowrank.init(jax.random.key(0), params, lowrank.LoraConfig(rank=2, targets="w"))

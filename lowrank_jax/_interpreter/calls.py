@@ -7,8 +7,8 @@ from typing import Any
 from lowrank_jax._interpreter import control
 from lowrank_jax._interpreter.operation import (
     Operation,
+    OperationTable,
     Source,
-    Table,
     find_forwarded,
     find_sources,
 )
@@ -20,11 +20,11 @@ from lowrank_jax._jax.equations import Scan, ShardMap, While
 
 
 def _survey_call(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
-    with survey.inside(eqn):
+    with survey.enter(eqn):
         return survey.run(equations.get_body(eqn), ins)
 
 
-def _sources_of_call(table: Table, eqn: Any) -> list[Source | None]:
+def _find_call_sources(table: OperationTable, eqn: Any) -> list[Source | None]:
     return find_sources(table, equations.get_body(eqn))
 
 
@@ -32,26 +32,26 @@ def _survey_shard_map(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]
     """Inside, arrays are the parts on one device."""
     inner, _ = jaxprs.split_jaxpr(ShardMap.of(eqn).jaxpr)
     placed = lambda values, atoms: [
-        value.map(lambda view, atom=atom: view.place(atom.aval.shape))
+        value.map(lambda view, atom=atom: view.resize(atom.aval.shape))
         for value, atom in zip(values, atoms, strict=True)
     ]
     return placed(_survey_call(survey, eqn, placed(ins, inner.invars)), eqn.outvars)
 
 
-def _sources_of_shard_map(table: Table, eqn: Any) -> list[Source | None]:
+def _find_shard_map_sources(table: OperationTable, eqn: Any) -> list[Source | None]:
     """Those of its body; what is put together otherwise than it was split is another array."""
     mapping, found = ShardMap.of(eqn), []
     for source, spec in zip(find_sources(table, mapping.jaxpr), mapping.out_specs, strict=True):
         if source is not None:
             number, order = source
             entries = dict(enumerate(mapping.in_specs[number]))
-            if [entries.get(axis) for axis in order] != _entries(spec, len(order)):
+            if [entries.get(axis) for axis in order] != _list_spec_entries(spec, len(order)):
                 source = None
         found.append(source)
     return found
 
 
-def _entries(spec: Any, ndim: int) -> list[Any]:
+def _list_spec_entries(spec: Any, ndim: int) -> list[Any]:
     """The entries of a PartitionSpec, one for each axis."""
     return [*spec, *(None for _ in range(ndim - len(spec)))]
 
@@ -60,18 +60,20 @@ def _entries(spec: Any, ndim: int) -> list[Any]:
 
 
 def _survey_scan(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
-    loop, key = Scan.of(eqn), survey.key(eqn)
+    loop, key = Scan.of(eqn), survey.make_key(eqn)
     fixed = ins[: loop.consts]
-    slices = [value.map(lambda view: view.step(key)) for value in ins[loop.first_slice :]]
+    slices = [value.map(lambda view: view.slice_scan(key)) for value in ins[loop.first_slice :]]
     through = find_forwarded(survey.operations, loop.jaxpr)[: loop.carries]
     constant = [source == loop.consts + i for i, source in enumerate(through)]
-    with survey.inside(eqn):
+    with survey.enter(eqn):
         step = lambda carry: survey.run(loop.jaxpr, [*fixed, *carry, *slices])
-        carry, ys = survey.repeat(eqn, ins[loop.consts : loop.first_slice], constant, step)
-    return [*carry, *(y.map(lambda view: view.collect(key, loop.length)) for y in ys)]
+        carry, ys = survey.find_fixed_point(
+            eqn, ins[loop.consts : loop.first_slice], constant, step
+        )
+    return [*carry, *(y.map(lambda view: view.stack_scan(key, loop.length)) for y in ys)]
 
 
-def _sources_of_scan(table: Table, eqn: Any) -> list[Source | None]:
+def _find_scan_sources(table: OperationTable, eqn: Any) -> list[Source | None]:
     loop = Scan.of(eqn)
     inner = find_sources(table, loop.jaxpr)
     some = loop.length > 0  # no step puts a constant into a carry
@@ -96,23 +98,23 @@ def _survey_while(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     fixed = ins[loop.cond_consts : loop.first_carry]
     through = find_forwarded(survey.operations, loop.body)
     constant = [source == loop.body_consts + i for i, source in enumerate(through)]
-    with survey.inside(eqn):
+    with survey.enter(eqn):
         step = lambda carry: survey.run(loop.body, [*fixed, *carry])
-        carry, _ = survey.repeat(eqn, ins[loop.first_carry :], constant, step)
+        carry, _ = survey.find_fixed_point(eqn, ins[loop.first_carry :], constant, step)
         survey.run(loop.cond, [*ins[: loop.cond_consts], *carry])
     return carry
 
 
 def _survey_cond(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
-    with survey.inside(eqn):
+    with survey.enter(eqn):
         branches = [survey.run(branch, ins[1:]) for branch in equations.get_branches(eqn)]
     outs = [survey.join(eqn, values) for values in zip(*branches, strict=True)]
     return [out.replace(data=out.data or ins[0].data) for out in outs]
 
 
-_JIT = Operation("control", control.evaluate_jit, _survey_call, _sources_of_call)
-_CALL = Operation("control", control.evaluate_call, _survey_call, _sources_of_call)
-_REMAT = Operation("control", control.evaluate_remat, _survey_call, _sources_of_call)
+_JIT = Operation("control", control.evaluate_jit, _survey_call, _find_call_sources)
+_CALL = Operation("control", control.evaluate_call, _survey_call, _find_call_sources)
+_REMAT = Operation("control", control.evaluate_remat, _survey_call, _find_call_sources)
 
 CALLS: dict[str, Operation] = {
     "jit": _JIT,
@@ -121,9 +123,9 @@ CALLS: dict[str, Operation] = {
     "remat2": _REMAT,
     "checkpoint": _REMAT,
     "shard_map": Operation(
-        "control", control.evaluate_shard_map, _survey_shard_map, _sources_of_shard_map
+        "control", control.evaluate_shard_map, _survey_shard_map, _find_shard_map_sources
     ),
-    "scan": Operation("control", control.evaluate_scan, _survey_scan, _sources_of_scan),
+    "scan": Operation("control", control.evaluate_scan, _survey_scan, _find_scan_sources),
     "while": Operation("control", control.evaluate_while, _survey_while),
     "cond": Operation("control", control.evaluate_cond, _survey_cond),
 }

@@ -10,8 +10,8 @@ import jax
 from jax import lax
 
 from lowrank_jax._interpreter.interpret import Context, interpret
-from lowrank_jax._interpreter.operation import find_forwarded, find_forwarded_by
-from lowrank_jax._interpreter.remat import SeenAsDots
+from lowrank_jax._interpreter.operation import find_forwarded, find_forwarded_operands
+from lowrank_jax._interpreter.remat import QuantizedDotPolicy
 from lowrank_jax._jax import equations, jaxprs
 from lowrank_jax._jax.equations import Jit, Scan, ShardMap, While
 from lowrank_jax._jax.types import Equation
@@ -26,14 +26,14 @@ def _is_weight(value: Any) -> bool:
 
 def _reenter(ctx: Context, eqn: Equation, values: list[Any], call: Callable) -> list[Any]:
     """Evaluate the body through call(run, values); a weight returned unchanged stays outside."""
-    body, through = equations.get_body(eqn), find_forwarded_by(ctx.operations, eqn)
+    body, through = equations.get_body(eqn), find_forwarded_operands(ctx.operations, eqn)
     kept = {i: values[j] for i, j in enumerate(through) if j is not None and _is_weight(values[j])}
 
     def run(operands: list[Any]) -> list[Any]:
         outs = interpret(ctx, body, operands)
         return [None if i in kept else out for i, out in enumerate(outs)]
 
-    with ctx.inside(eqn):
+    with ctx.enter(eqn):
         outs = call(run, values)
     return [kept.get(i, out) for i, out in enumerate(outs)]
 
@@ -43,14 +43,14 @@ def evaluate_call(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Slot:
+class _PathSlot:
     """Stands for a weight's path inside a memoized jit, so that equal blocks share one trace."""
 
     number: int
 
 
 @dataclasses.dataclass
-class _Jitted:
+class _JitEntry:
     """A re-entered jit and the context its trace recorded into, by slot."""
 
     ctx: Context
@@ -61,28 +61,28 @@ def evaluate_jit(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """One jax.jit for each (body, structure of weights): equal blocks trace and compile once."""
     if ctx.inline_jit:
         return evaluate_call(ctx, eqn, values)
-    slots: dict[Any, _Slot] = {}  # path outside -> slot
+    slots: dict[Any, _PathSlot] = {}  # path outside -> slot
 
     def enter(leaf: Any) -> Weight:
-        slot = slots.setdefault(leaf.path, _Slot(len(slots)))
-        numbered: Any = ctx.number(leaf)
+        slot = slots.setdefault(leaf.path, _PathSlot(len(slots)))
+        numbered: Any = ctx.number_use(leaf)
         return dataclasses.replace(numbered, path=slot)
 
     operands = [v.map_leaves(enter) if _is_weight(v) else v for v in values]
     paths = {slot: path for path, slot in slots.items()}
-    ctx.count(slots)
+    ctx.count_uses(slots)
     structure = tuple(jax.tree.structure(v) if _is_weight(v) else None for v in operands)
     name = (id(Jit.of(eqn).jaxpr), structure)
     if name not in ctx.memo:
-        ctx.memo[name] = _Jitted(Context(ctx.operations, ctx.refuse, memo=ctx.memo))
+        ctx.memo[name] = _JitEntry(Context(ctx.operations, ctx.refuse, memo=ctx.memo))
     entry = ctx.memo[name]
-    entry.ctx.names = {slot: ctx.name_of(path) for slot, path in paths.items()}
+    entry.ctx.slot_paths = {slot: ctx.resolve_path(path) for slot, path in paths.items()}
     entry.ctx.frame = ctx.frame
 
     def call(run: Callable, operands: list[Any]) -> list[Any]:
         if entry.call is None:
-            entry.call = _named_jit(run, eqn)
-        return _placed(entry.call(operands), eqn)
+            entry.call = _jit_with_name(run, eqn)
+        return _place_results(entry.call(operands), eqn)
 
     outs = _reenter(entry.ctx, eqn, operands, call)
     ctx.records += [
@@ -94,7 +94,7 @@ def evaluate_jit(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return [out.map_leaves(leave) if _is_weight(out) else out for out in outs]
 
 
-def _named_jit(run: Callable, eqn: Equation) -> Callable:
+def _jit_with_name(run: Callable, eqn: Equation) -> Callable:
     """jax.jit under the user's own name."""
 
     def named(operands: list[Any]) -> list[Any]:
@@ -104,10 +104,13 @@ def _named_jit(run: Callable, eqn: Equation) -> Callable:
     return jax.jit(named)
 
 
-def _placed(outs: list[Any], eqn: Equation) -> list[Any]:
+def _place_results(outs: list[Any], eqn: Equation) -> list[Any]:
     """The results of a jit as its out_shardings say; a weight's arrays by the axes they have."""
     shardings = Jit.of(eqn).out_shardings
-    outs = [_laid_out(o, s) if _is_weight(o) else o for o, s in zip(outs, shardings, strict=True)]
+    outs = [
+        _constrain_weight(o, s) if _is_weight(o) else o
+        for o, s in zip(outs, shardings, strict=True)
+    ]
     plain = lambda i: shardings[i] is not None and hasattr(outs[i], "dtype")
     arrays = [i for i in range(len(outs)) if plain(i) and not _is_weight(outs[i])]
     if not arrays:
@@ -117,13 +120,13 @@ def _placed(outs: list[Any], eqn: Equation) -> list[Any]:
     return [placed.get(i, out) for i, out in enumerate(outs)]
 
 
-def _laid_out(weight: Weight, sharding: Any) -> Weight:
+def _constrain_weight(weight: Weight, sharding: Any) -> Weight:
     """A weight whose arrays are split as its own sharding says, where whole parts can be."""
     kind = jax.sharding.AxisType.Explicit
     if not isinstance(sharding, jax.NamedSharding) or kind in sharding.mesh.axis_types:
         return weight
     found = weight.specs(sharding.spec)
-    if found is None or not _divides(sharding.mesh, weight, found):
+    if found is None or not _can_split(sharding.mesh, weight, found):
         return weight
     split = lambda array, spec: lax.with_sharding_constraint(
         array, jax.NamedSharding(sharding.mesh, spec)
@@ -134,7 +137,7 @@ def _laid_out(weight: Weight, sharding: Any) -> Weight:
 def evaluate_remat(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     options = equations.get_remat_options(eqn)
     if options["policy"] is not None:
-        options["policy"] = SeenAsDots(options["policy"])
+        options["policy"] = QuantizedDotPolicy(options["policy"])
     return _reenter(ctx, eqn, values, lambda run, v: jax.checkpoint(run, **options)(v))
 
 
@@ -145,8 +148,8 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         if _is_weight(value):
             whole = value.prepare_split(spec)
             found = whole.specs(spec)
-            if found is None or not _divides(mapping.mesh, whole, found):
-                value = ctx.dense(value, eqn, "it cannot be split so")
+            if found is None or not _can_split(mapping.mesh, whole, found):
+                value = ctx.materialize(value, eqn, "it cannot be split so")
             else:
                 value, spec = whole, found
         specs.append(spec)
@@ -155,7 +158,9 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     def call(run: Callable, operands: list[Any]) -> list[Any]:
         mapped = jax.shard_map(
             lambda *operands: [
-                None if out is None else ctx.dense(out, eqn, "a weight leaves a shard_map changed")
+                None
+                if out is None
+                else ctx.materialize(out, eqn, "a weight leaves a shard_map changed")
                 for out in run(list(operands))
             ],
             mesh=mapping.mesh,
@@ -169,7 +174,7 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return _reenter(ctx, eqn, parts, call)
 
 
-def _divides(mesh: Any, weight: Weight, specs: Any) -> bool:
+def _can_split(mesh: Any, weight: Weight, specs: Any) -> bool:
     """Whether devices can share the arrays of a weight: whole blocks of a quantized one."""
 
     def fits(array: Any, spec: Any) -> bool:
@@ -190,13 +195,13 @@ def evaluate_scan(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         if i < n_consts or (_is_weight(value) and through[i - n_consts] == i):
             fixed[i] = value
         else:
-            carry.append(ctx.dense(value, eqn, "the loop changes it"))
+            carry.append(ctx.materialize(value, eqn, "the loop changes it"))
     moving = [i for i in range(n_consts, first) if i not in fixed]
     slices, rebuild = [], {}
     for i, value in enumerate(values[first:], first):
         parts = value.unstack() if _is_weight(value) else None
         if parts is None:
-            slices.append(ctx.dense(value, eqn, "it cannot be sliced along its leading axis"))
+            slices.append(ctx.materialize(value, eqn, "it cannot be sliced along its leading axis"))
         else:
             slices.append(parts[0])
             rebuild[i] = parts[1]
@@ -214,12 +219,12 @@ def evaluate_scan(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         outs = [
             None
             if i in kept or (i < n_carry and i + n_consts in fixed)
-            else ctx.dense(out, eqn, "it leaves the loop changed")
+            else ctx.materialize(out, eqn, "it leaves the loop changed")
             for i, out in enumerate(outs)
         ]
         return [outs[i - n_consts] for i in moving], outs[n_carry:]
 
-    with ctx.inside(eqn):
+    with ctx.enter(eqn):
         carried, ys = lax.scan(
             step,
             carry,
@@ -255,10 +260,10 @@ def evaluate_while(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
     def step(carried: list[Any]) -> list[Any]:
         outs = interpret(ctx, loop.body, [*body_consts, *full(carried)])
-        return [ctx.dense(outs[i], eqn, "the loop changes it") for i in moving]
+        return [ctx.materialize(outs[i], eqn, "the loop changes it") for i in moving]
 
-    with ctx.inside(eqn):
-        start = [ctx.dense(carry[i], eqn, "the loop changes it") for i in moving]
+    with ctx.enter(eqn):
+        start = [ctx.materialize(carry[i], eqn, "the loop changes it") for i in moving]
         return full(lax.while_loop(condition, step, start))
 
 
@@ -278,14 +283,14 @@ def evaluate_cond(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
             full = [value if _is_weight(value) else next(supply) for value in operands]
             outs = interpret(ctx, body, full)
             return [
-                None if i in kept else ctx.dense(out, eqn, "it leaves a branch")
+                None if i in kept else ctx.materialize(out, eqn, "it leaves a branch")
                 for i, out in enumerate(outs)
             ]
 
         return run
 
     arrays = [value for value in operands if not _is_weight(value)]
-    index = ctx.dense(index, eqn, "it chooses a branch")
-    with ctx.inside(eqn):
+    index = ctx.materialize(index, eqn, "it chooses a branch")
+    with ctx.enter(eqn):
         outs = lax.switch(index, [branch(body) for body in branches], *arrays)
     return [kept.get(i, out) for i, out in enumerate(outs)]

@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from lowrank_jax._interpreter.interpret import Context
-from lowrank_jax._interpreter.operation import Operation, kind_of
-from lowrank_jax._interpreter.structural import one_or_none
-from lowrank_jax._interpreter.survey import Survey, Value, as_number, merge
+from lowrank_jax._interpreter.operation import Operation, get_kind
+from lowrank_jax._interpreter.structural import wrap_result
+from lowrank_jax._interpreter.survey import Survey, Value, clear_if_index, merge_values
 from lowrank_jax._jax import equations, jaxprs
 from lowrank_jax._operators.weight import Weight
 
@@ -37,7 +37,7 @@ def _evaluate_scaled(operation: Callable) -> Callable:
         elif len(axes) == weight.ndim:
             return None  # a mask, say: a number for each entry
         numbers = other.reshape([other.shape[axis] for axis in axes])
-        return one_or_none(weight.scale_axes(numbers, axes, operation))
+        return wrap_result(weight.scale_axes(numbers, axes, operation))
 
     return evaluate
 
@@ -52,7 +52,7 @@ def _survey_scaled(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     mask = axes and len(axes) == len(out_shape)
     if mask or not weight.views or math.prod(shapes[at]) != math.prod(out_shape):
         return survey_other(survey, eqn, ins)
-    survey.take(eqn, other.views)
+    survey.note_read(eqn, other.views)
     scale_axes = lambda view: view.scale_axes(out_shape, axes) if axes else view.reshape(out_shape)
     out = weight.map(scale_axes, other)
     return [out.replace(products=weight.products | other.products, near=weight.near | other.near)]
@@ -64,50 +64,50 @@ def survey_any(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     A function with a derivative of its own, say.
     """
     for body in equations.find_bodies(eqn):
-        taken = [survey.compute(eqn, value) for value in ins]
-        with survey.inside(eqn):
+        taken = [survey.mark_computed(eqn, value) for value in ins]
+        with survey.enter(eqn):
             return survey.run(body, taken)
     return survey_other(survey, eqn, ins)
 
 
 def survey_other(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """An equation that holds no jaxpr: parameters meet in it element by element, or whole."""
-    moving = [value for value in ins if value.moves]
+    moving = [value for value in ins if value.is_activation_like]
     for value in ins:
-        survey.take(eqn, value.views, by_rows=bool(moving))
-    fed = moving or [value for value in ins if value.data and value.empty]
+        survey.note_read(eqn, value.views, by_rows=bool(moving))
+    fed = moving or [value for value in ins if value.data and value.has_no_leaves]
     if fed and _is_opaque(survey, eqn, ins):
-        reached = survey.computed(eqn, ins)
-        survey.pass_over(reached)
+        reached = survey.find_computed(eqn, ins)
+        survey.note_unfollowed(reached)
         if reached:
-            key = survey.register(eqn, [path for path, _ in reached], merge(ins))
+            key = survey.note_product(eqn, [path for path, _ in reached], merge_values(ins))
             moving, ins = fed, [*ins, Value(products=frozenset({key}), near=frozenset({key}))]
     sources = [value for value in ins if value.output] or ins
-    out = merge(ins).replace(
-        computed=() if moving else survey.computed(eqn, sources),
+    out = merge_values(ins).replace(
+        computed=() if moving else survey.find_computed(eqn, sources),
         activation=bool(moving),
         direct=_find_direct(survey, eqn, ins),
     )
-    return [as_number(eqn, out, place) for place in range(len(eqn.outvars))]
+    return [clear_if_index(eqn, out, place) for place in range(len(eqn.outvars))]
 
 
 def _find_direct(survey: Survey, eqn: Any, ins: list[Value]) -> frozenset[Any]:
     """The products that still reach the result directly."""
-    kind = kind_of(survey.operations, eqn)
+    kind = get_kind(survey.operations, eqn)
     if kind == "mix":
-        return merge(ins).direct
-    moving = [value for value in ins if value.moves]
+        return merge_values(ins).direct
+    moving = [value for value in ins if value.is_activation_like]
     zero = lambda atom: isinstance(atom, jaxprs.Literal) and np.all(np.asarray(atom.val) == 0)
     if eqn.primitive.name in ("max", "min") and any(map(zero, eqn.invars)):
         return frozenset()  # relu
     if kind == "unary" or (kind == "shift" and len(moving) == 1):
-        return merge(moving).direct
+        return merge_values(moving).direct
     return frozenset()
 
 
 def _is_opaque(survey: Survey, eqn: Any, ins: list[Value]) -> bool:
     """Whether a primitive may do anything with the parameters it takes, products too."""
-    kind = kind_of(survey.operations, eqn)
+    kind = get_kind(survey.operations, eqn)
     if kind == "opaque":
         return True
     if kind in ("mix", "shift") or eqn.primitive.name.startswith(("scatter", "reduce", "select")):
@@ -129,7 +129,7 @@ def _survey_top_k(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _survey_collective(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Each result is an operand and what other devices have of it."""
-    return [survey.compute(eqn, value) for value in ins]
+    return [survey.mark_computed(eqn, value) for value in ins]
 
 
 _SHIFTS = ("add", "sub", "max", "min", "add_any", "clamp", "scatter-add")

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank_jax._errors import MaterializeError
 from lowrank_jax._interpreter.nesting import Nesting
-from lowrank_jax._interpreter.operation import OTHER, Table
+from lowrank_jax._interpreter.operation import OTHER, OperationTable
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import Equation, Jaxpr
 from lowrank_jax._operators.dense import DenseWeight
@@ -55,72 +55,72 @@ class Context(Nesting):
       inline_jit: evaluate inner jits in place (a dry run needs no memo).
     """
 
-    operations: Table
+    operations: OperationTable
     refuse: bool = False
     records: list[Record] = dataclasses.field(default_factory=list)
     uses: dict[Any, int] = dataclasses.field(default_factory=dict)
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    names: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    slot_paths: dict[Any, Any] = dataclasses.field(default_factory=dict)
     inline_jit: bool = False
 
     def record(self, weight: Weight, eqn: Equation, how: str, reason: str = "") -> None:
         """Note a meeting of one leaf and an equation."""
         for path in expand_path(weight.path):
-            where = self.where(eqn)
+            where = self.locate(eqn)
             self.records.append(Record(path, eqn.primitive.name, how, *where, reason))
 
-    def where(self, eqn: Equation) -> tuple[str, str]:
+    def locate(self, eqn: Equation) -> tuple[str, str]:
         """The user's line and layer of an equation; those inside a jit know only part of it."""
-        layers = filter(None, map(jaxprs.get_user_layer, reversed(self.chain(eqn))))
-        return self.line(eqn), "/".join(layers)
+        layers = filter(None, map(jaxprs.get_user_layer, reversed(self.list_enclosing(eqn))))
+        return self.find_line(eqn), "/".join(layers)
 
-    def built(self, weight: Weight, eqn: Equation) -> Any:
+    def materialize_operand(self, weight: Weight, eqn: Equation) -> Any:
         """The dense array of a weight that meets a larger one: the cheapest there is."""
         for leaf in weight.leaves():
             reason = "a product of two weights builds the smaller"
             self.record(leaf, eqn, "built", reason + leaf.materialize_note)
         return weight.materialize()
 
-    def name_of(self, path: Any) -> Any:
+    def resolve_path(self, path: Any) -> Any:
         """The path of a weight; inside a memoized jit weights carry slots."""
-        return self.names.get(path, path)
+        return self.slot_paths.get(path, path)
 
-    def names_of(self, weight: Weight) -> str:
+    def format_paths(self, weight: Weight) -> str:
         """The paths of a weight's leaves, for messages."""
-        paths = [self.name_of(leaf.path) for leaf in weight.leaves()]
+        paths = [self.resolve_path(leaf.path) for leaf in weight.leaves()]
         return ", ".join(repr(name) for path in paths for name in expand_path(path))
 
-    def use(self, weight: Weight) -> Weight:
+    def begin_use(self, weight: Weight) -> Weight:
         """The weight for its next use."""
-        return weight.map_leaves(self._use_leaf)
+        return weight.map_leaves(self._begin_leaf_use)
 
-    def _use_leaf(self, leaf: Weight) -> Weight:
-        used = self.number(leaf)
-        self.count([leaf.path])
+    def _begin_leaf_use(self, leaf: Weight) -> Weight:
+        used = self.number_use(leaf)
+        self.count_uses([leaf.path])
         return used
 
-    def number(self, leaf: Weight) -> Weight:
+    def number_use(self, leaf: Weight) -> Weight:
         """One leaf for its next use; of one made of several the number is above all of theirs."""
         return leaf.for_use(max(self.uses.get(path, 0) for path in expand_path(leaf.path)))
 
-    def count(self, paths: Iterable[Any]) -> None:
+    def count_uses(self, paths: Iterable[Any]) -> None:
         """One more use of each path."""
         for path in paths:
             each = expand_path(path)
             number = max(self.uses.get(one, 0) for one in each)
             self.uses |= dict.fromkeys(each, number + 1)
 
-    def dense(self, value: Any, eqn: Equation, reason: str) -> Any:
+    def materialize(self, value: Any, eqn: Equation, reason: str) -> Any:
         """The dense array of a weight that no rule serves here, said aloud."""
         if not isinstance(value, Weight):
             return value
         if not value.leaves():  # of joined weights nothing but plain arrays is left
             return value.materialize()
         if self.refuse:
-            line, layer = self.where(eqn)
+            line, layer = self.locate(eqn)
             where = f" (in {layer})" if layer else ""
             raise MaterializeError(
-                f"the weight {self.names_of(value)} would have to be built densely at "
+                f"the weight {self.format_paths(value)} would have to be built densely at "
                 f"{eqn.primitive.name!r}, {line}{where}: {reason}. Exclude the "
                 "leaf from the targets, or lift with fallback='warn' to let it be built"
             )
@@ -128,11 +128,11 @@ class Context(Nesting):
             self.record(leaf, eqn, "materialized", reason + leaf.materialize_note)
         return value.materialize()
 
-    def returned(self, weight: Weight) -> Any:
+    def materialize_result(self, weight: Weight) -> Any:
         """The dense array of a weight that is a result of the whole function."""
         if self.refuse and weight.leaves():
             raise MaterializeError(
-                f"the function returns the weight {self.names_of(weight)} itself, which would be "
+                f"the function returns the weight {self.format_paths(weight)} itself, which would be "
                 "built densely; return what you need of it, or lift with fallback='warn'"
             )
         for leaf in weight.leaves():
@@ -147,12 +147,12 @@ def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Evaluate a (closed) jaxpr on arrays and weights; results may be weights too."""
     inner, consts = jaxprs.split_jaxpr(jaxpr)
     env = dict(zip(jaxprs.get_input_vars(jaxpr), [*consts, *args], strict=True))
-    last = _last_uses(inner)
+    last = _find_last_uses(inner)
     read = lambda atom: atom.val if isinstance(atom, jaxprs.Literal) else env[atom]
     for number, eqn in enumerate(inner.eqns):
         values = [read(atom) for atom in eqn.invars]
         if any(isinstance(value, Weight) for value in values):
-            outs = _apply(ctx, eqn, values)
+            outs = _apply_rule(ctx, eqn, values)
         else:
             outs = jaxprs.bind(eqn, values)
         for var, out in zip(eqn.outvars, outs, strict=True):
@@ -162,7 +162,7 @@ def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     return [read(atom) for atom in inner.outvars]
 
 
-def _apply(ctx: Context, eqn: Equation, values: list[Any]) -> Sequence[Any]:
+def _apply_rule(ctx: Context, eqn: Equation, values: list[Any]) -> Sequence[Any]:
     """Apply the rule of an equation that meets weights, or bind it on their dense arrays."""
     rule = ctx.operations.get(eqn.primitive.name, OTHER).evaluate
     try:
@@ -175,20 +175,20 @@ def _apply(ctx: Context, eqn: Equation, values: list[Any]) -> Sequence[Any]:
         reason = (
             "no rule for this primitive" if rule is None else "its rule does not cover this form"
         )
-        return jaxprs.bind(eqn, [ctx.dense(value, eqn, reason) for value in values])
+        return jaxprs.bind(eqn, [ctx.materialize(value, eqn, reason) for value in values])
     except MaterializeError:
         raise
     except Exception as error:
-        _annotate(ctx, eqn, values, error)
+        _annotate_error(ctx, eqn, values, error)
         raise
 
 
-def _annotate(ctx: Context, eqn: Equation, values: list[Any], error: Exception) -> None:
+def _annotate_error(ctx: Context, eqn: Equation, values: list[Any], error: Exception) -> None:
     """Say in the error where in the user's model it arose."""
     if getattr(error, "_lowrank_noted", False):
         return
-    names = sorted({ctx.names_of(v) for v in values if isinstance(v, Weight)})
-    line, layer = ctx.where(eqn)
+    names = sorted({ctx.format_paths(v) for v in values if isinstance(v, Weight)})
+    line, layer = ctx.locate(eqn)
     where = f" in layer {layer!r}" if layer else ""
     error.add_note(
         f"lowrank: while evaluating {eqn.primitive.name!r} at {line}{where} with "
@@ -198,7 +198,7 @@ def _annotate(ctx: Context, eqn: Equation, values: list[Any], error: Exception) 
         error._lowrank_noted = True  # type: ignore[attr-defined]
 
 
-def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
+def _find_last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
     """Equation number -> variables not needed after it, so that eager values are freed."""
     seen = {atom for atom in jaxpr.outvars if not isinstance(atom, jaxprs.Literal)}
     last: dict[int, list[Any]] = {}

@@ -21,7 +21,7 @@ class Nesting:
     frame: tuple[Any, ...] = dataclasses.field(default=(), kw_only=True)
 
     @contextlib.contextmanager
-    def inside(self, eqn: Equation):
+    def enter(self, eqn: Equation):
         """Interpret the body of an equation: messages and uses know where they are."""
         before = self.frame
         self.frame = (*before, eqn)
@@ -30,10 +30,12 @@ class Nesting:
         finally:
             self.frame = before
 
-    def chain(self, eqn: Equation) -> list[Any]:
+    def list_enclosing(self, eqn: Equation) -> list[Any]:
         """An equation and those around it, innermost first."""
         return [eqn, *reversed(self.frame)]
 
-    def line(self, eqn: Equation) -> str:
+    def find_line(self, eqn: Equation) -> str:
         """The user's source line of an equation; one inside a jit knows only that around it."""
-        return next(filter(None, map(jaxprs.find_user_line, self.chain(eqn))), "an unknown line")
+        return next(
+            filter(None, map(jaxprs.find_user_line, self.list_enclosing(eqn))), "an unknown line"
+        )

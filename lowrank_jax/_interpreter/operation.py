@@ -38,54 +38,54 @@ class Operation:
     kind: str = "other"
     evaluate: Callable[[Any, Any, list[Any]], Sequence[Any] | None] | None = None
     survey: Callable[[Any, Any, list[Any]], Sequence[Any]] | None = None
-    sources: Callable[[Table, Any], list[Source | None]] | None = None
+    sources: Callable[[OperationTable, Any], list[Source | None]] | None = None
 
 
-Table = Mapping[str, Operation]  # by the primitive's name
+OperationTable = Mapping[str, Operation]  # by the primitive's name
 
 OTHER = Operation()
 
 
-def kind_of(table: Table, eqn: Equation) -> str:
+def get_kind(table: OperationTable, eqn: Equation) -> str:
     """The kind of an equation's primitive."""
     return table.get(eqn.primitive.name, OTHER).kind
 
 
-def find_forwarded(table: Table, jaxpr: Jaxpr) -> list[int | None]:
+def find_forwarded(table: OperationTable, jaxpr: Jaxpr) -> list[int | None]:
     """For each result of a jaxpr, the input that it is, unchanged, or None.
 
     NNX returns its parameters from jit, remat and scan; knowing that they are the ones that came in
     keeps a stack of weights from being written again.
     """
-    return _without_transposed(find_sources(table, jaxpr))
+    return _drop_transposed(find_sources(table, jaxpr))
 
 
-def find_forwarded_by(table: Table, eqn: Equation) -> list[int | None]:
+def find_forwarded_operands(table: OperationTable, eqn: Equation) -> list[int | None]:
     """For each result of an equation, the operand that it is, unchanged, or None."""
-    return _without_transposed(_sources_of(table, eqn))
+    return _drop_transposed(_find_eqn_sources(table, eqn))
 
 
-def find_sources(table: Table, jaxpr: Jaxpr) -> list[Source | None]:
+def find_sources(table: OperationTable, jaxpr: Jaxpr) -> list[Source | None]:
     """For each result of a jaxpr, the input that it is but for a transposition, or None."""
     inner, _ = jaxprs.split_jaxpr(jaxpr)
     whole = lambda var: tuple(range(len(var.aval.shape)))
     source: dict[Any, Source] = {var: (i, whole(var)) for i, var in enumerate(inner.invars)}
     known = lambda atom: None if isinstance(atom, jaxprs.Literal) else source.get(atom)
     for eqn in inner.eqns:
-        for var, found in zip(eqn.outvars, _sources_of(table, eqn), strict=True):
+        for var, found in zip(eqn.outvars, _find_eqn_sources(table, eqn), strict=True):
             before = None if found is None else known(eqn.invars[found[0]])
             if found is not None and before is not None:
                 source[var] = (before[0], tuple(before[1][axis] for axis in found[1]))
     return [known(atom) for atom in inner.outvars]
 
 
-def _sources_of(table: Table, eqn: Equation) -> list[Source | None]:
+def _find_eqn_sources(table: OperationTable, eqn: Equation) -> list[Source | None]:
     """For each result of an equation, the operand that it is but for a transposition, or None."""
     sources = table.get(eqn.primitive.name, OTHER).sources
     return [None] * len(eqn.outvars) if sources is None else sources(table, eqn)
 
 
-def _without_transposed(sources: list[Source | None]) -> list[int | None]:
+def _drop_transposed(sources: list[Source | None]) -> list[int | None]:
     """The numbers of those that are not transposed."""
     return [
         found[0] if found is not None and found[1] == tuple(range(len(found[1]))) else None

@@ -11,8 +11,8 @@ from jax import lax
 
 from lowrank_jax._interpreter.interpret import Context
 from lowrank_jax._interpreter.operation import Operation
-from lowrank_jax._interpreter.structural import is_first_alone, one_or_none
-from lowrank_jax._interpreter.survey import Survey, Value, merge
+from lowrank_jax._interpreter.structural import is_only_first_weight, wrap_result
+from lowrank_jax._interpreter.survey import Survey, Value, merge_values
 from lowrank_jax._jax import equations
 from lowrank_jax._jax.equations import Dot, RaggedDot
 from lowrank_jax._operators.weight import Weight
@@ -23,63 +23,67 @@ Out = Sequence[Any] | None
 # Evaluation
 
 
-def _keep_larger(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
+def _materialize_smaller(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
     """Of two weights that meet, build the smaller: the only way, and so not a fallback."""
     left, right = values[:2]
     if isinstance(left, Weight) and isinstance(right, Weight):
         if math.prod(left.shape) <= math.prod(right.shape):
-            left = ctx.built(left, eqn)
+            left = ctx.materialize_operand(left, eqn)
         else:
-            right = ctx.built(right, eqn)
+            right = ctx.materialize_operand(right, eqn)
     return [left, right, *values[2:]]
 
 
-def _recorded(ctx: Context, eqn: Any, weight: Weight, out: Any) -> Out:
+def _record_product(ctx: Context, eqn: Any, weight: Weight, out: Any) -> Out:
     """The result of a product, noted for the report."""
     if out is not None and not isinstance(out, Weight):
         for leaf in weight.leaves():
             ctx.record(leaf, eqn, leaf.product_kind)
-    return one_or_none(out)
+    return wrap_result(out)
 
 
 def _evaluate_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    left, right = _keep_larger(ctx, eqn, values)
+    left, right = _materialize_smaller(ctx, eqn, values)
     on_left = isinstance(left, Weight)
     weight, other = (left, right) if on_left else (right, left)
     numbers, options = Dot.of(eqn)
-    return _recorded(ctx, eqn, weight, ctx.use(weight).dot(other, numbers, on_left, options))
+    return _record_product(
+        ctx, eqn, weight, ctx.begin_use(weight).dot(other, numbers, on_left, options)
+    )
 
 
 def _evaluate_ragged_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    left, right, sizes = _keep_larger(ctx, eqn, values)
+    left, right, sizes = _materialize_smaller(ctx, eqn, values)
     numbers, options, group_offset = RaggedDot.of(eqn)
     if not isinstance(right, Weight) or isinstance(sizes, Weight) or group_offset is not None:
         return None
-    out = ctx.use(right).ragged_dot(left, sizes, numbers, options)
-    return _recorded(ctx, eqn, right, out)
+    out = ctx.begin_use(right).ragged_dot(left, sizes, numbers, options)
+    return _record_product(ctx, eqn, right, out)
 
 
 def _evaluate_conv(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    left, right = _keep_larger(ctx, eqn, values)
+    left, right = _materialize_smaller(ctx, eqn, values)
     if not isinstance(right, Weight):
         return None
-    return _recorded(ctx, eqn, right, ctx.use(right).conv(left, equations.get_conv_options(eqn)))
+    return _record_product(
+        ctx, eqn, right, ctx.begin_use(right).conv(left, equations.get_conv_options(eqn))
+    )
 
 
 def _evaluate_gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    if not is_first_alone(values):
+    if not is_only_first_weight(values):
         return None
     weight, options = values[0], equations.get_gather_options(eqn)
-    indices, options = _without_whole_axes(weight.shape, values[1], options)
+    indices, options = _drop_whole_axes(weight.shape, values[1], options)
     if not indices.shape[-1]:  # nothing is chosen: as many copies as there are indices
         shape = equations.get_result_shape(eqn)
         axes = [*map(int, options["dimension_numbers"].offset_dims)]
         bound = lambda array: lax.broadcast_in_dim(array, shape, axes)
-        return one_or_none(weight.broadcast(shape, axes, bound))
-    return _recorded(ctx, eqn, weight, weight.gather(indices, options))
+        return wrap_result(weight.broadcast(shape, axes, bound))
+    return _record_product(ctx, eqn, weight, weight.gather(indices, options))
 
 
-def _without_whole_axes(
+def _drop_whole_axes(
     shape: Sequence[int], indices: Any, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Leave out of the indices those of axes that are read whole, which are clamped to 0.
@@ -103,39 +107,43 @@ def _without_whole_axes(
 
 # Survey
 
-Roles = tuple[Sequence[int], Sequence[int], Sequence[int]]  # contracted, batch and free axes
+OperandAxes = tuple[Sequence[int], Sequence[int], Sequence[int]]  # contracted, batch and free axes
 
 
 def _survey_product(
-    survey: Survey, eqn: Any, ins: Sequence[Value], roles: Sequence[Roles | None], op: str = "dot"
+    survey: Survey,
+    eqn: Any,
+    ins: Sequence[Value],
+    roles: Sequence[OperandAxes | None],
+    op: str = "dot",
 ) -> list[Value]:
     """A product whose operands have these roles; None: that operand is no weight."""
     left, right = ins
-    fed = max(left.rank, right.rank) > 0  # by data, not by parameters alone
+    fed = max(left.data_rank, right.data_rank) > 0  # by data, not by parameters alone
     sizes = [math.prod(atom.aval.shape) for atom in eqn.invars]
     # of two parameters the smaller is as the input, if no product with data follows
-    input_is = None if fed or right.empty or left.empty else sizes[0] > sizes[1]
-    key, found = survey.key(eqn), []
+    input_is = None if fed or right.has_no_leaves or left.has_no_leaves else sizes[0] > sizes[1]
+    key, found = survey.make_key(eqn), []
     for at, (value, mine) in enumerate(zip(ins, roles, strict=True)):
         other = ins[1 - at]
-        if value.rank > other.rank and not other.empty:
-            survey.take(eqn, value.views)
+        if value.data_rank > other.data_rank and not other.has_no_leaves:
+            survey.note_read(eqn, value.views)
             continue
         if mine is None:  # the input of a convolution, the rows of a ragged product
-            value, mine = survey.compute(eqn, value), ((), (), ())
-        value = survey.compute(eqn, value, lambda v, mine=mine: v.is_masked(mine[0], mine[2]))
+            value, mine = survey.mark_computed(eqn, value), ((), (), ())
+        value = survey.mark_computed(eqn, value, lambda v, mine=mine: v.is_masked(mine[0], mine[2]))
         for view in value.views:
-            known = view.product(op, *mine, provisional=not fed)
-            survey.note(view.path, key, survey.describe(eqn), None if at == input_is else known)
+            known = view.find_product_roles(op, *mine, provisional=not fed)
+            survey.note_use(view.path, key, survey.describe(eqn), None if at == input_is else known)
         if fed:
-            survey.pass_over(value.computed)
+            survey.note_unfollowed(value.computed)
         found += [view.path for view in value.views] + [path for path, _ in value.computed]
-    out = merge(ins).replace(activation=fed, direct=frozenset())
+    out = merge_values(ins).replace(activation=fed, direct=frozenset())
     if found and fed:
-        own = frozenset({survey.register(eqn, found, out)})
+        own = frozenset({survey.note_product(eqn, found, out)})
         return [out.replace(products=out.products | own, direct=own, near=own, output=False)]
     if not fed:
-        out = out.replace(computed=survey.computed(eqn, ins, views=False), output=bool(found))
+        out = out.replace(computed=survey.find_computed(eqn, ins, views=False), output=bool(found))
     return [out]
 
 
@@ -180,7 +188,7 @@ def _survey_gather(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     # the rows of a matrix are vectors: no product can take them as a weight
     rows = [view for view in out.views if view.looked_up and view.has_vectors()]
     if rows:
-        survey.take(eqn, rows)
+        survey.note_read(eqn, rows)
         rest = tuple(view for view in out.views if view not in rows)
         out = out.replace(views=rest, activation=out.activation or indices.data)
     return [out]

@@ -14,7 +14,7 @@ from lowrank_jax._primitives.quantized_dot import quantized_dot_p
 
 
 @dataclasses.dataclass(frozen=True)
-class SeenAsDots:
+class QuantizedDotPolicy:
     """A policy that asks another about products of quantized weights as about plain ones."""
 
     policy: Callable[..., Any]
@@ -56,4 +56,4 @@ def checkpoint_policy(policy: Callable[..., Any]) -> Callable[..., Any]:
     >>> policy = lowrank.checkpoint_policy(jax.checkpoint_policies.dots_saveable)
     >>> step = jax.checkpoint(lowrank.lift(lambda p, x: x @ p["w"]), policy=policy)
     """
-    return policy if isinstance(policy, SeenAsDots) else SeenAsDots(policy)
+    return policy if isinstance(policy, QuantizedDotPolicy) else QuantizedDotPolicy(policy)

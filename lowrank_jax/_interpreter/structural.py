@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._interpreter.interpret import Context
-from lowrank_jax._interpreter.operation import Operation, Table
-from lowrank_jax._interpreter.survey import Survey, Value, as_number, merge
+from lowrank_jax._interpreter.operation import Operation, OperationTable
+from lowrank_jax._interpreter.survey import Survey, Value, clear_if_index, merge_values
 from lowrank_jax._jax import equations, jaxprs
 from lowrank_jax._jax.equations import Slice, Split
 from lowrank_jax._operators.joined import ConcatenatedWeight
@@ -26,7 +26,7 @@ from lowrank_jax._operators.weight import Weight
 Out = Sequence[Any] | None
 
 
-def one_or_none(result: Any) -> Out:
+def wrap_result(result: Any) -> Out:
     """The one result of an equation, or None."""
     return None if result is None else [result]
 
@@ -36,16 +36,16 @@ def all_or_none(results: list[Any]) -> Out:
     return None if any(result is None for result in results) else results
 
 
-def is_first_alone(values: list[Any]) -> bool:
+def is_only_first_weight(values: list[Any]) -> bool:
     """Whether the first operand is the only weight."""
     return isinstance(values[0], Weight) and not any(isinstance(v, Weight) for v in values[1:])
 
 
-def structural(arrange: Callable[[Any, Any], Any], **more: Any) -> Operation:
+def make_structural(arrange: Callable[[Any, Any], Any], **more: Any) -> Operation:
     """An operation on one operand: arrange(equation, weight or view)."""
 
     def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-        return one_or_none(arrange(eqn, values[0])) if len(values) == 1 else None
+        return wrap_result(arrange(eqn, values[0])) if len(values) == 1 else None
 
     def survey(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
         return [ins[0].map(lambda view: arrange(eqn, view), *ins[1:])]
@@ -53,7 +53,7 @@ def structural(arrange: Callable[[Any, Any], Any], **more: Any) -> Operation:
     return Operation("structural", evaluate, survey, **more)
 
 
-def divided(arrange: Callable[[Any, Any], list[Any]]) -> Operation:
+def make_splitting(arrange: Callable[[Any, Any], list[Any]]) -> Operation:
     """An operation on one operand with several results: arrange(equation, weight or view)."""
 
     def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
@@ -73,7 +73,7 @@ def _transpose(eqn: Any, w: Any) -> Any:
     return w.transpose(equations.get_permutation(eqn))
 
 
-def _source_of_transpose(table: Table, eqn: Any) -> list[Any]:
+def _find_transpose_source(table: OperationTable, eqn: Any) -> list[Any]:
     return [(0, equations.get_permutation(eqn))]
 
 
@@ -83,7 +83,7 @@ def _reshape(eqn: Any, w: Any) -> Any:
     return w if w is None else w.reshape(equations.get_result_shape(eqn))
 
 
-def _with_or_without_ones(eqn: Any, w: Any) -> Any:
+def _reshape_ones(eqn: Any, w: Any) -> Any:
     return w.reshape(equations.get_result_shape(eqn))
 
 
@@ -117,18 +117,18 @@ def _unstack(eqn: Any, w: Any) -> list[Any]:
 
 
 def _evaluate_convert(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    return one_or_none(values[0].astype(equations.get_new_dtype(eqn)))
+    return wrap_result(values[0].astype(equations.get_new_dtype(eqn)))
 
 
 def _survey_convert(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Only casts among floating dtypes leave a weight a weight."""
     if jnp.issubdtype(equations.get_new_dtype(eqn), jnp.floating):
         return ins
-    return [as_number(eqn, survey.compute(eqn, ins[0]))]
+    return [clear_if_index(eqn, survey.mark_computed(eqn, ins[0]))]
 
 
 def _evaluate_dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    if not is_first_alone(values):
+    if not is_only_first_weight(values):
         return None
     weight, starts = values[0], values[1 : 1 + values[0].ndim]
     sizes = equations.get_slice_sizes(eqn)
@@ -140,7 +140,7 @@ def _evaluate_dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
                 array = _take_dynamic_slice(array, starts[axis], sizes[axis], where[axis])
         return array
 
-    return one_or_none(weight.index(take, {axis: sizes[axis] for axis in parts}, parts))
+    return wrap_result(weight.index(take, {axis: sizes[axis] for axis in parts}, parts))
 
 
 def _take_dynamic_slice(array: Any, start: Any, size: int, axis: int) -> Any:
@@ -179,17 +179,19 @@ def _survey_concatenate(survey: Survey, eqn: Any, ins: list[Value]) -> list[Valu
         place = lambda view, offset=offset: view.join(axis, shape, offset)
         parts.append(value.map(place))
         offset += atom.aval.shape[axis]
-    return _join(survey, eqn, ins, parts)
+    return _survey_joined(survey, eqn, ins, parts)
 
 
-def _join(survey: Survey, eqn: Any, ins: list[Value], parts: list[Value]) -> list[Value]:
+def _survey_joined(survey: Survey, eqn: Any, ins: list[Value], parts: list[Value]) -> list[Value]:
     """Parts beside each other: each leaf is followed; an activation among them makes one of all."""
-    if any(value.moves for value in ins):
+    if any(value.is_activation_like for value in ins):
         for value in ins:
-            survey.take(eqn, value.views)
-        return [merge(ins).replace(activation=True)]
+            survey.note_read(eqn, value.views)
+        return [merge_values(ins).replace(activation=True)]
     views = tuple(view for value in parts for view in value.views)
-    return [merge(ins).replace(views=views, computed=survey.computed(eqn, ins, views=False))]
+    return [
+        merge_values(ins).replace(views=views, computed=survey.find_computed(eqn, ins, views=False))
+    ]
 
 
 def _evaluate_stack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
@@ -207,13 +209,13 @@ def _survey_stack(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
         value.map(lambda view, at=at: view.broadcast(one, kept).join(axis, shape, at))
         for at, value in enumerate(ins)
     ]
-    return _join(survey, eqn, ins, parts)
+    return _survey_joined(survey, eqn, ins, parts)
 
 
 def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Padding around a weight is joined to it."""
     edges = equations.get_padding(eqn)
-    if not is_first_alone(values) or any(min(edge) < 0 or edge[2] for edge in edges):
+    if not is_only_first_weight(values) or any(min(edge) < 0 or edge[2] for edge in edges):
         return None
     weight, value = values
     for axis, (low, high, _) in enumerate(edges):
@@ -226,43 +228,45 @@ def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 def _survey_pad(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     parts = [ins[0].map(lambda view: view.pad(equations.get_padding(eqn))), Value()]
-    survey.take(eqn, ins[1].views)
-    return _join(survey, eqn, [ins[0], ins[1].replace(views=())], parts)
+    survey.note_read(eqn, ins[1].views)
+    return _survey_joined(survey, eqn, [ins[0], ins[1].replace(views=())], parts)
 
 
 # Operations that keep every element where it is
 
 
-def _same(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_identity(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     """Each result is an operand."""
     return ins
 
 
-def _identity(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_on_base(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Copies, names and sharding constraints say something of the base alone."""
     moved = values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0], base_only=True)
-    return one_or_none(moved)
+    return wrap_result(moved)
 
 
-def _constraint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_constraint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """What is said of how the whole lies is not said of the parts of joined weights."""
-    return values if isinstance(values[0], ConcatenatedWeight) else _identity(ctx, eqn, values)
+    return (
+        values if isinstance(values[0], ConcatenatedWeight) else _evaluate_on_base(ctx, eqn, values)
+    )
 
 
-def _device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """A move of one weight is a move of its base, to the memory of the host or of the device."""
     if len(values) > 1:
         return None
     (weight,), (target,) = values, equations.get_devices(eqn)
     if jaxprs.is_host(target):
-        return one_or_none(weight.transfer_base(jaxprs.to_host))
+        return wrap_result(weight.transfer_base(jaxprs.to_host))
     moved = weight.transfer_base(jaxprs.to_device)
     if moved is None or isinstance(target, jax.memory.Space):
-        return one_or_none(moved)
-    return _identity(ctx, eqn, [moved])
+        return wrap_result(moved)
+    return _evaluate_on_base(ctx, eqn, [moved])
 
 
-def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """Each array is laid out as the axes of the weight that it runs along."""
     wanted = equations.get_new_sharding(eqn)
 
@@ -270,51 +274,51 @@ def _reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
         sharding = type(wanted)(wanted.mesh, spec, memory_kind=wanted.memory_kind)
         return equations.bind_reshard(eqn, array, sharding)
 
-    return one_or_none(values[0].reshard(wanted.spec, move))
+    return wrap_result(values[0].reshard(wanted.spec, move))
 
 
-def _stop_gradient(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    return one_or_none(values[0].stop_gradient())
+def _evaluate_stop_gradient(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return wrap_result(values[0].stop_gradient())
 
 
-def _everywhere(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_on_all(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     """reduce_precision acts on the base and on the factors."""
-    return one_or_none(values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0]))
+    return wrap_result(values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0]))
 
 
-def _barrier(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_barrier(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return list(lax.optimization_barrier(tuple(values)))
 
 
-def _negate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
-    return one_or_none(values[0].multiply(-1.0, lambda array, scalar: array * scalar))
+def _evaluate_negate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    return wrap_result(values[0].multiply(-1.0, lambda array, scalar: array * scalar))
 
 
 STRUCTURAL: dict[str, Operation] = {
-    "transpose": structural(_transpose, sources=_source_of_transpose),
-    "reshape": structural(_reshape),
-    "squeeze": structural(_with_or_without_ones),
-    "expand_dims": structural(_with_or_without_ones),
-    "broadcast_in_dim": structural(_broadcast_in_dim),
-    "slice": structural(_slice),
-    "rev": structural(_rev),
-    "split": divided(_split),
-    "unstack": divided(_unstack),
+    "transpose": make_structural(_transpose, sources=_find_transpose_source),
+    "reshape": make_structural(_reshape),
+    "squeeze": make_structural(_reshape_ones),
+    "expand_dims": make_structural(_reshape_ones),
+    "broadcast_in_dim": make_structural(_broadcast_in_dim),
+    "slice": make_structural(_slice),
+    "rev": make_structural(_rev),
+    "split": make_splitting(_split),
+    "unstack": make_splitting(_unstack),
     "convert_element_type": Operation("structural", _evaluate_convert, _survey_convert),
     "dynamic_slice": Operation("structural", _evaluate_dynamic_slice, _survey_dynamic_slice),
     "concatenate": Operation("structural", _evaluate_concatenate, _survey_concatenate),
     "stack": Operation("structural", _evaluate_stack, _survey_stack),
     "pad": Operation("structural", _evaluate_pad, _survey_pad),
-    "copy": Operation("structural", _identity, _same),
-    "name": Operation("structural", _identity, _same),
-    "pvary": Operation("structural", _identity, _same),
-    "reduced_vary_cast": Operation("structural", _identity, _same),
-    "sharding_constraint": Operation("structural", _constraint, _same),
-    "layout_constraint": Operation("structural", _constraint, _same),
-    "device_put": Operation("structural", _device_put, _same),
-    "reshard": Operation("structural", _reshard, _same),
-    "stop_gradient": Operation("structural", _stop_gradient, _same),
-    "reduce_precision": Operation("structural", _everywhere, _same),
-    "optimization_barrier": Operation("structural", _barrier, _same),
-    "neg": Operation("structural", _negate, _same),
+    "copy": Operation("structural", _evaluate_on_base, _survey_identity),
+    "name": Operation("structural", _evaluate_on_base, _survey_identity),
+    "pvary": Operation("structural", _evaluate_on_base, _survey_identity),
+    "reduced_vary_cast": Operation("structural", _evaluate_on_base, _survey_identity),
+    "sharding_constraint": Operation("structural", _evaluate_constraint, _survey_identity),
+    "layout_constraint": Operation("structural", _evaluate_constraint, _survey_identity),
+    "device_put": Operation("structural", _evaluate_device_put, _survey_identity),
+    "reshard": Operation("structural", _evaluate_reshard, _survey_identity),
+    "stop_gradient": Operation("structural", _evaluate_stop_gradient, _survey_identity),
+    "reduce_precision": Operation("structural", _evaluate_on_all, _survey_identity),
+    "optimization_barrier": Operation("structural", _evaluate_barrier, _survey_identity),
+    "neg": Operation("structural", _evaluate_negate, _survey_identity),
 }

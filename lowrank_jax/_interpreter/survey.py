@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._interpreter.nesting import Nesting
-from lowrank_jax._interpreter.operation import OTHER, Table
+from lowrank_jax._interpreter.operation import OTHER, OperationTable
 from lowrank_jax._interpreter.views import Roles, View
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import Equation, Jaxpr
@@ -50,21 +50,21 @@ class Value:
     near: frozenset[Key] = frozenset()
 
     @property
-    def rank(self) -> int:
+    def data_rank(self) -> int:
         """Of two operands of a product, that of the lower rank is the weight; 0 is of no data."""
         if self.activation:
             return 3
-        if self.data and self.empty:
+        if self.data and self.has_no_leaves:
             return 2
-        return int(self.moves or (self.data and bool(self.computed)))
+        return int(self.is_activation_like or (self.data and bool(self.computed)))
 
     @property
-    def empty(self) -> bool:
+    def has_no_leaves(self) -> bool:
         """Whether it holds nothing of any leaf."""
         return not self.views and not self.computed
 
     @property
-    def moves(self) -> bool:
+    def is_activation_like(self) -> bool:
         """Whether it is an activation, or rows that data chose."""
         return self.activation or (self.data and any(view.looked_up for view in self.views))
 
@@ -96,7 +96,7 @@ class Survey(Nesting):
       constants_are_data: no argument is, so the function closes over its data.
     """
 
-    operations: Table
+    operations: OperationTable
     uses: dict[str, dict[Key, tuple[list[Roles], str]]] = dataclasses.field(default_factory=dict)
     unfollowed: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: dict[Key, set[str]] = dataclasses.field(default_factory=dict)
@@ -111,7 +111,7 @@ class Survey(Nesting):
         """The values of the results of a jaxpr."""
         inner, consts = jaxprs.split_jaxpr(jaxpr)
         binders = jaxprs.get_input_vars(jaxpr)
-        constant = lambda var: argument(var.aval) if self.constants_are_data else Value()
+        constant = lambda var: make_argument_value(var.aval) if self.constants_are_data else Value()
         values = [*map(constant, binders[: len(consts)]), *args]
         env = dict(zip(binders, values, strict=True))
         read = lambda atom: Value() if isinstance(atom, jaxprs.Literal) else env[atom]
@@ -122,41 +122,43 @@ class Survey(Nesting):
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in inner.outvars]
 
-    def key(self, eqn: Equation) -> Key:
+    def make_key(self, eqn: Equation) -> Key:
         """The name of an equation where it stands."""
         return (*map(id, self.frame), id(eqn))
 
     def describe(self, eqn: Equation) -> str:
         """The primitive and the user's source line."""
-        key = self.key(eqn)
+        key = self.make_key(eqn)
         if key not in self.texts:
-            self.texts[key] = f"{eqn.primitive.name} at {self.line(eqn)}"
+            self.texts[key] = f"{eqn.primitive.name} at {self.find_line(eqn)}"
         return self.texts[key]
 
-    def note(self, path: str, key: Key, text: str, roles: Roles | None) -> None:
+    def note_use(self, path: str, key: Key, text: str, roles: Roles | None) -> None:
         """Note a use of a leaf."""
         if not self.silent:
             found, _ = self.uses.setdefault(path, {}).setdefault(key, ([], text))
             if roles is not None and roles not in found:
                 found.append(roles)
 
-    def take(self, eqn: Equation, views: Iterable[View], by_rows: bool = True) -> None:
+    def note_read(self, eqn: Equation, views: Iterable[View], by_rows: bool = True) -> None:
         """Note that an equation takes views as plain arrays; by_rows: rows may be read by it."""
         for view in () if self.silent else views:
             if not view.summed:  # else a product with another parameter has been noted
-                self.note(view.path, self.key(eqn), self.describe(eqn), view.read(by_rows))
+                self.note_use(
+                    view.path, self.make_key(eqn), self.describe(eqn), view.find_read_roles(by_rows)
+                )
 
-    def compute(
+    def mark_computed(
         self, eqn: Equation, value: Value, which: Callable[[View], bool] = lambda _: True
     ) -> Value:
         """The value as an equation takes it that no rule follows; which: of its views."""
         taken = tuple(view for view in value.views if which(view))
-        self.take(eqn, taken, by_rows=False)
-        computed = self.computed(eqn, [value.replace(views=taken)])
+        self.note_read(eqn, taken, by_rows=False)
+        computed = self.find_computed(eqn, [value.replace(views=taken)])
         kept = tuple(view for view in value.views if view not in taken)
         return value.replace(views=kept, computed=computed)
 
-    def computed(
+    def find_computed(
         self, eqn: Equation, values: Sequence[Value], views: bool = True
     ) -> tuple[tuple[str, str], ...]:
         """Each leaf that a result of these values is computed from, and by which equation."""
@@ -166,15 +168,15 @@ class Survey(Nesting):
             found |= dict.fromkeys(fresh, self.describe(eqn))
         return tuple(sorted(found.items()))
 
-    def pass_over(self, pairs: Iterable[tuple[str, str]]) -> None:
+    def note_unfollowed(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Note leaves that reach a product, or an opaque call, while no rule follows them."""
         if not self.silent:
             for path, why in pairs:
                 self.unfollowed.setdefault(path, why)
 
-    def register(self, eqn: Equation, paths: Iterable[str], operands: Value) -> Key:
+    def note_product(self, eqn: Equation, paths: Iterable[str], operands: Value) -> Key:
         """Note a product that takes leaves; operands: what is common to them."""
-        key = self.key(eqn)
+        key = self.make_key(eqn)
         if not self.silent:
             self.leaves.setdefault(key, set()).update(paths)
             self.inputs[key] = self.inputs.get(key, frozenset()) | operands.products
@@ -183,20 +185,20 @@ class Survey(Nesting):
 
     def join(self, eqn: Equation, values: Sequence[Value]) -> Value:
         """What may be any of some values: a weight only where all are the same."""
-        views, activation = values[0].views, any(value.moves for value in values)
+        views, activation = values[0].views, any(value.is_activation_like for value in values)
         if same := all(value.views == views for value in values):
-            computed = self.computed(eqn, values, views=False)
+            computed = self.find_computed(eqn, values, views=False)
         else:
             for value in values:
-                self.take(eqn, value.views, by_rows=activation)
-            computed = () if activation else self.computed(eqn, values)
+                self.note_read(eqn, value.views, by_rows=activation)
+            computed = () if activation else self.find_computed(eqn, values)
         if same:
             activation = any(value.activation for value in values)
-        return merge(values).replace(
+        return merge_values(values).replace(
             views=views if same else (), computed=computed, activation=activation
         )
 
-    def repeat(
+    def find_fixed_point(
         self, eqn: Equation, carry: Sequence[Value], constant: Sequence[bool], step: Callable
     ) -> tuple[list[Value], list[Value]]:
         """A loop: (its carry, what its last step returns beside), until nothing changes.
@@ -217,23 +219,23 @@ class Survey(Nesting):
             self.silent = silent
         for one, other, joined in zip(start, outs, now, strict=True):
             if not one.views == other.views == joined.views:
-                self.take(eqn, (*one.views, *other.views), by_rows=joined.activation)
+                self.note_read(eqn, (*one.views, *other.views), by_rows=joined.activation)
         return now, step(now)[len(now) :]
 
 
-def is_number(dtype: jax.typing.DTypeLike) -> bool:
+def is_numeric_dtype(dtype: jax.typing.DTypeLike) -> bool:
     """Whether values of a dtype are computed with: integers of more than 8 bits index and mask."""
     if jnp.issubdtype(dtype, jnp.signedinteger):
         return jnp.iinfo(dtype).bits <= 8
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-def argument(aval: Any) -> Value:
+def make_argument_value(aval: Any) -> Value:
     """An array other than a parameter: data. A scalar is a temperature or a step, no activation."""
-    return Value(data=True, activation=is_number(aval.dtype) and bool(aval.ndim))
+    return Value(data=True, activation=is_numeric_dtype(aval.dtype) and bool(aval.ndim))
 
 
-def merge(values: Sequence[Value]) -> Value:
+def merge_values(values: Sequence[Value]) -> Value:
     """What is common to the results of any equation: the union of what its operands depend on."""
     union = lambda name: frozenset().union(*(getattr(value, name) for value in values))
     has = lambda name: any(getattr(value, name) for value in values)
@@ -247,9 +249,9 @@ def merge(values: Sequence[Value]) -> Value:
     )
 
 
-def as_number(eqn: Equation, value: Value, place: int = 0) -> Value:
+def clear_if_index(eqn: Equation, value: Value, place: int = 0) -> Value:
     """A result by its dtype: to depend on an index or a mask is to depend on no number."""
-    if is_number(getattr(eqn.outvars[place].aval, "dtype", jnp.int32)):
+    if is_numeric_dtype(getattr(eqn.outvars[place].aval, "dtype", jnp.int32)):
         return value
     none: frozenset[Key] = frozenset()
     return value.replace(activation=False, products=none, direct=none, near=none)

@@ -14,7 +14,7 @@ from typing import Any
 from lowrank_jax._primitives.contract import reshape_groups
 
 Axes = frozenset[int]
-NONE: Axes = frozenset()
+NO_AXES: Axes = frozenset()
 
 # An axis of the leaf and the size of the part of it that runs along an axis of the view, the slower
 # part first. Axis -1 is not of the leaf (a broadcast), size 0 an unknown part.
@@ -57,10 +57,10 @@ class View:
     shape: tuple[int, ...]
     dims: tuple[tuple[Part, ...], ...]
     spans: tuple[Span, ...]
-    selected: Axes = NONE
-    chosen: Axes = NONE
-    looked_up: Axes = NONE
-    summed: Axes = NONE
+    selected: Axes = NO_AXES
+    chosen: Axes = NO_AXES
+    looked_up: Axes = NO_AXES
+    summed: Axes = NO_AXES
     stretched: tuple[Axes, ...] = ()
     slices: tuple[tuple[Any, tuple[Part, ...]], ...] = ()
 
@@ -77,10 +77,10 @@ class View:
         shape = tuple(shape)
         spans = tuple((0, size) for size in shape) if spans is None else tuple(spans)
         pairs = zip(dims, spans, strict=True)
-        fitted = tuple(_fit(parts, stop - start) for parts, (start, stop) in pairs)
+        fitted = tuple(_fit_parts(parts, stop - start) for parts, (start, stop) in pairs)
         return dataclasses.replace(self, shape=shape, dims=fitted, spans=spans, **changes)
 
-    def axes(self, places: Iterable[int]) -> Axes:
+    def find_axes(self, places: Iterable[int]) -> Axes:
         """The axes of the leaf that run along these axes of the view."""
         return frozenset(axis for place in places for axis, _ in self.dims[place] if axis >= 0)
 
@@ -91,19 +91,19 @@ class View:
 
     def has_vectors(self) -> bool:
         """Whether the rows that are looked up are vectors, which no product takes as a weight."""
-        return len(self.axes(range(len(self.shape))) - self.looked_up - self.selected) <= 1
+        return len(self.find_axes(range(len(self.shape))) - self.looked_up - self.selected) <= 1
 
     def scale_axes(self, shape: Sequence[int], axes: Iterable[int]) -> View:
         """The view times an array that runs along these of its axes."""
         view = self.reshape(shape)
-        return dataclasses.replace(view, stretched=(*self.stretched, view.axes(axes)))
+        return dataclasses.replace(view, stretched=(*self.stretched, view.find_axes(axes)))
 
     def is_masked(self, contracted: Iterable[int], free: Iterable[int]) -> bool:
         """Whether an array that multiplied it runs along contracted and kept axes at once."""
-        both = self.axes(contracted), self.axes(free)
+        both = self.find_axes(contracted), self.find_axes(free)
         return any(axes & both[0] and axes & both[1] for axes in self.stretched)
 
-    def place(self, shape: Sequence[int]) -> View:
+    def resize(self, shape: Sequence[int]) -> View:
         """The same axes of other sizes: the part on one device, or the whole of such parts."""
         return self if tuple(shape) == self.shape else self.arrange(shape, self.dims)
 
@@ -162,15 +162,15 @@ class View:
         low, high = self.spans[axis]
         low = max(0, -(-(low - start) // step))
         high = min(size, -(-(high - start) // step))
-        return self._cut(axis, size, (low, high)) if low < high else None
+        return self._cut_axis(axis, size, (low, high)) if low < high else None
 
     def dynamic_slice(self, axis: int, size: int, data: bool) -> View:
         """Part of one axis from an unknown start; data: whether that depends on data."""
-        cut = self._cut(axis, size, (0, size))
-        chosen = cut.selected - self.selected if data else NONE
+        cut = self._cut_axis(axis, size, (0, size))
+        chosen = cut.selected - self.selected if data else NO_AXES
         return dataclasses.replace(cut, chosen=self.chosen | chosen)
 
-    def _cut(self, axis: int, size: int, span: Span) -> View:
+    def _cut_axis(self, axis: int, size: int, span: Span) -> View:
         """One axis made shorter; where one index is left, its axes are selected from."""
         one = size == 1 and self.shape[axis] > 1
         replaced = lambda items, item: [*items[:axis], item, *items[axis + 1 :]]
@@ -178,7 +178,7 @@ class View:
             replaced(self.shape, size),
             replaced(self.dims, () if one else self.dims[axis]),
             replaced(self.spans, span),
-            selected=self.selected | (self.axes([axis]) if one else NONE),
+            selected=self.selected | (self.find_axes([axis]) if one else NO_AXES),
         )
 
     def rev(self, axes: Sequence[int]) -> View:
@@ -208,17 +208,17 @@ class View:
         ]
         return self.arrange(shape, self.dims, spans)
 
-    def step(self, scan: Any) -> View:
+    def slice_scan(self, scan: Any) -> View:
         """One slice of the leading axis, in the body of a scan."""
         return self.arrange(
             self.shape[1:],
             self.dims[1:],
             self.spans[1:],
-            selected=self.selected | self.axes([0]),
+            selected=self.selected | self.find_axes([0]),
             slices=((scan, self.dims[0]), *self.slices),
         )
 
-    def collect(self, scan: Any, length: int) -> View:
+    def stack_scan(self, scan: Any, length: int) -> View:
         """What a scan makes of a view that its body returns: the slices stacked again."""
         dims, spans = ((-1, length),), [(0, length), *self.spans]
         mine = self.slices and self.slices[0][0] == scan
@@ -240,7 +240,7 @@ class View:
         gone = {*numbers.collapsed_slice_dims, *batching}
         cut = [axis for axis in range(len(sizes)) if sizes[axis] != self.shape[axis]]
         indexed = [axis for axis in numbers.start_index_map if axis in cut]
-        rows = self.axes(indexed)
+        rows = self.find_axes(indexed)
         dims: list[Any] = [((-1, size),) for size in shape]
         kept = [axis for axis in range(len(sizes)) if axis not in gone]
         for place, axis in zip(numbers.offset_dims, kept, strict=True):
@@ -252,8 +252,8 @@ class View:
         if many:
             chosen, looked_up = self.chosen, self.looked_up | rows
         else:
-            chosen, looked_up = self.chosen | (rows if data else NONE), self.looked_up
-        selected = self.selected | self.axes(batching) | (NONE if many else rows)
+            chosen, looked_up = self.chosen | (rows if data else NO_AXES), self.looked_up
+        selected = self.selected | self.find_axes(batching) | (NO_AXES if many else rows)
         return self.arrange(
             shape, dims, None, selected=selected, chosen=chosen, looked_up=looked_up
         )
@@ -266,11 +266,11 @@ class View:
             ((-1, size),) if place is None else self.dims[place]
             for place, size in zip(places, shape, strict=True)
         ]
-        return self.arrange(shape, dims, None, summed=self.summed | self.axes(contracted))
+        return self.arrange(shape, dims, None, summed=self.summed | self.find_axes(contracted))
 
     # What an equation that consumes the view says of the leaf.
 
-    def product(
+    def find_product_roles(
         self,
         op: str,
         contracted: Sequence[int],
@@ -279,28 +279,28 @@ class View:
         provisional: bool = False,
     ) -> Roles:
         """A product: an axis contracted anywhere is fan-in, one kept anywhere fan-out."""
-        fan_in, free_axes = self.axes(contracted), self.axes(free)
+        fan_in, free_axes = self.find_axes(contracted), self.find_axes(free)
         if not fan_in:
             fan_in = self.summed - free_axes
         fan_out = free_axes - fan_in or self.summed - fan_in
         if self.looked_up and not fan_out:
-            return self.lookup(self.looked_up)
-        stack = (self.axes(batch) | self.selected | self.looked_up) - fan_in - fan_out
+            return self.find_lookup_roles(self.looked_up)
+        stack = (self.find_axes(batch) | self.selected | self.looked_up) - fan_in - fan_out
         return Roles(op, fan_in, fan_out, stack, provisional)
 
-    def lookup(self, rows: Axes) -> Roles:
+    def find_lookup_roles(self, rows: Axes) -> Roles:
         """A look-up of these axes."""
-        rest = self.axes(range(len(self.shape))) - rows
+        rest = self.find_axes(range(len(self.shape))) - rows
         stack = self.selected - rows
         return Roles("lookup", rows, rest - stack, stack)
 
-    def read(self, by_rows: bool) -> Roles | None:
+    def find_read_roles(self, by_rows: bool) -> Roles | None:
         """A use other than a product; by_rows: a row that data chose is a look-up."""
-        rows = self.looked_up | (self.chosen if by_rows else NONE)
-        return self.lookup(rows) if rows else None
+        rows = self.looked_up | (self.chosen if by_rows else NO_AXES)
+        return self.find_lookup_roles(rows) if rows else None
 
 
-def _fit(parts: tuple[Part, ...], size: int) -> tuple[Part, ...]:
+def _fit_parts(parts: tuple[Part, ...], size: int) -> tuple[Part, ...]:
     """The parts along a span of this size; sizes that no longer multiply to it are unknown."""
     if math.prod(part for _, part in parts) == size:
         return parts

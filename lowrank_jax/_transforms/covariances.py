@@ -111,8 +111,8 @@ class _ProbeContext(Context):
     )
     current: dict[str, set[Event]] = dataclasses.field(default_factory=dict)
 
-    def _use_leaf(self, leaf: Weight) -> Weight:
-        used = super()._use_leaf(leaf)
+    def _begin_leaf_use(self, leaf: Weight) -> Weight:
+        used = super()._begin_leaf_use(leaf)
         if isinstance(used, CovarianceProbe):
             told = self.current[used.path] = set[Event]()
             used = used.replace(notify=told.add)
@@ -125,17 +125,17 @@ class _ProbeContext(Context):
             here = (*map(id, self.frame), id(eqn))
             self.products.setdefault(weight.path, {})[here] = self.records[-1], told
 
-    def built(self, weight: Weight, eqn: Equation) -> Any:
+    def materialize_operand(self, weight: Weight, eqn: Equation) -> Any:
         if _has_probe(weight):
-            return self.dense(weight, eqn, "it meets a weight that is no smaller")
-        return super().built(weight, eqn)
+            return self.materialize(weight, eqn, "it meets a weight that is no smaller")
+        return super().materialize_operand(weight, eqn)
 
-    def dense(self, value: Any, eqn: Equation, reason: str) -> Any:
+    def materialize(self, value: Any, eqn: Equation, reason: str) -> Any:
         if not _has_probe(value):
-            return super().dense(value, eqn, reason)
-        line, _ = self.where(eqn)
+            return super().materialize(value, eqn, reason)
+        line, _ = self.locate(eqn)
         raise LowrankError(
-            f"the inputs of {self.names_of(value)} cannot be measured: it goes into "
+            f"the inputs of {self.format_paths(value)} cannot be measured: it goes into "
             f"{eqn.primitive.name!r} at {line}, where it cannot be followed ({reason}); exclude "
             "the leaf"
         )

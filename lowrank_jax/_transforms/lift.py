@@ -218,13 +218,13 @@ def evaluate(
     for i, (leaf, path) in enumerate(zip(dynamic, paths, strict=True)):
         if is_node(leaf) and isinstance(getattr(leaf, "delta", leaf), Full):
             for eqn in jaxprs.find_consumers(traced.jaxpr, i):
-                ctx.records.append(Record(path, eqn.primitive.name, "dense", *ctx.where(eqn)))
+                ctx.records.append(Record(path, eqn.primitive.name, "dense", *ctx.locate(eqn)))
     values = [
         wrap_node(leaf, path) if is_node(leaf) else leaf
         for leaf, path in zip(dynamic, paths, strict=True)
     ]
     outs = interpret(ctx, traced.jaxpr, values)[: traced.out_tree.num_leaves]
-    dense = [ctx.returned(out) if isinstance(out, Weight) else out for out in outs]
+    dense = [ctx.materialize_result(out) if isinstance(out, Weight) else out for out in outs]
     return jax.tree.unflatten(traced.out_tree, dense)
 
 

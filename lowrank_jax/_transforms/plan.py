@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lowrank_jax._checks.arguments import check_arguments, function_of_params
-from lowrank_jax._interpreter.survey import Survey, Value, argument, is_number
+from lowrank_jax._interpreter.survey import Survey, Value, is_numeric_dtype, make_argument_value
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._interpreter.views import View
 from lowrank_jax._jax import jaxprs
@@ -53,20 +53,22 @@ def plan(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> Plan:
     given = [var.aval for var in inner.invars[len(leaves) :]]
     survey = Survey(OPERATIONS, constants_are_data=not any(aval.ndim for aval in given))
     values = [
-        _make_value(path, var.aval) if i < len(leaves) else argument(var.aval)
+        _make_value(path, var.aval) if i < len(leaves) else make_argument_value(var.aval)
         for i, (path, var) in enumerate(zip(paths, inner.invars, strict=True))
     ]
     outs = survey.run(traced.jaxpr, values)[: traced.out_tree.num_leaves]
     for i, value in enumerate(outs):
         for view in value.views:
-            survey.note(view.path, (i,), "return at the results", view.read(by_rows=True))
+            survey.note_use(
+                view.path, (i,), "return at the results", view.find_read_roles(by_rows=True)
+            )
     final = _find_final(survey, outs)
     uses = {path: _summarize_use(path, leaf, survey, final) for path, leaf in leaves}
     routers = {path for key in survey.routers for path in survey.leaves.get(key, ())}
     uses |= {path: dataclasses.replace(uses[path], router=True) for path in routers}
     for path, shared in _find_shared(survey, uses).items():
         uses[path] = dataclasses.replace(uses[path], shared=shared)
-    results = [var.aval for var in inner.outvars[: len(outs)] if is_number(var.aval.dtype)]
+    results = [var.aval for var in inner.outvars[: len(outs)] if is_numeric_dtype(var.aval.dtype)]
     scalar = bool(results) and not any(aval.ndim for aval in results)
     return Plan(
         uses, _SCALAR_RESULT if scalar and not any(use.final for use in uses.values()) else ""
