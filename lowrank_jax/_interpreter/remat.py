@@ -9,7 +9,7 @@ from typing import Any
 from jax import lax
 
 from lowrank_jax._checks.arguments import check_arguments, function
-from lowrank_jax._operators.blocks import Conv, Dot
+from lowrank_jax._operators.blocks import BlockConv, BlockDot
 from lowrank_jax._primitives.quantized_dot import quantized_dot_p
 
 
@@ -26,9 +26,11 @@ class QuantizedDotPolicy:
         op, mapped = params["op"], False
         while hasattr(op, "inner"):
             mapped, op = mapped or op.is_mapped, op.inner
-        if isinstance(op, Conv):
+        if isinstance(op, BlockConv):
             return self.policy(lax.conv_general_dilated_p, *avals[:2], **dict(op.options))
-        if not isinstance(op, Dot):  # a ragged product, which JAX does not take for a dot either
+        if not isinstance(
+            op, BlockDot
+        ):  # a ragged product, which JAX does not take for a dot either
             return self.policy(primitive, *avals, **params)
         numbers = (((), ()), ((0,), (0,)) if mapped else op.numbers[1])
         plain = {"precision": None, "preferred_element_type": None, "out_sharding": None}
