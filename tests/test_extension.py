@@ -15,7 +15,7 @@ from lowrank_jax._codecs import Format
 from lowrank_jax._interpreter.structural import make_structural
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._nodes import methods
-from lowrank_jax._nodes.family import LoHa, get_sizes, get_static_fields
+from lowrank_jax._nodes.family import LoHa, get_sizes, get_target_fields
 from lowrank_jax._nodes.methods import Method
 
 FORMATS = {
@@ -68,7 +68,7 @@ def start_halved(key, leaf, target, config):
     stack, fan_in, fan_out = get_sizes(leaf, target)
     a = jnp.zeros((*stack, *fan_in, 2 * target.rank), config.factor_dtype)
     b = jnp.ones((*stack, 2 * target.rank, *fan_out), config.factor_dtype)
-    return Halved(a, b, **get_static_fields(target))
+    return Halved(a, b, **get_target_fields(target))
 
 
 def test_a_method_is_one_row(request, tmp_path):

@@ -234,7 +234,7 @@ def init_loha(key: Any, leaf: Any, target: Any, config: Any) -> LoHa:
     a = jnp.concatenate([a, jnp.zeros_like(a)], -1)
     b = jnp.concatenate([b, d], len(stack))
     return LoHa(
-        a.astype(config.factor_dtype), b.astype(config.factor_dtype), **get_static_fields(target)
+        a.astype(config.factor_dtype), b.astype(config.factor_dtype), **get_target_fields(target)
     )
 
 
@@ -243,21 +243,21 @@ def init_vera(key: Any, leaf: Any, target: Any, config: Any) -> VeRA:
     stack, fan_in, fan_out = get_sizes(leaf, target)
     d = jnp.full((*stack, target.rank), 0.1, config.factor_dtype)
     e = jnp.zeros((*stack, *fan_out), config.factor_dtype)
-    return VeRA(d, e, **get_static_fields(target), inputs=fan_in, seed=config.projection_seed)
+    return VeRA(d, e, **get_target_fields(target), inputs=fan_in, seed=config.projection_seed)
 
 
 def init_ia3(key: Any, leaf: Any, target: Any, config: Any) -> IA3:
     r"""l = 1, so that nothing changes at first."""
     stack, fan_in, fan_out = get_sizes(leaf, target)
-    return IA3(magnitude=jnp.ones((*stack, *fan_out)), **get_static_fields(target), inputs=fan_in)
+    return IA3(magnitude=jnp.ones((*stack, *fan_out)), **get_target_fields(target), inputs=fan_in)
 
 
 def get_sizes(leaf: Any, target: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Sizes of a leaf's stack, fan-in and fan-out axes."""
-    of = lambda get_static_fields: tuple(leaf.shape[axis] for axis in get_static_fields)
+    of = lambda get_target_fields: tuple(leaf.shape[axis] for axis in get_target_fields)
     return of(target.stack), of(target.fan_in), of(target.fan_out)
 
 
-def get_static_fields(target: Any) -> dict[str, Any]:
+def get_target_fields(target: Any) -> dict[str, Any]:
     """The static fields of a target's node."""
     return {name: getattr(target, name) for name in ("fan_in", "fan_out", "stack", "scale", "kind")}
