@@ -189,7 +189,7 @@ def _check_observed(targets: Mapping[str, Target], watch: _ProbeContext) -> None
     if blind := [
         f"{path}: no product contracts its axes {target.fan_in}"
         for path, target in targets.items()
-        if path not in watch.seen
+        if path not in watch.products
     ]:
         raise AxesError(
             "targets without an input to measure: pass plan=lowrank.plan(fn, params, *args), which "
@@ -197,7 +197,7 @@ def _check_observed(targets: Mapping[str, Target], watch: _ProbeContext) -> None
         )
     missed = {  # as a set, in order
         f"{path}: {record.primitive} at {record.source}": None
-        for path, found in watch.seen.items()
+        for path, found in watch.products.items()
         for record, told in found.values()
         if Event.DIFFERENTIATED not in told
     }

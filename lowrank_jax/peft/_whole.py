@@ -43,7 +43,7 @@ def match_whole(matching: Matching, place: Place) -> Callable[[], Full] | None:
     if not all(fit):
         return None
     saved = kind != "weight" or any(map(matching.config.is_saved_whole, place.modules.values()))
-    if not saved and all(matching.is_base(place, layout, key) for key in found):
+    if not saved and all(matching.is_base_copy(place, layout, key) for key in found):
         return None  # frozen copies, as save_embedding_layers keeps them
     if folds and jnp.dtype(place.leaf.dtype).itemsize < 4:
         matching.problems.append(
