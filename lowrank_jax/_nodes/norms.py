@@ -89,7 +89,7 @@ def compute_norm(
     return jnp.sqrt(lax.stop_gradient(total))
 
 
-def compute_column_scale(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
+def divide_by_norms(magnitude: jax.Array, norms: jax.Array) -> jax.Array:
     """What each output feature is multiplied by: magnitude over norm; 0 where there is no norm."""
     return magnitude.astype(norms.dtype) * jnp.where(norms <= 0, 0, 1) / _replace_zeros(norms)
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes import LowRank, Normed, attach_norms, strip_norms
-from lowrank_jax._nodes.norms import compute_column_scale, compute_norm, make_dimension_numbers
+from lowrank_jax._nodes.norms import compute_norm, divide_by_norms, make_dimension_numbers
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.quantized import QuantizedWeight
@@ -37,7 +37,7 @@ def compute_gain(leaf: Any, delta: LowRank) -> jax.Array | None:
     """c of an adapted leaf, [*stack, *fan_out], or None where it has no magnitude."""
     if delta.magnitude is None or delta.folded:
         return delta.magnitude
-    return compute_column_scale(delta.magnitude, compute_norms(leaf, delta))
+    return divide_by_norms(delta.magnitude, compute_norms(leaf, delta))
 
 
 def compute_norms(leaf: Any, delta: LowRank) -> jax.Array:
