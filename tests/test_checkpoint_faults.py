@@ -411,6 +411,25 @@ def test_a_program_that_ends_finishes_its_saves_and_tells_of_errors(tmp_path):
     assert re.search(r"CheckpointError: .*file/below could not be written", ended.stderr)
 
 
+def test_a_python_without_the_hook_ends_and_keeps_the_older_checkpoint(tmp_path):
+    """What _background asks of `threading` is private: without it an error is told, no more."""
+    code = (
+        "import concurrent.futures.thread, sys, threading, time\n"
+        "del threading._register_atexit\n"
+        "import numpy as np, lowrank_jax as lowrank\n"
+        "from lowrank_jax import checkpoint\n"
+        "lora = {'w': lowrank.LowRank(np.ones((4, 2), 'f'), np.ones((2, 4), 'f'))}\n"
+        "save = dict(lora=lora, config=lowrank.LoraConfig(targets='w'))\n"
+        "checkpoint.save(sys.argv[1], **save, step=1)\n"
+        "write = checkpoint._save.write_archive\n"
+        "checkpoint._save.write_archive = lambda *args: (time.sleep(0.3), write(*args))\n"
+        "checkpoint.save_async(sys.argv[1], **save, step=2)\n"
+    )
+    ended = run("-c", code, tmp_path)
+    assert re.search(r"CheckpointError: .*could not be written; an older", ended.stderr)
+    assert checkpoint.restore(tmp_path).step == 1
+
+
 # What resumes
 
 

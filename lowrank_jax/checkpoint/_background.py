@@ -81,6 +81,10 @@ def _finish() -> None:
             traceback.print_exception(error)
 
 
-# Orbax works in executors, which take no work once concurrent.futures has seen the program's end:
-# Python calls these hooks last registered first, and all of those of atexit too late.
+# Orbax takes each step of a save to an executor (asyncio.to_thread), and no executor takes work
+# once concurrent.futures has seen the program's end. Python joins threads that are no daemons, and
+# calls what atexit holds, only after that; executors close for work before they are joined. No
+# public hook comes earlier. This one, private to `threading`, does: the last registered is called
+# first, so before that of concurrent.futures. A Python without it ends with the older checkpoint
+# whole and the error of the save printed.
 getattr(threading, "_register_atexit", atexit.register)(_finish)
