@@ -5,7 +5,6 @@ What files and trees are called is in their texts: control characters are escape
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
 from lowrank_jax._display.text import to_printable, to_printable_lines
 
@@ -13,7 +12,7 @@ from lowrank_jax._display.text import to_printable, to_printable_lines
 class _PrintableMessage(Exception):
     """An exception whose text is fit to print."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, *args: object):
         super().__init__(*(to_printable_lines(a) if isinstance(a, str) else a for a in args))
 
 

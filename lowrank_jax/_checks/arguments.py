@@ -13,7 +13,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -142,12 +142,12 @@ def instance_of(cls: type) -> Validator:
     return Validator(lambda value: isinstance(value, cls), f"{article} {name}")
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether a value is an integer of Python or NumPy, and not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def is_index(value: Any) -> bool:
+def is_index(value: object) -> bool:
     """Whether a value is an integer that can number the entries of an axis, from either end."""
     return is_integer(value) and abs(value) < 2**31
 
@@ -165,7 +165,7 @@ def is_finite(value: Any) -> bool:
         return False
 
 
-def is_number_like(value: Any) -> bool:
+def is_number_like(value: object) -> bool:
     """Whether a value is a finite number, or an array of real numbers, traced ones too."""
     if isinstance(value, jax.Array) or type(value) is np.ndarray:
         dtype = value.dtype
@@ -173,7 +173,7 @@ def is_number_like(value: Any) -> bool:
     return is_finite(value)
 
 
-def is_key(value: Any) -> bool:
+def is_key(value: object) -> bool:
     """Whether a value is one PRNG key, typed or an old-style array of uint32."""
     if not isinstance(value, jax.Array | np.ndarray):
         return False
@@ -191,12 +191,12 @@ def _is_index_like(value: Any) -> bool:
     return not isinstance(value, bool) and getattr(value, "dtype", None) != np.bool_
 
 
-def is_seed(value: Any) -> bool:
+def is_seed(value: object) -> bool:
     """Whether a value is an integer that `jax.random.key` takes whole."""
     return is_integer(value) and 0 <= value < 2**32
 
 
-def _is_path(value: Any) -> bool:
+def _is_path(value: object) -> bool:
     """Whether a value names what may be there: no name is too long, and no link in a circle."""
     if not isinstance(value, str | os.PathLike):
         return False
@@ -212,26 +212,26 @@ def _is_path(value: Any) -> bool:
     return True
 
 
-def _is_transformation(value: Any) -> bool:
+def _is_transformation(value: object) -> bool:
     """Whether a value has what Optax calls of a transformation."""
     return all(callable(getattr(value, name, None)) for name in ("init", "update"))
 
 
-def _is_matrix(value: Any) -> bool:
+def _is_matrix(value: object) -> bool:
     """Whether a value is a matrix of an initializer, of floats and with an entry at least."""
     if not isinstance(value, jax.Array | np.ndarray) or value.ndim != 2 or not value.size:
         return False
     return value.dtype in (np.float32, np.float64)
 
 
-def _is_shape_of_matrix(value: Any) -> bool:
+def _is_shape_of_matrix(value: object) -> bool:
     """Whether a value has the shape of a matrix, with an entry at least, and a floating dtype."""
     if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         return False
     return len(value.shape) == 2 and value.size > 0 and jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def is_scalar(value: Any) -> bool:
+def is_scalar(value: object) -> bool:
     """Whether a value is one number that JAX takes as it is, or an array of one."""
     if isinstance(value, jax.Array) or type(value) is np.ndarray:
         return value.shape == () and is_number_like(value)
@@ -243,14 +243,14 @@ def _is_factor_scale(value: Any) -> bool:
     return is_scalar(value) and (hasattr(value, "shape") or value > 0)
 
 
-def _is_tree_of_arrays(value: Any) -> bool:
+def _is_tree_of_arrays(value: object) -> bool:
     """Whether a value is a container, or an array itself."""
     if value is None or not jax.tree_util.all_leaves([value]):
         return value is not None
     return hasattr(value, "shape") and hasattr(value, "dtype") and not has_unsupported_dtype(value)
 
 
-def _is_floating_dtype(value: Any) -> bool:
+def _is_floating_dtype(value: object) -> bool:
     """Whether a value names a floating dtype."""
     if not isinstance(value, str | type | np.dtype):
         return hasattr(value, "dtype") and callable(value) and _is_floating_dtype(value.dtype)
@@ -260,7 +260,7 @@ def _is_floating_dtype(value: Any) -> bool:
         return False
 
 
-def has_unsupported_dtype(value: Any) -> bool:
+def has_unsupported_dtype(value: object) -> bool:
     """Whether a value is a NumPy array of a dtype that JAX has not."""
     return isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "OSUMm"
 

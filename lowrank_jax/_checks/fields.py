@@ -17,11 +17,11 @@ from lowrank_jax._errors import ConfigError
 MAX_DEPTH, _BITS = 50, 1024
 
 
-def _is_finite_float(value: Any) -> bool:
+def _is_finite_float(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def check_json(name: str, value: Any, depth: int = 0) -> None:
+def check_json(name: str, value: object, depth: int = 0) -> None:
     """Raise where a value is not one of JSON, or not one that goes to a file and back."""
     if depth > MAX_DEPTH:
         raise ConfigError(f"{name[:80]} is nested more than {MAX_DEPTH} deep")
@@ -40,35 +40,36 @@ def check_json(name: str, value: Any, depth: int = 0) -> None:
         raise ConfigError(f"{name} is {describe_value(value)}, which is not a JSON value")
 
 
-def check_rank(name: str, value: Any) -> None:
+def check_rank(name: str, value: object) -> None:
     """Raise where a value is not a rank."""
     if not isinstance(value, int) or not rank.holds(value):
         raise ConfigError(f"{name} must be {rank.expected}, not {quote_value(value)}")
 
 
-def check_alpha(name: str, value: Any) -> None:
+def check_alpha(name: str, value: object) -> None:
     """Raise where a value is not the numerator of a scale."""
     if not isinstance(value, int | float) or not is_finite(value) or value <= 0:
         raise ConfigError(f"{name} must be a finite number above 0, not {quote_value(value)}")
 
 
-def check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: object) -> None:
     """Raise where a value is not a bool."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, not {quote_value(value)}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise where a value is not one of some texts."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be one of {tuple(choices)}, not {quote_value(value)}")
 
 
-def check_keys(cls: Any, values: Any) -> None:
+def check_keys(cls: type, values: object) -> None:
     """Raise where what from_dict was given is not a mapping of fields of the class."""
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{cls.__name__}.from_dict takes a mapping, as to_dict returns it, not {describe_value(values)}"
+            f"{cls.__name__}.from_dict takes a mapping, as to_dict returns it, not "
+            f"{describe_value(values)}"
         )
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known, key=str):
@@ -85,7 +86,7 @@ def check_scale(what: str, scale: float) -> None:
         )
 
 
-def to_pairs(name: str, value: Any) -> list[Any]:
+def to_pairs(name: str, value: object) -> list[Any]:
     """The items of a mapping of JSON, or of a list of pairs in its place."""
     pairs = [*value.items()] if isinstance(value, Mapping) else value
     is_regex = lambda key: isinstance(key, Mapping) and {"re"} <= {*key} <= {"re", "flags"}

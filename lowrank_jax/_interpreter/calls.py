@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax.sharding import PartitionSpec
+
 from lowrank_jax._interpreter import control
 from lowrank_jax._interpreter.operation import (
     Operation,
@@ -15,30 +17,31 @@ from lowrank_jax._interpreter.operation import (
 from lowrank_jax._interpreter.survey import Survey, Value
 from lowrank_jax._jax import equations, jaxprs
 from lowrank_jax._jax.equations import Scan, ShardMap, While
+from lowrank_jax._jax.types import Equation
 
 # Calls
 
 
-def _survey_call(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_call(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     with survey.enter(eqn):
         return survey.run(equations.get_body(eqn), ins)
 
 
-def _find_call_sources(table: OperationTable, eqn: Any) -> list[Source | None]:
+def _find_call_sources(table: OperationTable, eqn: Equation) -> list[Source | None]:
     return find_sources(table, equations.get_body(eqn))
 
 
-def _survey_shard_map(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_shard_map(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """Inside, arrays are the parts on one device."""
     inner, _ = jaxprs.split_jaxpr(ShardMap.of(eqn).jaxpr)
     placed = lambda values, atoms: [
-        value.map(lambda view, atom=atom: view.resize(atom.aval.shape))
+        value.map(lambda view, atom=atom: view.resize(equations.get_shape(atom)))
         for value, atom in zip(values, atoms, strict=True)
     ]
     return placed(_survey_call(survey, eqn, placed(ins, inner.invars)), eqn.outvars)
 
 
-def _find_shard_map_sources(table: OperationTable, eqn: Any) -> list[Source | None]:
+def _find_shard_map_sources(table: OperationTable, eqn: Equation) -> list[Source | None]:
     """Those of its body; what is put together otherwise than it was split is another array."""
     mapping, found = ShardMap.of(eqn), []
     for source, spec in zip(find_sources(table, mapping.jaxpr), mapping.out_specs, strict=True):
@@ -51,7 +54,7 @@ def _find_shard_map_sources(table: OperationTable, eqn: Any) -> list[Source | No
     return found
 
 
-def _list_spec_entries(spec: Any, ndim: int) -> list[Any]:
+def _list_spec_entries(spec: PartitionSpec, ndim: int) -> list[Any]:
     """The entries of a PartitionSpec, one for each axis."""
     return [*spec, *(None for _ in range(ndim - len(spec)))]
 
@@ -59,7 +62,7 @@ def _list_spec_entries(spec: Any, ndim: int) -> list[Any]:
 # Loops and branches
 
 
-def _survey_scan(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_scan(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     loop, key = Scan.of(eqn), survey.make_key(eqn)
     fixed = ins[: loop.consts]
     slices = [value.map(lambda view: view.slice_scan(key)) for value in ins[loop.first_slice :]]
@@ -73,7 +76,7 @@ def _survey_scan(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     return [*carry, *(y.map(lambda view: view.stack_scan(key, loop.length)) for y in ys)]
 
 
-def _find_scan_sources(table: OperationTable, eqn: Any) -> list[Source | None]:
+def _find_scan_sources(table: OperationTable, eqn: Equation) -> list[Source | None]:
     loop = Scan.of(eqn)
     inner = find_sources(table, loop.jaxpr)
     some = loop.length > 0  # no step puts a constant into a carry
@@ -82,7 +85,7 @@ def _find_scan_sources(table: OperationTable, eqn: Any) -> list[Source | None]:
     for i, (index, var) in enumerate(zip(unmoved, eqn.outvars, strict=False)):
         source = None
         if index is not None and ((some and index < loop.consts) or index == loop.consts + i):
-            source = index, tuple(range(len(var.aval.shape)))
+            source = index, tuple(range(len(equations.get_shape(var))))
         carried.append(source)
     slices: list[Source | None] = []
     for found in inner[loop.carries :]:
@@ -93,7 +96,7 @@ def _find_scan_sources(table: OperationTable, eqn: Any) -> list[Source | None]:
     return carried + slices
 
 
-def _survey_while(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_while(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     loop = While.of(eqn)
     fixed = ins[loop.cond_consts : loop.first_carry]
     through = find_forwarded(survey.operations, loop.body)
@@ -105,7 +108,7 @@ def _survey_while(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     return carry
 
 
-def _survey_cond(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_cond(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     with survey.enter(eqn):
         branches = [survey.run(branch, ins[1:]) for branch in equations.get_branches(eqn)]
     outs = [survey.join(eqn, values) for values in zip(*branches, strict=True)]

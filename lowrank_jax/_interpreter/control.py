@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 from jax import lax
@@ -14,13 +14,13 @@ from lowrank_jax._interpreter.operation import find_forwarded, find_forwarded_op
 from lowrank_jax._interpreter.remat import QuantizedDotPolicy
 from lowrank_jax._jax import equations, jaxprs
 from lowrank_jax._jax.equations import Jit, Scan, ShardMap, While
-from lowrank_jax._jax.types import Equation
+from lowrank_jax._jax.types import Equation, Jaxpr, PyTree
 from lowrank_jax._operators.weight import Weight, expand_path
 
 Out = Sequence[Any] | None
 
 
-def _is_weight(value: Any) -> bool:
+def _is_weight(value: object) -> TypeGuard[Weight]:
     return isinstance(value, Weight)
 
 
@@ -63,7 +63,7 @@ def evaluate_jit(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         return evaluate_call(ctx, eqn, values)
     slots: dict[Any, _PathSlot] = {}  # path outside -> slot
 
-    def enter(leaf: Any) -> Weight:
+    def enter(leaf: Weight) -> Weight:
         slot = slots.setdefault(leaf.path, _PathSlot(len(slots)))
         numbered: Any = ctx.number_use(leaf)
         return dataclasses.replace(numbered, path=slot)
@@ -120,7 +120,7 @@ def _place_results(outs: list[Any], eqn: Equation) -> list[Any]:
     return [placed.get(i, out) for i, out in enumerate(outs)]
 
 
-def _constrain_weight(weight: Weight, sharding: Any) -> Weight:
+def _constrain_weight(weight: Weight, sharding: jax.sharding.Sharding | None) -> Weight:
     """A weight whose arrays are split as its own sharding says, where whole parts can be."""
     kind = jax.sharding.AxisType.Explicit
     if not isinstance(sharding, jax.NamedSharding) or kind in sharding.mesh.axis_types:
@@ -174,10 +174,12 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return _reenter(ctx, eqn, parts, call)
 
 
-def _can_split(mesh: Any, weight: Weight, specs: Any) -> bool:
+def _can_split(
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, weight: Weight, specs: PyTree
+) -> bool:
     """Whether devices can share the arrays of a weight: whole blocks of a quantized one."""
 
-    def fits(array: Any, spec: Any) -> bool:
+    def fits(array: jax.Array, spec: jax.sharding.PartitionSpec) -> bool:
         pairs = zip(array.shape, spec, strict=False)
         return all(size % jaxprs.count_shards(mesh, entry) == 0 for size, entry in pairs)
 
@@ -277,8 +279,8 @@ def evaluate_cond(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         if js[0] is not None and len(set(js)) == 1 and _is_weight(operands[js[0]])
     }
 
-    def branch(body: Any) -> Callable:
-        def run(*arrays: Any) -> list[Any]:
+    def branch(body: Jaxpr) -> Callable:
+        def run(*arrays: jax.Array) -> list[Any]:
             supply = iter(arrays)
             full = [value if _is_weight(value) else next(supply) for value in operands]
             outs = interpret(ctx, body, full)

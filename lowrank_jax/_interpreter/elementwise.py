@@ -14,6 +14,7 @@ from lowrank_jax._interpreter.operation import Operation, get_kind
 from lowrank_jax._interpreter.structural import wrap_result
 from lowrank_jax._interpreter.survey import Survey, Value, clear_if_index, merge_values
 from lowrank_jax._jax import equations, jaxprs
+from lowrank_jax._jax.types import Equation
 from lowrank_jax._operators.weight import Weight
 
 Out = Sequence[Any] | None
@@ -22,7 +23,7 @@ Out = Sequence[Any] | None
 def _evaluate_scaled(operation: Callable) -> Callable:
     """lax.mul or lax.div of a weight and one number, or numbers along some of its axes."""
 
-    def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    def evaluate(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         weight, other = values if isinstance(values[0], Weight) else values[::-1]
         if isinstance(other, Weight) or tuple(weight.shape) != equations.get_result_shape(eqn):
             return None
@@ -42,7 +43,7 @@ def _evaluate_scaled(operation: Callable) -> Callable:
     return evaluate
 
 
-def _survey_scaled(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_scaled(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """A weight times (or divided by) a number, or numbers along some axes, stays a weight."""
     shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in eqn.invars]
     out_shape = equations.get_result_shape(eqn)
@@ -58,7 +59,7 @@ def _survey_scaled(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     return [out.replace(products=weight.products | other.products, near=weight.near | other.near)]
 
 
-def survey_any(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def survey_any(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """Any equation: one that holds a jaxpr is looked into, as a function of plain arrays.
 
     A function with a derivative of its own, say.
@@ -70,7 +71,7 @@ def survey_any(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     return survey_other(survey, eqn, ins)
 
 
-def survey_other(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def survey_other(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """An equation that holds no jaxpr: parameters meet in it element by element, or whole."""
     moving = [value for value in ins if value.is_activation_like]
     for value in ins:
@@ -91,7 +92,7 @@ def survey_other(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     return [clear_if_index(eqn, out, place) for place in range(len(eqn.outvars))]
 
 
-def _find_direct(survey: Survey, eqn: Any, ins: list[Value]) -> frozenset[Any]:
+def _find_direct(survey: Survey, eqn: Equation, ins: list[Value]) -> frozenset[Any]:
     """The products that still reach the result directly."""
     kind = get_kind(survey.operations, eqn)
     if kind == "mix":
@@ -105,7 +106,7 @@ def _find_direct(survey: Survey, eqn: Any, ins: list[Value]) -> frozenset[Any]:
     return frozenset()
 
 
-def _is_opaque(survey: Survey, eqn: Any, ins: list[Value]) -> bool:
+def _is_opaque(survey: Survey, eqn: Equation, ins: list[Value]) -> bool:
     """Whether a primitive may do anything with the parameters it takes, products too."""
     kind = get_kind(survey.operations, eqn)
     if kind == "opaque":
@@ -113,7 +114,7 @@ def _is_opaque(survey: Survey, eqn: Any, ins: list[Value]) -> bool:
     if kind in ("mix", "shift") or eqn.primitive.name.startswith(("scatter", "reduce", "select")):
         return False
     shapes = [
-        tuple(atom.aval.shape)
+        equations.get_shape(atom)
         for atom, value in zip(eqn.invars, ins, strict=True)
         if value.views or value.computed
     ]
@@ -121,13 +122,13 @@ def _is_opaque(survey: Survey, eqn: Any, ins: list[Value]) -> bool:
     return whole is not None and any(shape != whole for shape in shapes if shape)
 
 
-def _survey_top_k(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_top_k(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """A choice of the largest: what it is made from are the products of routers."""
     survey.routers |= ins[0].near
     return survey_other(survey, eqn, ins)
 
 
-def _survey_collective(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_collective(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """Each result is an operand and what other devices have of it."""
     return [survey.mark_computed(eqn, value) for value in ins]
 

@@ -132,8 +132,8 @@ class Context(Nesting):
         """The dense array of a weight that is a result of the whole function."""
         if self.refuse and weight.leaves():
             raise MaterializeError(
-                f"the function returns the weight {self.format_paths(weight)} itself, which would be "
-                "built densely; return what you need of it, or lift with fallback='warn'"
+                f"the function returns the weight {self.format_paths(weight)} itself, which would "
+                "be built densely; return what you need of it, or lift with fallback='warn'"
             )
         for leaf in weight.leaves():
             for path in expand_path(leaf.path):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 
@@ -15,6 +16,7 @@ from lowrank_jax._interpreter.structural import is_only_first_weight, wrap_resul
 from lowrank_jax._interpreter.survey import Survey, Value, merge_values
 from lowrank_jax._jax import equations
 from lowrank_jax._jax.equations import Dot, RaggedDot
+from lowrank_jax._jax.types import Equation
 from lowrank_jax._operators.weight import Weight
 
 Out = Sequence[Any] | None
@@ -23,7 +25,7 @@ Out = Sequence[Any] | None
 # Evaluation
 
 
-def _materialize_smaller(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
+def _materialize_smaller(ctx: Context, eqn: Equation, values: list[Any]) -> list[Any]:
     """Of two weights that meet, build the smaller: the only way, and so not a fallback."""
     left, right = values[:2]
     if isinstance(left, Weight) and isinstance(right, Weight):
@@ -34,7 +36,9 @@ def _materialize_smaller(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]
     return [left, right, *values[2:]]
 
 
-def _record_product(ctx: Context, eqn: Any, weight: Weight, out: Any) -> Out:
+def _record_product(
+    ctx: Context, eqn: Equation, weight: Weight, out: jax.Array | Weight | None
+) -> Out:
     """The result of a product, noted for the report."""
     if out is not None and not isinstance(out, Weight):
         for leaf in weight.leaves():
@@ -42,7 +46,7 @@ def _record_product(ctx: Context, eqn: Any, weight: Weight, out: Any) -> Out:
     return wrap_result(out)
 
 
-def _evaluate_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_dot(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     left, right = _materialize_smaller(ctx, eqn, values)
     on_left = isinstance(left, Weight)
     weight, other = (left, right) if on_left else (right, left)
@@ -52,7 +56,7 @@ def _evaluate_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     )
 
 
-def _evaluate_ragged_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_ragged_dot(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     left, right, sizes = _materialize_smaller(ctx, eqn, values)
     numbers, options, group_offset = RaggedDot.of(eqn)
     if not isinstance(right, Weight) or isinstance(sizes, Weight) or group_offset is not None:
@@ -61,7 +65,7 @@ def _evaluate_ragged_dot(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return _record_product(ctx, eqn, right, out)
 
 
-def _evaluate_conv(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_conv(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     left, right = _materialize_smaller(ctx, eqn, values)
     if not isinstance(right, Weight):
         return None
@@ -70,7 +74,7 @@ def _evaluate_conv(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     )
 
 
-def _evaluate_gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_gather(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     if not is_only_first_weight(values):
         return None
     weight, options = values[0], equations.get_gather_options(eqn)
@@ -84,7 +88,7 @@ def _evaluate_gather(ctx: Context, eqn: Any, values: list[Any]) -> Out:
 
 
 def _drop_whole_axes(
-    shape: Sequence[int], indices: Any, options: dict[str, Any]
+    shape: Sequence[int], indices: jax.Array, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Leave out of the indices those of axes that are read whole, which are clamped to 0.
 
@@ -112,7 +116,7 @@ OperandAxes = tuple[Sequence[int], Sequence[int], Sequence[int]]  # contracted, 
 
 def _survey_product(
     survey: Survey,
-    eqn: Any,
+    eqn: Equation,
     ins: Sequence[Value],
     roles: Sequence[OperandAxes | None],
     op: str = "dot",
@@ -120,7 +124,7 @@ def _survey_product(
     """A product whose operands have these roles; None: that operand is no weight."""
     left, right = ins
     fed = max(left.data_rank, right.data_rank) > 0  # by data, not by parameters alone
-    sizes = [math.prod(atom.aval.shape) for atom in eqn.invars]
+    sizes = [math.prod(equations.get_shape(atom)) for atom in eqn.invars]
     # of two parameters the smaller is as the input, if no product with data follows
     input_is = None if fed or right.has_no_leaves or left.has_no_leaves else sizes[0] > sizes[1]
     key, found = survey.make_key(eqn), []
@@ -147,9 +151,9 @@ def _survey_product(
     return [out]
 
 
-def _survey_dot(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_dot(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     (lc, rc), (lb, rb) = Dot.of(eqn).numbers
-    ndims = [len(atom.aval.shape) for atom in eqn.invars]
+    ndims = [len(equations.get_shape(atom)) for atom in eqn.invars]
     free = lambda ndim, *used: [axis for axis in range(ndim) if axis not in {*used}]
     lf, rf = free(ndims[0], *lc, *lb), free(ndims[1], *rc, *rb)
     (out,) = _survey_product(survey, eqn, ins, [(lc, lb, lf), (rc, rb, rf)])
@@ -163,27 +167,27 @@ def _survey_dot(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     return [out.replace(views=views)]
 
 
-def _survey_ragged_dot(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_ragged_dot(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     numbers = RaggedDot.of(eqn).numbers
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     batch = (*batch, *numbers.rhs_group_dimensions)
-    ndim = len(eqn.invars[1].aval.shape)
+    ndim = len(equations.get_shape(eqn.invars[1]))
     free = [axis for axis in range(ndim) if axis not in (*contracted, *batch)]
     return _survey_product(survey, eqn, ins[:2], [None, (contracted, batch, free)])
 
 
-def _survey_conv(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_conv(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """The window and the input features are contracted."""
     out, *taps = equations.get_conv_options(eqn)["dimension_numbers"].rhs_spec
     return _survey_product(survey, eqn, ins, [None, (taps, (), (out,))], "conv")
 
 
-def _survey_gather(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_gather(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """Rows of a table, one index of a stack, or many of them."""
     table, indices = ins
     options, shape = equations.get_gather_options(eqn), equations.get_result_shape(eqn)
     numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
-    many = len(eqn.invars[1].aval.shape) > 1
+    many = len(equations.get_shape(eqn.invars[1])) > 1
     out = table.map(lambda view: view.gather(numbers, sizes, shape, indices.data, many), indices)
     # the rows of a matrix are vectors: no product can take them as a weight
     rows = [view for view in out.views if view.looked_up and view.has_vectors()]

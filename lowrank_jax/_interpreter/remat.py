@@ -9,6 +9,7 @@ from typing import Any
 from jax import lax
 
 from lowrank_jax._checks.arguments import check_arguments, function
+from lowrank_jax._jax import jaxprs
 from lowrank_jax._operators.blocks import BlockConv, BlockDot
 from lowrank_jax._primitives.quantized_dot import quantized_dot_p
 
@@ -19,7 +20,9 @@ class QuantizedDotPolicy:
 
     policy: Callable[..., Any]
 
-    def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
+    def __call__(
+        self, primitive: jaxprs.Primitive, *avals: jaxprs.ShapedArray, **params: Any
+    ) -> Any:
         """What the other says."""
         if primitive is not quantized_dot_p:
             return self.policy(primitive, *avals, **params)

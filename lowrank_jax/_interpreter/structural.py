@@ -14,19 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from lowrank_jax._interpreter.interpret import Context
 from lowrank_jax._interpreter.operation import Operation, OperationTable
 from lowrank_jax._interpreter.survey import Survey, Value, clear_if_index, merge_values
+from lowrank_jax._interpreter.views import View
 from lowrank_jax._jax import equations, jaxprs
 from lowrank_jax._jax.equations import Slice, Split
+from lowrank_jax._jax.types import Equation
 from lowrank_jax._operators.joined import ConcatenatedWeight
 from lowrank_jax._operators.weight import Weight
 
 Out = Sequence[Any] | None
 
 
-def wrap_result(result: Any) -> Out:
+def wrap_result(result: jax.Array | Weight | None) -> Out:
     """The one result of an equation, or None."""
     return None if result is None else [result]
 
@@ -44,10 +47,10 @@ def is_only_first_weight(values: list[Any]) -> bool:
 def make_structural(arrange: Callable[[Any, Any], Any], **more: Any) -> Operation:
     """An operation on one operand: arrange(equation, weight or view)."""
 
-    def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    def evaluate(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         return wrap_result(arrange(eqn, values[0])) if len(values) == 1 else None
 
-    def survey(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    def survey(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
         return [ins[0].map(lambda view: arrange(eqn, view), *ins[1:])]
 
     return Operation("structural", evaluate, survey, **more)
@@ -56,10 +59,10 @@ def make_structural(arrange: Callable[[Any, Any], Any], **more: Any) -> Operatio
 def make_splitting(arrange: Callable[[Any, Any], list[Any]]) -> Operation:
     """An operation on one operand with several results: arrange(equation, weight or view)."""
 
-    def evaluate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+    def evaluate(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         return all_or_none(arrange(eqn, values[0]))
 
-    def survey(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+    def survey(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
         take = lambda view, at: arrange(eqn, view)[at]
         return [ins[0].map(lambda view, at=at: take(view, at)) for at in range(len(eqn.outvars))]
 
@@ -69,46 +72,46 @@ def make_splitting(arrange: Callable[[Any, Any], list[Any]]) -> Operation:
 # One function of (equation, weight or view) each
 
 
-def _transpose(eqn: Any, w: Any) -> Any:
+def _transpose(eqn: Equation, w: Weight | View) -> Any:
     return w.transpose(equations.get_permutation(eqn))
 
 
-def _find_transpose_source(table: OperationTable, eqn: Any) -> list[Any]:
+def _find_transpose_source(table: OperationTable, eqn: Equation) -> list[Any]:
     return [(0, equations.get_permutation(eqn))]
 
 
-def _reshape(eqn: Any, w: Any) -> Any:
+def _reshape(eqn: Equation, w: Weight | View) -> Any:
     order = equations.get_reshape_order(eqn)
-    w = w if order is None else w.transpose(order)
-    return w if w is None else w.reshape(equations.get_result_shape(eqn))
+    ordered = w if order is None else w.transpose(order)
+    return None if ordered is None else ordered.reshape(equations.get_result_shape(eqn))
 
 
-def _reshape_ones(eqn: Any, w: Any) -> Any:
+def _reshape_ones(eqn: Equation, w: Weight | View) -> Any:
     return w.reshape(equations.get_result_shape(eqn))
 
 
-def _broadcast_in_dim(eqn: Any, w: Any) -> Any:
+def _broadcast_in_dim(eqn: Equation, w: Weight | View) -> Any:
     bound = lambda array: jaxprs.bind(eqn, [array])[0]
     return w.broadcast(
         equations.get_result_shape(eqn), equations.get_broadcast_dimensions(eqn), bound
     )
 
 
-def _slice(eqn: Any, w: Any) -> Any:
+def _slice(eqn: Equation, w: Weight | View) -> Any:
     return w.slice(*Slice.of(eqn))
 
 
-def _rev(eqn: Any, w: Any) -> Any:
+def _rev(eqn: Equation, w: Weight | View) -> Any:
     return w.rev(equations.get_reversed_axes(eqn))
 
 
-def _split(eqn: Any, w: Any) -> list[Any]:
+def _split(eqn: Equation, w: Weight | View) -> list[Any]:
     axis, sizes = Split.of(eqn)
     edges = itertools.accumulate(sizes, initial=0)
     return [w.slice_axis(axis, *cut) for cut in itertools.pairwise(edges)]
 
 
-def _unstack(eqn: Any, w: Any) -> list[Any]:
+def _unstack(eqn: Equation, w: Weight | View) -> list[Any]:
     axis = equations.get_stack_axis(eqn)
     return [w.take_index(axis, number) for number in range(w.shape[axis])]
 
@@ -116,25 +119,25 @@ def _unstack(eqn: Any, w: Any) -> list[Any]:
 # Operations with further operands, or that differ between a weight and a view
 
 
-def _evaluate_convert(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_convert(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return wrap_result(values[0].astype(equations.get_new_dtype(eqn)))
 
 
-def _survey_convert(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_convert(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """Only casts among floating dtypes leave a weight a weight."""
     if jnp.issubdtype(equations.get_new_dtype(eqn), jnp.floating):
         return ins
     return [clear_if_index(eqn, survey.mark_computed(eqn, ins[0]))]
 
 
-def _evaluate_dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_dynamic_slice(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     if not is_only_first_weight(values):
         return None
     weight, starts = values[0], values[1 : 1 + values[0].ndim]
     sizes = equations.get_slice_sizes(eqn)
     parts = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
 
-    def take(array: Any, where: dict[int, int]) -> Any:
+    def take(array: jax.Array, where: dict[int, int]) -> Any:
         for axis in parts:
             if axis in where:
                 array = _take_dynamic_slice(array, starts[axis], sizes[axis], where[axis])
@@ -143,7 +146,7 @@ def _evaluate_dynamic_slice(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return wrap_result(weight.index(take, {axis: sizes[axis] for axis in parts}, parts))
 
 
-def _take_dynamic_slice(array: Any, start: Any, size: int, axis: int) -> Any:
+def _take_dynamic_slice(array: jax.Array, start: jax.Array, size: int, axis: int) -> Any:
     """A slice of one axis, its start clamped as the primitive clamps it: none is from the end."""
     sizes = [size if i == axis else full for i, full in enumerate(array.shape)]
     zero = jnp.zeros((), start.dtype)
@@ -152,10 +155,10 @@ def _take_dynamic_slice(array: Any, start: Any, size: int, axis: int) -> Any:
     return lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False)
 
 
-def _survey_dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_dynamic_slice(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     data = any(start.data for start in ins[1:])
 
-    def cut(view: Any) -> Any:
+    def cut(view: View) -> View:
         for axis, size in enumerate(equations.get_slice_sizes(eqn)):
             if size != view.shape[axis]:
                 view = view.dynamic_slice(axis, size, data)
@@ -164,11 +167,11 @@ def _survey_dynamic_slice(survey: Survey, eqn: Any, ins: list[Value]) -> list[Va
     return [ins[0].map(cut, *ins[1:])]
 
 
-def _evaluate_concatenate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_concatenate(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return [ConcatenatedWeight.of(values, equations.get_concatenate_axis(eqn))]
 
 
-def _survey_concatenate(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_concatenate(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     axis, shape, offset, parts = (
         equations.get_concatenate_axis(eqn),
         equations.get_result_shape(eqn),
@@ -178,11 +181,13 @@ def _survey_concatenate(survey: Survey, eqn: Any, ins: list[Value]) -> list[Valu
     for value, atom in zip(ins, eqn.invars, strict=True):
         place = lambda view, offset=offset: view.join(axis, shape, offset)
         parts.append(value.map(place))
-        offset += atom.aval.shape[axis]
+        offset += equations.get_shape(atom)[axis]
     return _survey_joined(survey, eqn, ins, parts)
 
 
-def _survey_joined(survey: Survey, eqn: Any, ins: list[Value], parts: list[Value]) -> list[Value]:
+def _survey_joined(
+    survey: Survey, eqn: Equation, ins: list[Value], parts: list[Value]
+) -> list[Value]:
     """Parts beside each other: each leaf is followed; an activation among them makes one of all."""
     if any(value.is_activation_like for value in ins):
         for value in ins:
@@ -194,14 +199,14 @@ def _survey_joined(survey: Survey, eqn: Any, ins: list[Value], parts: list[Value
     ]
 
 
-def _evaluate_stack(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_stack(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """jnp.stack from JAX 0.12 on."""
     axis, shape = equations.get_stack_axis(eqn), list(values[0].shape)
     slices = all_or_none([value.reshape([*shape[:axis], 1, *shape[axis:]]) for value in values])
     return slices and [ConcatenatedWeight.of(slices, axis)]
 
 
-def _survey_stack(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_stack(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     axis, shape = equations.get_stack_axis(eqn), equations.get_result_shape(eqn)
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     kept = [i for i in range(len(shape)) if i != axis]
@@ -212,7 +217,7 @@ def _survey_stack(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
     return _survey_joined(survey, eqn, ins, parts)
 
 
-def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_pad(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """Padding around a weight is joined to it."""
     edges = equations.get_padding(eqn)
     if not is_only_first_weight(values) or any(min(edge) < 0 or edge[2] for edge in edges):
@@ -226,7 +231,7 @@ def _evaluate_pad(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return [weight]
 
 
-def _survey_pad(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_pad(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     parts = [ins[0].map(lambda view: view.pad(equations.get_padding(eqn))), Value()]
     survey.note_read(eqn, ins[1].views)
     return _survey_joined(survey, eqn, [ins[0], ins[1].replace(views=())], parts)
@@ -235,25 +240,25 @@ def _survey_pad(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
 # Operations that keep every element where it is
 
 
-def _survey_identity(survey: Survey, eqn: Any, ins: list[Value]) -> list[Value]:
+def _survey_identity(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """Each result is an operand."""
     return ins
 
 
-def _evaluate_on_base(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_on_base(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """Copies, names and sharding constraints say something of the base alone."""
     moved = values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0], base_only=True)
     return wrap_result(moved)
 
 
-def _evaluate_constraint(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_constraint(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """What is said of how the whole lies is not said of the parts of joined weights."""
     return (
         values if isinstance(values[0], ConcatenatedWeight) else _evaluate_on_base(ctx, eqn, values)
     )
 
 
-def _evaluate_device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_device_put(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """A move of one weight is a move of its base, to the memory of the host or of the device."""
     if len(values) > 1:
         return None
@@ -266,31 +271,31 @@ def _evaluate_device_put(ctx: Context, eqn: Any, values: list[Any]) -> Out:
     return _evaluate_on_base(ctx, eqn, [moved])
 
 
-def _evaluate_reshard(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_reshard(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """Each array is laid out as the axes of the weight that it runs along."""
     wanted = equations.get_new_sharding(eqn)
 
-    def move(array: Any, spec: Any) -> Any:
+    def move(array: jax.Array, spec: PartitionSpec) -> Any:
         sharding = type(wanted)(wanted.mesh, spec, memory_kind=wanted.memory_kind)
         return equations.bind_reshard(eqn, array, sharding)
 
     return wrap_result(values[0].reshard(wanted.spec, move))
 
 
-def _evaluate_stop_gradient(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_stop_gradient(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return wrap_result(values[0].stop_gradient())
 
 
-def _evaluate_on_all(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_on_all(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """reduce_precision acts on the base and on the factors."""
     return wrap_result(values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0]))
 
 
-def _evaluate_barrier(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_barrier(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return list(lax.optimization_barrier(tuple(values)))
 
 
-def _evaluate_negate(ctx: Context, eqn: Any, values: list[Any]) -> Out:
+def _evaluate_negate(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     return wrap_result(values[0].multiply(-1.0, lambda array, scalar: array * scalar))
 
 

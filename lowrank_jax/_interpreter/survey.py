@@ -17,11 +17,9 @@ import jax.numpy as jnp
 
 from lowrank_jax._interpreter.nesting import Nesting
 from lowrank_jax._interpreter.operation import OTHER, OperationTable
-from lowrank_jax._interpreter.views import Roles, View
+from lowrank_jax._interpreter.views import Key, Roles, View
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import Equation, Jaxpr
-
-Key = tuple[int, ...]  # an equation, and those that it is nested in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +228,7 @@ def is_numeric_dtype(dtype: jax.typing.DTypeLike) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-def make_argument_value(aval: Any) -> Value:
+def make_argument_value(aval: jaxprs.ShapedArray) -> Value:
     """An array other than a parameter: data. A scalar is a temperature or a step, no activation."""
     return Value(data=True, activation=is_numeric_dtype(aval.dtype) and bool(aval.ndim))
 

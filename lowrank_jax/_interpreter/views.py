@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from jax import lax
 
 from lowrank_jax._primitives.contract import reshape_groups
 
 Axes = frozenset[int]
+Key = tuple[int, ...]  # an equation, preceded by the equations that enclose it
 NO_AXES: Axes = frozenset()
 
 # An axis of the leaf and the size of the part of it that runs along an axis of the view, the slower
@@ -62,7 +65,7 @@ class View:
     looked_up: Axes = NO_AXES
     summed: Axes = NO_AXES
     stretched: tuple[Axes, ...] = ()
-    slices: tuple[tuple[Any, tuple[Part, ...]], ...] = ()
+    slices: tuple[tuple[Key, tuple[Part, ...]], ...] = ()
 
     @classmethod
     def of(cls, path: str, shape: Sequence[int]) -> View:
@@ -71,7 +74,11 @@ class View:
         return cls(path, tuple(shape), dims, tuple((0, size) for size in shape))
 
     def arrange(
-        self, shape: Sequence[int], dims: Iterable[Any], spans: Any = None, **changes: Any
+        self,
+        shape: Sequence[int],
+        dims: Iterable[Any],
+        spans: Iterable[Span] | None = None,
+        **changes: Any,
     ) -> View:
         """The view with other axes; without spans its elements may stand anywhere along them."""
         shape = tuple(shape)
@@ -131,7 +138,9 @@ class View:
                 dims[axis] = own
         return self.arrange(shape, dims, spans)
 
-    def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Any = None) -> View:
+    def broadcast(
+        self, shape: Sequence[int], axes: Sequence[int], fn: Callable | None = None
+    ) -> View:
         """lax.broadcast_in_dim, which fn is: axis i becomes axis axes[i] of shape."""
         dims: list[Any] = [((-1, size),) for size in shape]
         spans = [(0, size) for size in shape]
@@ -208,7 +217,7 @@ class View:
         ]
         return self.arrange(shape, self.dims, spans)
 
-    def slice_scan(self, scan: Any) -> View:
+    def slice_scan(self, scan: Key) -> View:
         """One slice of the leading axis, in the body of a scan."""
         return self.arrange(
             self.shape[1:],
@@ -218,7 +227,7 @@ class View:
             slices=((scan, self.dims[0]), *self.slices),
         )
 
-    def stack_scan(self, scan: Any, length: int) -> View:
+    def stack_scan(self, scan: Key, length: int) -> View:
         """What a scan makes of a view that its body returns: the slices stacked again."""
         dims, spans = ((-1, length),), [(0, length), *self.spans]
         mine = self.slices and self.slices[0][0] == scan
@@ -230,7 +239,12 @@ class View:
         return self.arrange(*whole, selected=selected, slices=tuple(rest))
 
     def gather(
-        self, numbers: Any, sizes: Sequence[int], shape: Sequence[int], data: bool, many: bool
+        self,
+        numbers: lax.GatherDimensionNumbers,
+        sizes: Sequence[int],
+        shape: Sequence[int],
+        data: bool,
+        many: bool,
     ) -> View:
         """lax.gather: an axis whose slice is whole is not indexed.
 

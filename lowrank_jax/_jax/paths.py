@@ -17,7 +17,7 @@ import jax
 from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import CheckpointError, PatternError, TreeError, list_first_problems
 from lowrank_jax._jax.statics import has_plain_keys
-from lowrank_jax._jax.types import PyTree
+from lowrank_jax._jax.types import PyTree, TreeDef
 
 ALL_LINEAR = "all-linear"
 
@@ -85,14 +85,14 @@ def flatten_checked(flatten: Callable, tree: PyTree, is_leaf: Callable[[Any], bo
 
 
 @functools.lru_cache(maxsize=1024)
-def list_keys(treedef: Any) -> tuple[tuple[Any, ...], ...]:
+def list_keys(treedef: TreeDef) -> tuple[tuple[Any, ...], ...]:
     """The keys of each leaf of a structure without wrappers."""
     numbers = jax.tree.unflatten(treedef, range(treedef.num_leaves))
     return tuple(keys for keys, _ in jax.tree_util.tree_leaves_with_path(numbers))
 
 
 @functools.lru_cache(maxsize=1024)
-def _list_paths(treedef: Any) -> tuple[str, ...]:
+def _list_paths(treedef: TreeDef) -> tuple[str, ...]:
     """The path of each leaf of a structure without wrappers."""
     return _check_unique([join_keys(keys) for keys in list_keys(treedef)])
 
@@ -181,19 +181,20 @@ def hash_path(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=4).digest(), "big")
 
 
-def check_pattern(pattern: Any) -> None:
+def check_pattern(pattern: object) -> None:
     """Raise where a value is not a pattern."""
     if isinstance(pattern, re.Pattern):
         if not isinstance(pattern.pattern, str):
             raise PatternError(f"pattern {pattern!r} is a bytes regex; compile it from a str")
     elif not isinstance(pattern, str) or not pattern:
         raise PatternError(
-            f"a pattern is a non-empty glob string or a compiled re.Pattern, not {quote_value(pattern)}"
+            "a pattern is a non-empty glob string or a compiled re.Pattern, not "
+            f"{quote_value(pattern)}"
         )
     elif "" in pattern.split("/"):
         raise PatternError(
-            f"pattern {quote_value(pattern)} has an empty segment: paths have no leading, trailing or "
-            "doubled '/'"
+            f"pattern {quote_value(pattern)} has an empty segment: paths have no leading, trailing "
+            "or doubled '/'"
         )
 
 
@@ -307,7 +308,9 @@ def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict
     return chosen
 
 
-def unflatten_by_path(tree: PyTree, leaves: dict[str, Any], is_leaf: Any = None) -> Any:
+def unflatten_by_path(
+    tree: PyTree, leaves: dict[str, Any], is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
     """A tree's structure with these at its leaves, None where there is none."""
     own, treedef = flatten(tree, is_leaf=is_leaf)
     return jax.tree.unflatten(treedef, [leaves.get(path) for path, _ in own])

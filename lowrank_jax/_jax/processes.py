@@ -11,7 +11,7 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError
 
 
-def gather_shards(leaf: Any) -> Any:
+def gather_shards(leaf: object) -> Any:
     """An array whose shards lie in several processes, whole in each; a key's data; others as is."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return leaf
@@ -22,7 +22,7 @@ def gather_shards(leaf: Any) -> Any:
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def place_array(leaf: Any, sharding: Any) -> jax.Array:
+def place_array(leaf: jax.Array | np.ndarray, sharding: Any) -> jax.Array:
     """An array that each process has whole, by a sharding that may be over all of them."""
     if not getattr(sharding, "is_fully_addressable", True):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

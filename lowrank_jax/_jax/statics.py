@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from lowrank_jax._jax.types import TreeDef
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Static:
@@ -34,7 +36,7 @@ class Static:
         return hash(self.key)
 
 
-def make_key(value: Any) -> Hashable:
+def make_key(value: object) -> Hashable:
     """A key that is equal for two values only if these are equal, and of equal types, throughout.
 
     Looks into containers, dataclasses that compare by their fields, and pytree structures (keys of
@@ -61,7 +63,7 @@ def make_key(value: Any) -> Hashable:
 
 
 @functools.lru_cache(maxsize=4096)
-def has_plain_keys(treedef: Any) -> bool:
+def has_plain_keys(treedef: TreeDef) -> bool:
     """Whether a pytree structure is of containers whose keys are texts: its own `==` is exact."""
     node = treedef.node_data()
     if node is None:
@@ -74,7 +76,7 @@ def has_plain_keys(treedef: Any) -> bool:
     return known and all(map(has_plain_keys, treedef.children()))
 
 
-def _make_structure_key(treedef: Any) -> Hashable:
+def _make_structure_key(treedef: TreeDef) -> Hashable:
     """The key of a pytree structure: at each node its type, its static data, and its children."""
     node = treedef.node_data()
     if node is None:

@@ -1,4 +1,4 @@
-"""Names for what functions take: equations, jaxprs, trees."""
+"""Type aliases for equations, jaxprs and pytrees."""
 
 from __future__ import annotations
 
@@ -8,4 +8,6 @@ from jax.extend import core
 
 Equation: TypeAlias = core.JaxprEqn
 Jaxpr: TypeAlias = core.Jaxpr | core.ClosedJaxpr
-PyTree: TypeAlias = Any  # containers that jax.tree knows, of arrays and of this library's nodes
+PyTree: TypeAlias = Any  # containers registered with jax.tree, whose leaves are arrays or nodes
+TreeDef: TypeAlias = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
+Shape: TypeAlias = tuple[int, ...]
