@@ -313,7 +313,7 @@ def test_fallback_raise_names_path_primitive_line_and_remedy():
         lowrank.lift(weight_norm, fallback="raise")(tree, X)
     text = str(error.value)
     assert re.search(
-        r"the weight 'w' .*built densely at '\w+', test_lift.py:\d+ \(weight_norm\)", text
+        r"the weight 'w' .*materialized at '\w+', test_lift.py:\d+ \(weight_norm\)", text
     )
     assert "fallback='warn'" in text
 

@@ -1,1 +1,1 @@
-"""Evaluation of a jaxpr some of whose values are weights that know how to multiply themselves."""
+"""Interpreters for jaxprs: evaluation with weight operators, and a dry run that finds uses."""

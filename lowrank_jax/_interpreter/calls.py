@@ -1,4 +1,4 @@
-"""Equations that hold jaxprs: how each is surveyed, and which of its results are operands."""
+"""Survey rules for equations that hold jaxprs, and the operands that their results forward."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ from lowrank_jax._jax.types import Equation
 
 
 def _survey_call(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
+    """Survey the body of a call."""
     with survey.enter(eqn):
         return survey.run(equations.get_body(eqn), ins)
 
 
 def _find_call_sources(table: OperationTable, eqn: Equation) -> list[Source | None]:
+    """Return the sources of the body."""
     return find_sources(table, equations.get_body(eqn))
 
 
 def _survey_shard_map(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """Inside, arrays are the parts on one device."""
+    """Survey the body of a shard_map, in which arrays have the shapes of one device's shards."""
     inner, _ = jaxprs.split_jaxpr(ShardMap.of(eqn).jaxpr)
     placed = lambda values, atoms: [
         value.map(lambda view, atom=atom: view.resize(equations.get_shape(atom)))
@@ -42,11 +44,13 @@ def _survey_shard_map(survey: Survey, eqn: Equation, ins: list[Value]) -> list[V
 
 
 def _find_shard_map_sources(table: OperationTable, eqn: Equation) -> list[Source | None]:
-    """Those of its body; what is put together otherwise than it was split is another array."""
+    """Return the sources of the body whose results have the specs of their operands."""
     mapping, found = ShardMap.of(eqn), []
     for source, spec in zip(find_sources(table, mapping.jaxpr), mapping.out_specs, strict=True):
         if source is not None:
             number, order = source
+            # x [8, 16] with P("data", None) returned as x.T [16, 8] has order (1, 0): it is x.T of
+            # the whole only if its out_spec is P(None, "data").
             entries = dict(enumerate(mapping.in_specs[number]))
             if [entries.get(axis) for axis in order] != _list_spec_entries(spec, len(order)):
                 source = None
@@ -55,7 +59,7 @@ def _find_shard_map_sources(table: OperationTable, eqn: Equation) -> list[Source
 
 
 def _list_spec_entries(spec: PartitionSpec, ndim: int) -> list[Any]:
-    """The entries of a PartitionSpec, one for each axis."""
+    """Return the entries of a PartitionSpec, one for each of `ndim` axes."""
     return [*spec, *(None for _ in range(ndim - len(spec)))]
 
 
@@ -63,6 +67,12 @@ def _list_spec_entries(spec: PartitionSpec, ndim: int) -> list[Any]:
 
 
 def _survey_scan(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
+    """Survey a scan: slices of stacked leaves inside, stacks again outside."""
+    # A view of a stack [L, 4096, 1024] enters the body as [4096, 1024], with axis 0 of the leaf
+    # marked as selected: a product then reports it as a stack axis. A slice that the body returns
+    # is stacked again by the same key, so that NNX's returned parameters are views of the leaf.
+    # The carry is iterated to a fixed point: a value may depend on a product only from the second
+    # step on.
     loop, key = Scan.of(eqn), survey.make_key(eqn)
     fixed = ins[: loop.consts]
     slices = [value.map(lambda view: view.slice_scan(key)) for value in ins[loop.first_slice :]]
@@ -77,9 +87,13 @@ def _survey_scan(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]
 
 
 def _find_scan_sources(table: OperationTable, eqn: Equation) -> list[Source | None]:
+    """Return for each result of a scan the operand that it is a transposition of, or None."""
+    # A carry forwards its own initial value, or a constant that every step writes to it. A stacked
+    # result forwards a scanned operand if each slice does: slice [3, 8] with order (1, 0) of a
+    # stack [L, 3, 8] makes the stack [L, 8, 3] with order (0, 2, 1).
     loop = Scan.of(eqn)
     inner = find_sources(table, loop.jaxpr)
-    some = loop.length > 0  # no step puts a constant into a carry
+    some = loop.length > 0  # else no step writes to the carry
     carried: list[Source | None] = []
     unmoved = find_forwarded(table, loop.jaxpr)[: loop.carries]
     for i, (index, var) in enumerate(zip(unmoved, eqn.outvars, strict=False)):
@@ -97,6 +111,7 @@ def _find_scan_sources(table: OperationTable, eqn: Equation) -> list[Source | No
 
 
 def _survey_while(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
+    """Survey a while loop: its body to a fixed point, then its condition."""
     loop = While.of(eqn)
     fixed = ins[loop.cond_consts : loop.first_carry]
     through = find_forwarded(survey.operations, loop.body)
@@ -109,6 +124,7 @@ def _survey_while(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value
 
 
 def _survey_cond(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
+    """Survey each branch; a result that data selects depends on data."""
     with survey.enter(eqn):
         branches = [survey.run(branch, ins[1:]) for branch in equations.get_branches(eqn)]
     outs = [survey.join(eqn, values) for values in zip(*branches, strict=True)]

@@ -1,4 +1,4 @@
-"""Evaluation of control flow: re-enter by JAX's public functions, weights crossing as pytrees."""
+"""Evaluation rules for control flow: rebuild each equation with weights as pytree operands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def _is_weight(value: object) -> TypeGuard[Weight]:
 
 
 def _reenter(ctx: Context, eqn: Equation, values: list[Any], call: Callable) -> list[Any]:
-    """Evaluate the body through call(run, values); a weight returned unchanged stays outside."""
+    """Return call(run, values), where run evaluates the body of an equation.
+
+    A weight that the body forwards is not returned through the call.
+    """
     body, through = equations.get_body(eqn), find_forwarded_operands(ctx.operations, eqn)
     kept = {i: values[j] for i, j in enumerate(through) if j is not None and _is_weight(values[j])}
 
@@ -39,29 +42,41 @@ def _reenter(ctx: Context, eqn: Equation, values: list[Any], call: Callable) -> 
 
 
 def evaluate_call(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
+    """Evaluate the body of a call in place."""
     return _reenter(ctx, eqn, values, lambda run, operands: run(operands))
 
 
 @dataclasses.dataclass(frozen=True)
 class _PathSlot:
-    """Stands for a weight's path inside a memoized jit, so that equal blocks share one trace."""
+    """A placeholder for a weight's path in a memoized jit, so that equal layers share one trace.
+
+    >>> _PathSlot(0)
+    _PathSlot(number=0)
+    """
 
     number: int
 
 
 @dataclasses.dataclass
 class _JitEntry:
-    """A re-entered jit and the context its trace recorded into, by slot."""
+    """A memoized jit, and the context whose records, by slot, its trace filled."""
 
     ctx: Context
     call: Callable | None = None
 
 
 def evaluate_jit(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    """One jax.jit for each (body, structure of weights): equal blocks trace and compile once."""
+    """Evaluate a jit by one jax.jit for each (jaxpr, structure of its weights).
+
+    Equal layers are traced and compiled once.
+    """
     if ctx.inline_jit:
         return evaluate_call(ctx, eqn, values)
-    slots: dict[Any, _PathSlot] = {}  # path outside -> slot
+    # Paths are static data of a weight's pytree, so layers that differ in nothing else would each
+    # compile. With slots, the operands of block(w of "layer_0") and block(w of "layer_1"), calls of
+    # one jaxpr, both have the path _PathSlot(0), and the second call finds the trace of the first.
+    # The records of the trace name slots; they are copied with the paths of each call.
+    slots: dict[Any, _PathSlot] = {}  # path -> slot
 
     def enter(leaf: Weight) -> Weight:
         slot = slots.setdefault(leaf.path, _PathSlot(len(slots)))
@@ -95,7 +110,7 @@ def evaluate_jit(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 
 def _jit_with_name(run: Callable, eqn: Equation) -> Callable:
-    """jax.jit under the user's own name."""
+    """Return jax.jit(run) with the name of the user's function."""
 
     def named(operands: list[Any]) -> list[Any]:
         return run(operands)
@@ -105,7 +120,7 @@ def _jit_with_name(run: Callable, eqn: Equation) -> Callable:
 
 
 def _place_results(outs: list[Any], eqn: Equation) -> list[Any]:
-    """The results of a jit as its out_shardings say; a weight's arrays by the axes they have."""
+    """Apply the out_shardings of a jit to its results."""
     shardings = Jit.of(eqn).out_shardings
     outs = [
         _constrain_weight(o, s) if _is_weight(o) else o
@@ -121,7 +136,7 @@ def _place_results(outs: list[Any], eqn: Equation) -> list[Any]:
 
 
 def _constrain_weight(weight: Weight, sharding: jax.sharding.Sharding | None) -> Weight:
-    """A weight whose arrays are split as its own sharding says, where whole parts can be."""
+    """Constrain the arrays of a weight to its sharding, if its axes divide into whole shards."""
     kind = jax.sharding.AxisType.Explicit
     if not isinstance(sharding, jax.NamedSharding) or kind in sharding.mesh.axis_types:
         return weight
@@ -135,6 +150,7 @@ def _constrain_weight(weight: Weight, sharding: jax.sharding.Sharding | None) ->
 
 
 def evaluate_remat(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
+    """Evaluate the body of a jax.checkpoint inside a jax.checkpoint."""
     options = equations.get_remat_options(eqn)
     if options["policy"] is not None:
         options["policy"] = QuantizedDotPolicy(options["policy"])
@@ -142,6 +158,10 @@ def evaluate_remat(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 
 def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
+    """Evaluate a shard_map whose weights enter as trees of sharded arrays."""
+    # The spec of a weight gives one for each of its arrays: W [4096, 1024] with P("data", "model")
+    # and rank 8 has w0 P("data", "model"), a [4096, 8] P("data", None), b [8, 1024]
+    # P(None, "model"). The product of local factors is then the local part of the product.
     mapping = ShardMap.of(eqn)
     specs, parts = [], []
     for value, spec in zip(values, mapping.in_specs, strict=True):
@@ -149,7 +169,7 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
             whole = value.prepare_split(spec)
             found = whole.specs(spec)
             if found is None or not _can_split(mapping.mesh, whole, found):
-                value = ctx.materialize(value, eqn, "it cannot be split so")
+                value = ctx.materialize(value, eqn, "it cannot be sharded by this spec")
             else:
                 value, spec = whole, found
         specs.append(spec)
@@ -158,9 +178,7 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     def call(run: Callable, operands: list[Any]) -> list[Any]:
         mapped = jax.shard_map(
             lambda *operands: [
-                None
-                if out is None
-                else ctx.materialize(out, eqn, "a weight leaves a shard_map changed")
+                None if out is None else ctx.materialize(out, eqn, "a shard_map returns it changed")
                 for out in run(list(operands))
             ],
             mesh=mapping.mesh,
@@ -177,7 +195,7 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 def _can_split(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, weight: Weight, specs: PyTree
 ) -> bool:
-    """Whether devices can share the arrays of a weight: whole blocks of a quantized one."""
+    """Whether the mesh divides each array of a weight into equal shards of whole blocks."""
 
     def fits(array: jax.Array, spec: jax.sharding.PartitionSpec) -> bool:
         pairs = zip(array.shape, spec, strict=False)
@@ -187,18 +205,28 @@ def _can_split(
 
 
 def evaluate_scan(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    """Weights scanned over give slices; carried unchanged they are constants; else built."""
+    """Evaluate a scan without materializing the weights that it scans over or forwards."""
+    # Operands are [consts, carry, xs], and a weight is handled by its group:
+    #   const:  closed over. lax.scan never sees it.
+    #   carry:  if the body forwards it, it is constant over the loop, and closed over too.
+    #           Otherwise its value changes from step to step and it is materialized.
+    #   xs:     a stack W [L, 4096, 1024] of rank 8 is unstacked into its arrays w0 [L, 4096, 1024],
+    #           a [L, 4096, 8], b [L, 8, 1024], which lax.scan slices; `rebuild` makes the weight
+    #           [4096, 1024] of a step from a slice of them.
+    # A result that forwards an operand is left out of the new scan and restored after it. So for
+    # body(c, h, x) -> (c, h', x) with a weight c, NNX's layout, the new scan carries h alone, and
+    # its ys are None: neither c nor the stack of x is copied.
     loop = Scan.of(eqn)
     n_consts, n_carry, first = loop.consts, loop.carries, loop.first_slice
     through = find_forwarded(ctx.operations, loop.jaxpr)
-    fixed: dict[int, Weight] = {}  # inputs of the body that are weights closed over
+    fixed: dict[int, Weight] = {}  # index -> weight (or constant) closed over
     carry: list[Any] = []
     for i, value in enumerate(values[:first]):
         if i < n_consts or (_is_weight(value) and through[i - n_consts] == i):
             fixed[i] = value
         else:
             carry.append(ctx.materialize(value, eqn, "the loop changes it"))
-    moving = [i for i in range(n_consts, first) if i not in fixed]
+    moving = [i for i in range(n_consts, first) if i not in fixed]  # carried by the new scan
     slices, rebuild = [], {}
     for i, value in enumerate(values[first:], first):
         parts = value.unstack() if _is_weight(value) else None
@@ -221,7 +249,7 @@ def evaluate_scan(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         outs = [
             None
             if i in kept or (i < n_carry and i + n_consts in fixed)
-            else ctx.materialize(out, eqn, "it leaves the loop changed")
+            else ctx.materialize(out, eqn, "the loop returns it changed")
             for i, out in enumerate(outs)
         ]
         return [outs[i - n_consts] for i in moving], outs[n_carry:]
@@ -242,6 +270,7 @@ def evaluate_scan(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 
 def evaluate_while(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
+    """Evaluate a while loop; a carried weight that the body forwards is closed over."""
     loop = While.of(eqn)
     cond_consts = values[: loop.cond_consts]
     body_consts, carry = values[loop.cond_consts : loop.first_carry], values[loop.first_carry :]
@@ -270,6 +299,9 @@ def evaluate_while(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 
 def evaluate_cond(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
+    """Evaluate a cond or switch whose branches close over the weights."""
+    # A weight may be a result only if every branch forwards the same operand: lax.switch needs the
+    # same result types from all branches, and the pytrees of two weights may differ.
     index, *operands = values
     branches = equations.get_branches(eqn)
     through = [find_forwarded(ctx.operations, branch) for branch in branches]
@@ -285,14 +317,14 @@ def evaluate_cond(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
             full = [value if _is_weight(value) else next(supply) for value in operands]
             outs = interpret(ctx, body, full)
             return [
-                None if i in kept else ctx.materialize(out, eqn, "it leaves a branch")
+                None if i in kept else ctx.materialize(out, eqn, "a branch returns it")
                 for i, out in enumerate(outs)
             ]
 
         return run
 
     arrays = [value for value in operands if not _is_weight(value)]
-    index = ctx.materialize(index, eqn, "it chooses a branch")
+    index = ctx.materialize(index, eqn, "it selects a branch")
     with ctx.enter(eqn):
         outs = lax.switch(index, [branch(body) for body in branches], *arrays)
     return [kept.get(i, out) for i, out in enumerate(outs)]

@@ -95,13 +95,13 @@ def survey_other(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]
 def _find_direct(survey: Survey, eqn: Equation, ins: list[Value]) -> frozenset[Any]:
     """The products that still reach the result directly."""
     kind = get_kind(survey.operations, eqn)
-    if kind == "mix":
+    if kind == "select":
         return merge_values(ins).direct
     moving = [value for value in ins if value.is_activation_like]
     zero = lambda atom: isinstance(atom, jaxprs.Literal) and np.all(np.asarray(atom.val) == 0)
     if eqn.primitive.name in ("max", "min") and any(map(zero, eqn.invars)):
         return frozenset()  # relu
-    if kind == "unary" or (kind == "shift" and len(moving) == 1):
+    if kind == "unary" or (kind == "arithmetic" and len(moving) == 1):
         return merge_values(moving).direct
     return frozenset()
 
@@ -111,7 +111,9 @@ def _is_opaque(survey: Survey, eqn: Equation, ins: list[Value]) -> bool:
     kind = get_kind(survey.operations, eqn)
     if kind == "opaque":
         return True
-    if kind in ("mix", "shift") or eqn.primitive.name.startswith(("scatter", "reduce", "select")):
+    if kind in ("select", "arithmetic") or eqn.primitive.name.startswith(
+        ("scatter", "reduce", "select")
+    ):
         return False
     shapes = [
         equations.get_shape(atom)
@@ -133,8 +135,8 @@ def _survey_collective(survey: Survey, eqn: Equation, ins: list[Value]) -> list[
     return [survey.mark_computed(eqn, value) for value in ins]
 
 
-_SHIFTS = ("add", "sub", "max", "min", "add_any", "clamp", "scatter-add")
-_MIXES = ("select_n", "dynamic_update_slice", "scatter", "sort")
+_ARITHMETIC = ("add", "sub", "max", "min", "add_any", "clamp", "scatter-add")
+_SELECTIONS = ("select_n", "dynamic_update_slice", "scatter", "sort")
 _OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "triangular_solve")
 _COLLECTIVES = (
     *("psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_to_all", "reduce_scatter"),
@@ -142,12 +144,12 @@ _COLLECTIVES = (
 )
 
 ELEMENTWISE: dict[str, Operation] = {
-    "mul": Operation("shift", _evaluate_scaled(lax.mul), _survey_scaled),
-    "div": Operation("shift", _evaluate_scaled(lax.div), _survey_scaled),
+    "mul": Operation("arithmetic", _evaluate_scaled(lax.mul), _survey_scaled),
+    "div": Operation("arithmetic", _evaluate_scaled(lax.div), _survey_scaled),
     "tanh": Operation("unary"),
-    **dict.fromkeys(_SHIFTS, Operation("shift")),
-    **dict.fromkeys(_MIXES, Operation("mix")),
-    **dict.fromkeys(("top_k", "approx_top_k"), Operation("mix", survey=_survey_top_k)),
+    **dict.fromkeys(_ARITHMETIC, Operation("arithmetic")),
+    **dict.fromkeys(_SELECTIONS, Operation("select")),
+    **dict.fromkeys(("top_k", "approx_top_k"), Operation("select", survey=_survey_top_k)),
     **dict.fromkeys(_OPAQUE, Operation("opaque")),
     **dict.fromkeys(_COLLECTIVES, Operation("other", survey=_survey_collective)),
 }

@@ -1,4 +1,4 @@
-"""Evaluate a jaxpr in which some values are weights that know how to multiply themselves."""
+"""Evaluation of a jaxpr in which some values are weight operators instead of arrays."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from lowrank_jax._operators.weight import Weight, expand_path
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One meeting of a weight and an equation.
+    """One use of a weight by an equation.
 
     Args:
-      path: of the leaf.
-      primitive: name of the equation's primitive, "dot_general" say.
-      how: "factored"; "materialized", where no rule serves and the dense weight is built; "built",
-        where two weights meet and the smaller is built.
-      source: file, line and function of the user's own code.
-      layer: the modules and named scopes the equation is in.
-      reason: why it was not factored.
+      path: path of the leaf.
+      primitive: name of the equation's primitive, such as "dot_general".
+      how: "factored"; "materialized" if no rule applies and the dense weight was computed; "built"
+        if both operands of a product are weights and the smaller was materialized.
+      source: file, line and function of the user's code.
+      layer: the modules and named scopes that contain the equation.
+      reason: why it was not factored, or "".
+
+    >>> print(Record("mlp/kernel", "dot_general", "factored", "model.py:12 (mlp)", layer="mlp"))
+    mlp/kernel: factored at dot_general in mlp, model.py:12 (mlp)
     """
 
     path: Any
@@ -45,14 +48,16 @@ class Record:
 
 @dataclasses.dataclass
 class Context(Nesting):
-    """What one interpretation shares: operations, policy, what was recorded, the re-entered jits.
+    """The state of one evaluation.
 
     Args:
-      operations: the table.
-      refuse: raise where a weight would be materialized.
-      records: what happened, in order.
-      uses: path -> number of products so far, so that each use has its own dropout mask.
-      inline_jit: evaluate inner jits in place (a dry run needs no memo).
+      operations: the table of operations.
+      refuse: whether to raise an error if a weight would be materialized.
+      records: the uses so far, in order.
+      uses: path -> number of products so far, so that each use gets its own dropout mask.
+      memo: (id of a jaxpr, structure of its weights) -> the jit that evaluates it.
+      slot_paths: slot -> path, in a memoized jit, whose weights have slots for paths.
+      inline_jit: whether to evaluate inner jits in place, without a memo, as a dry run does.
     """
 
     operations: OperationTable
@@ -64,34 +69,36 @@ class Context(Nesting):
     inline_jit: bool = False
 
     def record(self, weight: Weight, eqn: Equation, how: str, reason: str = "") -> None:
-        """Note a meeting of one leaf and an equation."""
+        """Record a use of a leaf by an equation."""
         for path in expand_path(weight.path):
             where = self.locate(eqn)
             self.records.append(Record(path, eqn.primitive.name, how, *where, reason))
 
     def locate(self, eqn: Equation) -> tuple[str, str]:
-        """The user's line and layer of an equation; those inside a jit know only part of it."""
+        """Return the user's line and the layer of an equation."""
+        # The name stack of an equation inside a jit starts at the jit, so the stacks of the
+        # enclosing equations are put before it, outermost first.
         layers = filter(None, map(jaxprs.get_user_layer, reversed(self.list_enclosing(eqn))))
         return self.find_line(eqn), "/".join(layers)
 
     def materialize_operand(self, weight: Weight, eqn: Equation) -> Any:
-        """The dense array of a weight that meets a larger one: the cheapest there is."""
+        """Materialize the smaller weight of a product of two weights, which is no fallback."""
         for leaf in weight.leaves():
             reason = "a product of two weights builds the smaller"
             self.record(leaf, eqn, "built", reason + leaf.materialize_note)
         return weight.materialize()
 
     def resolve_path(self, path: Any) -> Any:
-        """The path of a weight; inside a memoized jit weights carry slots."""
+        """Return the path for a slot of a memoized jit; any other path is returned as is."""
         return self.slot_paths.get(path, path)
 
     def format_paths(self, weight: Weight) -> str:
-        """The paths of a weight's leaves, for messages."""
+        """Return the paths of a weight's leaves as text."""
         paths = [self.resolve_path(leaf.path) for leaf in weight.leaves()]
         return ", ".join(repr(name) for path in paths for name in expand_path(path))
 
     def begin_use(self, weight: Weight) -> Weight:
-        """The weight for its next use."""
+        """Return the weight for its next use, and count this use."""
         return weight.map_leaves(self._begin_leaf_use)
 
     def _begin_leaf_use(self, leaf: Weight) -> Weight:
@@ -100,40 +107,48 @@ class Context(Nesting):
         return used
 
     def number_use(self, leaf: Weight) -> Weight:
-        """One leaf for its next use; of one made of several the number is above all of theirs."""
+        """Return a leaf with the number of its next use, which seeds its dropout mask."""
         return leaf.for_use(max(self.uses.get(path, 0) for path in expand_path(leaf.path)))
 
     def count_uses(self, paths: Iterable[Any]) -> None:
-        """One more use of each path."""
+        """Count one more use of each path."""
         for path in paths:
             each = expand_path(path)
             number = max(self.uses.get(one, 0) for one in each)
             self.uses |= dict.fromkeys(each, number + 1)
 
     def materialize(self, value: Any, eqn: Equation, reason: str) -> Any:
-        """The dense array of a weight that no rule serves here, said aloud."""
+        """Materialize a weight to which no rule applies, and record why; arrays are returned as is.
+
+        Raises:
+          MaterializeError: `refuse` is set.
+        """
         if not isinstance(value, Weight):
             return value
-        if not value.leaves():  # of joined weights nothing but plain arrays is left
+        if not value.leaves():  # a concatenation of which only plain arrays are left
             return value.materialize()
         if self.refuse:
             line, layer = self.locate(eqn)
             where = f" (in {layer})" if layer else ""
             raise MaterializeError(
-                f"the weight {self.format_paths(value)} would have to be built densely at "
+                f"the weight {self.format_paths(value)} would have to be materialized at "
                 f"{eqn.primitive.name!r}, {line}{where}: {reason}. Exclude the "
-                "leaf from the targets, or lift with fallback='warn' to let it be built"
+                "leaf from the targets, or lift with fallback='warn' to allow it"
             )
         for leaf in value.leaves():
             self.record(leaf, eqn, "materialized", reason + leaf.materialize_note)
         return value.materialize()
 
     def materialize_result(self, weight: Weight) -> Any:
-        """The dense array of a weight that is a result of the whole function."""
+        """Materialize a weight that is a result of the whole function.
+
+        Raises:
+          MaterializeError: `refuse` is set.
+        """
         if self.refuse and weight.leaves():
             raise MaterializeError(
                 f"the function returns the weight {self.format_paths(weight)} itself, which would "
-                "be built densely; return what you need of it, or lift with fallback='warn'"
+                "be materialized; return what you need of it, or lift with fallback='warn'"
             )
         for leaf in weight.leaves():
             for path in expand_path(leaf.path):
@@ -144,9 +159,12 @@ class Context(Nesting):
 
 
 def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
-    """Evaluate a (closed) jaxpr on arrays and weights; results may be weights too."""
+    """Evaluate a jaxpr on arrays and weights; results may be weights."""
     inner, consts = jaxprs.split_jaxpr(jaxpr)
     env = dict(zip(jaxprs.get_input_vars(jaxpr), [*consts, *args], strict=True))
+    # As in jax.core.eval_jaxpr, but an equation with a weight among its operands goes to the rule
+    # of its primitive, which may return a weight: for x @ W.T with x [2, 8] and W [4, 8], the
+    # transpose returns an operator [8, 4], and its product with x is an array [2, 4].
     last = _find_last_uses(inner)
     read = lambda atom: atom.val if isinstance(atom, jaxprs.Literal) else env[atom]
     for number, eqn in enumerate(inner.eqns):
@@ -163,14 +181,14 @@ def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
 
 
 def _apply_rule(ctx: Context, eqn: Equation, values: list[Any]) -> Sequence[Any]:
-    """Apply the rule of an equation that meets weights, or bind it on their dense arrays."""
+    """Apply the rule for an equation that has weights among its operands, or materialize them."""
     rule = ctx.operations.get(eqn.primitive.name, OTHER).evaluate
     try:
         if rule is not None:
             with jaxprs.use_eqn_context(eqn):
                 outs = rule(ctx, eqn, values)
             if outs is not None:
-                # the part of joined weights that is a plain array is one again
+                # a slice of a concatenation may be one of its plain arrays
                 return [out.value if isinstance(out, DenseWeight) else out for out in outs]
         reason = (
             "no rule for this primitive" if rule is None else "its rule does not cover this form"
@@ -184,7 +202,7 @@ def _apply_rule(ctx: Context, eqn: Equation, values: list[Any]) -> Sequence[Any]
 
 
 def _annotate_error(ctx: Context, eqn: Equation, values: list[Any], error: Exception) -> None:
-    """Say in the error where in the user's model it arose."""
+    """Add a note to an error: where in the user's model it was raised."""
     if getattr(error, "_lowrank_noted", False):
         return
     names = sorted({ctx.format_paths(v) for v in values if isinstance(v, Weight)})
@@ -199,7 +217,7 @@ def _annotate_error(ctx: Context, eqn: Equation, values: list[Any], error: Excep
 
 
 def _find_last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
-    """Equation number -> variables not needed after it, so that eager values are freed."""
+    """Map the index of each equation to the variables it uses last, whose values can be freed."""
     seen = {atom for atom in jaxpr.outvars if not isinstance(atom, jaxprs.Literal)}
     last: dict[int, list[Any]] = {}
     for number in range(len(jaxpr.eqns) - 1, -1, -1):

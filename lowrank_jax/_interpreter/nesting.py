@@ -1,10 +1,9 @@
-"""Where in nested equations an interpretation stands."""
+"""The position of an interpreter within nested equations."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
 
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import Equation
@@ -12,17 +11,17 @@ from lowrank_jax._jax.types import Equation
 
 @dataclasses.dataclass
 class Nesting:
-    """The equations that were entered.
+    """The equations whose bodies are being interpreted.
 
     Args:
       frame: these equations, outermost first.
     """
 
-    frame: tuple[Any, ...] = dataclasses.field(default=(), kw_only=True)
+    frame: tuple[Equation, ...] = dataclasses.field(default=(), kw_only=True)
 
     @contextlib.contextmanager
     def enter(self, eqn: Equation):
-        """Interpret the body of an equation: messages and uses know where they are."""
+        """Return a context manager in which the body of an equation is interpreted."""
         before = self.frame
         self.frame = (*before, eqn)
         try:
@@ -30,12 +29,12 @@ class Nesting:
         finally:
             self.frame = before
 
-    def list_enclosing(self, eqn: Equation) -> list[Any]:
-        """An equation and those around it, innermost first."""
+    def list_enclosing(self, eqn: Equation) -> list[Equation]:
+        """Return an equation and those that enclose it, innermost first."""
         return [eqn, *reversed(self.frame)]
 
     def find_line(self, eqn: Equation) -> str:
-        """The user's source line of an equation; one inside a jit knows only that around it."""
+        """Return the user's line of an equation, or of the nearest enclosing one that has a line."""
         return next(
             filter(None, map(jaxprs.find_user_line, self.list_enclosing(eqn))), "an unknown line"
         )

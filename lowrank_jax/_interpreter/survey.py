@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from lowrank_jax._interpreter.nesting import Nesting
 from lowrank_jax._interpreter.operation import OTHER, OperationTable
-from lowrank_jax._interpreter.views import Key, Roles, View
+from lowrank_jax._interpreter.roles import Roles
+from lowrank_jax._interpreter.views import Key, View
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import Equation, Jaxpr
 

@@ -1,7 +1,7 @@
-"""The table of operations: one row for each primitive that has a rule or a kind of its own.
+"""The table of operations: primitive name -> its rules.
 
-To teach the library a primitive, add a row. Where a weight and a view take it alike, one function
-does: `"roll": structural(lambda equation, w: w.roll(...))`.
+To support another primitive, add a row. If weights and views have a method of the same name, one
+function serves both: `"roll": make_structural(lambda eqn, w: w.roll(...))`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The seam to JAX: what drifts between its releases, and trees of arrays."""
+"""JAX utilities: access to jaxprs across releases, pytree paths, cache keys, and processes."""

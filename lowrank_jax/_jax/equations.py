@@ -1,4 +1,4 @@
-"""The parameters of JAX's equations, by what they mean: the only place that knows their names."""
+"""Accessors for the parameters of jaxpr equations: the only module that knows their JAX names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowrank_jax._jax.types import Equation, Shape
 
 
 def _get_params(eqn: Equation, names: Iterable[str]) -> dict[str, Any]:
-    """Those of these parameters that are there and not None."""
+    """Return those of the named parameters that are present and not None."""
     return {name: eqn.params[name] for name in names if eqn.params.get(name) is not None}
 
 
@@ -27,32 +27,36 @@ def get_shape(atom: Var | Literal) -> Shape:
 
 
 def get_new_dtype(eqn: Equation) -> Any:
-    """convert_element_type: the dtype of the result."""
+    """Return the target dtype of a convert_element_type."""
     return eqn.params["new_dtype"]
 
 
 def get_permutation(eqn: Equation) -> tuple[int, ...]:
-    """transpose: axis i of the result is axis permutation[i] of the operand."""
+    """Return the permutation of a transpose: axis i of the result is operand axis perm[i]."""
     return tuple(eqn.params["permutation"])
 
 
 def get_reshape_order(eqn: Equation) -> tuple[int, ...] | None:
-    """reshape: the order of axes in which elements are taken, or None: that of the operand."""
+    """Return the order in which a reshape reads the operand's axes; None is their natural order."""
     return eqn.params.get("dimensions")
 
 
 def get_result_shape(eqn: Equation) -> tuple[int, ...]:
-    """The shape of the first result."""
+    """Return the shape of the first result."""
     return get_shape(eqn.outvars[0])
 
 
 def get_broadcast_dimensions(eqn: Equation) -> tuple[int, ...]:
-    """broadcast_in_dim: axis i of the operand is this axis of the result."""
-    return tuple(map(int, eqn.params["broadcast_dimensions"]))  # vmap leaves NumPy's integers
+    """Return for each operand axis of a broadcast_in_dim its axis in the result."""
+    return tuple(map(int, eqn.params["broadcast_dimensions"]))  # vmap produces NumPy integers
 
 
 class Slice(NamedTuple):
-    """slice: along each axis the entries start, start + stride, ... below limit."""
+    """The parameters of slice: start, limit and stride of each axis.
+
+    >>> Slice(starts=(0, 2), limits=(4, 8), strides=(1, 3))  # x[0:4, 2:8:3]
+    Slice(starts=(0, 2), limits=(4, 8), strides=(1, 3))
+    """
 
     starts: tuple[int, ...]
     limits: tuple[int, ...]
@@ -60,60 +64,60 @@ class Slice(NamedTuple):
 
     @classmethod
     def of(cls, eqn: Equation) -> Slice:
-        """The parameters of an equation."""
+        """Read the parameters of an equation."""
         starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
         return cls(starts, limits, eqn.params["strides"] or (1,) * len(starts))
 
 
 def get_slice_sizes(eqn: Equation) -> tuple[int, ...]:
-    """dynamic_slice: the shape of the result."""
+    """Return the result shape of a dynamic_slice."""
     return tuple(eqn.params["slice_sizes"])
 
 
 class Split(NamedTuple):
-    """split: an axis, cut into parts of these sizes."""
+    """The parameters of split: the axis, and the sizes of the parts along it."""
 
     axis: int
     sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, eqn: Equation) -> Split:
-        """The parameters of an equation."""
+        """Read the parameters of an equation."""
         return cls(eqn.params["axis"], tuple(eqn.params["sizes"]))
 
 
 def get_stack_axis(eqn: Equation) -> int:
-    """stack and unstack: the axis."""
+    """Return the axis of a stack or unstack."""
     return eqn.params["axis"]
 
 
 def get_concatenate_axis(eqn: Equation) -> int:
-    """concatenate: the axis."""
+    """Return the axis of a concatenate."""
     return eqn.params["dimension"]
 
 
 def get_padding(eqn: Equation) -> Sequence[tuple[int, int, int]]:
-    """pad: for each axis how much comes before, after and between."""
+    """Return the (low, high, interior) padding of each axis of a pad."""
     return eqn.params["padding_config"]
 
 
 def get_reversed_axes(eqn: Equation) -> list[int]:
-    """rev: the axes."""
+    """Return the axes that a rev flips."""
     return list(eqn.params["dimensions"])
 
 
 def get_devices(eqn: Equation) -> Sequence[Any]:
-    """device_put: for each operand the device, sharding or memory space, or None."""
+    """Return for each operand of a device_put its device, sharding or memory space, or None."""
     return eqn.params["devices"]
 
 
 def get_new_sharding(eqn: Equation) -> Any:
-    """reshard: the sharding of the result."""
+    """Return the target sharding of a reshard."""
     return eqn.params["dst_sharding"]
 
 
 def bind_reshard(eqn: Equation, array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The result of a reshard of another array to another sharding."""
+    """Bind a reshard equation to another array and another sharding."""
     return jaxprs.bind(eqn, [array], dst_sharding=sharding)[0]
 
 
@@ -121,19 +125,19 @@ def bind_reshard(eqn: Equation, array: jax.Array, sharding: jax.sharding.Shardin
 
 
 class Dot(NamedTuple):
-    """dot_general: dimension numbers, and the other keyword arguments of lax.dot_general."""
+    """The parameters of dot_general: dimension numbers, and other keywords of lax.dot_general."""
 
     numbers: Any
     options: dict[str, Any]
 
     @classmethod
     def of(cls, eqn: Equation) -> Dot:
-        """The parameters of an equation."""
+        """Read the parameters of an equation."""
         return cls(eqn.params["dimension_numbers"], _get_params(eqn, _DOT_OPTIONS))
 
 
 class RaggedDot(NamedTuple):
-    """ragged_dot_general: dimension numbers, keyword arguments, and where the groups begin."""
+    """The parameters of ragged_dot_general: dimension numbers, keywords, and the group offset."""
 
     numbers: Any
     options: dict[str, Any]
@@ -141,7 +145,7 @@ class RaggedDot(NamedTuple):
 
     @classmethod
     def of(cls, eqn: Equation) -> RaggedDot:
-        """The parameters of an equation."""
+        """Read the parameters of an equation."""
         numbers = eqn.params["ragged_dot_dimension_numbers"]
         return cls(numbers, _get_params(eqn, _DOT_OPTIONS), eqn.params["group_offset"])
 
@@ -150,7 +154,7 @@ _DOT_OPTIONS = ("precision", "preferred_element_type", "out_sharding")
 
 
 def get_conv_options(eqn: Equation) -> dict[str, Any]:
-    """conv_general_dilated: the keyword arguments of lax.conv_general_dilated."""
+    """Return the keyword arguments of lax.conv_general_dilated for an equation."""
     names = (
         *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
         *("feature_group_count", "batch_group_count", *_DOT_OPTIONS),
@@ -159,7 +163,7 @@ def get_conv_options(eqn: Equation) -> dict[str, Any]:
 
 
 def get_gather_options(eqn: Equation) -> dict[str, Any]:
-    """gather: the keyword arguments of lax.gather."""
+    """Return the keyword arguments of lax.gather for an equation."""
     names = ("dimension_numbers", "slice_sizes", "unique_indices", "indices_are_sorted")
     return {name: eqn.params[name] for name in (*names, "mode", "fill_value")}
 
@@ -168,12 +172,14 @@ def get_gather_options(eqn: Equation) -> dict[str, Any]:
 
 
 def get_body(eqn: Equation) -> Any:
-    """jit, remat, shard_map and calls: the jaxpr."""
+    """Return the jaxpr of a jit, remat, shard_map or call."""
     return eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
 
 
 def find_bodies(eqn: Equation) -> list[Any]:
-    """Any equation: the jaxprs that take its operands and return its results."""
+    """Return the jaxprs of an equation that map its operands to its results."""
+    # A custom_jvp_call, say, holds its function as a jaxpr parameter. Its name differs between
+    # primitives, but the function's inputs and outputs have the shapes of operands and results.
     shapes = lambda atoms: [getattr(atom.aval, "shape", None) for atom in atoms]
     found = []
     for value in eqn.params.values():
@@ -187,7 +193,7 @@ def find_bodies(eqn: Equation) -> list[Any]:
 
 
 class Jit(NamedTuple):
-    """jit: the jaxpr, the user's name of it, and for each result a sharding or None."""
+    """The parameters of jit: the jaxpr, the function's name, and each result's sharding or None."""
 
     jaxpr: Any
     name: str
@@ -195,18 +201,18 @@ class Jit(NamedTuple):
 
     @classmethod
     def of(cls, eqn: Equation) -> Jit:
-        """The parameters of an equation."""
+        """Read the parameters of an equation."""
         shardings = [jaxprs.drop_unspecified(one) for one in eqn.params["out_shardings"]]
         return cls(eqn.params["jaxpr"], eqn.params["name"], shardings)
 
 
 def get_remat_options(eqn: Equation) -> dict[str, Any]:
-    """remat: the keyword arguments of jax.checkpoint."""
+    """Return the keyword arguments of jax.checkpoint for a remat."""
     return {name: eqn.params[name] for name in ("prevent_cse", "policy")}
 
 
 class ShardMap(NamedTuple):
-    """shard_map: the jaxpr of one device's part, and the keyword arguments of jax.shard_map."""
+    """The parameters of shard_map: the per-device jaxpr, and the keywords of jax.shard_map."""
 
     jaxpr: Any
     mesh: Any
@@ -217,7 +223,7 @@ class ShardMap(NamedTuple):
 
     @classmethod
     def of(cls, eqn: Equation) -> ShardMap:
-        """The parameters of an equation; JAX 0.10.2 renamed one."""
+        """Read the parameters of an equation; JAX 0.10.2 renamed one of them."""
         params = eqn.params
         manual = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
         names = ("jaxpr", "mesh", "in_specs", "out_specs", "check_vma", manual)
@@ -225,7 +231,16 @@ class ShardMap(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """scan: body(*consts, *carry, *slices) -> (*carry, *results), and how often."""
+    """The parameters of scan: body(*consts, *carry, *xs) -> (*carry, *ys), and its operand counts.
+
+    Args:
+      jaxpr: the body.
+      consts: the number of loop-invariant operands.
+      carries: the number of carried operands.
+      length: the number of steps.
+      reverse: whether the last slice comes first.
+      unroll: how many steps are unrolled.
+    """
 
     jaxpr: Any
     consts: int
@@ -236,18 +251,22 @@ class Scan(NamedTuple):
 
     @classmethod
     def of(cls, eqn: Equation) -> Scan:
-        """The parameters of an equation."""
+        """Read the parameters of an equation."""
         own = (eqn.params[name] for name in ("length", "reverse", "unroll"))
         return cls(eqn.params["jaxpr"], *_count_scan_operands(eqn), *own)
 
     @property
     def first_slice(self) -> int:
-        """The number of the first operand that is scanned over."""
+        """Index of the first scanned operand."""
         return self.consts + self.carries
 
 
 def _count_scan_operands(eqn: Equation) -> tuple[int, int]:
-    """Numbers of constants and carries of a scan: sequences have one axis more outside the body."""
+    """Return the numbers of constants and of carries of a scan."""
+    # The counts are parameters, whose names drift between releases, so they are inferred: a scanned
+    # array has one axis more outside the body than inside. For a body (w [4, 8], h [2, 4], x [3])
+    # -> (h [2, 4], y [5]) scanned over x [6, 3] into y [6, 5], the trailing operands and results
+    # with ndim + 1 are one each, which leaves one carry, and one constant.
     inner, _ = jaxprs.split_jaxpr(eqn.params["jaxpr"])
     ndim = lambda atoms: [len(atom.aval.shape) for atom in atoms]
 
@@ -265,7 +284,7 @@ def _count_scan_operands(eqn: Equation) -> tuple[int, int]:
 
 
 class While(NamedTuple):
-    """while: cond(*cond_consts, *carry), body(*body_consts, *carry) -> carry."""
+    """The parameters of while: cond(*cond_consts, *carry), body(*body_consts, *carry) -> carry."""
 
     cond: Any
     cond_consts: int
@@ -274,16 +293,16 @@ class While(NamedTuple):
 
     @classmethod
     def of(cls, eqn: Equation) -> While:
-        """The parameters of an equation."""
+        """Read the parameters of an equation."""
         names = ("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts")
         return cls(*(eqn.params[name] for name in names))
 
     @property
     def first_carry(self) -> int:
-        """The number of the first operand that is carried."""
+        """Index of the first carried operand."""
         return self.cond_consts + self.body_consts
 
 
 def get_branches(eqn: Equation) -> Sequence[Any]:
-    """cond and switch: the jaxprs, chosen from by the first operand."""
+    """Return the branches of a cond or switch, which the first operand selects from."""
     return eqn.params["branches"]

@@ -1,4 +1,4 @@
-"""The seam to JAX's jaxprs: everything that drifts between releases is in this file."""
+"""Jaxprs, shardings and memory spaces, behind functions that hide changes between JAX releases."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ Primitive = core.Primitive
 
 
 def threefry2x32(*words: jax.Array) -> Sequence[jax.Array]:
-    """The cipher of two key words and two counter words, uint32 of one shape, on each element."""
+    """Encrypt two counter words with two key words elementwise; four uint32 arrays of one shape."""
     return threefry2x32_p.bind(*words)
 
 
 def split_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr with its constants: a ClosedJaxpr up to JAX 0.11, one Jaxpr since."""
+    """Return the bare jaxpr and its constants: a ClosedJaxpr up to JAX 0.11, one Jaxpr since."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     consts = getattr(jaxpr, "consts", ())
     return inner, list(consts or ())
 
 
 def get_input_vars(jaxpr: Jaxpr) -> list[Any]:
-    """The variables of constants and inputs, in the order their values are given."""
+    """Return the variables of the constants and of the inputs, in the order of their values."""
     inner, _ = split_jaxpr(jaxpr)
     return [*getattr(inner, "constvars", ()), *inner.invars]
 
 
 def find_consumers(jaxpr: Jaxpr, number: int) -> list[Any]:
-    """The equations that take an input, given by number."""
+    """Return the equations that consume an input, given by index."""
     inner, _ = split_jaxpr(jaxpr)
     var = inner.invars[number]
     return [eqn for eqn in inner.eqns if any(atom is var for atom in eqn.invars)]
 
 
 def bind(eqn: Equation, args: Sequence[Any], **changes: Any) -> Sequence[Any]:
-    """Bind one equation, in its own context; always a sequence of results."""
+    """Bind an equation in its own context, with some parameters changed; return its results."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
     params = {**eqn.primitive.get_bind_params(eqn.params), **changes}
@@ -60,7 +60,7 @@ def bind(eqn: Equation, args: Sequence[Any], **changes: Any) -> Sequence[Any]:
 
 
 def use_eqn_context(eqn: Equation):
-    """A context manager in which new operations carry the equation's names and context."""
+    """Return a context manager in which new operations get an equation's name stack and context."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
     return _ContextPair(
@@ -69,7 +69,7 @@ def use_eqn_context(eqn: Equation):
 
 
 class _ContextPair:
-    """Two context managers as one, cheaper than an ExitStack."""
+    """Two nested context managers, cheaper than an ExitStack."""
 
     __slots__ = ("first", "second")
 
@@ -86,7 +86,7 @@ class _ContextPair:
 
 
 def drop_unspecified(sharding: object) -> jax.sharding.Sharding | None:
-    """A sharding or layout that a user gave, or None."""
+    """Return a sharding that the user specified, or None."""
     return sharding if isinstance(sharding, jax.sharding.Sharding) else None
 
 
@@ -98,12 +98,14 @@ _INTERNAL = tuple(
 
 
 def find_user_line(eqn: Equation) -> str:
-    """Where an equation is in the user's own code, or "": file.py:12 (function)."""
+    """Return the line of user code that made an equation, as "file.py:12 (function)", or ""."""
     info: Any = eqn.source_info
     try:
         frames = info.traceback.frames
     except AttributeError:
         return ""
+    # Frames are innermost first. The user's is the first outside JAX, this package and Flax; if
+    # Flax has them all (a model made of its modules alone), its innermost frame is shown.
     outside = [f for f in frames if not f.file_name.startswith(_INTERNAL)]
     own = [f for f in outside if f"{os.sep}flax{os.sep}" not in f.file_name] or outside
     if not own:
@@ -113,7 +115,7 @@ def find_user_line(eqn: Equation) -> str:
 
 
 def get_user_layer(eqn: Equation) -> str:
-    """The name stack of the equation: the user's modules and named scopes, or ""."""
+    """Return the name stack of an equation: modules and named scopes, or ""."""
     return str(eqn.source_info.name_stack)
 
 
@@ -123,33 +125,33 @@ def is_tracer(value: object) -> bool:
 
 
 def has_no_mesh(value: ArrayLike) -> bool:
-    """Whether a value is of no mesh, nor varying over a manual one."""
+    """Whether a value's type has no mesh and does not vary over manual mesh axes."""
     kind = jax.typeof(value)
     return not getattr(kind, "vma", None) and kind.sharding.mesh.empty
 
 
 def has_auto_axes(value: ArrayLike) -> bool:
-    """Whether a value is of no mesh, or of one whose axes are all the compiler's to use."""
+    """Whether a value's type has no mesh, or one whose axes all have AxisType.Auto."""
     kind = jax.typeof(value)
     axes = kind.sharding.mesh.axis_types
     return not getattr(kind, "vma", None) and all(axis == AxisType.Auto for axis in axes)
 
 
 def is_manual() -> bool:
-    """Whether this is traced for one device of a mesh: inside shard_map."""
+    """Whether this code is traced inside shard_map, for one device of a mesh."""
     return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
 
 def has_explicit_axes(value: ArrayLike) -> bool:
-    """Whether a value is of a mesh whose types say how arrays lie."""
+    """Whether a value's type has a mesh with an explicit axis."""
     return AxisType.Explicit in jax.typeof(value).sharding.mesh.axis_types
 
 
 def match_sharding(result: jax.Array, branch: Callable, *operands: PyTree) -> Any:
-    """branch(*operands), lying on the mesh as `result` does; how it gets there XLA decides.
+    """Return branch(*operands) with the sharding of `result`.
 
-    On a mesh with explicit axes every product must say how its result lies, and what the user said
-    of theirs is said of the whole, not of the two thin products that go beside it.
+    On a mesh with explicit axes every product needs an out_sharding. The user's is that of the
+    whole product, not of the two thin ones x @ a and (x @ a) @ b, so these are left to XLA.
     """
     sharding = jax.typeof(result).sharding
     if not any(map(is_split, (result, *jax.tree.leaves(operands)))):
@@ -158,7 +160,7 @@ def match_sharding(result: jax.Array, branch: Callable, *operands: PyTree) -> An
 
 
 def is_split(array: ArrayLike, axis: int | None = None) -> bool:
-    """Whether an array's type says that it (or one axis) is split along an explicit mesh axis."""
+    """Whether an array, or one of its axes, is sharded along an explicit mesh axis."""
     spec = tuple(getattr(jax.typeof(array).sharding, "spec", ()))
     entries = spec if axis is None else spec[axis : axis + 1]
     return any(entry is not None for entry in entries)
@@ -167,18 +169,19 @@ def is_split(array: ArrayLike, axis: int | None = None) -> bool:
 def count_shards(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, entry: str | Sequence[str] | None
 ) -> int:
-    """Into how many parts an entry of a PartitionSpec splits an axis."""
+    """Return the number of shards that an entry of a PartitionSpec makes of an axis."""
     names = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
 def is_eager() -> bool:
-    """Whether operations run as they are called, under grad or vmap too: no jit traces them."""
+    """Whether operations run as they are called (under grad or vmap too), because no jit traces."""
+    # inside jit a new constant is a tracer; inside grad or vmap alone it is a concrete array
     return not is_tracer(jax.numpy.zeros(()))
 
 
 def use_mesh_of(array: jax.Array) -> Any:
-    """A context: the mesh that a concrete array lies on; where a tracer lies is known already."""
+    """Return a context manager that sets the mesh of a concrete array; none for a tracer."""
     if is_tracer(array):
         return contextlib.nullcontext()
     sharding: Any = array.sharding
@@ -192,30 +195,30 @@ _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
 def is_on_host(array: object) -> bool:
-    """Whether an array is known to lie in the memory of the host, where nothing computes."""
+    """Whether an array is known to be in host memory, where nothing can be computed."""
     return isinstance(array, jax.Array) and jax.typeof(array).memory_space == _HOST
 
 
 def to_device(tree: PyTree) -> Any:
-    """The tree with all its arrays in the memory of the device."""
+    """Move all arrays of a tree to device memory."""
     move = lambda leaf: jax.device_put(leaf, _DEVICE) if is_on_host(leaf) else leaf
     return jax.tree.map(move, tree)
 
 
 def to_host(array: jax.Array) -> jax.Array:
-    """An array in the memory of the host."""
+    """Move an array to host memory."""
     return array if is_on_host(array) else jax.device_put(array, _HOST)
 
 
 def is_host(target: object) -> bool:
-    """Whether what device_put takes (a memory space, a sharding) is in the memory of the host."""
+    """Whether a target of device_put (a memory space or a sharding) is in host memory."""
     if isinstance(target, jax.memory.Space):
         return target == _HOST
     return getattr(target, "memory_kind", None) not in (None, "device")
 
 
 def call_with_auto_axes(fn: Callable, out_sharding: PyTree, *operands: PyTree) -> Any:
-    """fn(*operands), explicit axes of the mesh left to the compiler inside it."""
+    """Return fn(*operands), in which the explicit axes of the mesh have AxisType.Auto."""
     mesh = jax.tree.leaves(out_sharding)[0].mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)

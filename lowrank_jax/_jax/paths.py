@@ -1,4 +1,4 @@
-"""Paths of leaves, the patterns that choose among them, and trees made of leaves by path."""
+"""Paths of leaves, patterns that select paths, and conversions between trees and {path: leaf}."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from lowrank_jax._jax.types import PyTree, TreeDef
 
 ALL_LINEAR = "all-linear"
 
-MAX_KEYS = 300  # keys of a path that a tree is made of
-_COMPARED_CHARS = 100  # characters of a name that are compared with another's
+MAX_KEYS = 300  # in a path that to_nested_dict accepts
+_COMPARED_CHARS = 100  # of a name, when similar names are searched for
 
 Pattern = str | re.Pattern
 
 
 def join_keys(keys: Sequence[Any]) -> str:
-    """Join a key path by "/"."""
+    """Join a key path with "/": (DictKey("layers"), SequenceKey(0)) is "layers/0"."""
     return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def flatten_with_keys(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
-    """Flatten into [(keys, leaf)] and the treedef; the value of a wrapper adds no key.
+    """Flatten a tree into [(keys, leaf)] and its treedef; a Flax wrapper adds no "value" key.
 
-    A wrapper is what Flax puts around an array: nnx.Variable, nn.Partitioned, nn.meta.AxisMetadata.
-    A field that is called "value" in anything else is a key like any other.
+    Wrappers are the boxes that Flax puts around arrays: nnx.Variable, nn.Partitioned and other
+    nn.meta.AxisMetadata. In any other class a field named "value" is an ordinary key.
     """
     leaves, treedef = flatten_checked(jax.tree.flatten, tree, is_leaf)
     if has_plain_keys(treedef):
@@ -53,7 +53,7 @@ def flatten_with_keys(
 def _refuse_unsorted(
     keys: tuple[Any, ...], tree: PyTree, is_leaf: Callable[[Any], bool], error: Exception
 ) -> None:
-    """Raise where the keys of a dict cannot be sorted, as JAX must to flatten it."""
+    """Raise TreeError for a dict whose keys cannot be sorted, which JAX does to flatten it."""
     if is_leaf(tree):
         return
     if isinstance(tree, dict):
@@ -76,7 +76,7 @@ def _refuse_unsorted(
 
 
 def flatten_checked(flatten: Callable, tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> Any:
-    """jax's own flattening; keys that it cannot sort are refused by path."""
+    """Call a flatten function of JAX; raise TreeError with the path of keys that it cannot sort."""
     try:
         return flatten(tree, is_leaf=is_leaf)
     except (TypeError, ValueError) as error:
@@ -86,19 +86,19 @@ def flatten_checked(flatten: Callable, tree: PyTree, is_leaf: Callable[[Any], bo
 
 @functools.lru_cache(maxsize=1024)
 def list_keys(treedef: TreeDef) -> tuple[tuple[Any, ...], ...]:
-    """The keys of each leaf of a structure without wrappers."""
+    """Return the key path of each leaf of a structure without wrappers."""
     numbers = jax.tree.unflatten(treedef, range(treedef.num_leaves))
     return tuple(keys for keys, _ in jax.tree_util.tree_leaves_with_path(numbers))
 
 
 @functools.lru_cache(maxsize=1024)
 def _list_paths(treedef: TreeDef) -> tuple[str, ...]:
-    """The path of each leaf of a structure without wrappers."""
+    """Return the path of each leaf of a structure without wrappers."""
     return _check_unique([join_keys(keys) for keys in list_keys(treedef)])
 
 
 def _check_unique(paths: Sequence[str]) -> tuple[str, ...]:
-    """The paths, no two of which are alike."""
+    """Return the paths; raise TreeError if two are equal."""
     if len({*paths}) != len(paths):
         twice = sorted(path for path, count in Counter(paths).items() if count > 1)
         raise TreeError(
@@ -120,7 +120,7 @@ def _find_wrappers() -> tuple[type, ...]:
 
 
 def _is_value(key: Any) -> bool:
-    """Whether a key is that of an attribute called "value"."""
+    """Whether a key is the attribute "value"."""
     return isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
 
 
@@ -130,7 +130,10 @@ def _iterate_unwrapped(
     is_leaf: Callable[[Any], bool],
     wrappers: tuple[type, ...],
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The leaves of a tree by their keys, less those of the values of wrappers."""
+    """Yield (keys, leaf) for each leaf of a tree, without the "value" keys of wrappers."""
+    # {"w": nnx.Param(x)} has the leaf x at (w, value). Wrappers are leaves of the first traversal,
+    # at (w,), and are then opened one level: the attribute "value" is dropped, so x is at (w,),
+    # and any other child keeps its key. A wrapper within a wrapper is opened by recursion.
     closed = lambda node: isinstance(node, wrappers) or is_leaf(node)
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=closed):
         keys = (*before, *keys)
@@ -149,7 +152,11 @@ def _iterate_unwrapped(
 def flatten(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[str, Any]], Any]:
-    """Flatten into [(path, leaf)] and the treedef; two leaves of one path are refused."""
+    """Flatten a tree into [(path, leaf)] and its treedef.
+
+    Raises:
+      TreeError: two leaves have the same path, or the keys of a dict cannot be sorted.
+    """
     leaves, treedef = flatten_checked(jax.tree.flatten, tree, is_leaf)
     if has_plain_keys(treedef):
         return [*zip(_list_paths(treedef), leaves, strict=True)], treedef
@@ -159,10 +166,10 @@ def flatten(
 
 
 def rename_legacy_paths(saved: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
-    """Saved leaves by the paths wanted, where they differ in keys called "value" alone.
+    """Rename saved leaves to the wanted paths if they differ only in keys named "value".
 
-    Files of older releases have no such key at the end of a path, whatever it was of, and have one
-    of a wrapper's in the middle.
+    Files of older releases lack such a key at the end of a path, and have that of a wrapper in
+    the middle.
     """
     bare = lambda path: tuple(key for key in path.split("/") if key != "value")
     wanted = set(wanted)
@@ -177,12 +184,12 @@ def rename_legacy_paths(saved: Mapping[str, Any], wanted: Iterable[str]) -> dict
 
 
 def hash_path(path: str) -> int:
-    """A 32-bit number of the path, the same in every process and on every host."""
+    """Return a 32-bit hash of a path that is the same in every process and on every host."""
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=4).digest(), "big")
 
 
 def check_pattern(pattern: object) -> None:
-    """Raise where a value is not a pattern."""
+    """Raise PatternError if a value is not a pattern."""
     if isinstance(pattern, re.Pattern):
         if not isinstance(pattern.pattern, str):
             raise PatternError(f"pattern {pattern!r} is a bytes regex; compile it from a str")
@@ -199,10 +206,12 @@ def check_pattern(pattern: object) -> None:
 
 
 def compile_pattern(pattern: Pattern) -> re.Pattern:
-    """A glob on the whole path (`*` within a segment, `**` zero or more segments) as a regex."""
+    """Compile a glob on the whole path: `*` stays within a segment, `**` spans zero or more."""
     check_pattern(pattern)
     if isinstance(pattern, re.Pattern):
         return pattern
+    # "a/**/b" becomes "a/(?:[^/]+/)*b": `**` includes the slash that follows it, so that it also
+    # matches zero segments, "a/b". A final `**` has no such slash and is handled below.
     segments = pattern.split("/")
     regex = ""
     for index, segment in enumerate(segments):
@@ -221,7 +230,7 @@ def compile_pattern(pattern: Pattern) -> re.Pattern:
 
 
 def matches(pattern: Pattern, path: str) -> bool:
-    """Whether the pattern matches the whole path.
+    """Whether a pattern matches the whole path.
 
     >>> matches("layers_*/**/kernel", "layers_0/mlp/up/kernel")
     True
@@ -232,7 +241,7 @@ def matches(pattern: Pattern, path: str) -> bool:
 
 
 def find_nearest_paths(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
-    """The paths most like the pattern, for error messages."""
+    """Return the paths most similar to a pattern, for error messages."""
     text = str(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)[:_COMPARED_CHARS]
     names = [name for name in text.split("/") if name.strip("*.?")] or [text]
     alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
@@ -243,14 +252,14 @@ def find_nearest_paths(pattern: Pattern, paths: Iterable[str], count: int = 3) -
 
 
 def find_nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The names most like another one, for error messages."""
+    """Return the names most similar to a name, for error messages."""
     name = name[:_COMPARED_CHARS]
     score = lambda other: difflib.SequenceMatcher(None, other[:_COMPARED_CHARS], name).ratio()
     return sorted(_preselect(name, names), key=score, reverse=True)[:count]
 
 
 def _preselect(text: str, names: Iterable[str], count: int = 100) -> list[str]:
-    """The names that share the most triples of characters with a text: a cheap comparison first."""
+    """Return the names that share the most character trigrams with a text: a cheap first filter."""
     names = [*names]
     if len(names) <= count:
         return names
@@ -260,7 +269,7 @@ def _preselect(text: str, names: Iterable[str], count: int = 100) -> list[str]:
 
 
 def make_no_match_error(pattern: Pattern, paths: Sequence[str], what: str) -> PatternError:
-    """The error of a pattern that matches nothing."""
+    """Make the error for a pattern that matches no leaf."""
     shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     if not paths:
         return PatternError(f"{what} pattern {shown!r} matches nothing: the tree has no leaves")
@@ -273,7 +282,7 @@ def make_no_match_error(pattern: Pattern, paths: Sequence[str], what: str) -> Pa
 
 
 def _suggest_glob(pattern: Pattern, paths: Sequence[str]) -> str:
-    """The glob that was likely meant: the same words, at another depth."""
+    """Return a hint with the glob that was probably meant: the same words at another depth."""
     if isinstance(pattern, re.Pattern):
         return ""
     words = pattern.removeprefix("**/").removesuffix("/**")
@@ -284,10 +293,10 @@ def _suggest_glob(pattern: Pattern, paths: Sequence[str]) -> str:
 
 
 def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict[str, Pattern]:
-    """Map each path that some pattern matches to the first such pattern.
+    """Map each path that a pattern matches to the first such pattern.
 
     Raises:
-      PatternError: patterns match no path; the message names each and the paths nearest to it.
+      PatternError: a pattern matches no path; the message lists the most similar paths.
     """
     chosen: dict[str, Pattern] = {}
     missed = []
@@ -311,20 +320,27 @@ def select(patterns: Iterable[Pattern], paths: Sequence[str], what: str) -> dict
 def unflatten_by_path(
     tree: PyTree, leaves: dict[str, Any], is_leaf: Callable[[Any], bool] | None = None
 ) -> Any:
-    """A tree's structure with these at its leaves, None where there is none."""
+    """Rebuild the structure of a tree from {path: leaf}; a missing leaf becomes None."""
     own, treedef = flatten(tree, is_leaf=is_leaf)
     return jax.tree.unflatten(treedef, [leaves.get(path) for path, _ in own])
 
 
 def to_nested_dict(leaves: dict[str, Any]) -> Any:
-    """Nested dicts by path; the leaf itself where the tree was one leaf."""
+    """Convert {path: leaf} to nested dicts; {"": leaf} is the leaf itself.
+
+    >>> to_nested_dict({"a/b": 1, "a/c": 2})
+    {'a': {'b': 1, 'c': 2}}
+
+    Raises:
+      CheckpointError: a path has more than MAX_KEYS keys, or is both a leaf and a branch.
+    """
     if set(leaves) == {""}:
         return leaves[""]
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
         if len(parents) > MAX_KEYS:
-            raise CheckpointError(f"{path[:80]!r}... is of more than {MAX_KEYS} keys")
+            raise CheckpointError(f"{path[:80]!r}... has more than {MAX_KEYS} keys")
         inner = tree
         for key in parents:
             inner = inner.setdefault(key, {}) if isinstance(inner, dict) else None

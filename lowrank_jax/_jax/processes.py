@@ -1,4 +1,4 @@
-"""A program of several processes: one writes for all, and each has all values."""
+"""Multi-process programs: gather sharded arrays, place them, and write on process 0 only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from lowrank_jax._errors import CheckpointError
 
 
 def gather_shards(leaf: object) -> Any:
-    """An array whose shards lie in several processes, whole in each; a key's data; others as is."""
+    """Gather an array sharded over several processes into each; other leaves are returned as is.
+
+    A typed PRNG key that is gathered is returned as its key data.
+    """
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return leaf
     from jax.experimental import multihost_utils
@@ -23,17 +26,17 @@ def gather_shards(leaf: object) -> Any:
 
 
 def place_array(leaf: jax.Array | np.ndarray, sharding: Any) -> jax.Array:
-    """An array that each process has whole, by a sharding that may be over all of them."""
+    """Place an array that each process holds whole on a sharding that may span all processes."""
     if not getattr(sharding, "is_fully_addressable", True):
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
     return jax.device_put(leaf, sharding)
 
 
 def write_on_first_process(write: Callable[[], None]) -> None:
-    """Let process 0 write while the others wait; where it fails, it fails in all.
+    """Call `write` in process 0 while the others wait; a failure is raised in every process.
 
     Raises:
-      CheckpointError: it could not be written.
+      CheckpointError: `write` raised one in process 0.
     """
     if jax.process_count() == 1:
         write()
@@ -46,6 +49,7 @@ def write_on_first_process(write: Callable[[], None]) -> None:
             write()
         except CheckpointError as found:
             error = found
+    # The broadcast is also the barrier: nobody goes on before process 0 has written.
     failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
     if error is not None:
         raise error

@@ -1,4 +1,4 @@
-"""Static values as cache keys, told apart by type and bits where `==` takes one for the other."""
+"""Cache keys for static values that `==` does not distinguish: True and 1, 0.0 and -0.0."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from lowrank_jax._jax.types import TreeDef
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Static:
-    """A value that no trace sees, as part of a cache key.
+    """A static value as part of a cache key.
 
-    jax.jit compares the types of its static arguments and then the values, so that True is not 1,
-    but (True,) is (1,), and 0.0 is -0.0. Here each of these is a key of its own.
+    jax.jit compares the types of static arguments and then their values: True differs from 1, but
+    (True,) equals (1,), and 0.0 equals -0.0. Here all of these differ.
+
+    >>> Static((True,)) == Static((1,)), Static(0.0) == Static(-0.0), Static([1]) == Static([1])
+    (False, False, True)
     """
 
     value: Any
 
     @functools.cached_property
     def key(self) -> Hashable:
-        """What is compared."""
+        """The key that is compared and hashed."""
         return make_key(self.value)
 
     def __eq__(self, other: object) -> bool:
@@ -37,10 +40,10 @@ class Static:
 
 
 def make_key(value: object) -> Hashable:
-    """A key that is equal for two values only if these are equal, and of equal types, throughout.
+    """Return a key that is equal for two values only if their types and values are, throughout.
 
-    Looks into containers, dataclasses that compare by their fields, and pytree structures (keys of
-    dicts, static fields of nodes). What a type of another kind holds is left to its own `==`.
+    It covers containers, dataclasses that compare by field, and pytree structures (keys of dicts,
+    static fields of nodes). Other types are compared by their own `==`.
     """
     kind = type(value)
     if kind is str or kind is int:  # the only keys that are not tuples
@@ -64,7 +67,7 @@ def make_key(value: object) -> Hashable:
 
 @functools.lru_cache(maxsize=4096)
 def has_plain_keys(treedef: TreeDef) -> bool:
-    """Whether a pytree structure is of containers whose keys are texts: its own `==` is exact."""
+    """Whether a pytree structure has only built-in containers and str keys: its `==` is exact."""
     node = treedef.node_data()
     if node is None:
         return True
@@ -77,7 +80,7 @@ def has_plain_keys(treedef: TreeDef) -> bool:
 
 
 def _make_structure_key(treedef: TreeDef) -> Hashable:
-    """The key of a pytree structure: at each node its type, its static data, and its children."""
+    """Return the key of a pytree structure: type, static data and children of each node."""
     node = treedef.node_data()
     if node is None:
         return None
@@ -86,7 +89,7 @@ def _make_structure_key(treedef: TreeDef) -> Hashable:
 
 
 def _make_field_keys(value: Any) -> Hashable:
-    """Keys of the fields that a dataclass compares; none where it compares by identity."""
+    """Return the keys of the fields that a dataclass compares, () if it compares by identity."""
     if type(value).__eq__ is object.__eq__:
         return ()
     keys = []
@@ -95,7 +98,7 @@ def _make_field_keys(value: Any) -> Hashable:
             key = make_key(getattr(value, field.name))
             try:
                 hash(key)
-            except TypeError:  # the dataclass has a hash without it, and compares it itself
+            except TypeError:  # an unhashable field, which the dataclass leaves out of its hash
                 key = None
             keys.append(key)
     return tuple(keys)
