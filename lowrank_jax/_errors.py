@@ -1,6 +1,6 @@
-"""Errors and the warning: each names a path, what came, what was expected, and the remedy.
+"""Errors and warnings, each of which names a path, what was expected, and a remedy.
 
-What files and trees are called is in their texts: control characters are escaped in all of them.
+Messages contain names from files and trees, so control characters in them are escaped.
 """
 
 import itertools
@@ -10,14 +10,14 @@ from lowrank_jax._display.text import to_printable, to_printable_lines
 
 
 class _PrintableMessage(Exception):
-    """An exception whose text is fit to print."""
+    """An exception whose message has its control characters escaped."""
 
     def __init__(self, *args: object):
         super().__init__(*(to_printable_lines(a) if isinstance(a, str) else a for a in args))
 
 
 class LowrankError(_PrintableMessage, ValueError):
-    """Base of every error this library raises on bad input."""
+    """Base class of the errors that this library raises for invalid input."""
 
 
 class PatternError(LowrankError):
@@ -25,7 +25,7 @@ class PatternError(LowrankError):
 
 
 class ConfigError(LowrankError):
-    """A configuration value is of the wrong type or out of range."""
+    """An argument or a configuration value has the wrong type or is out of range."""
 
 
 class AxesError(LowrankError):
@@ -33,15 +33,15 @@ class AxesError(LowrankError):
 
 
 class TreeError(LowrankError):
-    """Two trees, or a tree and an adapter, do not fit each other."""
+    """Two trees, or a tree and an adapter, do not match."""
 
 
 class StateError(LowrankError):
-    """A call changes state of a model that its pure function cannot return."""
+    """A call changes state of a model that a pure function cannot return."""
 
 
 class MaterializeError(LowrankError):
-    """A weight would have to be built densely and the caller asked for that to be an error."""
+    """A weight would have to be materialized, and `fallback` is "raise"."""
 
 
 class CheckpointError(LowrankError):
@@ -49,24 +49,24 @@ class CheckpointError(LowrankError):
 
 
 class MaterializeWarning(_PrintableMessage, UserWarning):
-    """A weight was built densely because no rule covers the equation that uses it."""
+    """A weight was materialized because no rule covers the equation that uses it."""
 
 
 class PlanWarning(_PrintableMessage, UserWarning):
-    """A leaf reaches a product by operations no rule follows, so "all-linear" passes over it."""
+    """A leaf reaches a product through operations without a rule, so "all-linear" skips it."""
 
 
 class OffloadWarning(_PrintableMessage, UserWarning):
-    """An optimizer's state stays on the device, which has no host memory to put it in."""
+    """Optimizer state stays on the device, because the platform has no host memory space."""
 
 
 def list_problems(problems: list[str], limit: int = 20) -> str:
-    """Join problems one to a line, saying how many were left out."""
+    """Join problems, one on each line, with the number of those left out."""
     return list_first_problems(problems, len(problems), limit)
 
 
 def list_first_problems(problems: Iterable[str], count: int, limit: int = 20) -> str:
-    """Join the first of `count` problems one to a line; the others are not asked for."""
+    """Join the first of `count` problems, one on each line; the others are not generated."""
     lines = [f"  - {to_printable(p, 1000)}" for p in itertools.islice(problems, limit)]
     if count > limit:
         lines.append(f"  ... and {count - limit} more")
@@ -74,7 +74,7 @@ def list_first_problems(problems: Iterable[str], count: int, limit: int = 20) ->
 
 
 def make_not_lifted_error(what: str) -> LowrankError:
-    """The error of a node that met a function which knows none."""
+    """Make the error for a node that was used as an array, in a function that is not lifted."""
     return LowrankError(
         f"{what} was used as if it were an array: the function that uses the parameters must be "
         "lifted; call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), or pass "

@@ -1,1 +1,1 @@
-"""Checks of what users pass: one error that says what came and what was expected."""
+"""Validation of arguments and configurations, with errors that say what was expected."""

@@ -1,4 +1,4 @@
-"""Checks of the arguments of public functions against their annotations."""
+"""Validation of the arguments of public functions against their annotations."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ F = TypeVar("F", bound=Callable)
 
 @dataclasses.dataclass(frozen=True)
 class Validator:
-    """What an argument may be.
+    """A check of one argument; `a | b` accepts a value that either accepts.
 
     Args:
-      holds: whether a value is of the kind; it raises nothing.
-      expected: the kind in words, for the error.
+      holds: a predicate on values, which raises nothing.
+      expected: what is accepted, for the error.
+
+    >>> (number | nothing).expected, (number | nothing).holds("1")
+    ('a finite number or None', False)
     """
 
     holds: Callable[[Any], bool]
@@ -45,15 +48,15 @@ class Validator:
 def check_arguments(
     error: type[LowrankError] = ConfigError, /, **own: Validator
 ) -> Callable[[F], F]:
-    """Make a decorator that checks each argument of a call against its annotation.
+    """Make a decorator that checks the arguments of each call against their annotations.
 
     Args:
       error: the class of the errors.
-      **own: argument -> Kind, in place of its annotation.
+      **own: argument -> Validator, instead of its annotation.
 
     Returns:
-      A decorator. The function it returns raises an error that names the first wrong argument, what
-      came and what was expected.
+      A decorator. The function that it returns raises `error` for the first invalid argument, and
+      says what was passed and what was expected.
     """
 
     def decorate(function: F) -> F:
@@ -93,14 +96,14 @@ def check_arguments(
 
 
 def _resolve_annotation(annotation: Any, function: Callable) -> Any:
-    """The type that an annotation names."""
+    """Return the type of an annotation, which may be a string."""
     if not isinstance(annotation, str):
         return annotation
     return eval(annotation, inspect.unwrap(function).__globals__)
 
 
 def describe_value(value: Any) -> str:
-    """A value in a few words: its type, and itself where that is short."""
+    """Describe a value by its type, and its shape and dtype or its text if that is short."""
     if value is None or isinstance(value, bool):
         return repr(value)
     name = type(value).__name__
@@ -115,7 +118,7 @@ def describe_value(value: Any) -> str:
 
 
 def to_validator(annotation: Any) -> Validator:
-    """The Kind of the values that an annotation allows."""
+    """Return the validator for an annotation."""
     if annotation is None or annotation is types.NoneType:
         return nothing
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
@@ -136,26 +139,26 @@ def to_validator(annotation: Any) -> Validator:
 
 
 def instance_of(cls: type) -> Validator:
-    """The Kind of the instances of a class."""
+    """Return a validator that accepts the instances of a class."""
     name = "mapping" if cls is collections.abc.Mapping else cls.__name__
     article = "an" if name[:1].lower() in "aeiou" else "a"
     return Validator(lambda value: isinstance(value, cls), f"{article} {name}")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer of Python or NumPy, and not a bool."""
+    """Whether a value is a Python or NumPy integer, and not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_index(value: object) -> bool:
-    """Whether a value is an integer that can number the entries of an axis, from either end."""
+    """Whether a value is an integer that fits in int32, as an index does."""
     return is_integer(value) and abs(value) < 2**31
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number, not a bool, and finite in float32."""
+    """Whether a value is a number, not a bool, that is finite in float32."""
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(value, np.generic):  # those of bfloat16 too
+    if isinstance(value, np.generic):  # includes scalars of bfloat16
         numeric = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating))
     if not numeric:
         return False
@@ -166,7 +169,7 @@ def is_finite(value: Any) -> bool:
 
 
 def is_number_like(value: object) -> bool:
-    """Whether a value is a finite number, or an array of real numbers, traced ones too."""
+    """Whether a value is a finite number or an array, perhaps traced, of real numbers."""
     if isinstance(value, jax.Array) or type(value) is np.ndarray:
         dtype = value.dtype
         return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
@@ -174,7 +177,7 @@ def is_number_like(value: object) -> bool:
 
 
 def is_key(value: object) -> bool:
-    """Whether a value is one PRNG key, typed or an old-style array of uint32."""
+    """Whether a value is one PRNG key, typed or a raw uint32 array."""
     if not isinstance(value, jax.Array | np.ndarray):
         return False
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -183,21 +186,21 @@ def is_key(value: object) -> bool:
 
 
 def _is_index_like(value: Any) -> bool:
-    """Whether a value is an integer, or an array of one, with a value."""
+    """Whether a value is an integer or a concrete array of one integer."""
     try:
         operator.index(value)
-    except Exception:  # JAX's own of a tracer too
+    except Exception:  # JAX raises its own error for a tracer
         return False
     return not isinstance(value, bool) and getattr(value, "dtype", None) != np.bool_
 
 
 def is_seed(value: object) -> bool:
-    """Whether a value is an integer that `jax.random.key` takes whole."""
+    """Whether a value is an integer that fits in the seed of `jax.random.key`."""
     return is_integer(value) and 0 <= value < 2**32
 
 
 def _is_path(value: object) -> bool:
-    """Whether a value names what may be there: no name is too long, and no link in a circle."""
+    """Whether a value is a path that the file system accepts, whether or not it exists."""
     if not isinstance(value, str | os.PathLike):
         return False
     text = os.fspath(value)
@@ -213,45 +216,45 @@ def _is_path(value: object) -> bool:
 
 
 def _is_transformation(value: object) -> bool:
-    """Whether a value has what Optax calls of a transformation."""
+    """Whether a value has the methods of an Optax transformation."""
     return all(callable(getattr(value, name, None)) for name in ("init", "update"))
 
 
 def _is_matrix(value: object) -> bool:
-    """Whether a value is a matrix of an initializer, of floats and with an entry at least."""
+    """Whether a value is a nonempty float32 or float64 matrix."""
     if not isinstance(value, jax.Array | np.ndarray) or value.ndim != 2 or not value.size:
         return False
     return value.dtype in (np.float32, np.float64)
 
 
 def _is_shape_of_matrix(value: object) -> bool:
-    """Whether a value has the shape of a matrix, with an entry at least, and a floating dtype."""
+    """Whether a value is, or describes, a nonempty matrix of a floating dtype."""
     if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         return False
     return len(value.shape) == 2 and value.size > 0 and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def is_scalar(value: object) -> bool:
-    """Whether a value is one number that JAX takes as it is, or an array of one."""
+    """Whether a value is a number that JAX can convert, or an array of shape []."""
     if isinstance(value, jax.Array) or type(value) is np.ndarray:
         return value.shape == () and is_number_like(value)
     return is_finite(value) and (not is_integer(value) or is_index(value))
 
 
 def _is_factor_scale(value: Any) -> bool:
-    """Whether a value is a scalar above 0, or may be."""
+    """Whether a value is a scalar above 0, or an array of one, whose sign is not checked."""
     return is_scalar(value) and (hasattr(value, "shape") or value > 0)
 
 
 def _is_tree_of_arrays(value: object) -> bool:
-    """Whether a value is a container, or an array itself."""
+    """Whether a value is a container or an array."""
     if value is None or not jax.tree_util.all_leaves([value]):
         return value is not None
     return hasattr(value, "shape") and hasattr(value, "dtype") and not has_unsupported_dtype(value)
 
 
 def _is_floating_dtype(value: object) -> bool:
-    """Whether a value names a floating dtype."""
+    """Whether a value is a floating dtype or the name of one."""
     if not isinstance(value, str | type | np.dtype):
         return hasattr(value, "dtype") and callable(value) and _is_floating_dtype(value.dtype)
     try:
@@ -261,17 +264,17 @@ def _is_floating_dtype(value: object) -> bool:
 
 
 def has_unsupported_dtype(value: object) -> bool:
-    """Whether a value is a NumPy array of a dtype that JAX has not."""
+    """Whether a value is a NumPy array of a dtype that JAX does not support."""
     return isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "OSUMm"
 
 
 def refuse_unsupported_dtypes(values: Sequence[Any], paths: Sequence[str]) -> None:
-    """Raise where an argument that is to be traced has a dtype that JAX has not."""
+    """Raise TreeError for an argument of a dtype that JAX does not support."""
     for value, where in zip(values, paths, strict=True):
         if has_unsupported_dtype(value):
             raise TreeError(
-                f"{where!r} is a NumPy array of {value.dtype}, which JAX has no arrays of: take it "
-                "out of the tree"
+                f"{where!r} is a NumPy array of {value.dtype}, a dtype that JAX does not "
+                "support: take it out of the tree"
             )
 
 

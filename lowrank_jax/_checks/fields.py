@@ -1,4 +1,4 @@
-"""Checks of the values of configurations, and of the JSON that they come from."""
+"""Validation of the fields of configurations, and of the JSON they are read from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _is_finite_float(value: object) -> bool:
 
 
 def check_json(name: str, value: object, depth: int = 0) -> None:
-    """Raise where a value is not one of JSON, or not one that goes to a file and back."""
+    """Raise ConfigError if a value cannot be written to JSON and read back unchanged."""
     if depth > MAX_DEPTH:
         raise ConfigError(f"{name[:80]} is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
@@ -41,31 +41,31 @@ def check_json(name: str, value: object, depth: int = 0) -> None:
 
 
 def check_rank(name: str, value: object) -> None:
-    """Raise where a value is not a rank."""
+    """Raise ConfigError if a value is not a rank."""
     if not isinstance(value, int) or not rank.holds(value):
         raise ConfigError(f"{name} must be {rank.expected}, not {quote_value(value)}")
 
 
 def check_alpha(name: str, value: object) -> None:
-    """Raise where a value is not the numerator of a scale."""
+    """Raise ConfigError if a value is not a finite number above 0."""
     if not isinstance(value, int | float) or not is_finite(value) or value <= 0:
         raise ConfigError(f"{name} must be a finite number above 0, not {quote_value(value)}")
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise where a value is not a bool."""
+    """Raise ConfigError if a value is not a bool."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, not {quote_value(value)}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise where a value is not one of some texts."""
+    """Raise ConfigError if a value is not one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be one of {tuple(choices)}, not {quote_value(value)}")
 
 
 def check_keys(cls: type, values: object) -> None:
-    """Raise where what from_dict was given is not a mapping of fields of the class."""
+    """Raise ConfigError if the argument of from_dict is not a mapping of fields of the class."""
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"{cls.__name__}.from_dict takes a mapping, as to_dict returns it, not "
@@ -77,7 +77,7 @@ def check_keys(cls: type, values: object) -> None:
 
 
 def check_scale(what: str, scale: float) -> None:
-    """Raise where a scale is not a normal number of float32: XLA would take it for 0."""
+    """Raise ConfigError if a scale is not a normal float32 number: XLA flushes others to 0."""
     limits = np.finfo(np.float32)
     if not float(limits.tiny) <= scale <= float(limits.max):
         raise ConfigError(
@@ -87,7 +87,7 @@ def check_scale(what: str, scale: float) -> None:
 
 
 def to_pairs(name: str, value: object) -> list[Any]:
-    """The items of a mapping of JSON, or of a list of pairs in its place."""
+    """Return the items of a mapping, or the pairs of a list, as a list of pairs."""
     pairs = [*value.items()] if isinstance(value, Mapping) else value
     is_regex = lambda key: isinstance(key, Mapping) and {"re"} <= {*key} <= {"re", "flags"}
     is_key = lambda key: isinstance(key, str | re.Pattern) or is_regex(key)

@@ -1,1 +1,1 @@
-"""Tables as text, in terminals and in notebooks."""
+"""Printable text, and tables for terminals and notebooks."""

@@ -1,4 +1,4 @@
-"""Tables that people read: as text, as HTML in a notebook, and by rich where it is installed."""
+"""Tables rendered as text, as HTML for notebooks, and by rich if it is installed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ Row = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of text under the names of their columns; `right` names the columns of numbers.
+    """A table of text cells; control characters in cells and note are escaped.
 
-    A note is a line under the table. Cells are names of the user's, and of files': they are made
-    fit to print.
+    Args:
+      columns: the column names.
+      rows: the rows, each with one cell for each column.
+      right: names of the columns that are aligned right.
+      note: lines below the table.
+
+    >>> print(Table(("path", "rank"), (("mlp/kernel", "8"),), right=frozenset({"rank"})))
+    path        rank
+    ----------------
+    mlp/kernel     8
     """
 
     columns: Row
@@ -47,7 +55,7 @@ class Table:
         return "\n".join([*lines, self.note] if self.note else lines)
 
     def html(self) -> str:
-        """An HTML table."""
+        """Render as an HTML table."""
         sides = ["right" if name in self.right else "left" for name in self.columns]
         line = lambda tag, cells: (
             "<tr>"
@@ -63,14 +71,14 @@ class Table:
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>{note}"
 
     def rich(self) -> Any:
-        """A rich.table.Table; called by rich itself, so that it is there to be imported."""
+        """Render as a rich.table.Table; only rich calls this, so it can be imported."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
 
         kept = [i for i in range(len(self.columns)) if self._has_content(i) or not self.rows]
         table = RichTable(box=box.SIMPLE, pad_edge=False, caption=self.note or None)
-        for i in kept:  # a narrow terminal folds the paths and the notes
+        for i in kept:  # only the outer columns, paths and notes, wrap in a narrow terminal
             name, outer = self.columns[i], i in (0, len(self.columns) - 1)
             side = "right" if name in self.right else "left"
             table.add_column(name, justify=side, overflow="fold", no_wrap=not outer)
@@ -79,12 +87,12 @@ class Table:
         return table
 
     def _has_content(self, column: int) -> bool:
-        """Whether a column says anything."""
+        """Whether a column has a cell other than "" and "-"."""
         return any(row[column] not in ("", "-") for row in self.rows)
 
 
 class TableMapping(Mapping):
-    """A mapping of path -> what is known of the leaf there, shown as the table of a subclass."""
+    """A mapping from path to information on the leaf, displayed as a table by subclasses."""
 
     def __init__(self, leaves: Mapping[str, Any]):
         self._leaves = dict(leaves)
@@ -100,7 +108,7 @@ class TableMapping(Mapping):
 
     @abc.abstractmethod
     def _table(self) -> Table:
-        """The whole of it."""
+        """Return the table that displays the mapping."""
 
     def __str__(self) -> str:
         return str(self._table())
@@ -109,21 +117,23 @@ class TableMapping(Mapping):
         return str(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Render for a notebook."""
         return self._table().html()
 
     def __rich__(self) -> Any:
-        """What rich.print shows."""
+        """Render for rich.print."""
         return self._table().rich()
 
 
 def collapse_rows(rows: Iterable[Row], at_least: int = 2) -> list[tuple[Row, int]]:
-    """Rows that differ only in numbers within their first cell, a path, made one, and how many.
+    """Merge rows that differ only in numbers in their path, the first cell; return their counts.
 
     >>> rows = [("layer_0/w", "8×8"), ("layer_1/w", "8×8"), ("layer_2/w", "8×8"), ("head", "8×2")]
-    >>> collapsed(rows)
+    >>> collapse_rows(rows)
     [(('layer_{0..2}/w', '8×8'), 3), (('head', '8×2'), 1)]
     """
+    # "layer_0/w" is keyed by ("layer_", "/w"). A group becomes one row only if its numbers form a
+    # full grid: experts 0..7 of layers 0..3 do, but a grid with a hole stays as single rows.
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         key = (*re.split(r"\d+", row[0]), *row[1:])
@@ -139,7 +149,7 @@ def collapse_rows(rows: Iterable[Row], at_least: int = 2) -> list[tuple[Row, int
 
 
 def _merge_paths(paths: Sequence[str]) -> str | None:
-    """One text for paths whose numbers run through every combination, or None."""
+    """Merge paths whose numbers take every combination of values into one text, or return None."""
     parts = [re.split(r"(\d+)", path) for path in paths]
     cells = [list(dict.fromkeys(values)) for values in zip(*parts, strict=True)]
     if math.prod(map(len, cells)) != len(paths):
@@ -148,7 +158,7 @@ def _merge_paths(paths: Sequence[str]) -> str | None:
 
 
 def _format_numbers(numbers: Sequence[str]) -> str:
-    """{0..3} for consecutive numbers, else {0,2,3}."""
+    """Format numbers as {0..3} if they are consecutive, else as {0,2,3}."""
     values = sorted(map(int, numbers))
     if {*map(str, values)} == {*numbers} and values == list(range(values[0], values[-1] + 1)):
         return f"{{{values[0]}..{values[-1]}}}"
@@ -156,14 +166,14 @@ def _format_numbers(numbers: Sequence[str]) -> str:
 
 
 def format_shape(shape: Sequence[int]) -> str:
-    """4×3, or "scalar"."""
+    """Format a shape as 4×3, or as "scalar"."""
     return "×".join(map(str, shape)) or "scalar"
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes in the unit that suits it.
+    """Format a number of bytes with a unit.
 
-    >>> bytes_text(512), bytes_text(4.5 * 2**20)
+    >>> format_bytes(512), format_bytes(4.5 * 2**20)
     ('512 B', '4.50 MiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB"):

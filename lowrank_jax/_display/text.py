@@ -1,11 +1,11 @@
-"""Text of files and trees made fit to print: one line, nothing that steers a terminal."""
+"""Printable text: control characters escaped and long text shortened, for names from files."""
 
 from __future__ import annotations
 
 import re
 
-# what moves a cursor, ends a line, turns the direction of writing, or has no place in UTF-8; the
-# joiners of scripts and emoji stay
+# Control characters, line ends, bidirectional overrides and lone surrogates could move the cursor
+# of a terminal or disguise a name. Zero-width joiners, which scripts and emoji need, are kept.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     r"\ud800-\udfff\U000e0000-\U000e007f]"
@@ -15,33 +15,33 @@ _NAME, _LINE, _TEXT = 200, 1000, 8000
 
 
 def to_printable(text: object, limit: int = _NAME) -> str:
-    r"""A text in one line: control characters escaped as Python does, and cut where it is long.
+    r"""Return text as one line: control characters are escaped, and a long middle is left out.
 
-    >>> printable("a\x1b[31m\n"), printable("层/überß")
+    >>> to_printable("a\x1b[31m\n"), to_printable("层/überß")
     ('a\\x1b[31m\\n', '层/überß')
-    >>> printable("abcdefghijk", limit=5)
+    >>> to_printable("abcdefghijk", limit=5)
     'ab...jk'
     """
     return _UNPRINTABLE.sub(_escape, shorten(str(text), limit))
 
 
 def to_printable_lines(text: str) -> str:
-    """A message of several lines, each fit to print."""
+    """Return text of several lines, each of them printable."""
     if len(text) <= _LINE and not _UNPRINTABLE_LINES.search(text):
         return text
     return shorten("\n".join(to_printable(line, _LINE) for line in text.split("\n")), _TEXT)
 
 
 def quote_value(value: object) -> str:
-    """A value as Python writes it, in 200 characters; its type alone where it has no text."""
+    """Return the repr of a value, shortened to 200 characters, or its type if it has no repr."""
     try:
         return shorten(repr(value), _NAME)
-    except (ValueError, RecursionError):  # thousands of digits, or of lists in lists
+    except (ValueError, RecursionError):  # an int of thousands of digits, or deeply nested lists
         return f"a {type(value).__name__} too large to be shown"
 
 
 def shorten(text: str, limit: int) -> str:
-    """The text, its middle left out where it is longer than the limit."""
+    """Shorten text above the limit by leaving out its middle."""
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 

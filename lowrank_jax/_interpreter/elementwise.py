@@ -1,4 +1,4 @@
-"""Operations element by element, and those that no rule follows."""
+"""Rules for elementwise operations, and the survey of primitives without a rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Out = Sequence[Any] | None
 
 
 def _evaluate_scaled(operation: Callable) -> Callable:
-    """lax.mul or lax.div of a weight and one number, or numbers along some of its axes."""
+    """Make the rule for lax.mul or lax.div of a weight by a scalar, or by numbers along axes."""
 
     def evaluate(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         weight, other = values if isinstance(values[0], Weight) else values[::-1]
@@ -29,6 +29,8 @@ def _evaluate_scaled(operation: Callable) -> Callable:
             return None
         if operation is lax.div and not isinstance(values[0], Weight):
             return None
+        # W [16, 32] times s [1, 1] scales the arrays inside; times s [1, 32] it scales w0 and b
+        # along axis 1, the one that s has; times a mask [16, 32] it is no longer low-rank.
         axes = [axis for axis, size in enumerate(other.shape) if size != 1]
         if not axes:
             apply = lambda array, scalar: operation(array, lax.broadcast(scalar, array.shape))
@@ -36,7 +38,7 @@ def _evaluate_scaled(operation: Callable) -> Callable:
             if scaled is not None:
                 return [scaled]
         elif len(axes) == weight.ndim:
-            return None  # a mask, say: a number for each entry
+            return None  # a number for each entry, such as a mask
         numbers = other.reshape([other.shape[axis] for axis in axes])
         return wrap_result(weight.scale_axes(numbers, axes, operation))
 
@@ -44,7 +46,7 @@ def _evaluate_scaled(operation: Callable) -> Callable:
 
 
 def _survey_scaled(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """A weight times (or divided by) a number, or numbers along some axes, stays a weight."""
+    """Follow a view through a product with, or division by, numbers along some of its axes."""
     shapes = [tuple(getattr(atom.aval, "shape", ())) for atom in eqn.invars]
     out_shape = equations.get_result_shape(eqn)
     at = int(math.prod(shapes[0]) < math.prod(shapes[1]) and eqn.primitive.name == "mul")
@@ -60,9 +62,9 @@ def _survey_scaled(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Valu
 
 
 def survey_any(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """Any equation: one that holds a jaxpr is looked into, as a function of plain arrays.
+    """Survey a primitive without a rule; a jaxpr in it is surveyed as a function of plain arrays.
 
-    A function with a derivative of its own, say.
+    A custom_vjp_call, for example.
     """
     for body in equations.find_bodies(eqn):
         taken = [survey.mark_computed(eqn, value) for value in ins]
@@ -72,7 +74,7 @@ def survey_any(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
 
 
 def survey_other(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """An equation that holds no jaxpr: parameters meet in it element by element, or whole."""
+    """Survey an elementwise or opaque equation."""
     moving = [value for value in ins if value.is_activation_like]
     for value in ins:
         survey.note_read(eqn, value.views, by_rows=bool(moving))
@@ -93,7 +95,9 @@ def survey_other(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]
 
 
 def _find_direct(survey: Survey, eqn: Equation, ins: list[Value]) -> frozenset[Any]:
-    """The products that still reach the result directly."""
+    """Return the products that reach the result directly, through this equation too."""
+    # In logits = 30 * tanh((h @ w + b) / 30) each step keeps h @ w direct; softmax or relu ends it,
+    # and so does the sum of two activations, as in a residual stream.
     kind = get_kind(survey.operations, eqn)
     if kind == "select":
         return merge_values(ins).direct
@@ -107,7 +111,7 @@ def _find_direct(survey: Survey, eqn: Equation, ins: list[Value]) -> frozenset[A
 
 
 def _is_opaque(survey: Survey, eqn: Equation, ins: list[Value]) -> bool:
-    """Whether a primitive may do anything with the parameters it takes, products too."""
+    """Whether a primitive may do anything with its operands, including products."""
     kind = get_kind(survey.operations, eqn)
     if kind == "opaque":
         return True
@@ -115,6 +119,8 @@ def _is_opaque(survey: Survey, eqn: Equation, ins: list[Value]) -> bool:
         ("scatter", "reduce", "select")
     ):
         return False
+    # An unknown primitive is opaque if an operand made of parameters has another shape than the
+    # result: elementwise operations keep the shape.
     shapes = [
         equations.get_shape(atom)
         for atom, value in zip(eqn.invars, ins, strict=True)
@@ -125,13 +131,13 @@ def _is_opaque(survey: Survey, eqn: Equation, ins: list[Value]) -> bool:
 
 
 def _survey_top_k(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """A choice of the largest: what it is made from are the products of routers."""
+    """Survey a top_k; the products that it selects from are those of routers."""
     survey.routers |= ins[0].near
     return survey_other(survey, eqn, ins)
 
 
 def _survey_collective(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """Each result is an operand and what other devices have of it."""
+    """Survey a collective, which combines each operand with those of other devices."""
     return [survey.mark_computed(eqn, value) for value in ins]
 
 

@@ -34,7 +34,7 @@ class Nesting:
         return [eqn, *reversed(self.frame)]
 
     def find_line(self, eqn: Equation) -> str:
-        """Return the user's line of an equation, or of the nearest enclosing one that has a line."""
+        """Return the user's line of an equation, or of the nearest enclosing one that has it."""
         return next(
             filter(None, map(jaxprs.find_user_line, self.list_enclosing(eqn))), "an unknown line"
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# (axis of the leaf, size of the part of it that runs along an axis of the view). An axis of the view
-# has one or more parts, the slowest-varying first. Axis -1 stands for a broadcast axis, which the
+# (axis of the leaf, size of the part of it that runs along an axis of the view). A view's axis has
+# one or more parts, the slowest-varying first. Axis -1 stands for a broadcast axis, which the
 # leaf does not have; size 0 means that the size is unknown.
 #
 # A leaf [4, 6] reshaped to [24] has the parts ((0, 4), (1, 6)) along its one axis; reshaped to

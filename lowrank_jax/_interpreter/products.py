@@ -1,4 +1,4 @@
-"""Operations that multiply a weight or read its rows."""
+"""Rules for operations that multiply a weight or read its rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Out = Sequence[Any] | None
 
 
 def _materialize_smaller(ctx: Context, eqn: Equation, values: list[Any]) -> list[Any]:
-    """Of two weights that meet, build the smaller: the only way, and so not a fallback."""
+    """Materialize the smaller of two weights; no rule could do without, so it is no fallback."""
     left, right = values[:2]
     if isinstance(left, Weight) and isinstance(right, Weight):
         if math.prod(left.shape) <= math.prod(right.shape):
@@ -39,7 +39,7 @@ def _materialize_smaller(ctx: Context, eqn: Equation, values: list[Any]) -> list
 def _record_product(
     ctx: Context, eqn: Equation, weight: Weight, out: jax.Array | Weight | None
 ) -> Out:
-    """The result of a product, noted for the report."""
+    """Record a product for the report, and return its result."""
     if out is not None and not isinstance(out, Weight):
         for leaf in weight.leaves():
             ctx.record(leaf, eqn, leaf.product_kind)
@@ -78,8 +78,10 @@ def _evaluate_gather(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     if not is_only_first_weight(values):
         return None
     weight, options = values[0], equations.get_gather_options(eqn)
+    # table [V, D] at tokens [B, T, 1] gives [B, T, D]: the base is gathered, and of the factors
+    # a [V, r] and b [r, D] so is a, to [B, T, r], which is then multiplied by b.
     indices, options = _drop_whole_axes(weight.shape, values[1], options)
-    if not indices.shape[-1]:  # nothing is chosen: as many copies as there are indices
+    if not indices.shape[-1]:  # no axis is indexed: a copy for each index
         shape = equations.get_result_shape(eqn)
         axes = [*map(int, options["dimension_numbers"].offset_dims)]
         bound = lambda array: lax.broadcast_in_dim(array, shape, axes)
@@ -90,11 +92,13 @@ def _evaluate_gather(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 def _drop_whole_axes(
     shape: Sequence[int], indices: jax.Array, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Leave out of the indices those of axes that are read whole, which are clamped to 0.
+    """Drop the indices of axes that are read whole, which are clamped to 0.
 
-    Such are in the index of a dynamic_slice under vmap, which names every axis.
+    Under vmap a dynamic_slice becomes a gather whose indices name every axis.
     """
     numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
+    # W [L, 16, 32] sliced at (i, 0, 0) with sizes (1, 16, 32), for a batch of i: indices [B, 3] and
+    # start_index_map (0, 1, 2) become indices [B, 1] and (0,).
     mapped = numbers.start_index_map
     kept = [i for i, axis in enumerate(mapped) if sizes[axis] != shape[axis] or sizes[axis] == 1]
     clamped = lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS
@@ -104,7 +108,7 @@ def _drop_whole_axes(
         return indices, options
     numbers = numbers._replace(start_index_map=tuple(mapped[i] for i in kept))
     chosen = indices[..., np.array(kept, int)]
-    # the rest of an index may repeat, in any order
+    # what is left of the indices may repeat, in any order
     more = {"unique_indices": False, "indices_are_sorted": False}
     return chosen, {**options, "dimension_numbers": numbers, **more}
 
@@ -121,11 +125,12 @@ def _survey_product(
     roles: Sequence[OperandAxes | None],
     op: str = "dot",
 ) -> list[Value]:
-    """A product whose operands have these roles; None: that operand is no weight."""
+    """Survey a product; `roles` has the axes of each operand, None for one that is no weight."""
     left, right = ins
-    fed = max(left.data_rank, right.data_rank) > 0  # by data, not by parameters alone
+    fed = max(left.data_rank, right.data_rank) > 0  # whether data takes part
     sizes = [math.prod(equations.get_shape(atom)) for atom in eqn.invars]
-    # of two parameters the smaller is as the input, if no product with data follows
+    # Of a product of two parameters, the smaller counts as the input, unless a product with data
+    # follows: of queries [8, 64] @ w [64, 256], w is the weight.
     input_is = None if fed or right.has_no_leaves or left.has_no_leaves else sizes[0] > sizes[1]
     key, found = survey.make_key(eqn), []
     for at, (value, mine) in enumerate(zip(ins, roles, strict=True)):
@@ -133,7 +138,7 @@ def _survey_product(
         if value.data_rank > other.data_rank and not other.has_no_leaves:
             survey.note_read(eqn, value.views)
             continue
-        if mine is None:  # the input of a convolution, the rows of a ragged product
+        if mine is None:  # the input of a convolution or of a ragged product
             value, mine = survey.mark_computed(eqn, value), ((), (), ())
         value = survey.mark_computed(eqn, value, lambda v, mine=mine: v.is_masked(mine[0], mine[2]))
         for view in value.views:
@@ -159,7 +164,8 @@ def _survey_dot(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     (out,) = _survey_product(survey, eqn, ins, [(lc, lb, lf), (rc, rb, rf)])
     if out.activation:
         return [out]
-    # of parameters alone: each is followed on, to a product with data
+    # Of parameters alone, as in x @ (a @ b): both views are followed to the product with x. For
+    # a [4, 2], b [2, 6] the result [4, 6] has axis 0 of a, axis 1 of b; the other axes are summed.
     shape = equations.get_result_shape(eqn)
     left = ins[0].map(lambda v: v.contract(shape, [*lb, *lf, *(None for _ in rf)], lc))
     right = ins[1].map(lambda v: v.contract(shape, [*rb, *(None for _ in lf), *rf], rc))
@@ -177,19 +183,19 @@ def _survey_ragged_dot(survey: Survey, eqn: Equation, ins: list[Value]) -> list[
 
 
 def _survey_conv(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """The window and the input features are contracted."""
+    """Survey a convolution, which contracts the window and the input features."""
     out, *taps = equations.get_conv_options(eqn)["dimension_numbers"].rhs_spec
     return _survey_product(survey, eqn, ins, [None, (taps, (), (out,))], "conv")
 
 
 def _survey_gather(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """Rows of a table, one index of a stack, or many of them."""
+    """Survey a read of rows of a table, or of one or many indices of a stack."""
     table, indices = ins
     options, shape = equations.get_gather_options(eqn), equations.get_result_shape(eqn)
     numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
     many = len(equations.get_shape(eqn.invars[1])) > 1
     out = table.map(lambda view: view.gather(numbers, sizes, shape, indices.data, many), indices)
-    # the rows of a matrix are vectors: no product can take them as a weight
+    # rows of a matrix are vectors, which cannot be the weight of a product: this is a lookup
     rows = [view for view in out.views if view.looked_up and view.has_vectors()]
     if rows:
         survey.note_read(eqn, rows)

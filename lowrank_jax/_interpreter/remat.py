@@ -1,4 +1,4 @@
-"""Rematerialization policies that know products of quantized weights for products."""
+"""Rematerialization policies that treat products of quantized weights as dot products."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ from lowrank_jax._primitives.quantized_dot import quantized_dot_p
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedDotPolicy:
-    """A policy that asks another about products of quantized weights as about plain ones."""
+    """A policy that passes products of quantized weights to another policy as plain products.
+
+    Args:
+      policy: the other policy, a function of (primitive, *avals, **params).
+
+    >>> import jax
+    >>> policy = QuantizedDotPolicy(jax.checkpoint_policies.dots_saveable)
+    >>> policy(jax.lax.sin_p, jax.core.ShapedArray((2,), "float32"))
+    False
+    """
 
     policy: Callable[..., Any]
 
     def __call__(
         self, primitive: jaxprs.Primitive, *avals: jaxprs.ShapedArray, **params: Any
     ) -> Any:
-        """What the other says."""
+        """Return the decision of the other policy."""
         if primitive is not quantized_dot_p:
             return self.policy(primitive, *avals, **params)
         op, mapped = params["op"], False
@@ -33,7 +42,7 @@ class QuantizedDotPolicy:
             return self.policy(lax.conv_general_dilated_p, *avals[:2], **dict(op.options))
         if not isinstance(
             op, BlockDot
-        ):  # a ragged product, which JAX does not take for a dot either
+        ):  # a ragged product, which is no dot for JAX's policies either
             return self.policy(primitive, *avals, **params)
         numbers = (((), ()), ((0,), (0,)) if mapped else op.numbers[1])
         plain = {"precision": None, "preferred_element_type": None, "out_sharding": None}
@@ -42,18 +51,18 @@ class QuantizedDotPolicy:
 
 @check_arguments(policy=function)
 def checkpoint_policy(policy: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a policy of jax.checkpoint take products of quantized weights for products.
+    """Make a jax.checkpoint policy treat products of quantized weights as dot products.
 
-    They are a primitive of their own, which `jax.checkpoint_policies.dots_saveable` and its like do
-    not know: each would be decoded for once more in backward. Where the function that is lifted has
-    a `jax.checkpoint` or `nn.remat` inside, its policy is made such without asking; this is for one
-    around a lifted function.
+    These products are a separate primitive, unknown to `jax.checkpoint_policies.dots_saveable` and
+    similar policies, which would recompute them in the backward pass. For a `jax.checkpoint` or
+    `nn.remat` inside a lifted function this is done automatically; use this function for a
+    `jax.checkpoint` around a lifted function.
 
     Args:
-      policy: as jax.checkpoint takes it.
+      policy: a policy as jax.checkpoint takes it.
 
     Returns:
-      The policy.
+      A policy that makes the same decisions and knows products of quantized weights.
 
     Source: jax.checkpoint_policies, whose policies know primitives by name.
 

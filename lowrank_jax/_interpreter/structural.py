@@ -1,8 +1,8 @@
-"""Structural operations: elements of the operands rearranged.
+"""Rules for structural operations, which rearrange the elements of their operands.
 
-A weight that is evaluated and a view that is surveyed have methods of the same names, so that most
-operations are one function of (equation, weight or view). Of a weight None says that no rule serves
-and that it is built densely; of a view, that no element of the leaf is left in the result.
+Weights, which are evaluated, and views, which are surveyed, have methods of the same names, so that
+most operations are one function of (equation, weight or view). A weight's method returns None if it
+must be materialized; a view's, if the result contains no element of the leaf.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Out = Sequence[Any] | None
 
 
 def wrap_result(result: jax.Array | Weight | None) -> Out:
-    """The one result of an equation, or None."""
+    """Wrap the only result of an equation in a list; None stays None."""
     return None if result is None else [result]
 
 
 def all_or_none(results: list[Any]) -> Out:
-    """The results, or None where one of them is."""
+    """Return the results, or None if one of them is None."""
     return None if any(result is None for result in results) else results
 
 
@@ -45,7 +45,7 @@ def is_only_first_weight(values: list[Any]) -> bool:
 
 
 def make_structural(arrange: Callable[[Any, Any], Any], **more: Any) -> Operation:
-    """An operation on one operand: arrange(equation, weight or view)."""
+    """Make an operation with one operand and one result from arrange(equation, weight or view)."""
 
     def evaluate(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         return wrap_result(arrange(eqn, values[0])) if len(values) == 1 else None
@@ -57,7 +57,7 @@ def make_structural(arrange: Callable[[Any, Any], Any], **more: Any) -> Operatio
 
 
 def make_splitting(arrange: Callable[[Any, Any], list[Any]]) -> Operation:
-    """An operation on one operand with several results: arrange(equation, weight or view)."""
+    """Make an operation with one operand and several results, listed by `arrange`."""
 
     def evaluate(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         return all_or_none(arrange(eqn, values[0]))
@@ -116,7 +116,7 @@ def _unstack(eqn: Equation, w: Weight | View) -> list[Any]:
     return [w.take_index(axis, number) for number in range(w.shape[axis])]
 
 
-# Operations with further operands, or that differ between a weight and a view
+# Operations with more operands, or with different rules for weights and views
 
 
 def _evaluate_convert(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
@@ -124,7 +124,7 @@ def _evaluate_convert(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 
 def _survey_convert(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """Only casts among floating dtypes leave a weight a weight."""
+    """Follow a view through a cast to a floating dtype; any other makes it a computed value."""
     if jnp.issubdtype(equations.get_new_dtype(eqn), jnp.floating):
         return ins
     return [clear_if_index(eqn, survey.mark_computed(eqn, ins[0]))]
@@ -137,6 +137,9 @@ def _evaluate_dynamic_slice(ctx: Context, eqn: Equation, values: list[Any]) -> O
     sizes = equations.get_slice_sizes(eqn)
     parts = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
 
+    # The same slice is taken of each array inside, along those axes that it has: of W [16, 32] at
+    # (0, i) with sizes (16, 8), w0 [16, 32] and b [r, 32] are sliced along axis 1, and a [16, r] is
+    # not. `where` maps an axis of the weight to that of the array.
     def take(array: jax.Array, where: dict[int, int]) -> Any:
         for axis in parts:
             if axis in where:
@@ -147,7 +150,7 @@ def _evaluate_dynamic_slice(ctx: Context, eqn: Equation, values: list[Any]) -> O
 
 
 def _take_dynamic_slice(array: jax.Array, start: jax.Array, size: int, axis: int) -> Any:
-    """A slice of one axis, its start clamped as the primitive clamps it: none is from the end."""
+    """Slice one axis with the start clamped, as the primitive does; none counts from the end."""
     sizes = [size if i == axis else full for i, full in enumerate(array.shape)]
     zero = jnp.zeros((), start.dtype)
     start = lax.clamp(zero, start, zero + (array.shape[axis] - size))
@@ -188,7 +191,7 @@ def _survey_concatenate(survey: Survey, eqn: Equation, ins: list[Value]) -> list
 def _survey_joined(
     survey: Survey, eqn: Equation, ins: list[Value], parts: list[Value]
 ) -> list[Value]:
-    """Parts beside each other: each leaf is followed; an activation among them makes one of all."""
+    """Survey a concatenation: leaves are followed, unless an activation is among the operands."""
     if any(value.is_activation_like for value in ins):
         for value in ins:
             survey.note_read(eqn, value.views)
@@ -200,7 +203,7 @@ def _survey_joined(
 
 
 def _evaluate_stack(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    """jnp.stack from JAX 0.12 on."""
+    """Concatenate operands with a new axis of size 1; a primitive since JAX 0.12."""
     axis, shape = equations.get_stack_axis(eqn), list(values[0].shape)
     slices = all_or_none([value.reshape([*shape[:axis], 1, *shape[axis:]]) for value in values])
     return slices and [ConcatenatedWeight.of(slices, axis)]
@@ -208,6 +211,8 @@ def _evaluate_stack(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 def _survey_stack(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     axis, shape = equations.get_stack_axis(eqn), equations.get_result_shape(eqn)
+    # operands [16, 32] stacked along axis 1 into [16, K, 32]: each is broadcast to [16, 1, 32] and
+    # joined at its index
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     kept = [i for i in range(len(shape)) if i != axis]
     parts = [
@@ -218,11 +223,12 @@ def _survey_stack(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value
 
 
 def _evaluate_pad(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    """Padding around a weight is joined to it."""
+    """Concatenate a weight with arrays of the padding value; negative and interior: None."""
     edges = equations.get_padding(eqn)
     if not is_only_first_weight(values) or any(min(edge) < 0 or edge[2] for edge in edges):
         return None
     weight, value = values
+    # W [16, 32] padded by ((1, 1), (0, 4)) becomes [1 | 16 | 1, 32], then [18, 0 | 32 | 4].
     for axis, (low, high, _) in enumerate(edges):
         before, after = (list(weight.shape) for _ in "ab")
         before[axis], after[axis] = low, high
@@ -241,25 +247,25 @@ def _survey_pad(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
 
 
 def _survey_identity(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
-    """Each result is an operand."""
+    """Return the operands as the results."""
     return ins
 
 
 def _evaluate_on_base(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    """Copies, names and sharding constraints say something of the base alone."""
+    """Apply a copy, a name or a sharding constraint to the base only."""
     moved = values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0], base_only=True)
     return wrap_result(moved)
 
 
 def _evaluate_constraint(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    """What is said of how the whole lies is not said of the parts of joined weights."""
+    """Constrain the base of a weight; a concatenation is left as it is, as its parts differ."""
     return (
         values if isinstance(values[0], ConcatenatedWeight) else _evaluate_on_base(ctx, eqn, values)
     )
 
 
 def _evaluate_device_put(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    """A move of one weight is a move of its base, to the memory of the host or of the device."""
+    """Move the base of a weight to host or device memory."""
     if len(values) > 1:
         return None
     (weight,), (target,) = values, equations.get_devices(eqn)
@@ -272,7 +278,7 @@ def _evaluate_device_put(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 
 def _evaluate_reshard(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    """Each array is laid out as the axes of the weight that it runs along."""
+    """Reshard each array of a weight by the entries of the spec for the axes that it has."""
     wanted = equations.get_new_sharding(eqn)
 
     def move(array: jax.Array, spec: PartitionSpec) -> Any:
@@ -287,7 +293,7 @@ def _evaluate_stop_gradient(ctx: Context, eqn: Equation, values: list[Any]) -> O
 
 
 def _evaluate_on_all(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
-    """reduce_precision acts on the base and on the factors."""
+    """Apply reduce_precision to the base and to the factors."""
     return wrap_result(values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0]))
 
 

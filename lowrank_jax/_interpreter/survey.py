@@ -1,9 +1,9 @@
-"""A dry run: what each variable of a jaxpr holds of the parameters, and what it depends on.
+"""A dry run of a jaxpr, which finds how a function uses its parameters without computing anything.
 
-Two analyses in one forward pass, in which nothing is traced or computed. Views of parameters are
-followed through structural operations to the equations that consume them. And for each variable it
-is known on which products it depends by its numbers, and which reach it by bias, scale, cast,
-soft-cap and structural operations alone. Loops are repeated until nothing changes.
+One forward pass makes two analyses. It follows views of parameters through structural operations to
+the equations that consume them. And it tracks for each variable the products that it depends on,
+and those that reach it through bias, scale, cast, soft-cap and structural operations alone. Loops
+are iterated to a fixed point.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ from lowrank_jax._jax.types import Equation, Jaxpr
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What is known of one variable.
+    """The abstract value of one variable.
 
     Args:
-      views: the leaves whose elements it holds, rearranged.
-      computed: (path, equation) for each leaf it is computed from, with parameters alone, by an
-        equation that no rule follows.
-      data: it depends on arguments other than the parameters.
-      activation: it does by its numbers; masks and indices made of integers are no activations.
-      output: it is computed from a product of parameters alone, as learned queries are.
-      products: products with leaves that it depends on by its numbers.
-      direct: those that reach it by bias, scale, cast, soft-cap and structural operations.
-      near: those that reach it by any operations but products.
+      views: views of the leaves whose elements it holds.
+      computed: (path, equation) for each leaf that it is computed from, without data, by an
+        equation that views cannot follow.
+      data: whether it depends on arguments other than the parameters.
+      activation: whether it depends on them numerically; masks and indices do not.
+      output: whether it is computed from a product of parameters alone, as learned queries are.
+      products: the products with leaves that it depends on numerically.
+      direct: those that reach it through bias, scale, cast, soft-cap and structural operations.
+      near: those that reach it without another product between.
+
+    >>> Value(data=True, activation=True).data_rank  # the input of a product
+    3
+    >>> Value(views=(View.of("w", (4, 6)),)).data_rank  # its weight
+    0
     """
 
     views: tuple[View, ...] = ()
@@ -50,7 +55,7 @@ class Value:
 
     @property
     def data_rank(self) -> int:
-        """Of two operands of a product, that of the lower rank is the weight; 0 is of no data."""
+        """How it depends on data, from 0 to 3; the lower operand of a product is the weight."""
         if self.activation:
             return 3
         if self.data and self.has_no_leaves:
@@ -59,40 +64,40 @@ class Value:
 
     @property
     def has_no_leaves(self) -> bool:
-        """Whether it holds nothing of any leaf."""
+        """Whether it holds no element of a leaf and is computed from none."""
         return not self.views and not self.computed
 
     @property
     def is_activation_like(self) -> bool:
-        """Whether it is an activation, or rows that data chose."""
+        """Whether it is an activation, or rows of a table chosen by data."""
         return self.activation or (self.data and any(view.looked_up for view in self.views))
 
     def replace(self, **changes: Any) -> Value:
-        """With other fields."""
+        """Return a copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
 
     def map(self, fn: Callable[[View], View | None], *others: Value) -> Value:
-        """With each view mapped; others are indices, which say where the elements come from."""
+        """Map each view; `others` are operands, such as indices, whose data it then depends on."""
         views = tuple(view for view in map(fn, self.views) if view is not None)
         return self.replace(views=views, data=self.data or any(o.data for o in others))
 
 
 @dataclasses.dataclass
 class Survey(Nesting):
-    """What a dry run found.
+    """The state and the results of a dry run.
 
     Args:
-      operations: the table.
-      uses: path -> equation -> the roles of the leaf's axes in it, and the equation in words.
-      unfollowed: path -> the equation by which the leaf reaches a product or an opaque call while
-        no rule follows it.
+      operations: the table of operations.
+      uses: path -> equation -> the roles of the leaf's axes in it, and its description.
+      unfollowed: path -> the equation after which views could not follow the leaf, which then
+        reached a product or an opaque call.
       leaves: product -> paths of the leaves that it takes.
       inputs: product -> the products that its operands depend on.
-      before: product -> those of them with no other product between.
-      routers: products that a choice of the largest (top_k) is made from.
-      silent: nothing is noted: a loop is repeated until nothing changes.
-      texts: equation -> the equation in words.
-      constants_are_data: no argument is, so the function closes over its data.
+      before: product -> those of its inputs with no other product between.
+      routers: the products whose results a top_k selects from.
+      silent: whether nothing is recorded, during the iteration of a loop.
+      texts: equation -> its description.
+      constants_are_data: whether the function closes over its data, as it has no data argument.
     """
 
     operations: OperationTable
@@ -107,7 +112,7 @@ class Survey(Nesting):
     constants_are_data: bool = False
 
     def run(self, jaxpr: Jaxpr, args: Sequence[Value]) -> list[Value]:
-        """The values of the results of a jaxpr."""
+        """Return the values of the results of a jaxpr."""
         inner, consts = jaxprs.split_jaxpr(jaxpr)
         binders = jaxprs.get_input_vars(jaxpr)
         constant = lambda var: make_argument_value(var.aval) if self.constants_are_data else Value()
@@ -122,27 +127,27 @@ class Survey(Nesting):
         return [read(atom) for atom in inner.outvars]
 
     def make_key(self, eqn: Equation) -> Key:
-        """The name of an equation where it stands."""
+        """Return the key of an equation in its present position."""
         return (*map(id, self.frame), id(eqn))
 
     def describe(self, eqn: Equation) -> str:
-        """The primitive and the user's source line."""
+        """Return the primitive and the user's source line as text."""
         key = self.make_key(eqn)
         if key not in self.texts:
             self.texts[key] = f"{eqn.primitive.name} at {self.find_line(eqn)}"
         return self.texts[key]
 
     def note_use(self, path: str, key: Key, text: str, roles: Roles | None) -> None:
-        """Note a use of a leaf."""
+        """Record a use of a leaf."""
         if not self.silent:
             found, _ = self.uses.setdefault(path, {}).setdefault(key, ([], text))
             if roles is not None and roles not in found:
                 found.append(roles)
 
     def note_read(self, eqn: Equation, views: Iterable[View], by_rows: bool = True) -> None:
-        """Note that an equation takes views as plain arrays; by_rows: rows may be read by it."""
+        """Record that an equation takes views as plain arrays; `by_rows`: it may read rows."""
         for view in () if self.silent else views:
-            if not view.summed:  # else a product with another parameter has been noted
+            if not view.summed:  # else the product with another parameter is its use
                 self.note_use(
                     view.path, self.make_key(eqn), self.describe(eqn), view.find_read_roles(by_rows)
                 )
@@ -150,7 +155,7 @@ class Survey(Nesting):
     def mark_computed(
         self, eqn: Equation, value: Value, which: Callable[[View], bool] = lambda _: True
     ) -> Value:
-        """The value as an equation takes it that no rule follows; which: of its views."""
+        """Return a value after an equation that the views selected by `which` cannot follow."""
         taken = tuple(view for view in value.views if which(view))
         self.note_read(eqn, taken, by_rows=False)
         computed = self.find_computed(eqn, [value.replace(views=taken)])
@@ -160,7 +165,7 @@ class Survey(Nesting):
     def find_computed(
         self, eqn: Equation, values: Sequence[Value], views: bool = True
     ) -> tuple[tuple[str, str], ...]:
-        """Each leaf that a result of these values is computed from, and by which equation."""
+        """Return (path, equation) for each leaf that a result of the values is computed from."""
         found = dict(pair for value in reversed(values) for pair in reversed(value.computed))
         taken = [v for value in values for v in value.views if v.is_matrix()] if views else []
         if fresh := [view.path for view in taken if view.path not in found]:
@@ -168,13 +173,13 @@ class Survey(Nesting):
         return tuple(sorted(found.items()))
 
     def note_unfollowed(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Note leaves that reach a product, or an opaque call, while no rule follows them."""
+        """Record leaves that reach a product or an opaque call after views could not follow."""
         if not self.silent:
             for path, why in pairs:
                 self.unfollowed.setdefault(path, why)
 
     def note_product(self, eqn: Equation, paths: Iterable[str], operands: Value) -> Key:
-        """Note a product that takes leaves; operands: what is common to them."""
+        """Record a product that takes leaves; `operands`: the merged value of its operands."""
         key = self.make_key(eqn)
         if not self.silent:
             self.leaves.setdefault(key, set()).update(paths)
@@ -183,7 +188,7 @@ class Survey(Nesting):
         return key
 
     def join(self, eqn: Equation, values: Sequence[Value]) -> Value:
-        """What may be any of some values: a weight only where all are the same."""
+        """Return the value of a variable that may be any of `values`; views remain if all agree."""
         views, activation = values[0].views, any(value.is_activation_like for value in values)
         if same := all(value.views == views for value in values):
             computed = self.find_computed(eqn, values, views=False)
@@ -200,10 +205,13 @@ class Survey(Nesting):
     def find_fixed_point(
         self, eqn: Equation, carry: Sequence[Value], constant: Sequence[bool], step: Callable
     ) -> tuple[list[Value], list[Value]]:
-        """A loop: (its carry, what its last step returns beside), until nothing changes.
+        """Iterate a loop until its carry no longer changes; return the carry and other results.
 
-        A product reaches a carry directly only where the loop leaves that as it is.
+        A product reaches a carry directly only if the loop leaves the carry unchanged.
         """
+        # In h = tanh(h @ w) with carry h, the first step sees an h that depends on no product, the
+        # second one that depends on h @ w. Values only gain dependences or lose views, so that the
+        # iteration ends. It is silent; one more step then records what it found.
         rest = lambda value: value.replace(direct=frozenset())
         start = [v if c else rest(v) for v, c in zip(carry, constant, strict=True)]
         now, before, outs = start, None, []
@@ -223,19 +231,23 @@ class Survey(Nesting):
 
 
 def is_numeric_dtype(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether values of a dtype are computed with: integers of more than 8 bits index and mask."""
+    """Whether a dtype is one of numbers; integers above 8 bits are indices and masks.
+
+    >>> is_numeric_dtype("bfloat16"), is_numeric_dtype("int8"), is_numeric_dtype("int32")
+    (True, True, False)
+    """
     if jnp.issubdtype(dtype, jnp.signedinteger):
         return jnp.iinfo(dtype).bits <= 8
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def make_argument_value(aval: jaxprs.ShapedArray) -> Value:
-    """An array other than a parameter: data. A scalar is a temperature or a step, no activation."""
+    """Return the value of a data argument; a scalar, such as a temperature, is no activation."""
     return Value(data=True, activation=is_numeric_dtype(aval.dtype) and bool(aval.ndim))
 
 
 def merge_values(values: Sequence[Value]) -> Value:
-    """What is common to the results of any equation: the union of what its operands depend on."""
+    """Return the union of what some values depend on."""
     union = lambda name: frozenset().union(*(getattr(value, name) for value in values))
     has = lambda name: any(getattr(value, name) for value in values)
     return Value(
@@ -249,7 +261,7 @@ def merge_values(values: Sequence[Value]) -> Value:
 
 
 def clear_if_index(eqn: Equation, value: Value, place: int = 0) -> Value:
-    """A result by its dtype: to depend on an index or a mask is to depend on no number."""
+    """Clear the numerical dependences of a result that is an index or a mask by its dtype."""
     if is_numeric_dtype(getattr(eqn.outvars[place].aval, "dtype", jnp.int32)):
         return value
     none: frozenset[Key] = frozenset()

@@ -307,9 +307,9 @@ class View:
         provisional: bool = False,
     ) -> Roles:
         """Return the roles in a product: contracted axes are fan-in, kept ones fan-out."""
-        # Of x @ (a @ b) with a [4, 2], b [2, 6], the product with x contracts axis 0 of a @ b: for
-        # a fan_in is {0} and fan_out its summed axis {1}; b has no contracted axis, so fan_in is its
-        # summed axis {0} and fan_out {1}.
+        # Of x @ (a @ b) with a [4, 2], b [2, 6], the product with x contracts axis 0 of a @ b. For
+        # a, fan_in is {0} and fan_out the summed axis {1}. For b, of which it contracts no axis,
+        # fan_in is the summed axis {0} and fan_out {1}.
         fan_in, free_axes = self.find_axes(contracted), self.find_axes(free)
         if not fan_in:
             fan_in = self.summed - free_axes
