@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax.sharding import PartitionSpec
+import jax
 
 from lowrank_jax._interpreter import control
 from lowrank_jax._interpreter.operation import (
@@ -58,7 +58,7 @@ def _find_shard_map_sources(table: OperationTable, eqn: Equation) -> list[Source
     return found
 
 
-def _list_spec_entries(spec: PartitionSpec, ndim: int) -> list[Any]:
+def _list_spec_entries(spec: jax.sharding.PartitionSpec, ndim: int) -> list[Any]:
     """Return the entries of a PartitionSpec, one for each of `ndim` axes."""
     return [*spec, *(None for _ in range(ndim - len(spec)))]
 

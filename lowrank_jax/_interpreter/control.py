@@ -160,7 +160,7 @@ def evaluate_remat(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """Evaluate a shard_map whose weights enter as trees of sharded arrays."""
     # The spec of a weight gives one for each of its arrays: W [4096, 1024] with P("data", "model")
-    # and rank 8 has w0 P("data", "model"), a [4096, 8] P("data", None), b [8, 1024]
+    # and rank 8 has base P("data", "model"), a [4096, 8] P("data", None), b [8, 1024]
     # P(None, "model"). The product of local factors is then the local part of the product.
     mapping = ShardMap.of(eqn)
     specs, parts = [], []
@@ -210,9 +210,9 @@ def evaluate_scan(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     #   const:  closed over. lax.scan never sees it.
     #   carry:  if the body forwards it, it is constant over the loop, and closed over too.
     #           Otherwise its value changes from step to step and it is materialized.
-    #   xs:     a stack W [L, 4096, 1024] of rank 8 is unstacked into its arrays w0 [L, 4096, 1024],
-    #           a [L, 4096, 8], b [L, 8, 1024], which lax.scan slices; `rebuild` makes the weight
-    #           [4096, 1024] of a step from a slice of them.
+    #   xs:     a stack W [L, 4096, 1024] of rank 8 has the arrays base [L, 4096, 1024],
+    #           a [L, 4096, 8] and b [L, 8, 1024], which lax.scan slices; `rebuild` makes the weight
+    #           [4096, 1024] of a step from a slice of each.
     # A result that forwards an operand is left out of the new scan and restored after it. So for
     # body(c, h, x) -> (c, h', x) with a weight c, NNX's layout, the new scan carries h alone, and
     # its ys are None: neither c nor the stack of x is copied.

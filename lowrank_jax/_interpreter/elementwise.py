@@ -29,7 +29,7 @@ def _evaluate_scaled(operation: Callable) -> Callable:
             return None
         if operation is lax.div and not isinstance(values[0], Weight):
             return None
-        # W [16, 32] times s [1, 1] scales the arrays inside; times s [1, 32] it scales w0 and b
+        # W [16, 32] times s [1, 1] scales the arrays inside; times s [1, 32] it scales base and b
         # along axis 1, the one that s has; times a mask [16, 32] it is no longer low-rank.
         axes = [axis for axis, size in enumerate(other.shape) if size != 1]
         if not axes:

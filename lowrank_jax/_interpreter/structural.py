@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from lowrank_jax._interpreter.interpret import Context
 from lowrank_jax._interpreter.operation import Operation, OperationTable
@@ -138,7 +137,7 @@ def _evaluate_dynamic_slice(ctx: Context, eqn: Equation, values: list[Any]) -> O
     parts = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
 
     # The same slice is taken of each array inside, along those axes that it has: of W [16, 32] at
-    # (0, i) with sizes (16, 8), w0 [16, 32] and b [r, 32] are sliced along axis 1, and a [16, r] is
+    # (0, i) with sizes (16, 8), base [16, 32] and b [r, 32] are sliced along axis 1, a [16, r] is
     # not. `where` maps an axis of the weight to that of the array.
     def take(array: jax.Array, where: dict[int, int]) -> Any:
         for axis in parts:
@@ -281,7 +280,7 @@ def _evaluate_reshard(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """Reshard each array of a weight by the entries of the spec for the axes that it has."""
     wanted = equations.get_new_sharding(eqn)
 
-    def move(array: jax.Array, spec: PartitionSpec) -> Any:
+    def move(array: jax.Array, spec: jax.sharding.PartitionSpec) -> Any:
         sharding = type(wanted)(wanted.mesh, spec, memory_kind=wanted.memory_kind)
         return equations.bind_reshard(eqn, array, sharding)
 

@@ -15,7 +15,6 @@ from jax.core import ShapedArray as ShapedArray
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 from jax.extend.random import threefry2x32_p
-from jax.typing import ArrayLike
 
 from lowrank_jax._jax.types import Equation, Jaxpr, PyTree
 
@@ -24,7 +23,7 @@ Literal = core.Literal
 Primitive = core.Primitive
 
 
-def threefry2x32(*words: jax.Array) -> Sequence[jax.Array]:
+def threefry2x32(*words: jax.typing.ArrayLike) -> Sequence[jax.Array]:
     """Encrypt two counter words with two key words elementwise; four uint32 arrays of one shape."""
     return threefry2x32_p.bind(*words)
 
@@ -124,13 +123,13 @@ def is_tracer(value: object) -> bool:
     return isinstance(value, Tracer)
 
 
-def has_no_mesh(value: ArrayLike) -> bool:
+def has_no_mesh(value: jax.typing.ArrayLike) -> bool:
     """Whether a value's type has no mesh and does not vary over manual mesh axes."""
     kind = jax.typeof(value)
     return not getattr(kind, "vma", None) and kind.sharding.mesh.empty
 
 
-def has_auto_axes(value: ArrayLike) -> bool:
+def has_auto_axes(value: jax.typing.ArrayLike) -> bool:
     """Whether a value's type has no mesh, or one whose axes all have AxisType.Auto."""
     kind = jax.typeof(value)
     axes = kind.sharding.mesh.axis_types
@@ -142,7 +141,7 @@ def is_manual() -> bool:
     return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
 
-def has_explicit_axes(value: ArrayLike) -> bool:
+def has_explicit_axes(value: jax.typing.ArrayLike) -> bool:
     """Whether a value's type has a mesh with an explicit axis."""
     return AxisType.Explicit in jax.typeof(value).sharding.mesh.axis_types
 
@@ -159,7 +158,7 @@ def match_sharding(result: jax.Array, branch: Callable, *operands: PyTree) -> An
     return call_with_auto_axes(branch, sharding, *operands)
 
 
-def is_split(array: ArrayLike, axis: int | None = None) -> bool:
+def is_split(array: jax.typing.ArrayLike, axis: int | None = None) -> bool:
     """Whether an array, or one of its axes, is sharded along an explicit mesh axis."""
     spec = tuple(getattr(jax.typeof(array).sharding, "spec", ()))
     entries = spec if axis is None else spec[axis : axis + 1]
