@@ -46,13 +46,13 @@ class Validator:
 
 
 def check_arguments(
-    error: type[LowrankError] = ConfigError, /, **own: Validator
+    error: type[LowrankError] = ConfigError, /, **overrides: Validator
 ) -> Callable[[F], F]:
     """Make a decorator that checks the arguments of each call against their annotations.
 
     Args:
       error: the class of the errors.
-      **own: argument -> Validator, instead of its annotation.
+      **overrides: argument -> Validator, instead of its annotation.
 
     Returns:
       A decorator. The function that it returns raises `error` for the first invalid argument, and
@@ -67,26 +67,30 @@ def check_arguments(
         shown_order = ", ".join(name for name in order if name != "cls")
         optional = {parameter.name for parameter in parameters if parameter.default is None}
 
+        # Annotations are strings that may name classes defined later in their module, so they are
+        # resolved at the first call rather than here.
         @functools.cache
-        def kinds() -> Mapping[str, Validator]:
-            """Argument -> Kind; at the first call, when all annotations can be resolved."""
+        def resolve_validators() -> Mapping[str, Validator]:
+            """Map each annotated argument to its validator."""
             named = [parameter for parameter in parameters if parameter.kind not in variable]
             given = {p.name: p.annotation for p in named if p.annotation is not p.empty}
-            names = given.keys() - own.keys()
+            names = given.keys() - overrides.keys()
             hints = {name: _resolve_annotation(given[name], function) for name in names}
-            return {name: to_validator(hint) for name, hint in hints.items()} | own
+            return {name: to_validator(hint) for name, hint in hints.items()} | overrides
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            known = kinds()
+            validators = resolve_validators()
             for name, value in (*zip(order, args, strict=False), *kwargs.items()):
-                kind = known.get(name)
-                if kind is None or kind.holds(value) or (value is None and name in optional):
+                validator = validators.get(name)
+                if validator is None or validator.holds(value):
+                    continue
+                if value is None and name in optional:
                     continue
                 where = f" takes ({shown_order})" if name in order else ""
                 raise error(
                     f"{function.__name__}{where}: {name} is {describe_value(value)}; expected "
-                    f"{kind.expected}"
+                    f"{validator.expected}"
                 )
             return function(*args, **kwargs)
 
@@ -203,6 +207,8 @@ def _is_path(value: object) -> bool:
     """Whether a value is a path that the file system accepts, whether or not it exists."""
     if not isinstance(value, str | os.PathLike):
         return False
+    # The file system itself says whether it accepts the path: a missing file is fine, but a name that
+    # is too long or not encodable, or a loop of symbolic links, would fail only later.
     text = os.fspath(value)
     if not isinstance(text, str) or not text or "\0" in text:
         return False

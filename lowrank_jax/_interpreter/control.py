@@ -59,7 +59,7 @@ class _PathSlot:
 
 @dataclasses.dataclass
 class _JitEntry:
-    """A memoized jit, and the context whose records, by slot, its trace filled."""
+    """A memoized jit, and the context that its trace records into, by slot."""
 
     ctx: Context
     call: Callable | None = None

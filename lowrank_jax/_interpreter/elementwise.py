@@ -75,20 +75,20 @@ def survey_any(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
 
 def survey_other(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """Survey an elementwise or opaque equation."""
-    moving = [value for value in ins if value.is_activation_like]
+    activations = [value for value in ins if value.is_activation_like]
     for value in ins:
-        survey.note_read(eqn, value.views, by_rows=bool(moving))
-    fed = moving or [value for value in ins if value.data and value.has_no_leaves]
+        survey.note_read(eqn, value.views, by_rows=bool(activations))
+    fed = activations or [value for value in ins if value.data and value.has_no_leaves]
     if fed and _is_opaque(survey, eqn, ins):
         reached = survey.find_computed(eqn, ins)
         survey.note_unfollowed(reached)
         if reached:
             key = survey.note_product(eqn, [path for path, _ in reached], merge_values(ins))
-            moving, ins = fed, [*ins, Value(products=frozenset({key}), near=frozenset({key}))]
+            activations, ins = fed, [*ins, Value(products=frozenset({key}), near=frozenset({key}))]
     sources = [value for value in ins if value.output] or ins
     out = merge_values(ins).replace(
-        computed=() if moving else survey.find_computed(eqn, sources),
-        activation=bool(moving),
+        computed=() if activations else survey.find_computed(eqn, sources),
+        activation=bool(activations),
         direct=_find_direct(survey, eqn, ins),
     )
     return [clear_if_index(eqn, out, place) for place in range(len(eqn.outvars))]
@@ -101,12 +101,12 @@ def _find_direct(survey: Survey, eqn: Equation, ins: list[Value]) -> frozenset[A
     kind = get_kind(survey.operations, eqn)
     if kind == "select":
         return merge_values(ins).direct
-    moving = [value for value in ins if value.is_activation_like]
+    activations = [value for value in ins if value.is_activation_like]
     zero = lambda atom: isinstance(atom, jaxprs.Literal) and np.all(np.asarray(atom.val) == 0)
     if eqn.primitive.name in ("max", "min") and any(map(zero, eqn.invars)):
         return frozenset()  # relu
-    if kind == "unary" or (kind == "arithmetic" and len(moving) == 1):
-        return merge_values(moving).direct
+    if kind == "unary" or (kind == "arithmetic" and len(activations) == 1):
+        return merge_values(activations).direct
     return frozenset()
 
 

@@ -114,14 +114,14 @@ class Survey(Nesting):
     def run(self, jaxpr: Jaxpr, args: Sequence[Value]) -> list[Value]:
         """Return the values of the results of a jaxpr."""
         inner, consts = jaxprs.split_jaxpr(jaxpr)
-        binders = jaxprs.get_input_vars(jaxpr)
+        variables = jaxprs.get_input_vars(jaxpr)
         constant = lambda var: make_argument_value(var.aval) if self.constants_are_data else Value()
-        values = [*map(constant, binders[: len(consts)]), *args]
-        env = dict(zip(binders, values, strict=True))
+        values = [*map(constant, variables[: len(consts)]), *args]
+        env = dict(zip(variables, values, strict=True))
         read = lambda atom: Value() if isinstance(atom, jaxprs.Literal) else env[atom]
-        otherwise: Any = self.operations[""].survey
+        default: Any = self.operations[""].survey
         for eqn in inner.eqns:
-            rule = self.operations.get(eqn.primitive.name, OTHER).survey or otherwise
+            rule = self.operations.get(eqn.primitive.name, OTHER).survey or default
             outs = rule(self, eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in inner.outvars]

@@ -109,7 +109,7 @@ def _check_unique(paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def _find_wrappers() -> tuple[type, ...]:
-    """Flax's classes whose value stands for them; none where Flax is not imported."""
+    """Return the wrapper classes of Flax, or () if it is not imported."""
     of = lambda module, name: vars(sys.modules.get(module) or object).get(name)
     named = [
         ("flax.core.meta", "AxisMetadata"),
