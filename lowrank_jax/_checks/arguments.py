@@ -207,8 +207,8 @@ def _is_path(value: object) -> bool:
     """Whether a value is a path that the file system accepts, whether or not it exists."""
     if not isinstance(value, str | os.PathLike):
         return False
-    # The file system itself is asked whether it accepts the path. A missing file is fine, but a name
-    # that is too long or not encodable, or a loop of symbolic links, would fail only later.
+    # The file system itself is asked whether it accepts the path. A missing file is fine, but a
+    # name that is too long or not encodable, or a loop of symbolic links, would fail only later.
     text = os.fspath(value)
     if not isinstance(text, str) or not text or "\0" in text:
         return False

@@ -48,11 +48,7 @@ def evaluate_call(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 
 @dataclasses.dataclass(frozen=True)
 class _PathSlot:
-    """A placeholder for a weight's path in a memoized jit, so that equal layers share one trace.
-
-    >>> _PathSlot(0)
-    _PathSlot(number=0)
-    """
+    """A placeholder for a weight's path in a memoized jit, so that equal layers share one trace."""
 
     number: int
 
@@ -87,10 +83,10 @@ def evaluate_jit(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     paths = {slot: path for path, slot in slots.items()}
     ctx.count_uses(slots)
     structure = tuple(jax.tree.structure(v) if _is_weight(v) else None for v in operands)
-    name = (id(Jit.of(eqn).jaxpr), structure)
-    if name not in ctx.memo:
-        ctx.memo[name] = _JitEntry(Context(ctx.operations, ctx.refuse, memo=ctx.memo))
-    entry = ctx.memo[name]
+    key = (id(Jit.of(eqn).jaxpr), structure)
+    if key not in ctx.memo:
+        ctx.memo[key] = _JitEntry(Context(ctx.operations, ctx.refuse, memo=ctx.memo))
+    entry = ctx.memo[key]
     entry.ctx.slot_paths = {slot: ctx.resolve_path(path) for slot, path in paths.items()}
     entry.ctx.frame = ctx.frame
 
