@@ -23,8 +23,8 @@ class Record:
     Args:
       path: path of the leaf.
       primitive: name of the equation's primitive, such as "dot_general".
-      how: "factored"; "materialized" if no rule applies and the dense weight was computed; "built"
-        if both operands of a product are weights and the smaller was materialized.
+      how: the weight's product_kind, such as "factored"; "materialized" if no rule applies; "built"
+        if it is the smaller of two weights in a product; "dense" if the leaf is trained in full.
       source: file, line and function of the user's code.
       layer: the modules and named scopes that contain the equation.
       reason: why it was not factored, or "".
@@ -108,6 +108,7 @@ class Context(Nesting):
 
     def number_use(self, leaf: Weight) -> Weight:
         """Return a leaf with the number of its next use, which seeds its dropout mask."""
+        # A leaf with a JointPath, layers that the model stacked, takes a number unused by any of them.
         return leaf.for_use(max(self.uses.get(path, 0) for path in expand_path(leaf.path)))
 
     def count_uses(self, paths: Iterable[Any]) -> None:
