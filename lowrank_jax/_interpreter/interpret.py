@@ -108,7 +108,7 @@ class Context(Nesting):
 
     def number_use(self, leaf: Weight) -> Weight:
         """Return a leaf with the number of its next use, which seeds its dropout mask."""
-        # A leaf with a JointPath, layers that the model stacked, takes a number unused by any of them.
+        # layers stacked by the model are one leaf with a JointPath: a number unused by any of them
         return leaf.for_use(max(self.uses.get(path, 0) for path in expand_path(leaf.path)))
 
     def count_uses(self, paths: Iterable[Any]) -> None:
