@@ -22,7 +22,7 @@ from lowrank_jax._interpreter.views import View
 from lowrank_jax._jax import equations, jaxprs
 from lowrank_jax._jax.equations import Slice, Split
 from lowrank_jax._jax.types import Equation
-from lowrank_jax._operators.joined import ConcatenatedWeight
+from lowrank_jax._operators.concatenated import ConcatenatedWeight
 from lowrank_jax._operators.weight import Weight
 
 Out = Sequence[Any] | None

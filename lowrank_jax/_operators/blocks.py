@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._nodes.quantized import Decoding, unflatten_blocks
+from lowrank_jax._operators.weight import Options
 from lowrank_jax._primitives.bilinear import Labels, labeled_dot, labeled_flat_dot
 from lowrank_jax._primitives.contract import arrange
 from lowrank_jax._primitives.quantized_dot import PlatformFn
@@ -88,7 +89,7 @@ def is_selected(label: Any) -> bool:
     return isinstance(label, tuple) and label[0] == SELECTED
 
 
-def freeze_options(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def freeze_options(options: Options) -> tuple[tuple[str, Any], ...]:
     """Options of a product, hashable; how its result lies is said of the whole."""
     return tuple(sorted((k, v) for k, v in options.items() if k != "out_sharding"))
 

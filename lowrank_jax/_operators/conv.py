@@ -1,25 +1,32 @@
-"""Convolutions with a low-rank kernel: to r channels with a, then a mix of channels with b."""
+"""Convolutions with a low-rank kernel: convolve with a to r channels, then multiply by b."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._operators.branch import apply_adapter, multiply_labeled
+from lowrank_jax._operators.weight import Options
 from lowrank_jax._primitives.contract import RANK, arrange
 
+if TYPE_CHECKING:
+    from lowrank_jax._operators.low_rank import LowRankWeight
 
-def conv(w: Any, other: Any, options: dict[str, Any]) -> jax.Array | None:
-    """Convolve with a to r channels, then mix channels with b; grouped kernels group a too."""
+
+def conv(w: LowRankWeight, other: jax.Array, options: Options) -> jax.Array | None:
+    """lax.conv_general_dilated: the base's convolution plus the factors', or None."""
     numbers = options["dimension_numbers"]
     out_axis, in_axis, *window = numbers.rhs_spec
     groups = options["feature_group_count"]
     if options["batch_group_count"] != 1:
         return None
+    # The kernel's axes are (out, in, *window) in the order of rhs_spec, so a kernel [3, 3, in, out]
+    # has out_axis 3, in_axis 2, window [0, 1]. The factors must be separable: a [3, 3, in, r] holds
+    # the window and `in`, b [r, out] holds `out`. A transposed kernel swaps the two.
     a, a_axes, b, b_axes = w.a, w.a_axes, w.b, w.b_axes
     if out_axis in a_axes:
         a, a_axes, b, b_axes = b, b_axes, a, a_axes
@@ -29,11 +36,12 @@ def conv(w: Any, other: Any, options: dict[str, Any]) -> jax.Array | None:
     if {*w.gain_axes} - narrow - {out_axis}:
         return None
     squeezed = w.replace(a=a, a_axes=a_axes, b=b, b_axes=b_axes).drop_labels(narrow - {out_axis})
+    # An axis of size 1 may be in either factor, like the window of a 1x1 kernel: drop its label.
     return _conv(squeezed, other, options, groups)
 
 
-def _conv(w: Any, x: jax.Array, options: dict[str, Any], groups: int) -> jax.Array | None:
-    """A kernel whose a has the window and in axes and whose b has the out axis."""
+def _conv(w: LowRankWeight, x: jax.Array, options: Options, groups: int) -> jax.Array | None:
+    """Convolve with a kernel whose a has the window and input axes, and b the output axis."""
     numbers = options["dimension_numbers"]
     out_axis, *taps = numbers.rhs_spec
     rank = w.a.shape[w.a_axes.index(RANK)]
@@ -41,14 +49,16 @@ def _conv(w: Any, x: jax.Array, options: dict[str, Any], groups: int) -> jax.Arr
     outputs = w.shape[out_axis]
     cheap = fan_in * outputs <= rank * (fan_in * groups + outputs)
     if groups > 1 and cheap and w.key is None:
-        # a grouped kernel this small is cheaper to add to than to convolve beside
+        # The kernel has fan_in * outputs weights; a, tiled for each group, and b have
+        # rank * (fan_in * groups + outputs). For a depthwise kernel, fan_in = 9 and
+        # groups = outputs, so the dense kernel is smaller, and one convolution is cheaper.
         return lax.conv_general_dilated(x, w.materialize(), **options)
     thin = {name: value for name, value in options.items() if name != "out_sharding"}
 
     def base(x: jax.Array) -> Any:
         return w.base.conv(x, options)
 
-    def branch(w: Any, x: jax.Array) -> jax.Array:
+    def branch(w: LowRankWeight, x: jax.Array) -> jax.Array:
         return _apply_factors(w, x, numbers, groups, thin)
 
     def after(y: jax.Array, gains: jax.Array) -> jax.Array:
@@ -59,12 +69,13 @@ def _conv(w: Any, x: jax.Array, options: dict[str, Any], groups: int) -> jax.Arr
 
 
 def _apply_factors(
-    w: Any, x: jax.Array, numbers: Any, groups: int, options: dict[str, Any]
+    w: LowRankWeight, x: jax.Array, numbers: lax.ConvDimensionNumbers, groups: int, options: Options
 ) -> jax.Array:
-    """The convolution with a, and the mix with b."""
+    """Convolve with a, then mix channels with b."""
     out_axis, *taps = numbers.rhs_spec
     rank, outputs, dtype = w.a.shape[w.a_axes.index(RANK)], w.shape[out_axis], w.dtype
     sizes = {**dict(enumerate(w.shape)), RANK: rank}
+    # a as a kernel [r, in, *window], once per group: [groups * r, in, *window]
     kernel = arrange(w.a.astype(dtype), w.a_axes, (RANK, *taps), sizes)
     kernel = jnp.tile(kernel, (groups,) + (1,) * len(taps))
     spec = type(numbers)(numbers.lhs_spec, tuple(range(w.ndim)), numbers.out_spec)
@@ -72,11 +83,13 @@ def _apply_factors(
     inner = lax.conv_general_dilated(x, kernel, **thin)
     feature = numbers.out_spec[1]
     inner = jnp.moveaxis(w.apply_scale(inner).astype(x.dtype), feature, 0)
+    # inner is [groups * r, *rest] now, rest being batch and space; b is [r, out], and out is split
+    # by groups: [groups, r, *rest] x [r, groups, out / groups] -> [groups, *rest, out / groups]
     b = arrange(w.b.astype(dtype), w.b_axes, (RANK, out_axis), sizes)
     inner = inner.reshape(groups, rank, *inner.shape[1:])
     b = b.reshape(rank, groups, outputs // groups)
     last = {name: options.get(name) for name in ("precision", "preferred_element_type")}
-    mixed = lax.dot_general(inner, b, (((1,), (0,)), ((0,), (1,))), **last)  # [g, *rest, o / g]
+    mixed = lax.dot_general(inner, b, (((1,), (0,)), ((0,), (1,))), **last)
     mixed = jnp.moveaxis(mixed, -1, 1)
     mixed = mixed.reshape(outputs, *mixed.shape[2:])
     return jnp.moveaxis(mixed, 0, feature)

@@ -23,7 +23,7 @@ from lowrank_jax._jax import jaxprs
 from lowrank_jax._operators import dot, gather
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.labeled import LabeledWeight
-from lowrank_jax._operators.weight import Weight, make_slicer
+from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight, make_slicer
 from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract
 
 _OTHER = "i"  # the label of the second axis of C; RANK is that of the first
@@ -94,11 +94,11 @@ class CovarianceProbe(LabeledWeight):
         """A weight whose gradient is stopped has inputs all the same."""
         return self.with_base(self.base.stop_gradient())
 
-    def multiply(self, scalar: Any, fn: Callable) -> Any:
+    def multiply(self, scalar: jax.typing.ArrayLike, fn: Callable) -> Any:
         """Scale the base."""
         return self.with_base(self.base.multiply(scalar, fn))
 
-    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> Any:
+    def scale_axes(self, by: jax.Array, axes: Sequence[int], fn: Callable) -> Any:
         """Scale the base along other axes than fan-in, whose numbers are part of the input."""
         return (
             None
@@ -121,17 +121,17 @@ class CovarianceProbe(LabeledWeight):
         """Slices along the leading axis."""
         return None if 0 in self.places_axes else super().unstack()
 
-    def reshard(self, spec: Any, fn: Callable) -> Any:
+    def reshard(self, spec: jax.P, fn: Callable) -> Any:
         """Lay out the base."""
         return self.with_base(self.base.reshard(spec, fn))
 
-    def specs(self, spec: Any) -> None:
+    def specs(self, spec: jax.P) -> None:
         """In a shard_map one device cannot tell whether others see the same input."""
         return None
 
     # Products
 
-    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+    def dot(self, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options) -> Any:
         """lax.dot_general."""
         y = self._apply_to_base("dot", other, numbers, on_left, options)
         (lc, rc), (lb, rb) = numbers
@@ -145,7 +145,9 @@ class CovarianceProbe(LabeledWeight):
 
         return self._observe(y, covariance, other, self.places)
 
-    def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+    def ragged_dot(
+        self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
+    ) -> Any:
         """lax.ragged_dot_general: one C for each group of rows."""
         (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
         ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
@@ -168,7 +170,7 @@ class CovarianceProbe(LabeledWeight):
 
         return self._observe(y, covariance, other, self.places, sizes)
 
-    def conv(self, other: Any, options: dict[str, Any]) -> Any:
+    def conv(self, other: jax.Array, options: Options) -> Any:
         """lax.conv_general_dilated: the tokens are patches, those of every group."""
         numbers, groups = options["dimension_numbers"], options["feature_group_count"]
         _, *taps = numbers.rhs_spec
@@ -194,7 +196,7 @@ class CovarianceProbe(LabeledWeight):
 
         return self._observe(y, covariance, other, self.places)
 
-    def gather(self, indices: Any, options: dict[str, Any]) -> Any:
+    def gather(self, indices: jax.Array, options: Options) -> Any:
         """lax.gather: of stacked weights it is a weight; a look-up has no input to observe."""
         numbers = options["dimension_numbers"]
         indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}

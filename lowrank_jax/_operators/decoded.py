@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,16 @@ from lowrank_jax._operators.blocks import (
     freeze_options,
 )
 from lowrank_jax._operators.dense import DenseWeight
+from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers
 from lowrank_jax._primitives.quantized_dot import quantized_dot
 
+if TYPE_CHECKING:
+    from lowrank_jax._operators.quantized import QuantizedWeight
 
-def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+
+def dot(
+    w: QuantizedWeight, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options
+) -> Any:
     """lax.dot_general; None where it contracts a part of the axes that blocks run along."""
     (lc, rc), (lb, rb) = numbers
     contracted, batch = (lc, lb) if on_left else (rc, rb)
@@ -37,7 +43,9 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
     return _run_product(w, like, op, decode, other, *parts)
 
 
-def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+def ragged_dot(
+    w: QuantizedWeight, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
+) -> Any:
     """lax.ragged_dot_general."""
     if not jnp.issubdtype(other.dtype, jnp.floating):
         return None
@@ -47,7 +55,7 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     return _run_product(w, like, op, GroupedDecoding(decode), other, *parts, sizes)
 
 
-def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
+def conv(w: QuantizedWeight, other: jax.Array, options: Options) -> Any:
     """lax.conv_general_dilated."""
     decode, parts, layout = w.decoder
     op = BlockConv(_local_layout(w, layout), freeze_options(options))
@@ -55,7 +63,9 @@ def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
     return _run_product(w, like, op, decode, other, *parts)
 
 
-def _run_product(w: Any, like: PyTree, op: Any, decode: Any, other: Any, *parts: Any) -> Any:
+def _run_product(
+    w: QuantizedWeight, like: PyTree, op: Any, decode: Any, other: jax.Array, *parts: Any
+) -> Any:
     """A product, on a mesh with explicit axes laid out as like(dense weight, other)."""
     run = lambda other, *parts: quantized_dot(other, parts, op, decode)
     if not any(map(jaxprs.has_explicit_axes, (other, *parts))):
@@ -67,7 +77,7 @@ def _run_product(w: Any, like: PyTree, op: Any, decode: Any, other: Any, *parts:
     return jaxprs.call_with_auto_axes(run, result.sharding, other, *parts)
 
 
-def _local_layout(w: Any, layout: BlockLayout) -> BlockLayout:
+def _local_layout(w: QuantizedWeight, layout: BlockLayout) -> BlockLayout:
     """The layout with the sizes that this device has."""
     shape = w.shape
     return dataclasses.replace(layout, sizes=tuple(shape[axis] for axis in layout.blocked))

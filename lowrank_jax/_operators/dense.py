@@ -1,4 +1,4 @@
-"""A dense array as a weight operator: every method is JAX's own."""
+"""A dense array as a weight operator: each method calls the JAX operation it mirrors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Any
 import jax
 from jax import lax
 
-from lowrank_jax._operators.weight import Weight
+from lowrank_jax._operators.weight import DotNumbers, Indexer, Options, RaggedNumbers, Weight
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseWeight(Weight):
-    """The frozen base of an adapted weight where it is an array."""
+    """A dense array: the frozen base of an adapted weight, or an operand of a concatenation.
 
-    value: Any
+    Args:
+      value: the array, of the weight's shape and dtype.
+    """
+
+    value: Any  # an array, or its PartitionSpec in the tree that `specs` returns
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -29,16 +33,16 @@ class DenseWeight(Weight):
         """Dtype of the array."""
         return self.value.dtype
 
-    def materialize(self) -> Any:
-        """The array."""
+    def materialize(self) -> jax.Array:
+        """Return the array."""
         return self.value
 
     def map_arrays(self, fn: Callable, base_only: bool = False) -> DenseWeight:
-        """Apply an identity of values."""
+        """Apply fn, which keeps values."""
         return DenseWeight(fn(self.value))
 
-    def reshard(self, spec: Any, fn: Callable) -> DenseWeight:
-        """Lay it out anew."""
+    def reshard(self, spec: jax.P, fn: Callable) -> DenseWeight:
+        """Apply fn to the array and its spec."""
         return DenseWeight(fn(self.value, spec))
 
     def astype(self, dtype: jax.typing.DTypeLike) -> DenseWeight:
@@ -57,41 +61,43 @@ class DenseWeight(Weight):
         """lax.broadcast_in_dim."""
         return DenseWeight(fn(self.value))
 
-    def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> DenseWeight:
-        """Take the part fn takes."""
+    def index(self, fn: Indexer, sizes: dict[int, int], axes: Sequence[int]) -> DenseWeight:
+        """Take part of some axes."""
         return DenseWeight(fn(self.value, {axis: axis for axis in axes}))
 
-    def multiply(self, scalar: Any, fn: Callable) -> DenseWeight:
+    def multiply(self, scalar: jax.typing.ArrayLike, fn: Callable) -> DenseWeight:
         """Multiply by a scalar."""
         return DenseWeight(fn(self.value, scalar))
 
-    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> DenseWeight:
-        """Multiply along axes."""
+    def scale_axes(self, by: jax.Array, axes: Sequence[int], fn: Callable) -> DenseWeight:
+        """Multiply or divide along some axes."""
         return DenseWeight(fn(self.value, lax.broadcast_in_dim(by, self.shape, axes)))
 
     def unstack(self) -> tuple[Any, Any]:
-        """Slices along the leading axis."""
+        """Return the array to scan along its leading axis, and the constructor."""
         return self.value, DenseWeight
 
-    def specs(self, spec: Any) -> DenseWeight:
-        """The array's own spec."""
+    def specs(self, spec: jax.P) -> DenseWeight:
+        """Return the spec in place of the array."""
         return DenseWeight(spec)
 
-    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> jax.Array:
+    def dot(
+        self, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options
+    ) -> jax.Array:
         """lax.dot_general."""
         operands = (self.value, other) if on_left else (other, self.value)
         return lax.dot_general(*operands, numbers, **options)
 
     def ragged_dot(
-        self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]
+        self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
     ) -> jax.Array:
         """lax.ragged_dot_general."""
         return lax.ragged_dot_general(other, self.value, sizes, numbers, **options)
 
-    def conv(self, other: Any, options: dict[str, Any]) -> jax.Array:
+    def conv(self, other: jax.Array, options: Options) -> jax.Array:
         """lax.conv_general_dilated."""
         return lax.conv_general_dilated(other, self.value, **options)
 
-    def gather(self, indices: Any, options: dict[str, Any]) -> jax.Array:
+    def gather(self, indices: jax.Array, options: Options) -> jax.Array:
         """lax.gather."""
         return lax.gather(self.value, indices, **options)

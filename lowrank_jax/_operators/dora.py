@@ -1,20 +1,20 @@
-r"""DoRA's gain: the one number that multiplies each output feature.
+r"""DoRA's gain: the number that multiplies each output feature.
 
-$y = c \odot (x W + s\,(x a) b)$ with $c = m / \lVert W + s\,a\,b \rVert$. c is made once for each
-call of the lifted function, outside every loop, so that no loop and no rematerialization makes it
+$y = c \odot (x W + s\,(x a) b)$ with $c = m / \lVert W + s\,a\,b \rVert$. c is computed once per
+call of the lifted function, outside all loops, so neither loops nor rematerialization compute it
 again. Source: DoRA, arXiv 2402.09353, equation 5 and section 4.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import jax
 import numpy as np
 from jax import lax
 
 from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import LowRank, Normed, attach_norms, strip_norms
 from lowrank_jax._nodes.norms import compute_norm, divide_by_norms, make_dimension_numbers
 from lowrank_jax._nodes.quantized import Quantized
@@ -24,24 +24,24 @@ from lowrank_jax._operators.weight import Weight
 from lowrank_jax._primitives.contract import accumulator_dtype
 
 
-def as_weight(leaf: Any, path: Any = None) -> Weight:
-    """A frozen leaf as a weight operator."""
+def as_weight(leaf: PyTree, path: Hashable = None) -> Weight:
+    """Return a frozen leaf (an array, Normed or Quantized) as a weight operator."""
     leaf = strip_norms(leaf)
     if isinstance(leaf, Quantized):
         return QuantizedWeight.of(leaf, path)
-    # frozen here, outside every loop: inside one, a stack of copies would be saved for backward
+    # stop_gradient outside all loops: inside a loop, its copies would be saved for backward
     return DenseWeight(lax.stop_gradient(leaf))
 
 
-def compute_gain(leaf: Any, delta: LowRank) -> jax.Array | None:
-    """c of an adapted leaf, [*stack, *fan_out], or None where it has no magnitude."""
+def compute_gain(leaf: PyTree, delta: LowRank) -> jax.Array | None:
+    """Return c of an adapted leaf, [*stack, *fan_out], or None if it has no magnitude."""
     if delta.magnitude is None or delta.folded:
         return delta.magnitude
     return divide_by_norms(delta.magnitude, compute_norms(leaf, delta))
 
 
-def compute_norms(leaf: Any, delta: LowRank) -> jax.Array:
-    """The norm of each output feature of W + s a b, [*stack, *fan_out], a constant."""
+def compute_norms(leaf: PyTree, delta: LowRank) -> jax.Array:
+    """Return the norm of each output feature of W + s a b, [*stack, *fan_out], without gradient."""
     own = leaf if isinstance(leaf, Normed) else attach_norms(leaf, delta)
     delta = delta.for_shape(own.shape)
     fan_in, _, stack = delta.axes(own.ndim)
@@ -54,10 +54,10 @@ def compute_norms(leaf: Any, delta: LowRank) -> jax.Array:
         return jaxprs.call_with_auto_axes(run, sharding, *operands)
 
 
-def count_dead_features(leaf: Any, delta: LowRank) -> int:
-    """How many output features no training moves, as far as values are at hand.
+def count_dead_features(leaf: PyTree, delta: LowRank) -> int:
+    """Count output features that training cannot change; 0 if this process cannot read the values.
 
-    DoRA's gain is 0 where W + s a b is 0, and with it every gradient.
+    If a feature of W + s a b is 0, DoRA's gain is 0, and so is every gradient.
     """
     if not isinstance(leaf, Normed) or delta.magnitude is None or delta.folded:
         return 0
@@ -66,17 +66,23 @@ def count_dead_features(leaf: Any, delta: LowRank) -> int:
     return int(np.sum(np.asarray(compute_norms(leaf, delta)) == 0))
 
 
-def _has_values(leaf: Any) -> bool:
-    """Whether this process can read an array."""
+def _has_values(leaf: object) -> bool:
+    """Whether this process can read the values of an array."""
     if not isinstance(leaf, jax.Array):
         return isinstance(leaf, np.ndarray)
     return not jaxprs.is_tracer(leaf) and leaf.is_fully_addressable and not leaf.is_deleted()
 
 
 def _compute_norms(
-    base: Weight, parts: Any, scale: float, fan_in: Sequence[int], stack: Sequence[int]
+    base: Weight,
+    parts: tuple[jax.Array, jax.Array, jax.Array],
+    scale: float,
+    fan_in: Sequence[int],
+    stack: Sequence[int],
 ) -> jax.Array:
-    """The same; of a quantized stack layer by layer, so that one is decoded at a time."""
+    """Return the norms, [*stack, *fan_out], from parts: W's squared norms, a, b."""
+    # A quantized stack [layers, in, out] is mapped over layer by layer, so that one layer at a time
+    # is decoded: the stack axis goes first, and the rest is renumbered, `in` from axis 1 to 0.
     if stack and not isinstance(base, DenseWeight):
         rest = [axis for axis in range(base.ndim) if axis != stack[0]]
         front = base.transpose((stack[0], *rest))

@@ -1,22 +1,33 @@
-"""Products of a low-rank weight: the base's as the user wrote it, plus the factors'."""
+"""Products of a low-rank weight: the base's product plus the product of the factors."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Hashable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._operators.branch import apply_adapter, get_stacked_key_axes, multiply_labeled
+from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers
 from lowrank_jax._primitives.bilinear import product_dtype
 from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract, count_multiplies
 
+if TYPE_CHECKING:
+    from lowrank_jax._operators.low_rank import LowRankWeight
 
-def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
-    """The base's product as the user wrote it, plus the factors' products."""
+
+def dot(
+    w: LowRankWeight, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options
+) -> Any:
+    """lax.dot_general: the base's product as in the user's program, plus the factors' product."""
     (lc, rc), (lb, rb) = numbers
     mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
+    # The axes of x and of the result are labeled too. For x [batch, in] @ w [in, out], with
+    # numbers (((1,), (0,)), ((), ())):
+    #     x_labels = (("x", 0), 0)    batch is free, `in` is axis 0 of w
+    #     out      = (("x", 0), 1)    the axis order of lax.dot_general: batch axes, left, right
     x_labels = label_operand(other.ndim, mine, theirs)
     bound = {*mine[0], *mine[1]}
     free = [axis for axis in range(w.ndim) if axis not in bound]
@@ -24,7 +35,7 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
     out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
     sizes = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
     last = {"preferred_element_type": options.get("preferred_element_type")}
-    # layers that all take this activation: dropout makes it one for each, [*stacked, ...]
+    # Stack axes that x lacks: with dropout each layer has its own x, [*stacked, *other.shape].
     stacked = get_stacked_key_axes(w, x_labels)
     labels_of = lambda x: (*stacked, *x_labels) if x.ndim > other.ndim else x_labels
     before = after = None
@@ -32,22 +43,25 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
         after = lambda y, gains: multiply_labeled(y, out, gains, w.gain_axes)
     elif {*w.gain_axes} <= {*x_labels}:
         before = lambda x, gains: multiply_labeled(x, labels_of(x), gains, w.gain_axes)
-    else:  # a gain that varies along summed and kept axes at once
+    else:  # the gain varies along both contracted and kept axes
         return None
 
     def base(x: jax.Array) -> Any:
         if x.ndim == other.ndim:
             return w.base.dot(x, numbers, on_left, options)
+        # x is [*stacked, *other.shape]. The weight's stacked axes, free before, are batch axes now,
+        # which lax.dot_general puts first; arrange moves them back to their place in out.
         shift = lambda axes: tuple(axis + len(stacked) for axis in axes)
         own = mine[0], (*stacked, *mine[1])
         its = shift(theirs[0]), (*range(len(stacked)), *shift(theirs[1]))
-        sides = (own, its) if on_left else (its, own)
+        sides: Any = (own, its) if on_left else (its, own)
         plain = {name: value for name, value in options.items() if name != "out_sharding"}
-        y = w.base.dot(x, tuple(zip(*sides, strict=True)), on_left, plain)
+        (lc, rc), (lb, rb) = zip(*sides, strict=True)
+        y = w.base.dot(x, ((lc, rc), (lb, rb)), on_left, plain)
         made = (*stacked, *(label for label in out if label not in stacked))
         return None if y is None else arrange(y, made, out, {})
 
-    def branch(w: Any, x: jax.Array) -> jax.Array:
+    def branch(w: LowRankWeight, x: jax.Array) -> jax.Array:
         value, labels = _apply_factors(w, x, labels_of(x), out, sizes, on_left, options, last)
         return arrange(value, labels, out, sizes)
 
@@ -55,22 +69,25 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
 
 
 def _apply_factors(
-    w: Any,
+    w: LowRankWeight,
     x: jax.Array,
     x_labels: Labels,
     out: Labels,
     sizes: dict[Any, int],
     on_left: bool,
-    options: dict[str, Any],
+    options: Options,
     last: dict[str, Any],
 ) -> tuple[jax.Array, Labels]:
-    """x·a·b, or x·b·a where that takes fewer multiplications."""
+    """Return x·a·b, or x·b·a if that takes fewer multiplications, and the labels of the result."""
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
     dtype = product_dtype(x.dtype, w.dtype)
     factors = [
         (w.a.astype(w.dtype), w.a_axes),
         (w.b.astype(w.dtype), w.b_axes),
     ]
+    # x [n, in] · a [in, r] · b [r, out] costs n·r·(in + out). With w.T, x [n, out] meets b first
+    # for the same cost, while x·a would be an outer product over n, out, in and r. The count over
+    # labels finds the order, also for stacked and partly contracted weights.
     totals = []
     for (_, first), (_, second) in (factors, factors[::-1]):
         one, left = count_multiplies(sizes, x_labels, first, {*second, *out})
@@ -88,15 +105,17 @@ def _apply_factors(
     return pair(inner, labels, second, second_axes, {*out}, **precision, **last)
 
 
-def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any | None:
-    """Groups of rows times a weight each: ragged products with each factor that has the groups."""
+def ragged_dot(
+    w: LowRankWeight, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
+) -> Any | None:
+    """lax.ragged_dot_general: each group of rows times its own weight, factor by factor."""
     (contracting, batching) = numbers.dot_dimension_numbers
     (lc, rc), (lb, rb) = contracting, batching
     groups = tuple(numbers.rhs_group_dimensions)
     ragged = tuple(numbers.lhs_ragged_dimensions)
     if lb or rb or len(groups) != 1 or len(ragged) != 1 or ragged[0] in lc:
         return None
-    if ({*w.a_axes} & {*w.b_axes}) - {RANK, groups[0]}:  # a stack axis that is no group
+    if ({*w.a_axes} & {*w.b_axes}) - {RANK, groups[0]}:  # a stack axis other than the group axis
         return None
     x_labels = label_operand(other.ndim, (rc, rb), (lc, lb))
     rows = ("x", ragged[0])
@@ -110,7 +129,7 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     def base(x: jax.Array) -> Any:
         return w.base.ragged_dot(x, sizes, numbers, options)
 
-    def branch(w: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    def branch(w: LowRankWeight, x: jax.Array, sizes: jax.Array) -> jax.Array:
         step = lambda x, xl, y, yl, keep, options: _ragged_contract(
             x, xl, y, yl, keep, groups[0], rows, sizes, options
         )
@@ -124,7 +143,9 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
         return None
 
     def after(y: jax.Array, gains: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Each row times the gains of its group: a product with a column of ones."""
+        """Multiply each row by the gains of its group."""
+        # Which rows belong to which group is known at run time only. A ragged product of ones
+        # [rows, 1] and gains [groups, out, 1] is [rows, out]: for each row its group's gains.
         ones = jnp.ones((other.shape[ragged[0]], 1), gains.dtype)
         labels = (*w.gain_axes, "one")
         each = _ragged_contract(
@@ -140,13 +161,13 @@ def _ragged_contract(
     xl: Labels,
     y: jax.Array,
     yl: Labels,
-    keep: Any,
+    keep: Collection[Hashable],
     group: int,
-    rows: Any,
+    rows: Hashable,
     sizes: jax.Array,
-    options: dict[str, Any],
+    options: Options,
 ) -> tuple[jax.Array, Labels]:
-    """contract(x, y), row groups of x meeting group g of y where y has groups."""
+    """Contract x and y; if y has the axis `group`, group g of x's rows meets its entry g."""
     if group not in yl:
         return contract(x, xl, y, yl, keep, **options)
     summed = [label for label in xl if label in yl and label not in keep]
@@ -161,8 +182,19 @@ def _ragged_contract(
     return out, tuple(rest)
 
 
-def label_operand(ndim: int, mine: Any, theirs: Any) -> Labels:
-    """Labels of the other operand: the weight's axis where they meet, ("x", i) elsewhere."""
+def label_operand(
+    ndim: int, mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]
+) -> Labels:
+    """Label the axes of a product's other operand.
+
+    Args:
+      ndim: the operand's number of axes.
+      mine: the weight's contracted and batch axes.
+      theirs: the operand's axes that are matched with them.
+
+    Returns:
+      The weight axis for each matched axis, ("x", i) for each other axis i.
+    """
     labels: list[Any] = [("x", i) for i in range(ndim)]
     for weight_axes, operand_axes in zip(mine, theirs, strict=True):
         for weight_axis, axis in zip(weight_axes, operand_axes, strict=True):

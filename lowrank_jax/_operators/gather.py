@@ -1,10 +1,10 @@
-"""Look-ups in a low-rank table: rows of the base, and of the factors that have the indexed axes."""
+"""lax.gather of low-rank and quantized weights: only the rows that are read are computed."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,28 @@ from lowrank_jax._jax import jaxprs
 from lowrank_jax._operators.blocks import ELEMENTS
 from lowrank_jax._operators.branch import multiply_labeled
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.weight import Weight
+from lowrank_jax._operators.weight import Options, Weight
 from lowrank_jax._primitives.contract import Labels, accumulator_dtype, arrange, contract
 
+if TYPE_CHECKING:
+    from lowrank_jax._operators.low_rank import LowRankWeight
+    from lowrank_jax._operators.quantized import QuantizedWeight
 
-def gather(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
-    """Read rows: gather from the factors too; along stack axes alone it stays a weight."""
+
+def gather(w: LowRankWeight, indices: jax.Array, options: Options) -> Any | None:
+    """lax.gather of the base and the factors; a weight if only stack axes are indexed."""
     numbers = options["dimension_numbers"]
     indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
     sliced = {d for d in range(w.ndim) if options["slice_sizes"][d] != w.shape[d]}
     if sliced - indexed:
         return None
-    base = w.base.gather(indices, options)
+    base: Any = w.base.gather(indices, options)
     if base is None:
         return None
+    # Rows of an embedding: w [vocab, dim], indices [batch, time, 1], slice_sizes (1, dim) gives
+    # [batch, time, dim]. Axes of the result are labeled ("n", i) for axis i of indices, else with
+    # the weight axis: out = (("n", 0), ("n", 1), 1). a [vocab, r] becomes [batch, time, r] and
+    # b [r, dim], which has no indexed axis, stays: their product has the labels of out.
     offset, batch = numbers.offset_dims, range(indices.ndim - 1)
     kept = [
         d
@@ -40,6 +48,7 @@ def gather(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
     a, a_labels = gather_labeled(w.a, w.a_axes, indices, options, w.shape)
     b, b_labels = gather_labeled(w.b, w.b_axes, indices, options, w.shape)
     if indexed <= {*w.a_axes} & {*w.b_axes}:
+        # Only stack axes are indexed: the result is again a base and two factors.
         place = {label: i for i, label in enumerate(out)}
         parts = {"a": a, "b": b, "a_axes": a_labels, "b_axes": b_labels}
         for name in ("key", "gain"):
@@ -57,7 +66,8 @@ def gather(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
     ids, id_labels = _in_bounds(indices, options, w.shape), tuple(("n", i) for i in batch)
     inside = arrange(ids, id_labels, out, sizes)
     if options["mode"] == _FILL and w.gain is not None:
-        # what is read beyond the table is no row of it, and NaN: no derivative may meet it
+        # Rows read out of bounds are NaN. Keep them out of the gain's product, whose derivative
+        # would be NaN too (0 * NaN).
         changed = _apply_gain(w, jnp.where(inside, base, 0), branch, out, indices, options)
         return jnp.where(inside, changed, base)
     changed = _apply_gain(w, base, branch, out, indices, options)
@@ -72,9 +82,14 @@ _FILL = lax.GatherScatterMode.FILL_OR_DROP
 
 
 def _apply_gain(
-    w: Any, base: jax.Array, branch: jax.Array, out: Labels, indices: Any, options: dict[str, Any]
+    w: LowRankWeight,
+    base: jax.Array,
+    branch: jax.Array,
+    out: Labels,
+    indices: jax.Array,
+    options: Options,
 ) -> jax.Array:
-    """Rows of the base and of the delta, times the gain of the features or rows that have one."""
+    """Return the rows of base + delta, times the gain of their features, and the multiplier."""
     changed = base + branch
     if w.gain is None:
         return changed
@@ -88,8 +103,8 @@ def _apply_gain(
     return w.apply_multiplier(plain, changed.astype(exact), plain).astype(base.dtype)
 
 
-def _in_bounds(indices: jax.Array, options: dict[str, Any], shape: Sequence[int]) -> jax.Array:
-    """Whether each index is of a slice that there is: bool of indices' shape but for the last."""
+def _in_bounds(indices: jax.Array, options: Options, shape: Sequence[int]) -> jax.Array:
+    """Return whether each index vector is in bounds, bool [*indices.shape[:-1]]."""
     sizes = options["slice_sizes"]
     mapped = options["dimension_numbers"].start_index_map
     last = jnp.array([shape[axis] - sizes[axis] for axis in mapped], jnp.int32)
@@ -97,12 +112,16 @@ def _in_bounds(indices: jax.Array, options: dict[str, Any], shape: Sequence[int]
 
 
 def _drop_cotangents(rows: jax.Array, kept: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The rows; the cotangents of those that are not kept are dropped, as lax.gather drops them.
+    """Return the rows unchanged; drop the cotangents of rows not kept, as lax.gather does.
 
-    rows: [*kept.shape, ...] once `axes` are moved to the front. JAX reads an index beyond an axis
-    as its last entry, differentiates forward through that entry, and drops its cotangent. So each
-    row becomes the only entry of an axis, and is read as entry 0, or by an index beyond the axis.
+    Args:
+      rows: [*kept.shape, ...] once `axes` are moved to the front.
+      kept: bool; False for a row that was read out of bounds.
+      axes: the axes of rows that kept runs along.
     """
+    # With PROMISE_IN_BOUNDS, JAX reads an index past the end as the last entry, and its transpose
+    # drops that entry's cotangent. To reuse exactly this rule, each row becomes the only entry of a
+    # new axis: rows [batch, dim] -> [batch, 1, dim]. It is read at index 0 if kept, else at 1.
     count = len(axes)
     front = jnp.expand_dims(jnp.moveaxis(rows, axes, range(count)), count)
     each = tuple(range(count))
@@ -120,8 +139,8 @@ def _drop_cotangents(rows: jax.Array, kept: jax.Array, axes: Sequence[int]) -> j
     return jnp.moveaxis(read, range(count), axes)
 
 
-def gather_blocks(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
-    """The rows of a quantized weight, alone decoded."""
+def gather_blocks(w: QuantizedWeight, indices: jax.Array, options: Options) -> Any | None:
+    """lax.gather of a quantized weight: decode only the rows that are read, or return None."""
     numbers = options["dimension_numbers"]
     indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
     full = w.shape
@@ -131,6 +150,10 @@ def gather_blocks(w: Any, indices: Any, options: dict[str, Any]) -> Any | None:
     w = w.apply_selections()
     codes, scales, table = w.with_decoded_scales().parts
     axes = w.layout.axes
+    # An embedding [vocab, dim] in blocks of 64 along dim: codes [vocab, dim / 64, 64] labeled
+    # (0, BLOCKS, ELEMENTS), scales [vocab, dim / 64]. Gathering n rows gives codes
+    # [n, dim / 64, 64] and scales [n, dim / 64], which decode to [n, dim / 64, 64] and reshape to
+    # [n, dim]. Only an index along an axis that blocks do not run along can be read like this.
     codes, labels = gather_labeled(codes, axes, indices, options, full)
     under = tuple(axis for axis in axes if axis != ELEMENTS)
     scales, _ = gather_labeled(scales, under, indices, options, full)
@@ -160,13 +183,22 @@ def gather_labeled(
     array: jax.Array,
     labels: Labels,
     indices: jax.Array,
-    options: dict[str, Any],
+    options: Options,
     shape: Sequence[int],
 ) -> tuple[jax.Array, Labels]:
-    """Gather from an array along the axes it has of a weight of this shape; rows come first.
+    """Apply a weight's lax.gather to a labeled array, along the axes that it has.
 
-    Other labels than the weight's axes (the rank, the elements of a block) are read whole.
-    Beyond the table zeros are read: the delta of no row.
+    Args:
+      array: the array.
+      labels: for each of its axes, the weight axis, or a string (RANK, ELEMENTS) for an axis that
+        is read whole.
+      indices: of the weight's lax.gather, [*rows, index vector].
+      options: of the weight's lax.gather.
+      shape: the weight's shape.
+
+    Returns:
+      The slices [*rows, *kept axes] and their labels, ("n", i) for axis i of rows. The array itself
+      if it has no indexed axis. Out of bounds, zeros are read, so that such a row has no delta.
     """
     numbers = options["dimension_numbers"]
     array, labels = _sort_axes(array, labels)
@@ -193,7 +225,9 @@ def gather_labeled(
     mode = {**options, "fill_value": 0}
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         mode = {**mode, "mode": "clip", "fill_value": None}
-    if len(mapped) < indices.shape[-1]:  # a part of an index may repeat
+    if len(mapped) < indices.shape[-1]:
+        # Index vectors (layer, row), and an array with the row axis only: of unique vectors (0, 7)
+        # and (1, 7) the row 7 repeats, so the promises about indices no longer hold.
         indices = indices[..., jnp.array(mapped, int)]
         mode = {**mode, "unique_indices": False, "indices_are_sorted": False}
     out = _lax_gather(array, indices, mine, sizes, mode)
@@ -201,7 +235,7 @@ def gather_labeled(
 
 
 def _sort_axes(array: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
-    """The axes of a factor in the order of the weight's, which lax.gather asks of batching axes."""
+    """Sort the axes as in the weight, since lax.gather wants its batching axes in order."""
     mine: list[Any] = [label for label in labels if not isinstance(label, str)]
     if mine == sorted(mine):
         return array, labels
@@ -210,9 +244,13 @@ def _sort_axes(array: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
 
 
 def _lax_gather(
-    array: jax.Array, indices: jax.Array, numbers: Any, sizes: Any, options: dict[str, Any]
+    array: jax.Array,
+    indices: jax.Array,
+    numbers: lax.GatherDimensionNumbers,
+    sizes: Sequence[int],
+    options: Options,
 ) -> jax.Array:
-    """lax.gather with the equation's own mode and promises."""
+    """lax.gather with the mode and promises of options."""
     return lax.gather(
         array,
         indices,

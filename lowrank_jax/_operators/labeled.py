@@ -1,6 +1,6 @@
-"""A weight that is made of another and of arrays whose axes are labeled with the weight's axes.
+"""Weights made of a base and of arrays whose axes are labeled with axes of the weight.
 
-A structural operation renumbers labels, and reaches an array only along the axes that it has.
+A structural operation renumbers the labels, and changes an array only along the axes that it has.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from lowrank_jax._primitives.contract import Labels, labeled_spec, reshape_group
 
 
 class LabeledWeight(Weight):
-    """Base of such weights; the labels of the array `x` are in the static field `x_axes`.
+    """A base weight plus labeled arrays; the labels of the array `x` are in the field `x_axes`.
 
-    What the weight it is made of, `base`, does not take part in, this does not take part in either.
+    An operation that the base does not support (it returns None) is not supported here either.
+
+    Attributes:
+      base: a weight operator of the same shape and dtype.
+      labeled: names of the array fields; a field may be None.
     """
 
     base: Any
-    labeled: ClassVar[tuple[str, ...]]  # names of the arrays; one that is None is not there
+    labeled: ClassVar[tuple[str, ...]]
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -33,28 +37,28 @@ class LabeledWeight(Weight):
 
     @property
     def dtype(self) -> Any:  # type: ignore[override]
-        """Dtype of the dense weight, which is that of the product's operand."""
+        """Dtype of the dense weight."""
         return self.base.dtype
 
-    def replace(self, **changes: Any) -> Self:
-        """The weight with other fields."""
+    def replace(self, **changes: object) -> Self:
+        """Replace fields, as dataclasses.replace."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
-    def with_base(self, base: Weight | None, **changes: Any) -> Self | None:
-        """This weight on another base, or None where the base could not take part."""
+    def with_base(self, base: Weight | None, **changes: object) -> Self | None:
+        """Replace the base and other fields; None if the base is None."""
         return None if base is None else self.replace(base=base, **changes)
 
     def labels(self, name: str) -> Labels:
-        """The labels of an array."""
+        """Return the labels of an array."""
         return getattr(self, name + "_axes")
 
     def get_arrays(self, *names: str) -> dict[str, Any]:
-        """Those of these fields that are there: the labeled arrays, if none is named."""
+        """Return the named fields that are not None; by default the labeled arrays."""
         arrays = {name: getattr(self, name) for name in names or self.labeled}
         return {name: array for name, array in arrays.items() if array is not None}
 
     def transfer_base(self, fn: Callable) -> Self | None:
-        """Move the base; the arrays are on the device."""
+        """Move the base to another memory space; the arrays stay on the device."""
         return self.with_base(self.base.transfer_base(fn))
 
     def transpose(self, order: Sequence[int]) -> Self | None:
@@ -62,14 +66,16 @@ class LabeledWeight(Weight):
         place = {old: new for new, old in enumerate(order)}
         return self._renumber(place, self.base.transpose(order))
 
-    def _renumber(self, place: dict[Any, int], base: Weight | None, **arrays: Any) -> Self | None:
-        """On a base whose axis place[i] is this one's axis i."""
+    def _renumber(
+        self, place: dict[Any, int], base: Weight | None, **arrays: object
+    ) -> Self | None:
+        """Use a base whose axis place[i] is this weight's axis i, and rename the labels."""
         rename = lambda labels: tuple(place.get(label, label) for label in labels)
         labels = {name + "_axes": rename(self.labels(name)) for name in self.labeled}
         return self.with_base(base, **labels, **arrays)
 
     def reshape(self, shape: Sequence[int]) -> Self | None:
-        """Merge or split axes that an array has all of, or none."""
+        """Merge or split axes; None if an array has some but not all of the merged axes."""
         if 0 in self.shape:
             return None
         groups = reshape_groups(self.shape, shape)
@@ -83,13 +89,13 @@ class LabeledWeight(Weight):
         return self.with_base(self.base.reshape(shape), **parts)
 
     def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Callable) -> Self | None:
-        """No array has the new axes, nor axes of size 1 made longer."""
+        """Broadcast the base; the arrays are constant along new and expanded axes."""
         place = dict(enumerate(axes))
         grown = {old for old, new in place.items() if self.shape[old] != shape[new]}
         return self.drop_labels(grown)._renumber(place, self.base.broadcast(shape, axes, fn))
 
     def drop_labels(self, gone: set[int]) -> Self:
-        """Forget labels of axes of size 1."""
+        """Squeeze these axes of size 1 out of the arrays, and drop their labels."""
         parts = {}
         for name, array in self.get_arrays().items():
             labels = self.labels(name)
@@ -99,23 +105,23 @@ class LabeledWeight(Weight):
                 parts[name + "_axes"] = tuple(label for label in labels if label not in gone)
         return self.replace(**parts) if parts else self
 
-    def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> Self | None:
-        """Take the part fn takes from each array along the axes that it has."""
+    def index(self, fn: Indexer, sizes: dict[int, int], axes: Sequence[int]) -> Self | None:
+        """Take part of the base, and of each array along the axes that it has."""
         return self._index_arrays(self.base.index(fn, sizes, axes), fn, axes)
 
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
     ) -> Self | None:
-        """lax.slice of each array along the axes that it has."""
+        """lax.slice of the base, and of each array along the axes that it has."""
         take, sizes = make_slicer(self.shape, starts, limits, strides)
         return self._index_arrays(self.base.slice(starts, limits, strides), take, list(sizes))
 
     def rev(self, axes: Sequence[int]) -> Self | None:
-        """lax.rev of each array along the axes that it has."""
+        """lax.rev of the base, and of each array along the axes that it has."""
         return self._index_arrays(self.base.rev(axes), make_reverser(axes), axes)
 
     def _index_arrays(self, base: Weight | None, fn: Indexer, axes: Sequence[int]) -> Self | None:
-        """On a part of the base, what fn takes from each array along the axes that it has."""
+        """Use a part of the base, and apply the Indexer to each array along the axes it has."""
         parts = {}
         for name, array in self.get_arrays().items():
             labels = self.labels(name)
@@ -125,7 +131,15 @@ class LabeledWeight(Weight):
         return self.with_base(base, **parts)
 
     def unstack(self) -> tuple[Any, Any] | None:
-        """Slices along the leading axis; what does not vary along it is closed over."""
+        """Return arrays to scan along axis 0, and a function that rebuilds one layer of them.
+
+        Arrays without axis 0 are the same in each layer, so the scan closes over them.
+        """
+        # A stacked weight [layers, in, out] with
+        #     a [layers, in, r]  labels (0, 1, RANK)
+        #     b [r, out]         labels (RANK, 2): one b, shared by all layers
+        # is scanned over {"a": a, "base": ...}. rebuild gets a [in, r], labels it (1, RANK), and
+        # then renumbers to the axes of the layer's weight [in, out]: a (0, RANK), b (RANK, 1).
         stacked = self.base.unstack()
         if stacked is None:
             return None
@@ -145,20 +159,20 @@ class LabeledWeight(Weight):
 
         return arrays, rebuild
 
-    def prepare_split(self, spec: Any) -> Self:
-        """The base may have to prepare."""
+    def prepare_split(self, spec: jax.P) -> Self:
+        """Prepare the base; the arrays are correct in parts as they are."""
         return self.replace(base=self.base.prepare_split(spec))
 
-    def _array_specs(self, spec: Any) -> dict[str, Any]:
-        """A PartitionSpec for each array: an axis is split as the weight's axis of its label."""
+    def _array_specs(self, spec: jax.P) -> dict[str, Any]:
+        """Return a PartitionSpec for each array, from the entries of the axes that it has."""
         return {name: labeled_spec(spec, self.labels(name)) for name in self.get_arrays()}
 
-    def specs(self, spec: Any) -> Self | None:
-        """PartitionSpecs of the base and the arrays."""
+    def specs(self, spec: jax.P) -> Self | None:
+        """Return PartitionSpecs in place of the base's arrays and the labeled arrays."""
         return self.with_base(self.base.specs(spec), **self._array_specs(spec))
 
-    def reshard(self, spec: Any, fn: Callable) -> Self | None:
-        """Lay out the base by the spec, each array by the axes that it has."""
+    def reshard(self, spec: jax.P, fn: Callable) -> Self | None:
+        """Reshard the base by spec, and each array by the entries of the axes that it has."""
         parts = {
             name: fn(getattr(self, name), own) for name, own in self._array_specs(spec).items()
         }

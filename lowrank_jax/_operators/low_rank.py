@@ -1,17 +1,16 @@
-r"""A low-rank weight operator: a base and two factors whose axes carry labels.
+r"""The low-rank weight operator: a base plus two factors whose axes are labeled.
 
 $W[d] = \text{base}[d] + s \sum_r a[\cdot, r]\, b[\cdot, r]$. Each axis of a and b is labeled with
-the axis of the weight that it runs along, so a transpose renumbers labels and moves nothing. An
-axis that only a has is fan-in, one that only b has is fan-out, one that both have enumerates
-stacked weights, and one that neither has is constant along the delta. Products take whichever of
-(x·a)·b and (x·b)·a costs less, so a weight used transposed or from the left needs no rule of its
-own.
+the weight axis that it runs along, so a transpose renumbers labels and moves no data. A weight axis
+that only a has is fan-in; one that only b has is fan-out; one that both have is a stack axis; along
+one that neither has the delta is constant. Products compute the cheaper of (x·a)·b and (x·b)·a, so
+a weight that is transposed, or the left operand, needs no separate rule.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from lowrank_jax._operators import conv, dot, gather, scaling
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.dora import as_weight, compute_gain
 from lowrank_jax._operators.labeled import LabeledWeight
-from lowrank_jax._operators.weight import Weight
+from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight
 from lowrank_jax._primitives.contract import (
     RANK,
     Labels,
@@ -39,11 +38,19 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRankWeight(LabeledWeight):
-    """Base, factors, multiplier and dropout key of one weight, with the labels of their axes.
+    """An adapted weight: base, factors, multiplier, dropout key and DoRA gain, with labels.
 
-    With DoRA's `gain` the delta is that of gain (W + s a b), one number for each output feature.
-    The base is itself a weight operator, dense or quantized; where it has no rule (None), this
-    weight has none either.
+    Args:
+      base: the frozen weight as an operator, dense or quantized.
+      a: [*stack, *fan_in, r], floating-point.
+      b: [*stack, r, *fan_out], floating-point.
+      multiplier: scalar that scales the adapter's change, or None.
+      key: dropout keys, [*stack], or None.
+      gain: DoRA's gain c, [*stack, *fan_out], or None. The weight is then c * (base + s a b).
+      a_axes, b_axes, key_axes, gain_axes: for each axis of an array, the weight axis, or RANK.
+      scale: s.
+      rate: dropout rate.
+      path: of the leaf.
     """
 
     base: Weight
@@ -64,18 +71,18 @@ class LowRankWeight(LabeledWeight):
 
     @property
     def product_kind(self) -> str:  # type: ignore[override]
-        """The adapter is factored; a quantized base is dequantized at the product."""
+        """The adapter is factored; a quantized base is dequantized in the product."""
         under = self.base.product_kind
         return "factored" if isinstance(self.base, DenseWeight) else f"factored, {under}"
 
     @property
     def materialize_note(self) -> str:  # type: ignore[override]
-        """Dropout acts on the input of the factors, which a dense weight does not have."""
+        """A materialized weight has no factor input, so its dropout is not applied."""
         return "" if self.key is None or not self.rate else "; its dropout is left out"
 
     @classmethod
-    def of(cls, node: Adapted, path: Any) -> LowRankWeight:
-        """The weight of a node with LowRank factors."""
+    def of(cls, node: Adapted, path: Hashable) -> LowRankWeight:
+        """Return the operator of a node with LowRank factors."""
         base, node = as_weight(node.base), jaxprs.to_device(node)
         assert isinstance(node.delta, LowRank)
         delta = node.delta.for_shape(base.shape)
@@ -98,18 +105,18 @@ class LowRankWeight(LabeledWeight):
         )
 
     def sizes(self) -> dict[Any, int]:
-        """The size along each label: the weight's axes, and the rank."""
+        """Return the size along each label: the weight's axes, and RANK."""
         return {**dict(enumerate(self.shape)), RANK: self.a.shape[self.a_axes.index(RANK)]}
 
     def apply_scale(self, value: jax.Array) -> jax.Array:
-        """value times scale and multiplier, in its own dtype."""
+        """Multiply by scale and multiplier; the dtype is kept."""
         if self.multiplier is not None:
             factor = jnp.asarray(self.multiplier, accumulator_dtype(value.dtype)) * self.scale
             return value * factor.astype(value.dtype)
         return value if self.scale == 1 else value * self.scale
 
     def materialize(self) -> jax.Array:
-        """The dense weight, summed in float32 and cast once."""
+        """Return the dense weight, summed in float32 and cast once."""
         dtype = accumulator_dtype(self.dtype, self.a.dtype)
         axes = tuple(range(self.ndim))
         change, labels = contract(
@@ -129,19 +136,19 @@ class LowRankWeight(LabeledWeight):
         return self.apply_multiplier(own, changed, own).astype(self.dtype)
 
     def apply_multiplier(self, plain: jax.Array, changed: jax.Array, same: jax.Array) -> jax.Array:
-        """Plain and the change from `same` to `changed`, times the multiplier."""
+        """Return plain + multiplier * (changed - same)."""
         if self.multiplier is None:
             return changed if plain is same else plain + (changed - same)
         return plain + (changed - same) * jnp.asarray(self.multiplier, plain.dtype)
 
     def for_use(self, number: int) -> LowRankWeight:
-        """The same weight with a dropout key of its own for this use."""
+        """Return the weight with the dropout key of this use."""
         return self if self.key is None else self.replace(key=_fold_in(self.key, number))
 
     # Structural operations
 
     def map_arrays(self, fn: Callable, base_only: bool = False) -> LowRankWeight | None:
-        """Apply an identity of values to the base, and to the factors unless base_only."""
+        """Apply fn, which keeps values, to the base, and to the factors unless base_only."""
         base = self.base.map_arrays(fn, base_only)
         if base is None or base_only:
             return self.with_base(base)
@@ -149,34 +156,34 @@ class LowRankWeight(LabeledWeight):
         return self.replace(base=base, **parts)
 
     def stop_gradient(self) -> LowRankWeight | None:
-        """Stop the gradients of the factors, of the gain and of the multiplier."""
+        """Stop the gradients of the base, the factors, the gain and the multiplier."""
         parts = self.get_arrays("a", "b", "gain", "multiplier")
         parts = {name: lax.stop_gradient(array) for name, array in parts.items()}
         return self.with_base(self.base.stop_gradient(), **parts)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> LowRankWeight | None:
-        """Convert the base; the factors are cast to its dtype in the product."""
+        """Convert the base; the product casts the factors to its dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
         return self.with_base(self.base.astype(dtype))
 
-    def multiply(self, scalar: Any, fn: Callable) -> LowRankWeight | None:
+    def multiply(self, scalar: jax.typing.ArrayLike, fn: Callable) -> LowRankWeight | None:
         """Scale the base and b."""
         return scaling.multiply(self, scalar, fn)
 
-    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> LowRankWeight | None:
+    def scale_axes(self, by: jax.Array, axes: Sequence[int], fn: Callable) -> LowRankWeight | None:
         """Scale the base and one of the factors."""
         return scaling.scale_axes(self, by, axes, fn)
 
-    def specs(self, spec: Any) -> LowRankWeight | None:
-        """PartitionSpecs of the arrays; the multiplier is whole everywhere."""
+    def specs(self, spec: jax.P) -> LowRankWeight | None:
+        """Return PartitionSpecs in place of the arrays; the multiplier is replicated."""
         whole = super().specs(spec)
         if whole is None or self.multiplier is None:
             return whole
         return whole.replace(multiplier=type(spec)())
 
-    def reshard(self, spec: Any, fn: Callable) -> LowRankWeight | None:
-        """Lay out the arrays likewise."""
+    def reshard(self, spec: jax.P, fn: Callable) -> LowRankWeight | None:
+        """Reshard the arrays by spec; the multiplier is replicated."""
         whole = super().reshard(spec, fn)
         if whole is None or self.multiplier is None:
             return whole
@@ -184,25 +191,27 @@ class LowRankWeight(LabeledWeight):
 
     # Products
 
-    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+    def dot(self, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options) -> Any:
         """lax.dot_general."""
         return dot.dot(self, other, numbers, on_left, options)
 
-    def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+    def ragged_dot(
+        self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
+    ) -> Any:
         """lax.ragged_dot_general."""
         return dot.ragged_dot(self, other, sizes, numbers, options)
 
-    def conv(self, other: Any, options: dict[str, Any]) -> Any:
+    def conv(self, other: jax.Array, options: Options) -> Any:
         """lax.conv_general_dilated."""
         return conv.conv(self, other, options)
 
-    def gather(self, indices: Any, options: dict[str, Any]) -> Any:
-        """lax.gather."""
+    def gather(self, indices: jax.Array, options: Options) -> jax.Array | Weight | None:
+        """lax.gather; a weight if only stack axes are indexed."""
         return gather.gather(self, indices, options)
 
 
 def _fold_in(key: jax.Array, number: int) -> jax.Array:
-    """fold_in over keys of any shape."""
+    """Apply jax.random.fold_in to each of an array of keys."""
     fold = lambda k: jax.random.fold_in(k, number)
     for _ in range(key.ndim):
         fold = jax.vmap(fold)

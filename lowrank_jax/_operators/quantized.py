@@ -36,9 +36,9 @@ from lowrank_jax._operators.blocks import (
     is_selected,
 )
 from lowrank_jax._operators.gather import gather_blocks
+from lowrank_jax._operators.scaled import scale_weight
 from lowrank_jax._operators.scaling import has_float32_range
-from lowrank_jax._operators.stretched import scale_weight
-from lowrank_jax._operators.weight import Weight
+from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight
 from lowrank_jax._primitives.contract import labeled_spec
 
 _STATIC = {"static": True}
@@ -269,14 +269,14 @@ class QuantizedWeight(Weight):
             scales = decode(scales, *second)
         return self.replace(parts=(codes, scales, table))
 
-    def multiply(self, scalar: Any, fn: Callable) -> QuantizedWeight | None:
+    def multiply(self, scalar: jax.typing.ArrayLike, fn: Callable) -> QuantizedWeight | None:
         """Scale the scales, before any cast, by a constant: derivatives do not reach them."""
         if not has_float32_range(*self._casts) or jaxprs.is_tracer(scalar):
             return None
         codes, scales, table = self.with_decoded_scales().parts
         return self.replace(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))
 
-    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> Weight | None:
+    def scale_axes(self, by: jax.Array, axes: Sequence[int], fn: Callable) -> Weight | None:
         """Of what meets the codes."""
         return scale_weight(self, by, axes, fn) if has_float32_range(*self._casts) else None
 
@@ -297,7 +297,7 @@ class QuantizedWeight(Weight):
         """
         return restructure.unstack(self)
 
-    def specs(self, spec: Any) -> QuantizedWeight | None:
+    def specs(self, spec: jax.P) -> QuantizedWeight | None:
         """PartitionSpecs of the arrays."""
         empty, selections = type(spec)(), tuple(type(spec)() for _ in self.selections)
         if isinstance(self.decode, TransformedDecoding):
@@ -317,34 +317,36 @@ class QuantizedWeight(Weight):
         parts = (labeled_spec(spec, codes), labeled_spec(spec, scales), empty)
         return self.replace(parts=(*parts, *second[: len(self.parts) - 3]), selections=selections)
 
-    def prepare_split(self, spec: Any) -> QuantizedWeight:
+    def prepare_split(self, spec: jax.P) -> QuantizedWeight:
         """A part of the leaf cannot tell which scales of scales are its own."""
         return self.with_decoded_scales() if self._find_split_axes(spec) else self
 
-    def _find_split_axes(self, spec: Any) -> set[int]:
+    def _find_split_axes(self, spec: jax.P) -> set[int]:
         """The axes, stack axes left out, that a spec splits."""
         split = {axis for axis, entry in enumerate(spec) if entry is not None}
         return split - {*self.layout.axes[: self.num_stack_axes]}
 
-    def reshard(self, spec: Any, fn: Callable) -> QuantizedWeight | None:
+    def reshard(self, spec: jax.P, fn: Callable) -> QuantizedWeight | None:
         """Lay the arrays out by the weight's spec."""
         whole = self.specs(spec)
         return whole and self.replace(parts=tuple(map(fn, self.parts, whole.parts)))
 
     # Products
 
-    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+    def dot(self, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options) -> Any:
         """lax.dot_general."""
         return decoded.dot(self, other, numbers, on_left, options)
 
-    def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+    def ragged_dot(
+        self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
+    ) -> Any:
         """lax.ragged_dot_general."""
         return decoded.ragged_dot(self, other, sizes, numbers, options)
 
-    def conv(self, other: Any, options: dict[str, Any]) -> Any:
+    def conv(self, other: jax.Array, options: Options) -> Any:
         """lax.conv_general_dilated."""
         return decoded.conv(self, other, options)
 
-    def gather(self, indices: Any, options: dict[str, Any]) -> Any:
+    def gather(self, indices: jax.Array, options: Options) -> Any:
         """Decode only the rows that are read."""
         return gather_blocks(self, indices, options)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from lowrank_jax._operators.blocks import SELECTED, BlockLayout, is_consecutive
 from lowrank_jax._primitives.contract import reshape_groups
 
+if TYPE_CHECKING:
+    from lowrank_jax._operators.quantized import QuantizedWeight
+
 _NEW = "new"  # labels (_NEW, axis) of axes that the reshape is about to number
 
 
-def reshape(weight: Any, shape: Sequence[int]) -> Any | None:
+def reshape(weight: QuantizedWeight, shape: Sequence[int]) -> Any | None:
     """The reshape that leaves each block whole, or None.
 
     A weight [4, 128, 6] with blocks along its second axis has codes [4, 2, 64, 6]. Reshaped to
@@ -42,7 +45,7 @@ def reshape(weight: Any, shape: Sequence[int]) -> Any | None:
 
 
 def _reshape_axes(
-    weight: Any, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]
+    weight: QuantizedWeight, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]
 ) -> Any | None:
     """Adjacent axes of all arrays in other sizes; (_NEW, axis) is the label of the new."""
     axes, decode = weight.layout.axes, weight.decode
@@ -74,7 +77,7 @@ def _reshape_axes(
     return weight.replace(parts=parts, layout=layout, decode=decode)
 
 
-def unstack(weight: Any) -> tuple[Any, Any] | None:
+def unstack(weight: QuantizedWeight) -> tuple[Any, Any] | None:
     """(arrays to be scanned over, rebuild(one slice of them) -> weight), or None."""
     if 0 not in weight.layout.axes:
         return None

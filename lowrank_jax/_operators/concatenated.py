@@ -19,9 +19,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._operators import joined_products
+from lowrank_jax._operators import concatenated_products
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.weight import JointPath, Weight, expand_path
+from lowrank_jax._operators.weight import (
+    DotNumbers,
+    JointPath,
+    Options,
+    RaggedNumbers,
+    Weight,
+    expand_path,
+)
 from lowrank_jax._primitives.contract import reshape_groups
 
 
@@ -103,11 +110,13 @@ class ConcatenatedWeight(Weight):
         """Convert each part."""
         return self._rebuild([part.astype(dtype) for part in self.parts])
 
-    def multiply(self, scalar: Any, fn: Callable) -> ConcatenatedWeight | None:
+    def multiply(self, scalar: jax.typing.ArrayLike, fn: Callable) -> ConcatenatedWeight | None:
         """Scale each part."""
         return self._rebuild([part.multiply(scalar, fn) for part in self.parts])
 
-    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> ConcatenatedWeight | None:
+    def scale_axes(
+        self, by: jax.Array, axes: Sequence[int], fn: Callable
+    ) -> ConcatenatedWeight | None:
         """Each part by its own numbers."""
         where = [i for i, axis in enumerate(axes) if axis == self.axis]
         pieces = self.split_operand(by, *where) if where else [by] * len(self.parts)
@@ -212,11 +221,11 @@ class ConcatenatedWeight(Weight):
             return None
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers), lambda layer: layer
 
-    def prepare_split(self, spec: Any) -> ConcatenatedWeight:
+    def prepare_split(self, spec: jax.P) -> ConcatenatedWeight:
         """Each part prepared."""
         return ConcatenatedWeight(tuple(part.prepare_split(spec) for part in self.parts), self.axis)
 
-    def specs(self, spec: Any) -> ConcatenatedWeight | None:
+    def specs(self, spec: jax.P) -> ConcatenatedWeight | None:
         """Those of the parts, where a device has a piece of each."""
         if self.axis < len(spec) and spec[self.axis] is not None:
             return None
@@ -224,19 +233,21 @@ class ConcatenatedWeight(Weight):
 
     # Products
 
-    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+    def dot(self, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options) -> Any:
         """lax.dot_general."""
-        return joined_products.dot(self, other, numbers, on_left, options)
+        return concatenated_products.dot(self, other, numbers, on_left, options)
 
-    def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+    def ragged_dot(
+        self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
+    ) -> Any:
         """lax.ragged_dot_general; weights of different groups are not joined."""
-        return joined_products.ragged_dot(self, other, sizes, numbers, options)
+        return concatenated_products.ragged_dot(self, other, sizes, numbers, options)
 
-    def conv(self, other: Any, options: dict[str, Any]) -> Any:
+    def conv(self, other: jax.Array, options: Options) -> Any:
         """lax.conv_general_dilated of kernels joined along output or input features."""
-        return joined_products.conv(self, other, options)
+        return concatenated_products.conv(self, other, options)
 
-    def gather(self, indices: Any, options: dict[str, Any]) -> Any:
+    def gather(self, indices: jax.Array, options: Options) -> Any:
         """lax.gather that reads the axis joined along whole."""
         numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
         gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,13 @@ from jax import lax
 
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.low_rank import LowRankWeight
-from lowrank_jax._operators.weight import Weight
+from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight
 from lowrank_jax._operators.zero import ZeroWeight
 from lowrank_jax._primitives.bilinear import product_dtype
 from lowrank_jax._primitives.contract import accumulator_dtype
+
+if TYPE_CHECKING:
+    from lowrank_jax._operators.concatenated import ConcatenatedWeight
 
 Product = Callable[[Weight, Any, dict[str, Any]], Any]  # of a weight, an operand and options
 
@@ -42,24 +45,28 @@ class CachedProductWeight(DenseWeight):
     operand: Any
     product: Any
 
-    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> jax.Array:
+    def dot(
+        self, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options
+    ) -> jax.Array:
         """lax.dot_general."""
         known = other is self.operand
         return self.product if known else super().dot(other, numbers, on_left, options)
 
     def ragged_dot(
-        self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]
+        self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
     ) -> jax.Array:
         """lax.ragged_dot_general."""
         known = other is self.operand
         return self.product if known else super().ragged_dot(other, sizes, numbers, options)
 
-    def conv(self, other: Any, options: dict[str, Any]) -> jax.Array:
+    def conv(self, other: jax.Array, options: Options) -> jax.Array:
         """lax.conv_general_dilated."""
         return self.product if other is self.operand else super().conv(other, options)
 
 
-def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+def dot(
+    w: ConcatenatedWeight, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options
+) -> Any:
     """lax.dot_general."""
     (lc, rc), (lb, rb) = numbers
     mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
@@ -76,7 +83,13 @@ def dot(w: Any, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]
     return _concat_products(w, product, other, None, ahead + free.index(w.axis), options)
 
 
-def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+def ragged_dot(
+    w: ConcatenatedWeight,
+    other: jax.Array,
+    sizes: jax.Array,
+    numbers: RaggedNumbers,
+    options: Options,
+) -> Any:
     """lax.ragged_dot_general."""
     (lc, rc), (_, rb) = numbers.dot_dimension_numbers
     if len(numbers.rhs_group_dimensions) != 1 or {*numbers.lhs_ragged_dimensions} & {*lc}:
@@ -93,7 +106,7 @@ def ragged_dot(w: Any, other: Any, sizes: Any, numbers: Any, options: dict[str, 
     )
 
 
-def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
+def conv(w: ConcatenatedWeight, other: jax.Array, options: Options) -> Any:
     """lax.conv_general_dilated."""
     numbers = options["dimension_numbers"]
     out_axis, in_axis, *_ = numbers.rhs_spec
@@ -108,7 +121,12 @@ def conv(w: Any, other: Any, options: dict[str, Any]) -> Any:
 
 
 def _concat_products(
-    w: Any, product: Product, other: Any, pieces: list | None, at: int, options: dict[str, Any]
+    w: ConcatenatedWeight,
+    product: Product,
+    other: jax.Array,
+    pieces: list | None,
+    at: int,
+    options: Options,
 ) -> Any:
     """The results of all parts joined along an axis; where pieces is None each takes `other`."""
     if options.get("out_sharding") is not None:
@@ -132,14 +150,14 @@ def _concat_products(
 
 
 def _concat_results(
-    parts: Any, product: Product, pieces: list, at: int, options: dict[str, Any]
+    parts: Any, product: Product, pieces: list, at: int, options: Options
 ) -> jax.Array | None:
     results = [product(*pair, options) for pair in zip(parts, pieces, strict=True)]
     return None if any(y is None for y in results) else lax.concatenate(results, at)
 
 
 def _sum_products(
-    w: Any, product: Product, other: jax.Array, at: int, options: dict[str, Any]
+    w: ConcatenatedWeight, product: Product, other: jax.Array, at: int, options: Options
 ) -> Any:
     """The results of all parts, summed before they are rounded to the product's dtype."""
     if options.get("out_sharding") is not None:
@@ -172,18 +190,18 @@ def _add_change(y: jax.Array, change: jax.Array | None) -> jax.Array | None:
     return None if change is None else y + change.astype(y.dtype)
 
 
-def _get_dense_bases(w: Any) -> list[Any] | None:
+def _get_dense_bases(w: ConcatenatedWeight) -> list[Any] | None:
     """The base of each part, where every one is dense."""
     bases = [part.base if type(part) is LowRankWeight else part for part in w.parts]
     return bases if all(type(base) is DenseWeight for base in bases) else None
 
 
-def _concat_bases(w: Any, bases: list[Any]) -> DenseWeight:
+def _concat_bases(w: ConcatenatedWeight, bases: list[Any]) -> DenseWeight:
     """The bases joined."""
     return DenseWeight(lax.concatenate([base.value for base in bases], w.axis))
 
 
-def _has_gain(w: Any) -> bool:
+def _has_gain(w: ConcatenatedWeight) -> bool:
     return any(type(part) is LowRankWeight and part.gain is not None for part in w.parts)
 
 

@@ -20,7 +20,7 @@ from lowrank_jax._operators.branch import multiply_labeled
 from lowrank_jax._operators.dot import label_operand
 from lowrank_jax._operators.labeled import LabeledWeight
 from lowrank_jax._operators.scaling import has_float32_range
-from lowrank_jax._operators.weight import Weight
+from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight
 from lowrank_jax._primitives.contract import accumulator_dtype, reshape_groups
 
 
@@ -102,18 +102,18 @@ class ScaledWeight(LabeledWeight):
         by = lax.broadcast_in_dim(by, sizes, [place[i] for i in order])
         return super(ScaledWeight, self.replace(by=by, by_axes=axes)).reshape(shape)
 
-    def multiply(self, scalar: Any, fn: Callable) -> ScaledWeight:
+    def multiply(self, scalar: jax.typing.ArrayLike, fn: Callable) -> ScaledWeight:
         """fn of the array, in float32 at least."""
         by = self.by.astype(accumulator_dtype(self.by.dtype, self.dtype))
         return self.replace(by=fn(by, jnp.asarray(scalar).astype(by.dtype)))
 
-    def scale_axes(self, by: Any, axes: Sequence[int], fn: Callable) -> ScaledWeight:
+    def scale_axes(self, by: jax.Array, axes: Sequence[int], fn: Callable) -> ScaledWeight:
         """Times another array."""
         return scale_weight(self, by, axes, fn)
 
     # Products
 
-    def dot(self, other: Any, numbers: Any, on_left: bool, options: dict[str, Any]) -> Any:
+    def dot(self, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options) -> Any:
         """lax.dot_general."""
         (lc, rc), (lb, rb) = numbers
         mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
@@ -124,7 +124,9 @@ class ScaledWeight(LabeledWeight):
         run = lambda x: self.base.dot(x, numbers, on_left, options)
         return self._apply_scale(run, other, labels, out)
 
-    def ragged_dot(self, other: Any, sizes: Any, numbers: Any, options: dict[str, Any]) -> Any:
+    def ragged_dot(
+        self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
+    ) -> Any:
         """lax.ragged_dot_general, where the rows are free."""
         (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
         groups = numbers.rhs_group_dimensions
@@ -148,7 +150,7 @@ class ScaledWeight(LabeledWeight):
         axes = tuple(row if axis == group else axis for axis in self.by_axes)
         return self.replace(by=by, by_axes=axes)
 
-    def conv(self, other: Any, options: dict[str, Any]) -> Any:
+    def conv(self, other: jax.Array, options: Options) -> Any:
         """lax.conv_general_dilated, of numbers along input or output features."""
         numbers = options["dimension_numbers"]
         out_axis, in_axis, *_ = numbers.rhs_spec
@@ -172,7 +174,7 @@ class ScaledWeight(LabeledWeight):
         return None
 
 
-def scale_weight(weight: Weight, by: Any, axes: Sequence[int], fn: Callable) -> ScaledWeight:
+def scale_weight(weight: Weight, by: jax.Array, axes: Sequence[int], fn: Callable) -> ScaledWeight:
     """fn(weight, by), a product or a quotient, `by` having the weight's axes of these numbers."""
     if fn is lax.div:
         by = by.astype(accumulator_dtype(by.dtype))
