@@ -1,7 +1,7 @@
-"""Products with the decoded blocks of a quantized weight: what a tied product computes.
+"""Layouts of decoded blocks, and products with them: the operations of the quantized_dot primitive.
 
-Each axis of the decoded blocks carries a label, the axis of the weight that it is now; the axes
-that hold the blocks are one run of the weight's axes, cut in two.
+Each axis of the decoded blocks is labeled with the weight axis it corresponds to. Blocks run along
+consecutive weight axes, which appear as two axes: BLOCKS and ELEMENTS.
 """
 
 from __future__ import annotations
@@ -9,32 +9,36 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._nodes.quantized import Decoding, unflatten_blocks
-from lowrank_jax._operators.weight import Options
+from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers
 from lowrank_jax._primitives.bilinear import Labels, labeled_dot, labeled_flat_dot
 from lowrank_jax._primitives.contract import arrange
 from lowrank_jax._primitives.quantized_dot import PlatformFn
 
 BLOCKS, ELEMENTS = "blocks", "elements"
-SELECTED = "picked"  # labels (SELECTED, n) of axes of codes of which one entry is taken
+SELECTED = "selected"  # (SELECTED, n) labels an axis of codes of which one entry is selected
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockLayout:
-    """How decoded blocks lie in the weight.
+    """Maps the axes of decoded blocks to the axes of the weight.
 
     Args:
-      axes: for each axis of the decoded array, the weight's axis, or BLOCKS or ELEMENTS.
-      blocked: the weight's axes that those two stand for, in order.
-      sizes: their sizes.
-      units: the weight's axes of size 1 that the decoded array does not have.
+      axes: for each axis of the decoded array, the weight axis, or BLOCKS or ELEMENTS.
+      blocked: the weight axes that blocks run along, in order; none for an array without blocks.
+      sizes: the sizes of `blocked`.
+      units: the weight axes of size 1 that the decoded array lacks.
+
+    A weight [4, 8, 16, 6] with blocks of 64 along its two inner axes decodes to [4, 2, 64, 6]:
+
+    >>> layout = BlockLayout((0, BLOCKS, ELEMENTS, 3), blocked=(1, 2), sizes=(8, 16))
+    >>> layout.ndim, layout.expand((3, 1, 2))
+    (4, (3, 'blocks', 'elements'))
     """
 
     axes: Labels
@@ -44,17 +48,17 @@ class BlockLayout:
 
     @property
     def ndim(self) -> int:
-        """Number of the weight's axes."""
+        """Number of axes of the weight."""
         return len(self.axes) + len(self.units) + (len(self.blocked) - 2 if self.blocked else 0)
 
-    def spec(self, codes: Any) -> Any:
-        """The weight's PartitionSpec, from that of its codes."""
+    def spec(self, codes: jax.P) -> jax.P:
+        """Return the weight's PartitionSpec from that of its codes."""
         entries = dict(zip(self.axes, codes, strict=False))
         entries |= {axis: entries.get(BLOCKS) for axis in self.blocked[:1]}
         return type(codes)(*(entries.get(axis) for axis in range(self.ndim)))
 
     def expand(self, labels: Sequence[Any]) -> Labels:
-        """Labels with the two axes of blocks in place of the run of axes they stand for."""
+        """Replace the blocked axes among labels by BLOCKS, ELEMENTS."""
         out: list[Any] = []
         for label in labels:
             if label not in self.blocked:
@@ -64,13 +68,16 @@ class BlockLayout:
         return tuple(out)
 
     def with_units(self, blocks: jax.Array) -> tuple[jax.Array, Labels]:
-        """The decoded array with all the weight's axes of size 1, and the labels of its axes."""
+        """Return the decoded array with the axes of `units` appended, and its labels."""
         if not self.units:
             return blocks, self.axes
         return blocks.reshape(*blocks.shape, *(1 for _ in self.units)), (*self.axes, *self.units)
 
     def to_dense(self, blocks: jax.Array) -> jax.Array:
-        """The dense weight, in the order of its axes."""
+        """Return the dense weight."""
+        # The weight [4, 128, 6] transposed to [6, 4, 128] has blocks [4, 2, 64, 6] with axes
+        # (1, BLOCKS, ELEMENTS, 0). order is (0, 1, BLOCKS, ELEMENTS): arrange transposes to
+        # [6, 4, 2, 64], and the reshape merges the last two axes into the 128.
         blocks, axes = self.with_units(blocks)
         order = self.expand(range(self.ndim))
         extent = dict(zip(axes, blocks.shape, strict=True))
@@ -84,35 +91,46 @@ def is_consecutive(axes: Sequence[int]) -> bool:
     return all(b == a + 1 for a, b in itertools.pairwise(axes))
 
 
-def is_selected(label: Any) -> bool:
-    """Whether a label is of an axis of which one entry is taken."""
+def is_selected(label: Hashable) -> bool:
+    """Whether a label is (SELECTED, n): an axis of codes of which one entry is selected."""
     return isinstance(label, tuple) and label[0] == SELECTED
 
 
 def freeze_options(options: Options) -> tuple[tuple[str, Any], ...]:
-    """Options of a product, hashable; how its result lies is said of the whole."""
+    """Return a product's options as a hashable tuple, without out_sharding, set on the whole."""
     return tuple(sorted((k, v) for k, v in options.items() if k != "out_sharding"))
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockDot(PlatformFn):
-    """lax.dot_general of an activation and decoded blocks, linear in the activation."""
+    """lax.dot_general of an activation and decoded blocks.
+
+    Args:
+      layout: of the blocks.
+      numbers: dimension numbers of the user's product with the dense weight.
+      on_left: whether the weight is the left operand.
+      options: other arguments of lax.dot_general.
+    """
 
     layout: BlockLayout
-    numbers: Any
+    numbers: DotNumbers
     on_left: bool
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """The product, in the order of axes that the user's equation has."""
+        """Return the product with the axis order of the user's equation."""
         return self._run(labeled_dot, x, w)
 
     @property
     def on_cpu(self) -> Callable:
-        """As a product of two matrices."""
+        """The product as one of two matrices."""
         return functools.partial(self._run, labeled_flat_dot)
 
-    def _run(self, product: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+    def _run(self, product: Callable[..., jax.Array], x: jax.Array, w: jax.Array) -> jax.Array:
+        # x [n, 128] @ w [128, 6], with blocks [2, 64, 6] labeled (BLOCKS, ELEMENTS, 1): the
+        # contracted axis of x is split like the blocks, x [n, 2, 64] labeled
+        # (("x", 0), BLOCKS, ELEMENTS), and the product sums both axes. So the dense weight is
+        # never formed, which would need a copy where blocks are not the leading axes.
         layout = self.layout
         (lc, rc), (lb, rb) = self.numbers
         mine, theirs = ((lc, lb), (rc, rb)) if self.on_left else ((rc, rb), (lc, lb))
@@ -128,7 +146,7 @@ class BlockDot(PlatformFn):
         w, axes = layout.with_units(w)
         pair = (w, x, axes, labels) if self.on_left else (x, w, labels, axes)
         y = product(*pair, out, **dict(self.options))
-        if BLOCKS in out:
+        if BLOCKS in out:  # a kept blocked axis: [n, blocks, elements] -> [n, *sizes]
             at = out.index(BLOCKS)
             y = y.reshape(*y.shape[:at], *layout.sizes, *y.shape[at + 2 :])
         return y
@@ -136,19 +154,19 @@ class BlockDot(PlatformFn):
     def _split_contracted(
         self, x: jax.Array, labels: list[Any], w: jax.Array
     ) -> tuple[jax.Array, Labels]:
-        """The activation with the contracted axes of blocks cut in two, as the weight's are."""
+        """Split the contracted blocked axes of x into BLOCKS and ELEMENTS, like the weight's."""
         blocked = self.layout.blocked
         if not blocked or blocked[0] not in labels:
             return x, tuple(labels)
         at = [labels.index(axis) for axis in blocked]
-        if not is_consecutive(at):
+        if not is_consecutive(at):  # x [8, n, 16] with blocked axes of sizes (8, 16): -> [n, 8, 16]
             order = [i for i in range(x.ndim) if i not in at] + at
             x, labels = lax.transpose(x, order), [labels[i] for i in order]
             at = list(range(x.ndim - len(at), x.ndim))
         cut = [w.shape[self.layout.axes.index(name)] for name in (BLOCKS, ELEMENTS)]
         x = x.reshape(*x.shape[: at[0]], *cut, *x.shape[at[-1] + 1 :])
-        # Else XLA on TPU merges the two axes in backward's product, on the weight's side too, and
-        # what decodes it is no longer part of the product.
+        # Without the barrier, XLA on TPU merges the two axes again in the backward product, on the
+        # weight's side too, and the decoding is then no longer fused into the product.
         x = lax.optimization_barrier(x)
         return x, (*labels[: at[0]], BLOCKS, ELEMENTS, *labels[at[-1] + 1 :])
 
@@ -161,183 +179,20 @@ class BlockConv(PlatformFn):
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """The convolution of x with the blocks' dense kernel."""
+        """Return the convolution of x with the dense kernel."""
         return lax.conv_general_dilated(x, self.layout.to_dense(w), **dict(self.options))
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockRaggedDot(PlatformFn):
-    """lax.ragged_dot_general with a decoded weight for each group of rows."""
+    """lax.ragged_dot_general of row groups and a decoded stack of weights."""
 
     layout: BlockLayout
-    numbers: Any
+    numbers: RaggedNumbers
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: jax.Array, groups: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """The product of each group of rows with its weight; groups: the blocks, and the sizes."""
+        """Multiply each group of rows by its weight; groups is (decoded blocks, group sizes)."""
         w, sizes = groups
         dense = self.layout.to_dense(w)
         return lax.ragged_dot_general(x, dense, sizes, self.numbers, **dict(self.options))
-
-
-@dataclasses.dataclass(frozen=True)
-class SelectedDecoding(PlatformFn):
-    """Decodes one entry of a stack whose axis is not the first of its codes.
-
-    The last parts are the numbers of the entries: a loop over such a stack closes over the whole of
-    its codes, and what it keeps for backward is a number for each step, not a slice of codes.
-
-    Args:
-      decoding: that of the whole stack.
-      places: for each number, the axis of codes that it selections from, ascending.
-    """
-
-    decoding: Decoding
-    places: tuple[int, ...]
-
-    @property
-    def anchor(self) -> int:  # type: ignore[override]
-        """The part to tie to the activation: a number of the last ones, not all of the codes."""
-        return -1
-
-    @property
-    def on_tpu(self) -> SelectedDecoding:
-        """The same, decoded as TPUs want it."""
-        return dataclasses.replace(self, decoding=self.decoding.on_tpu)
-
-    def select(self, *parts: Any) -> tuple[tuple[Any, ...], Decoding]:
-        """The parts of the entry, and how they become numbers."""
-        count = len(self.places)
-        (codes, scales, table), numbers = parts[:-count], parts[-count:]
-        elements = codes.ndim - 1 - self.decoding.trailing
-        for place, number in reversed([*zip(self.places, numbers, strict=True)]):
-            codes = _take_entry(codes, number, place)
-            scales = _take_entry(scales, number, place - (place > elements))
-        after = sum(place > elements for place in self.places)
-        decoding = dataclasses.replace(
-            self.decoding,
-            trailing=self.decoding.trailing - after,
-            strides=(1,) * scales.ndim,
-        )
-        return (codes, scales, table), decoding
-
-    def __call__(self, *parts: Any) -> jax.Array:
-        """The decoded blocks of the entry."""
-        parts, decoding = self.select(*parts)
-        return decoding(*parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformedDecoding(PlatformFn):
-    """Decodes a weight and leads it through structural operations that its blocks cannot follow.
-
-    Args:
-      decoding: of the parts.
-      layout: of what that decodes.
-      operations: (name, *parameters) of each, in order.
-    """
-
-    decoding: PlatformFn
-    layout: BlockLayout
-    operations: tuple[tuple[Any, ...], ...] = ()
-
-    @classmethod
-    def of(cls, decode: Any, layout: BlockLayout) -> TransformedDecoding:
-        """No operation yet; what has some already goes on from there, in the order of its axes."""
-        if not isinstance(decode, cls):
-            return cls(decode, layout)
-        axes: tuple[Any, ...] = layout.axes
-        order = tuple(axes.index(axis) for axis in sorted(axes))
-        decode = decode if order == tuple(range(len(order))) else decode.append("transpose", order)
-        return decode.append("expand", layout.units) if layout.units else decode
-
-    @property
-    def casts(self) -> tuple[str, ...]:
-        """Names of the dtypes that the decoded weight is cast to."""
-        return tuple(params[0] for name, *params in self.operations if name == "astype")
-
-    @property
-    def anchor(self) -> int:  # type: ignore[override]
-        """The part to tie to the activation."""
-        return self.decoding.anchor
-
-    @property
-    def on_tpu(self) -> TransformedDecoding:
-        """The same, decoded as TPUs want it."""
-        return dataclasses.replace(self, decoding=self.decoding.on_tpu)
-
-    def append(self, name: str, *params: Any) -> TransformedDecoding:
-        """One operation more."""
-        return dataclasses.replace(self, operations=(*self.operations, (name, *params)))
-
-    def __call__(self, *parts: Any) -> jax.Array:
-        """The dense array after all operations."""
-        array = self.layout.to_dense(self.decoding(*parts))
-        for name, *params in self.operations:
-            array = _OPERATIONS[name](array, *params)
-        return array
-
-
-_OPERATIONS = {
-    "astype": lambda array, dtype: array.astype(dtype),
-    "broadcast": lax.broadcast_in_dim,
-    "expand": jnp.expand_dims,
-    "reshape": lax.reshape,
-    "rev": lax.rev,
-    "slice": lax.slice,
-    "transpose": lax.transpose,
-}
-
-
-def _take_entry(array: jax.Array, number: jax.Array, axis: int) -> jax.Array:
-    """array[..., number, ...], number being one of the axis."""
-    starts = [number if i == axis else jnp.zeros_like(number) for i in range(array.ndim)]
-    sizes = [1 if i == axis else size for i, size in enumerate(array.shape)]
-    return lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False).squeeze(axis)
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupedDecoding(PlatformFn):
-    """Decodes all parts but the last, the sizes of the groups, which go along."""
-
-    decode: PlatformFn
-
-    def __call__(self, *parts: Any) -> tuple[jax.Array, jax.Array]:
-        """The decoded blocks, and the sizes as they came."""
-        *own, sizes = parts
-        return self.decode(*own), sizes
-
-    @property
-    def anchor(self) -> int:  # type: ignore[override]
-        """The part to tie to the activation."""
-        own = self.decode.anchor
-        return own - 1 if own < 0 else own
-
-    @property
-    def on_tpu(self) -> GroupedDecoding:
-        """The same, decoded as TPUs want it."""
-        return GroupedDecoding(self.decode.on_tpu)
-
-
-@dataclasses.dataclass(frozen=True)
-class FlatDecoding(PlatformFn):
-    """Decodes a leaf kept flat into its dense shape: blocks that straddle its rows."""
-
-    decoding: Decoding
-    blocked: tuple[int, ...]
-    order: tuple[int, ...]
-
-    def __call__(self, *parts: Any) -> jax.Array:
-        """The dense leaf."""
-        return unflatten_blocks(self.decoding(*parts), self.blocked, self.order)
-
-    @property
-    def on_tpu(self) -> FlatDecoding:
-        """The same, decoded as TPUs want it."""
-        return dataclasses.replace(self, decoding=self.decoding.on_tpu)
-
-
-@functools.lru_cache(maxsize=4096)
-def decoded_shape(decode: Any, *parts: tuple[tuple[int, ...], Any]) -> tuple[int, ...]:
-    """The shape of what parts of these shapes and dtypes decode to."""
-    return jax.eval_shape(decode, *(jax.ShapeDtypeStruct(*part) for part in parts)).shape

@@ -1,10 +1,10 @@
-r"""Weights joined along one axis by lax.concatenate: q, k and v before one product, say.
+r"""Weights concatenated along one axis, as a model does with q, k and v before one product.
 
-The parts stay what they are, low-rank or quantized. With W = [W_1 W_2] along an axis, a product
+The parts stay low-rank or quantized. For W = [W_1 W_2] along an axis, a product that
 
-    contracts the axis:   x W = x_1 W_1 + x_2 W_2,   x = [x_1 x_2] along it,
-    keeps it:             x W = [x W_1  x W_2],
-    enumerates it:        both, x cut and the results joined.
+    contracts the axis    is a sum:            x W = x_1 W_1 + x_2 W_2,  with x = [x_1 x_2];
+    keeps the axis        is a concatenation:  x W = [x W_1  x W_2];
+    batches over it       splits x, and concatenates the results.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lowrank_jax._operators import concatenated_products
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.weight import (
     DotNumbers,
+    Indexer,
     JointPath,
     Options,
     RaggedNumbers,
@@ -35,11 +36,12 @@ from lowrank_jax._primitives.contract import reshape_groups
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConcatenatedWeight(Weight):
-    """Weights of one dtype, alike in every axis but the one they are joined along.
+    """A concatenation of weights.
 
     Args:
-      parts: two or more weights; a plain array among them is a DenseWeight.
-      axis: the axis they are joined along.
+      parts: two or more weights of one dtype, whose shapes differ only in `axis`. A plain array is
+        a DenseWeight.
+      axis: the axis of concatenation.
     """
 
     parts: tuple[Weight, ...]
@@ -47,14 +49,14 @@ class ConcatenatedWeight(Weight):
 
     @classmethod
     def of(cls, operands: Sequence[Any], axis: int) -> Weight:
-        """The concatenation of weights and arrays along an axis."""
+        """Concatenate weights and arrays along an axis; empty ones are left out."""
         weights = [one if isinstance(one, Weight) else DenseWeight(one) for one in operands]
         parts = [weight for weight in weights if weight.shape[axis]] or weights[:1]
         return parts[0] if len(parts) == 1 else cls(tuple(parts), axis)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole."""
+        """Shape of the concatenation."""
         own = self.parts[0].shape
         return (*own[: self.axis], sum(self._sizes), *own[self.axis + 1 :])
 
@@ -69,24 +71,24 @@ class ConcatenatedWeight(Weight):
         return [part.shape[self.axis] for part in self.parts]
 
     def _part_bounds(self) -> list[tuple[int, int]]:
-        """Where along the axis each part begins and ends."""
+        """Return (start, stop) of each part along the axis."""
         return [*itertools.pairwise(itertools.accumulate(self._sizes, initial=0))]
 
     def leaves(self) -> tuple[Weight, ...]:
-        """The leaves of all parts that are not plain arrays."""
+        """Return the leaves of all parts that are not plain arrays."""
         return tuple(x for p in self.parts if not isinstance(p, DenseWeight) for x in p.leaves())
 
     def map_leaves(self, fn: Callable[[Any], Weight]) -> ConcatenatedWeight:
-        """The same, with fn of each leaf."""
+        """Apply fn to each leaf."""
         one = lambda part: part if isinstance(part, DenseWeight) else part.map_leaves(fn)
         return ConcatenatedWeight(tuple(map(one, self.parts)), self.axis)
 
     def materialize(self) -> jax.Array:
-        """The dense concatenation."""
+        """Return the dense concatenation."""
         return lax.concatenate([part.materialize() for part in self.parts], self.axis)
 
     def _rebuild(self, parts: Sequence[Any], axis: int | None = None) -> ConcatenatedWeight | None:
-        """These parts in place of its own, or None where one of them is."""
+        """Return a concatenation of these parts, or None if one of them is None."""
         axis = self.axis if axis is None else axis
         return (
             None if any(part is None for part in parts) else ConcatenatedWeight(tuple(parts), axis)
@@ -95,11 +97,11 @@ class ConcatenatedWeight(Weight):
     # Structural operations
 
     def map_arrays(self, fn: Callable, base_only: bool = False) -> ConcatenatedWeight | None:
-        """Apply an identity of values to each part."""
+        """Apply fn, which keeps values, to each part."""
         return self._rebuild([part.map_arrays(fn, base_only) for part in self.parts])
 
     def transfer_base(self, fn: Callable) -> ConcatenatedWeight | None:
-        """Move each part."""
+        """Move each part to another memory space."""
         return self._rebuild([part.transfer_base(fn) for part in self.parts])
 
     def stop_gradient(self) -> ConcatenatedWeight | None:
@@ -117,7 +119,7 @@ class ConcatenatedWeight(Weight):
     def scale_axes(
         self, by: jax.Array, axes: Sequence[int], fn: Callable
     ) -> ConcatenatedWeight | None:
-        """Each part by its own numbers."""
+        """Scale each part; numbers along the concatenated axis are split."""
         where = [i for i, axis in enumerate(axes) if axis == self.axis]
         pieces = self.split_operand(by, *where) if where else [by] * len(self.parts)
         return self._rebuild(
@@ -130,10 +132,10 @@ class ConcatenatedWeight(Weight):
         return self._rebuild(parts, list(order).index(self.axis))
 
     def reshape(self, shape: Sequence[int]) -> ConcatenatedWeight | None:
-        """Reshape each part, where every part has whole steps of the axis that they then join.
+        """Reshape each part, or return None if an entry of the new axis would span two parts.
 
-        [2 + 1, 4] -> [8 + 4]: the axis is the slowest of those it is merged with.
-        [8 + 4] -> [2 + 1, 4]: the parts are cut into rows of 4, none of which is in two parts.
+        [2 + 1, 4] -> [8 + 4]: supported; the axis is the slowest of the merged axes.
+        [8 + 4] -> [2 + 1, 4]: supported; each row of 4 is within one part.
         """
         if 0 in self.shape:
             return None
@@ -162,9 +164,9 @@ class ConcatenatedWeight(Weight):
         return self._rebuild(parts, axis)
 
     def index(
-        self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]
+        self, fn: Indexer, sizes: dict[int, int], axes: Sequence[int]
     ) -> ConcatenatedWeight | None:
-        """Take a part of other axes than the one joined along."""
+        """Take part of the other axes; None for the concatenated axis."""
         if self.axis in axes:
             return None
         return self._rebuild([part.index(fn, sizes, axes) for part in self.parts])
@@ -172,11 +174,14 @@ class ConcatenatedWeight(Weight):
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
     ) -> Weight | None:
-        """lax.slice: along the axis, what each part has of it."""
+        """lax.slice; along the axis, slice each part that the window covers."""
+        # Parts of sizes 4 and 6, sliced 1:9:2, which takes entries 1, 3, 5, 7. Part 0 gives its
+        # entries 1, 3. Part 1 begins at 4: start = 1 - 4 = -3, and -3 % 2 = 1, so it gives its
+        # entries 1, 3, which are 5, 7 of the whole.
         step, parts = strides[self.axis], []
         for part, (first, last) in zip(self.parts, self._part_bounds(), strict=True):
             start = starts[self.axis] - first
-            start = start if start >= 0 else start % step  # the first in this part that is taken
+            start = start if start >= 0 else start % step
             stop = min(limits[self.axis], last) - first
             if start < stop:
                 place = lambda own, other: (*other[: self.axis], own, *other[self.axis + 1 :])
@@ -186,15 +191,15 @@ class ConcatenatedWeight(Weight):
         return ConcatenatedWeight.of(parts, self.axis)
 
     def rev(self, axes: Sequence[int]) -> ConcatenatedWeight | None:
-        """lax.rev: the parts in reverse order too, along the axis."""
+        """lax.rev; along the concatenated axis the order of the parts is reversed too."""
         parts = [part.rev(axes) for part in self.parts]
         return self._rebuild(parts[::-1] if self.axis in axes else parts)
 
     def unstack(self) -> tuple[Any, Any] | None:
-        """Slices along the leading axis; of weights that are joined along it, each its own arrays.
+        """Return arrays to scan along axis 0, and rebuild(one slice of them) -> weight.
 
-        Those are stacked, as the model itself would stack dense weights, where the parts are of one
-        kind: nothing but their paths differs.
+        Layers that the model concatenated along axis 0 are stacked array by array, if they differ
+        only in their paths; None if they differ otherwise.
         """
         if self.axis:
             pairs = [part.unstack() for part in self.parts]
@@ -205,6 +210,9 @@ class ConcatenatedWeight(Weight):
                 [make(own) for make, own in zip(rebuild, slices, strict=True)], self.axis - 1
             )
             return arrays, join
+        # jnp.stack of layers [in, out] is a concatenation of [1, in, out] along axis 0. Take the
+        # layers out again, with a [in, r] and b [r, out] each; give them one joint path, so that
+        # their tree structures are equal; and stack: a [layers, in, r], b [layers, r, out].
         found = [
             part.take_index(0, number) for part in self.parts for number in range(part.shape[0])
         ]
@@ -222,11 +230,11 @@ class ConcatenatedWeight(Weight):
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers), lambda layer: layer
 
     def prepare_split(self, spec: jax.P) -> ConcatenatedWeight:
-        """Each part prepared."""
+        """Prepare each part."""
         return ConcatenatedWeight(tuple(part.prepare_split(spec) for part in self.parts), self.axis)
 
     def specs(self, spec: jax.P) -> ConcatenatedWeight | None:
-        """Those of the parts, where a device has a piece of each."""
+        """Return the parts' specs; None if the concatenated axis is split."""
         if self.axis < len(spec) and spec[self.axis] is not None:
             return None
         return self._rebuild([part.specs(spec) for part in self.parts])
@@ -240,15 +248,15 @@ class ConcatenatedWeight(Weight):
     def ragged_dot(
         self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
     ) -> Any:
-        """lax.ragged_dot_general; weights of different groups are not joined."""
+        """lax.ragged_dot_general; None if the concatenated axis is the group axis."""
         return concatenated_products.ragged_dot(self, other, sizes, numbers, options)
 
     def conv(self, other: jax.Array, options: Options) -> Any:
-        """lax.conv_general_dilated of kernels joined along output or input features."""
+        """lax.conv_general_dilated of kernels concatenated along output or input features."""
         return concatenated_products.conv(self, other, options)
 
-    def gather(self, indices: jax.Array, options: Options) -> Any:
-        """lax.gather that reads the axis joined along whole."""
+    def gather(self, indices: jax.Array, options: Options) -> jax.Array | Weight | None:
+        """lax.gather; None unless it reads the concatenated axis whole."""
         numbers, sizes = options["dimension_numbers"], options["slice_sizes"]
         gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
         if self.axis in (*numbers.start_index_map, *gone) or sizes[self.axis] != sum(self._sizes):
@@ -265,5 +273,5 @@ class ConcatenatedWeight(Weight):
         return lax.concatenate(parts, at)
 
     def split_operand(self, other: jax.Array, axis: int) -> list[jax.Array]:
-        """The other operand, along the axis that meets the one joined along."""
+        """Split the other operand along the axis that is matched with the concatenated axis."""
         return [lax.slice_in_dim(other, *cut, axis=axis) for cut in self._part_bounds()]

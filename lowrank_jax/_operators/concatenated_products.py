@@ -1,9 +1,9 @@
-r"""Products of joined weights: one product of their dense bases, as the model has it.
+r"""Products of concatenated weights: one product of all dense bases, plus each part's change.
 
-With $W = [W_1\ W_2]$ along an axis that the product keeps, $y = x W = [y_1\ y_2]$ and part i adds
+For $W = [W_1\ W_2]$ along an axis that the product keeps, $y = x W = [y_1\ y_2]$, and part i adds
 its adapter's change to $y_i$: $y_i + s\,(x a_i) b_i$, or DoRA's $c_i \odot (y_i + s\,(x a_i) b_i)$.
-Along an axis that it contracts, $y = x W$ and each part adds its change to the whole. Either way
-the base's sum is the model's own, to the bit. Quantized parts have a product each.
+Along a contracted axis, $y = x W$, and each part adds its change to all of y. In both cases the
+base's product is bitwise equal to the model's. Quantized parts are multiplied one by one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,17 +28,17 @@ from lowrank_jax._primitives.contract import accumulator_dtype
 if TYPE_CHECKING:
     from lowrank_jax._operators.concatenated import ConcatenatedWeight
 
-Product = Callable[[Weight, Any, dict[str, Any]], Any]  # of a weight, an operand and options
+Product = Callable[[Any, jax.Array, Options], Any]  # (weight, operand, options) -> product
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class CachedProductWeight(DenseWeight):
-    """A dense weight whose product with one operand is known.
+    """A dense weight whose product with one operand is already computed.
 
     Args:
       value: the weight.
-      operand: the operand.
+      operand: the other operand.
       product: their product.
     """
 
@@ -71,6 +71,9 @@ def dot(
     (lc, rc), (lb, rb) = numbers
     mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
     product = lambda part, x, options: part.dot(x, numbers, on_left, options)
+    # x [n, in] @ [W_1 W_2]: concatenated along `in`, the products are summed; along `out`, they are
+    # concatenated along the axis of the result that `out` becomes: lax.dot_general puts batch axes
+    # first, then the free axes of the left operand, then those of the right.
     if w.axis in mine[0]:
         return _sum_products(w, product, other, theirs[0][mine[0].index(w.axis)], options)
     if w.axis in mine[1]:
@@ -93,7 +96,7 @@ def ragged_dot(
     """lax.ragged_dot_general."""
     (lc, rc), (_, rb) = numbers.dot_dimension_numbers
     if len(numbers.rhs_group_dimensions) != 1 or {*numbers.lhs_ragged_dimensions} & {*lc}:
-        return None  # the groups are of a contracted axis, and the result has an axis of them
+        return None  # groups along a contracted axis: the result would have a group axis
     product = lambda part, x, options: part.ragged_dot(x, sizes, numbers, options)
     if w.axis in rc:
         return _sum_products(w, product, other, lc[rc.index(w.axis)], options)
@@ -128,7 +131,7 @@ def _concat_products(
     at: int,
     options: Options,
 ) -> Any:
-    """The results of all parts joined along an axis; where pieces is None each takes `other`."""
+    """Concatenate all parts' products along axis `at`; pieces=None: all of `other` for each."""
     if options.get("out_sharding") is not None:
         return None
     pieces = [other] * len(w.parts) if pieces is None else pieces
@@ -139,6 +142,8 @@ def _concat_products(
     if not _has_gain(w):
         parts = [_without_base(part) for part in w.parts]
         return _add_change(y, _concat_results(parts, product, pieces, at, options))
+    # A gain multiplies the base's part of y too, so each part needs its own y_i: slice it from y
+    # and give it to the part as the known product of its base and x.
     ends = itertools.accumulate((part.shape[w.axis] for part in w.parts), initial=0)
     parts = []
     for part, base, piece, cut in zip(
@@ -150,8 +155,9 @@ def _concat_products(
 
 
 def _concat_results(
-    parts: Any, product: Product, pieces: list, at: int, options: Options
+    parts: Sequence[Weight | None], product: Product, pieces: list, at: int, options: Options
 ) -> jax.Array | None:
+    """Concatenate the product of each part with its piece, or return None if one is None."""
     results = [product(*pair, options) for pair in zip(parts, pieces, strict=True)]
     return None if any(y is None for y in results) else lax.concatenate(results, at)
 
@@ -159,7 +165,7 @@ def _concat_results(
 def _sum_products(
     w: ConcatenatedWeight, product: Product, other: jax.Array, at: int, options: Options
 ) -> Any:
-    """The results of all parts, summed before they are rounded to the product's dtype."""
+    """Sum all parts' products in float32 or wider, then cast once."""
     if options.get("out_sharding") is not None:
         return None
     wanted = options.get("preferred_element_type") or product_dtype(other.dtype, w.dtype)
@@ -181,31 +187,34 @@ def _sum_products(
 
 
 def _sum_results(results: list[Any], dtype: jax.typing.DTypeLike) -> jax.Array | None:
+    """Sum the results and cast, or return None if one is None."""
     if any(y is None for y in results):
         return None
     return functools.reduce(jnp.add, results).astype(dtype)
 
 
 def _add_change(y: jax.Array, change: jax.Array | None) -> jax.Array | None:
+    """Add the change to y, or return None if it is None."""
     return None if change is None else y + change.astype(y.dtype)
 
 
 def _get_dense_bases(w: ConcatenatedWeight) -> list[Any] | None:
-    """The base of each part, where every one is dense."""
+    """Return the base of each part, or None if one is not dense."""
     bases = [part.base if type(part) is LowRankWeight else part for part in w.parts]
     return bases if all(type(base) is DenseWeight for base in bases) else None
 
 
 def _concat_bases(w: ConcatenatedWeight, bases: list[Any]) -> DenseWeight:
-    """The bases joined."""
+    """Concatenate the bases."""
     return DenseWeight(lax.concatenate([base.value for base in bases], w.axis))
 
 
 def _has_gain(w: ConcatenatedWeight) -> bool:
+    """Whether a part has a DoRA gain."""
     return any(type(part) is LowRankWeight and part.gain is not None for part in w.parts)
 
 
-def _without_base(part: Any) -> Any:
-    """What a part adds to its base."""
+def _without_base(part: Weight) -> Weight | None:
+    """Replace the base of a part by zeros, so that its product is the adapter's change alone."""
     nothing = ZeroWeight(part.shape, part.dtype)
     return part.with_base(nothing) if isinstance(part, LowRankWeight) else nothing

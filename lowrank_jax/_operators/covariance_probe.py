@@ -1,10 +1,10 @@
-r"""A weight whose products give their input's covariance, $C = \sum x x^\top$, as a derivative.
+r"""The covariance probe: a weight whose products yield $C = \sum x x^\top$ of their inputs.
 
-It is a frozen base and two arrays whose axes follow the weight's by their labels. `total` is
-[*stack, i * i], of zeros: a product returns the base's, and says that its derivative by the total
-is $C$, whatever the cotangent is. So autodiff sums over uses, loops and branches, and keeps the $C$
-of stacked weights apart. `places` is [*fan_in]: where in the flattened input of the leaf each entry
-stands.
+A probe holds a frozen base and two labeled arrays. `total`, zeros [*stack, i * i], only serves to
+be differentiated: a product returns the base's product, with the rule that its gradient with
+respect to `total` is $C$, whatever the cotangent. So autodiff sums C over uses, loops and branches,
+and keeps the C of stacked weights apart. `places`, [*fan_in], holds the position of each entry in
+the leaf's flattened input.
 """
 
 from __future__ import annotations
@@ -23,16 +23,23 @@ from lowrank_jax._jax import jaxprs
 from lowrank_jax._operators import dot, gather
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.labeled import LabeledWeight
-from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight, make_slicer
+from lowrank_jax._operators.weight import (
+    DotNumbers,
+    Indexer,
+    Options,
+    RaggedNumbers,
+    Weight,
+    make_slicer,
+)
 from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract
 
-_OTHER = "i"  # the label of the second axis of C; RANK is that of the first
+_OTHER = "i"  # labels the second axis of C; RANK labels the first
 _EXACT = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
 _STATIC = {"static": True}
 
 
 class Event(enum.Enum):
-    """What a probe tells of one product."""
+    """An event of one product, reported to `notify`."""
 
     OBSERVED = "its input is all of fan-in"
     DIFFERENTIATED = "autodiff came by"
@@ -41,15 +48,15 @@ class Event(enum.Enum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class CovarianceProbe(LabeledWeight):
-    """A base that observes its inputs; uses which do not contract all of fan-in are left out.
+    """A weight that observes its inputs; products that do not contract all of fan-in do not count.
 
     Args:
       base: the weight.
-      total: zeros, [*stack, i * i].
-      places: integers, [*fan_in].
+      total: zeros, [*stack, i * i], float32, where i is the product of the fan-in sizes.
+      places: [*fan_in], int32.
       total_axes, places_axes: their labels.
       path: of the leaf.
-      notify: told each Event of a product.
+      notify: called with each Event of a product.
     """
 
     base: Weight
@@ -64,7 +71,7 @@ class CovarianceProbe(LabeledWeight):
 
     @classmethod
     def of(cls, base: Weight, total: jax.Array, axes: Any, path: str) -> CovarianceProbe:
-        """The probe of a leaf; axes has its fan_in and stack."""
+        """Return the probe of a leaf; `axes` has the attributes fan_in and stack."""
         shape = [base.shape[axis] for axis in axes.fan_in]
         places = jnp.arange(math.prod(shape)).reshape(shape)
         labels = (*axes.stack, RANK), tuple(axes.fan_in)
@@ -72,26 +79,27 @@ class CovarianceProbe(LabeledWeight):
 
     @property
     def product_kind(self) -> str:  # type: ignore[override]
-        """As of the base."""
+        """The base's product_kind."""
         return self.base.product_kind
 
     def materialize(self) -> Any:
-        """The dense base."""
+        """Return the dense base."""
         return self.base.materialize()
 
-    def astype(self, dtype: Any) -> Any:
-        """Convert the base."""
+    def astype(self, dtype: jax.typing.DTypeLike) -> Any:
+        """Convert the base; None if dtype is not floating-point."""
         floating = jnp.issubdtype(dtype, jnp.floating)
         return self.with_base(self.base.astype(dtype)) if floating else None
 
-    # Structural operations: what cuts fan-in would hide how its parts vary together.
+    # Structural operations. None for those that split fan-in: products of its parts would each see
+    # a part of the input, and miss the covariances between parts.
 
     def map_arrays(self, fn: Callable, base_only: bool = False) -> Any:
-        """Identities are of the base."""
+        """Apply fn, which keeps values, to the base."""
         return self.with_base(self.base.map_arrays(fn, base_only))
 
     def stop_gradient(self) -> Any:
-        """A weight whose gradient is stopped has inputs all the same."""
+        """Stop the gradient of the base; the probe still observes its inputs."""
         return self.with_base(self.base.stop_gradient())
 
     def multiply(self, scalar: jax.typing.ArrayLike, fn: Callable) -> Any:
@@ -99,34 +107,34 @@ class CovarianceProbe(LabeledWeight):
         return self.with_base(self.base.multiply(scalar, fn))
 
     def scale_axes(self, by: jax.Array, axes: Sequence[int], fn: Callable) -> Any:
-        """Scale the base along other axes than fan-in, whose numbers are part of the input."""
+        """Scale the base; None along fan-in, where the scale would belong to the input."""
         return (
             None
             if {*axes} & {*self.places_axes}
             else self.with_base(self.base.scale_axes(by, axes, fn))
         )
 
-    def index(self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]) -> Any:
-        """Take a part of the stack or of fan-out, or reverse any axis."""
+    def index(self, fn: Indexer, sizes: dict[int, int], axes: Sequence[int]) -> Any:
+        """Take part of stack or fan-out axes, or reverse any axis."""
         cut = {axis for axis in axes if sizes[axis] != self.shape[axis]}
         return None if cut & {*self.places_axes} else super().index(fn, sizes, axes)
 
     def slice(self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) -> Any:
-        """lax.slice of the stack or of fan-out."""
+        """lax.slice of stack or fan-out axes."""
         _, sizes = make_slicer(self.shape, starts, limits, strides)
         cut = {axis for axis in sizes if sizes[axis] != self.shape[axis]}
         return None if cut & {*self.places_axes} else super().slice(starts, limits, strides)
 
     def unstack(self) -> tuple[Any, Any] | None:
-        """Slices along the leading axis."""
+        """Return arrays to scan along axis 0; None if it is a fan-in axis."""
         return None if 0 in self.places_axes else super().unstack()
 
     def reshard(self, spec: jax.P, fn: Callable) -> Any:
-        """Lay out the base."""
+        """Reshard the base."""
         return self.with_base(self.base.reshard(spec, fn))
 
     def specs(self, spec: jax.P) -> None:
-        """In a shard_map one device cannot tell whether others see the same input."""
+        """None: in a shard_map, a device cannot tell whether others see the same input."""
         return None
 
     # Products
@@ -148,7 +156,7 @@ class CovarianceProbe(LabeledWeight):
     def ragged_dot(
         self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
     ) -> Any:
-        """lax.ragged_dot_general: one C for each group of rows."""
+        """lax.ragged_dot_general, with one C for each group of rows."""
         (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
         ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
         if lb or rb or ragged[0] in lc or self._stack_axes() != {*groups}:
@@ -171,7 +179,7 @@ class CovarianceProbe(LabeledWeight):
         return self._observe(y, covariance, other, self.places, sizes)
 
     def conv(self, other: jax.Array, options: Options) -> Any:
-        """lax.conv_general_dilated: the tokens are patches, those of every group."""
+        """lax.conv_general_dilated; the tokens are the patches of each group."""
         numbers, groups = options["dimension_numbers"], options["feature_group_count"]
         _, *taps = numbers.rhs_spec
         if options["batch_group_count"] != 1 or self._stack_axes():
@@ -184,6 +192,9 @@ class CovarianceProbe(LabeledWeight):
         options = {name: options[name] for name in names if name in options}
 
         def covariance(x: jax.Array, places: jax.Array) -> jax.Array:
+            # x [batch, height, width, channels] gives patches whose features are channels * window,
+            # channels first; split into (groups, in, *window), the order of taps, they are tokens
+            # [batch, height, width, groups] with fan-in axes `taps`.
             patches = lax.conv_general_dilated_patches(
                 x, window, **options, dimension_numbers=numbers, precision=_EXACT["precision"]
             )
@@ -197,7 +208,7 @@ class CovarianceProbe(LabeledWeight):
         return self._observe(y, covariance, other, self.places)
 
     def gather(self, indices: jax.Array, options: Options) -> Any:
-        """lax.gather: of stacked weights it is a weight; a look-up has no input to observe."""
+        """lax.gather; a probe if only stack axes are indexed. A look-up has no input to observe."""
         numbers = options["dimension_numbers"]
         indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
         values = self._apply_to_base("gather", indices, options)
@@ -216,11 +227,11 @@ class CovarianceProbe(LabeledWeight):
         )
         return self.replace(total=total, total_axes=labels)._renumber(place, DenseWeight(values))
 
-    def _apply_to_base(self, verb: str, *args: Any) -> Any:
-        """What the base does, built densely where it cannot."""
-        out = getattr(self.base, verb)(*args)
+    def _apply_to_base(self, method: str, *args: object) -> Any:
+        """Call a method of the base, or of the materialized base if that returns None."""
+        out = getattr(self.base, method)(*args)
         if out is None:
-            out = getattr(DenseWeight(self.base.materialize()), verb)(*args)
+            out = getattr(DenseWeight(self.base.materialize()), method)(*args)
         return out.materialize() if isinstance(out, Weight) else out
 
     def _is_contracted(self, axes: Sequence[int]) -> bool:
@@ -228,7 +239,7 @@ class CovarianceProbe(LabeledWeight):
         return bool(self.places_axes) and {*self.places_axes} <= {*axes}
 
     def _stack_axes(self) -> set[Any]:
-        """Axes that enumerate weights here."""
+        """Return the stack axes with more than one entry."""
         return {
             axis for axis, size in enumerate(self.shape) if axis in self.total_axes and size > 1
         }
@@ -236,7 +247,10 @@ class CovarianceProbe(LabeledWeight):
     def _flatten_fan_in(
         self, x: jax.Array, labels: Labels, places: jax.Array
     ) -> tuple[jax.Array, Labels]:
-        """x with its fan-in flattened to a last axis, in the order of the leaf; and its labels."""
+        """Flatten the fan-in of x to a last axis, in the leaf's order; return x and its labels."""
+        # A leaf [8, 16, out] with fan-in (8, 16), transposed and reshaped to [128, out]: places [128]
+        # is 0, 16, 32, ..., 112, 1, 17, ...: the positions of its rows in the leaf. Sorting x
+        # [n, 128] by them puts C [128, 128] in the leaf's order, however a model permutes the weight.
         fan_in = self.places_axes
         tokens = tuple(label for label in labels if label not in fan_in)
         x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(self.dtype)
@@ -246,26 +260,26 @@ class CovarianceProbe(LabeledWeight):
         return jnp.take(x, order, axis=-1, mode="clip"), (*tokens, RANK)
 
     def _sum_outer_products(self, x: jax.Array, labels: Labels) -> jax.Array:
-        """The sum of x x^T over tokens, as the total lies."""
+        """Return the sum of x x^T over tokens, [*stack, i, i], with the axis order of `total`."""
         other = (*labels[:-1], _OTHER)
         square = tuple(c for a in self.total_axes for c in ((a, _OTHER) if a == RANK else (a,)))
         out, made = contract(x, labels, x, other, {*square}, **_EXACT)
         sizes: dict[Any, int] = {**dict(enumerate(self.shape)), RANK: x.shape[-1]}
         return arrange(out, made, square, {**sizes, _OTHER: x.shape[-1]})
 
-    def _observe(self, y: Any, covariance: Callable, *operands: Any) -> Any:
-        """y, with the covariance of operands for its derivative by the total."""
+    def _observe(self, y: jax.Array, covariance: Callable, *operands: jax.Array) -> jax.Array:
+        """Return y, with covariance(*operands) as its gradient with respect to `total`."""
         self.notify(Event.OBSERVED)
         kind = jax.typeof(self.total)
 
         @jax.custom_vjp
-        def observed(y: Any, total: Any, *operands: Any) -> Any:
+        def observed(y: jax.Array, total: jax.Array, *operands: jax.Array) -> jax.Array:
             return y
 
-        def forward(y: Any, total: Any, *operands: Any) -> Any:
+        def forward(y: jax.Array, total: jax.Array, *operands: jax.Array) -> Any:
             return y, operands
 
-        def backward(operands: Any, cotangent: Any) -> Any:
+        def backward(operands: tuple[jax.Array, ...], cotangent: jax.Array) -> Any:
             self.notify(Event.DIFFERENTIATED)
             make = lambda *operands: covariance(*operands).reshape(kind.shape)
             if any(map(jaxprs.is_split, operands)):

@@ -1,26 +1,26 @@
-"""Products of a quantized weight: the blocks are decoded where the activation is."""
+"""Products of a quantized weight, through the quantized_dot primitive."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._jax.types import PyTree
 from lowrank_jax._operators.blocks import (
     BlockConv,
     BlockDot,
     BlockLayout,
     BlockRaggedDot,
-    GroupedDecoding,
     freeze_options,
 )
+from lowrank_jax._operators.decodings import GroupedDecoding
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers
-from lowrank_jax._primitives.quantized_dot import quantized_dot
+from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight
+from lowrank_jax._primitives.quantized_dot import PlatformFn, quantized_dot
 
 if TYPE_CHECKING:
     from lowrank_jax._operators.quantized import QuantizedWeight
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def dot(
     w: QuantizedWeight, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options
 ) -> Any:
-    """lax.dot_general; None where it contracts a part of the axes that blocks run along."""
+    """lax.dot_general; None if it contracts some but not all blocked axes, or batches one."""
     (lc, rc), (lb, rb) = numbers
     contracted, batch = (lc, lb) if on_left else (rc, rb)
     blocked = {*w.layout.blocked}
@@ -64,9 +64,14 @@ def conv(w: QuantizedWeight, other: jax.Array, options: Options) -> Any:
 
 
 def _run_product(
-    w: QuantizedWeight, like: PyTree, op: Any, decode: Any, other: jax.Array, *parts: Any
+    w: QuantizedWeight,
+    like: Callable[[Weight, jax.Array], jax.Array | None],
+    op: PlatformFn,
+    decode: PlatformFn,
+    other: jax.Array,
+    *parts: jax.Array,
 ) -> Any:
-    """A product, on a mesh with explicit axes laid out as like(dense weight, other)."""
+    """Run quantized_dot; on a mesh with explicit axes, with the sharding of the dense product."""
     run = lambda other, *parts: quantized_dot(other, parts, op, decode)
     if not any(map(jaxprs.has_explicit_axes, (other, *parts))):
         return run(other, *parts)
@@ -78,6 +83,6 @@ def _run_product(
 
 
 def _local_layout(w: QuantizedWeight, layout: BlockLayout) -> BlockLayout:
-    """The layout with the sizes that this device has."""
+    """Return the layout with the sizes on this device, where a mesh is manual."""
     shape = w.shape
     return dataclasses.replace(layout, sizes=tuple(shape[axis] for axis in layout.blocked))

@@ -1,20 +1,20 @@
-r"""A quantized weight operator: its blocks stay small until the product that they meet.
+r"""The quantized weight operator: codes and scales, decoded inside the product that uses them.
 
-Each axis of the decoded blocks carries a label, the axis of the weight that it is now, so that a
-transpose moves nothing; the axes that hold the blocks are one run of the weight's axes, cut in two.
-A weight [4, 128, 6] with blocks of 64 along its second axis, transposed to [6, 4, 128]:
+Each axis of the decoded blocks is labeled with the weight axis it corresponds to, so a transpose
+renumbers labels and moves no data. Blocks run along consecutive weight axes, split into two axes,
+BLOCKS and ELEMENTS. A weight [4, 128, 6] in blocks of 64 along axis 1, transposed to [6, 4, 128]:
 
     codes [4, 2, 64, 6]    labels (1, BLOCKS, ELEMENTS, 0)    blocked (2,)
 
-What blocks cannot follow (a slice across them, a reshape that mixes axes) is done to the decoded
-weight, where it meets the activation: nothing dense is kept for it.
+Operations that blocks do not support (a slice across blocks, a reshape that mixes axes) are applied
+to the decoded weight, also inside the product, so no dense array is kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -24,22 +24,17 @@ from jax import lax
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes.quantized import Decoding, Quantized
 from lowrank_jax._operators import decoded, restructure
-from lowrank_jax._operators.blocks import (
-    BLOCKS,
-    ELEMENTS,
-    BlockLayout,
+from lowrank_jax._operators.blocks import BLOCKS, ELEMENTS, BlockLayout, is_consecutive, is_selected
+from lowrank_jax._operators.decodings import (
     FlatDecoding,
     SelectedDecoding,
     TransformedDecoding,
     decoded_shape,
-    is_consecutive,
-    is_selected,
 )
 from lowrank_jax._operators.gather import gather_blocks
 from lowrank_jax._operators.scaled import scale_weight
 from lowrank_jax._operators.scaling import has_float32_range
 from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight
-from lowrank_jax._primitives.contract import labeled_spec
 
 _STATIC = {"static": True}
 
@@ -50,11 +45,13 @@ class QuantizedWeight(Weight):
     """Codes, scales, table and the second level of scales, with the layout of their axes.
 
     Args:
-      parts: what `decode` takes.
-      layout: the weight's axis that each axis of the decoded array is, or a label.
-      decode: of parts, to an array whose axes `layout` labels.
-      path: of the leaf; None where an adapter's weight, which has it, stands around this one.
-      selections: the entry, a number, of each axis of codes that is labeled (SELECTED, n).
+      parts: codes [*leading, blocks, elements, *trailing], integers; scales, the same shape
+        without elements, float32 or 8-bit codes; the table of the format, float32; and with double
+        quantization the second level of scales, one row for each entry of the stack axes.
+      layout: labels of the decoded array's axes.
+      decode: a function of parts that returns the decoded array.
+      path: of the leaf; None for the base of an adapted weight, which has the path.
+      selections: for each axis of codes labeled (SELECTED, n), the index of the selected entry.
     """
 
     parts: tuple[Any, ...]
@@ -66,8 +63,8 @@ class QuantizedWeight(Weight):
     product_kind = "dequantized"
 
     @classmethod
-    def of(cls, node: Quantized, path: Any) -> QuantizedWeight:
-        """The weight of a node; its scales are frozen here, outside loops."""
+    def of(cls, node: Quantized, path: Hashable) -> QuantizedWeight:
+        """Return the operator of a node, with stop_gradient on its scales, outside loops."""
         codes, *rest = node.parts
         parts = (codes, *map(lax.stop_gradient, rest))
         if node.order is not None:
@@ -81,12 +78,12 @@ class QuantizedWeight(Weight):
 
     @property
     def is_blockwise(self) -> bool:
-        """Whether the decoded array is one of blocks; else it is dense."""
+        """Whether `decode` returns blocks; otherwise it returns a dense array."""
         return isinstance(self.decode, Decoding)
 
     @property
     def decoding(self) -> Decoding:
-        """How the parts become numbers."""
+        """The Decoding of the parts, without the operations after it."""
         decode = self.decode
         while not isinstance(decode, Decoding):
             decode = decode.decoding
@@ -94,7 +91,7 @@ class QuantizedWeight(Weight):
 
     @property
     def decoder(self) -> tuple[Any, tuple[Any, ...], BlockLayout]:
-        """What decodes the entries picked, what it takes, and the layout of its result."""
+        """The function that decodes the selected entries, its arguments and its layout."""
         if not self.selections:
             return self.decode, self.parts, self.layout
         axes: tuple[Any, ...] = self.layout.axes
@@ -105,7 +102,7 @@ class QuantizedWeight(Weight):
         return decode, (*self.parts, *selections), dataclasses.replace(self.layout, axes=rest)
 
     def apply_selections(self) -> QuantizedWeight:
-        """The weight whose arrays are those of the entries picked."""
+        """Slice the selected entries out of the arrays."""
         if not self.selections:
             return self
         decode, parts, layout = self.decoder
@@ -141,11 +138,11 @@ class QuantizedWeight(Weight):
         return (*self.decoding.casts, *then)
 
     def materialize(self) -> jax.Array:
-        """The dense weight, split as its codes are where their type says how."""
+        """Return the dense weight, sharded like its codes if their type has a sharding."""
 
         def dense(weight: QuantizedWeight) -> jax.Array:
             decode, parts, layout = weight.decoder
-            sizes = tuple(weight.shape[axis] for axis in layout.blocked)  # of this device
+            sizes = tuple(weight.shape[axis] for axis in layout.blocked)  # on this device
             return dataclasses.replace(layout, sizes=sizes).to_dense(decode(*parts))
 
         if not any(map(jaxprs.is_split, self.parts)):
@@ -155,11 +152,12 @@ class QuantizedWeight(Weight):
             spec = self.layout.spec(sharding.spec)
         return jaxprs.call_with_auto_axes(dense, jax.NamedSharding(sharding.mesh, spec), self)
 
-    def replace(self, **changes: Any) -> QuantizedWeight:
+    def replace(self, **changes: object) -> QuantizedWeight:
+        """Replace fields, as dataclasses.replace."""
         return dataclasses.replace(self, **changes)
 
-    def _transform_decoded(self, name: str, *params: Any) -> QuantizedWeight:
-        """The weight led through one more operation once it is decoded."""
+    def _transform_decoded(self, name: str, *params: object) -> QuantizedWeight:
+        """Append an operation that is applied to the decoded weight."""
         weight = self.apply_selections()
         decode = TransformedDecoding.of(weight.decode, weight.layout).append(name, *params)
         ndim = len(decoded_shape(decode, *((part.shape, part.dtype) for part in weight.parts)))
@@ -168,15 +166,15 @@ class QuantizedWeight(Weight):
     # Structural operations
 
     def map_arrays(self, fn: Callable, base_only: bool = False) -> QuantizedWeight | None:
-        """What is said of the dense array (a name, a layout) is not said of its blocks."""
+        """A name or layout of the dense array does not carry over to its blocks: None."""
         return self if base_only else None
 
     def transfer_base(self, fn: Callable) -> QuantizedWeight:
-        """Move all parts."""
+        """Move all parts to another memory space."""
         return self.replace(parts=tuple(map(fn, self.parts)))
 
     def astype(self, dtype: jax.typing.DTypeLike) -> QuantizedWeight | None:
-        """One more cast after decoding."""
+        """Append a cast to the decoding; None if dtype is not floating-point."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
         name = jnp.dtype(dtype).name
@@ -190,11 +188,12 @@ class QuantizedWeight(Weight):
         return self.replace(decode=decoding)
 
     def transpose(self, order: Sequence[int]) -> QuantizedWeight:
-        """Renumber the labels, as long as the axes of blocks stay a run."""
+        """Renumber the labels; if blocked axes are torn apart, transpose the decoded weight."""
         place = {old: new for new, old in enumerate(order)}
         return self.renumber(place) or self._transform_decoded("transpose", tuple(order))
 
-    def renumber(self, place: dict[Any, int], **changes: Any) -> QuantizedWeight | None:
+    def renumber(self, place: dict[Any, int], **changes: object) -> QuantizedWeight | None:
+        """Rename axis i to place[i]; None if the blocked axes would not stay consecutive."""
         layout = self.layout
         blocked, units = (
             tuple(place[axis] for axis in old) for old in (layout.blocked, layout.units)
@@ -205,13 +204,13 @@ class QuantizedWeight(Weight):
         return self.replace(layout=BlockLayout(axes, blocked, layout.sizes, units), **changes)
 
     def reshape(self, shape: Sequence[int]) -> QuantizedWeight | None:
-        """Merge, split or drop runs of axes; those that blocks run along among themselves."""
+        """Reshape the arrays if blocks stay whole; else reshape the decoded weight."""
         if 0 in self.shape:
             return None
         return restructure.reshape(self, shape) or self._transform_decoded("reshape", tuple(shape))
 
     def broadcast(self, shape: Sequence[int], axes: Sequence[int], fn: Callable) -> QuantizedWeight:
-        """New axes of size 1 are the layout's alone."""
+        """Record new axes of size 1 in the layout; else broadcast the decoded weight."""
         grown = any(self.shape[old] != shape[new] for old, new in enumerate(axes))
         new = [axis for axis in range(len(shape)) if axis not in axes]
         if grown or any(shape[axis] != 1 for axis in new):
@@ -224,7 +223,7 @@ class QuantizedWeight(Weight):
 
     @property
     def num_stack_axes(self) -> int:
-        """How many leading axes every array has: the stack axes."""
+        """Number of stack axes: the leading axes that every array has."""
         codes, _, _, *second = self.parts
         if isinstance(self.decode, TransformedDecoding):
             return 0
@@ -233,7 +232,9 @@ class QuantizedWeight(Weight):
     def index(
         self, fn: Callable, sizes: dict[int, int], axes: Sequence[int]
     ) -> QuantizedWeight | None:
-        """Take a part of any axes that blocks keep; the scales of what is no stack are decoded."""
+        """Take part of axes that blocks do not run along; None for other axes."""
+        # Scales of the second level are per entry of the stack axes: along those, all arrays are
+        # indexed. Along another axis their rows would no longer match, so scales are decoded first.
         if not {*axes} <= {*self.layout.axes}:
             return None
         where = {axis: self.layout.axes.index(axis) for axis in axes}
@@ -248,16 +249,18 @@ class QuantizedWeight(Weight):
         return weight.replace(parts=parts)
 
     def slice(self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) -> Weight:
-        """lax.slice; across blocks, of the decoded weight."""
+        """lax.slice of the arrays; of the decoded weight if it cuts blocks."""
         own = super().slice(starts, limits, strides)
         return own or self._transform_decoded("slice", tuple(starts), tuple(limits), tuple(strides))
 
     def rev(self, axes: Sequence[int]) -> Weight:
-        """lax.rev; across blocks, of the decoded weight."""
+        """lax.rev of the arrays; of the decoded weight along blocked axes."""
         return super().rev(axes) or self._transform_decoded("rev", tuple(axes))
 
     def with_decoded_scales(self) -> QuantizedWeight:
-        """The same with scales that are numbers: their codes know their places in the whole."""
+        """Return the weight with scales decoded to numbers, without a second level."""
+        # A scale's group of the second level follows from its position in the whole stack entry,
+        # so a part of the 8-bit scales cannot be decoded: decode all of them before a cut.
         codes, scales, table, *second = self.parts
         if not second:
             return self
@@ -270,64 +273,48 @@ class QuantizedWeight(Weight):
         return self.replace(parts=(codes, scales, table))
 
     def multiply(self, scalar: jax.typing.ArrayLike, fn: Callable) -> QuantizedWeight | None:
-        """Scale the scales, before any cast, by a constant: derivatives do not reach them."""
+        """Multiply the scales by a constant; None for a tracer, whose gradient would be lost."""
         if not has_float32_range(*self._casts) or jaxprs.is_tracer(scalar):
             return None
         codes, scales, table = self.with_decoded_scales().parts
         return self.replace(parts=(codes, fn(scales, jnp.asarray(scalar, scales.dtype)), table))
 
     def scale_axes(self, by: jax.Array, axes: Sequence[int], fn: Callable) -> Weight | None:
-        """Of what meets the codes."""
+        """Return a ScaledWeight, so that the codes stay unchanged and gradients reach `by`."""
         return scale_weight(self, by, axes, fn) if has_float32_range(*self._casts) else None
 
     def stop_gradient(self) -> QuantizedWeight:
-        """It is constant as it is."""
+        """Return the weight; its arrays have no gradient."""
         return self
 
     @property
     def elements_axis(self) -> int:
-        """Place of the elements of a block among the axes of codes."""
+        """The axis of codes that runs along the elements of a block."""
         return self.parts[0].ndim - 1 - self.decoding.trailing
 
     def unstack(self) -> tuple[Any, Any] | None:
-        """Slices along the leading axis of the weight.
+        """Return arrays to scan along axis 0 of the weight, and rebuild(one slice) -> weight.
 
-        Where that is the first axis of all arrays they are scanned over. Else the loop is over the
-        numbers of the entries: to move the axis to the front would copy all codes.
+        The scan runs over the arrays if axis 0 is a stack axis. Otherwise it runs over indices,
+        since moving the axis to the front would copy all codes.
         """
         return restructure.unstack(self)
 
     def specs(self, spec: jax.P) -> QuantizedWeight | None:
-        """PartitionSpecs of the arrays."""
-        empty, selections = type(spec)(), tuple(type(spec)() for _ in self.selections)
-        if isinstance(self.decode, TransformedDecoding):
-            whole = all(entry is None for entry in spec)
-            return self.replace(parts=(empty,) * len(self.parts)) if whole else None
-        stack, split = self.layout.axes[: self.num_stack_axes], self._find_split_axes(spec)
-        if split & {*self.layout.blocked[1:]} or (split and not self.is_blockwise):
-            return None
-        first = self.layout.blocked[0] if self.layout.blocked else None
-        labels = [first if axis == BLOCKS else axis for axis in self.layout.axes]
-        if not self.is_blockwise:
-            labels = [*stack, None, None]
-        codes = [None if label == ELEMENTS else label for label in labels]
-        scales = [label for i, label in enumerate(codes) if i != self.elements_axis]
-        whole = labeled_spec(spec, (*stack, None))
-        second = [whole, labeled_spec(spec, stack), whole]
-        parts = (labeled_spec(spec, codes), labeled_spec(spec, scales), empty)
-        return self.replace(parts=(*parts, *second[: len(self.parts) - 3]), selections=selections)
+        """Return PartitionSpecs in place of the arrays, or None if blocks cannot be split so."""
+        return restructure.specs(self, spec)
 
     def prepare_split(self, spec: jax.P) -> QuantizedWeight:
-        """A part of the leaf cannot tell which scales of scales are its own."""
-        return self.with_decoded_scales() if self._find_split_axes(spec) else self
+        """Decode the scales if they are split; a part of them cannot be decoded."""
+        return self.with_decoded_scales() if self.find_split_axes(spec) else self
 
-    def _find_split_axes(self, spec: jax.P) -> set[int]:
-        """The axes, stack axes left out, that a spec splits."""
+    def find_split_axes(self, spec: jax.P) -> set[int]:
+        """Return the axes that spec splits, without stack axes."""
         split = {axis for axis, entry in enumerate(spec) if entry is not None}
         return split - {*self.layout.axes[: self.num_stack_axes]}
 
     def reshard(self, spec: jax.P, fn: Callable) -> QuantizedWeight | None:
-        """Lay the arrays out by the weight's spec."""
+        """Reshard the arrays by the weight's spec."""
         whole = self.specs(spec)
         return whole and self.replace(parts=tuple(map(fn, self.parts, whole.parts)))
 
@@ -348,5 +335,5 @@ class QuantizedWeight(Weight):
         return decoded.conv(self, other, options)
 
     def gather(self, indices: jax.Array, options: Options) -> Any:
-        """Decode only the rows that are read."""
+        """lax.gather; decode only the rows that are read."""
         return gather_blocks(self, indices, options)

@@ -1,14 +1,14 @@
-r"""A quantized weight times numbers along some of its axes.
+r"""A quantized weight scaled along some of its axes.
 
-$x\,(W \odot v) = (x \odot v)\,W$ where v runs along fan-in, $(x W) \odot v$ where it runs along
-fan-out. The codes stay as they are, and derivatives reach v.
+$x\,(W \odot v) = (x \odot v)\,W$ if v runs along fan-in, and $(x W) \odot v$ if it runs along
+fan-out. The codes stay unchanged, and gradients reach v.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -21,18 +21,18 @@ from lowrank_jax._operators.dot import label_operand
 from lowrank_jax._operators.labeled import LabeledWeight
 from lowrank_jax._operators.scaling import has_float32_range
 from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight
-from lowrank_jax._primitives.contract import accumulator_dtype, reshape_groups
+from lowrank_jax._primitives.contract import Labels, accumulator_dtype, reshape_groups
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScaledWeight(LabeledWeight):
-    """A weight times an array.
+    """A weight times an array that has some of its axes.
 
     Args:
       base: the weight.
-      by: the array, whose axes run along some of the weight's.
-      by_axes: which, for each axis of `by`.
+      by: the array, floating-point.
+      by_axes: for each axis of `by`, the axis of the weight.
     """
 
     base: Weight
@@ -48,31 +48,31 @@ class ScaledWeight(LabeledWeight):
 
     @property
     def product_kind(self) -> str:  # type: ignore[override]
-        """As of the weight."""
+        """The base's product_kind."""
         return self.base.product_kind
 
     def materialize(self) -> jax.Array:
-        """The dense product."""
+        """Return the dense product."""
         return multiply_labeled(
             self.base.materialize(), tuple(range(self.ndim)), self.by, self.by_axes
         )
 
     def leaves(self) -> tuple[Weight, ...]:
-        """Those of the weight."""
+        """Return the base's leaves."""
         return self.base.leaves()
 
     def map_leaves(self, fn: Callable[[Any], Weight]) -> ScaledWeight:
-        """The same, with fn of each leaf."""
+        """Apply fn to each leaf of the base."""
         return self.replace(base=self.base.map_leaves(fn))
 
     def for_use(self, number: int) -> ScaledWeight:
-        """The weight for this use."""
+        """Return the weight for its use of this number."""
         return self.replace(base=self.base.for_use(number))
 
     # Structural operations
 
     def map_arrays(self, fn: Callable, base_only: bool = False) -> ScaledWeight | None:
-        """Apply an identity of values."""
+        """Apply fn, which keeps values."""
         changes = {} if base_only else {"by": fn(self.by)}
         return self.with_base(self.base.map_arrays(fn, base_only), **changes)
 
@@ -81,13 +81,16 @@ class ScaledWeight(LabeledWeight):
         return self.with_base(self.base.stop_gradient(), by=lax.stop_gradient(self.by))
 
     def astype(self, dtype: jax.typing.DTypeLike) -> ScaledWeight | None:
-        """Convert the weight, to a dtype whose range holds what the product may be."""
+        """Convert the base; None for a dtype of less range than float32, which could overflow."""
         if not jnp.issubdtype(dtype, jnp.floating) or not has_float32_range(dtype):
             return None
         return self.with_base(self.base.astype(dtype))
 
     def reshape(self, shape: Sequence[int]) -> ScaledWeight | None:
-        """Split or merge axes; the array then has all of those that it had a part of."""
+        """Split or merge axes; `by` is broadcast along axes that are merged with its own."""
+        # A weight [4, 8, 6] scaled by [8] along axis 1, reshaped to [32, 6]: the group of axes
+        # (0, 1) is merged, so `by` becomes [4, 8] and then [32]. If it would have to span all axes
+        # of the weight, it would be as large as the dense weight: None.
         if 0 in self.shape:
             return None
         groups = reshape_groups(self.shape, shape)
@@ -103,12 +106,12 @@ class ScaledWeight(LabeledWeight):
         return super(ScaledWeight, self.replace(by=by, by_axes=axes)).reshape(shape)
 
     def multiply(self, scalar: jax.typing.ArrayLike, fn: Callable) -> ScaledWeight:
-        """fn of the array, in float32 at least."""
+        """Apply fn to `by`, in float32 or wider."""
         by = self.by.astype(accumulator_dtype(self.by.dtype, self.dtype))
         return self.replace(by=fn(by, jnp.asarray(scalar).astype(by.dtype)))
 
     def scale_axes(self, by: jax.Array, axes: Sequence[int], fn: Callable) -> ScaledWeight:
-        """Times another array."""
+        """Scale by another array."""
         return scale_weight(self, by, axes, fn)
 
     # Products
@@ -127,7 +130,7 @@ class ScaledWeight(LabeledWeight):
     def ragged_dot(
         self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
     ) -> Any:
-        """lax.ragged_dot_general, where the rows are free."""
+        """lax.ragged_dot_general, if the ragged rows are not contracted."""
         (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
         groups = numbers.rhs_group_dimensions
         if lb or rb or len(groups) != 1 or {*numbers.lhs_ragged_dimensions} & {*lc}:
@@ -140,8 +143,12 @@ class ScaledWeight(LabeledWeight):
         own = self._expand_groups(groups[0], ("x", ragged), sizes, other.shape[ragged])
         return own._apply_scale(run, other, labels, out)
 
-    def _expand_groups(self, group: int, row: Any, sizes: Any, count: int) -> ScaledWeight:
-        """Numbers of each group as numbers of its rows."""
+    def _expand_groups(
+        self, group: int, row: Hashable, sizes: jax.Array, count: int
+    ) -> ScaledWeight:
+        """Expand `by` from groups to rows: entry g of the group axis for each row of group g."""
+        # sizes (2, 3) and 5 rows: ends (2, 5), and searchsorted gives each row its group,
+        # (0, 0, 1, 1, 1). `by` [groups, out] becomes [rows, out].
         if group not in self.by_axes:
             return self
         ends = jnp.cumsum(sizes)
@@ -151,7 +158,7 @@ class ScaledWeight(LabeledWeight):
         return self.replace(by=by, by_axes=axes)
 
     def conv(self, other: jax.Array, options: Options) -> Any:
-        """lax.conv_general_dilated, of numbers along input or output features."""
+        """lax.conv_general_dilated, if `by` runs along input or output features alone."""
         numbers = options["dimension_numbers"]
         out_axis, in_axis, *_ = numbers.rhs_spec
         if options["batch_group_count"] != 1:
@@ -162,8 +169,10 @@ class ScaledWeight(LabeledWeight):
         run = lambda x: self.base.conv(x, options)
         return self._apply_scale(run, other, labels, at(numbers.out_spec, out_axis))
 
-    def _apply_scale(self, run: Any, x: Any, labels: Any, out: Any) -> Any:
-        """run(x), the array acting on x or on the result, whichever has its axes."""
+    def _apply_scale(
+        self, run: Callable[[jax.Array], Any], x: jax.Array, labels: Labels, out: Labels
+    ) -> Any:
+        """Return run(x), with `by` multiplied on the result or else on x; None if neither fits."""
         if {*self.by_axes} <= {*out}:
             y = run(x)
             scale_axes = lambda y, by: multiply_labeled(y, out, by, self.by_axes)
@@ -175,7 +184,7 @@ class ScaledWeight(LabeledWeight):
 
 
 def scale_weight(weight: Weight, by: jax.Array, axes: Sequence[int], fn: Callable) -> ScaledWeight:
-    """fn(weight, by), a product or a quotient, `by` having the weight's axes of these numbers."""
+    """Return fn(weight, by), for fn lax.mul or lax.div and `by` with these axes of the weight."""
     if fn is lax.div:
         by = by.astype(accumulator_dtype(by.dtype))
         by = jnp.ones((), by.dtype) / by
