@@ -248,9 +248,9 @@ class CovarianceProbe(LabeledWeight):
         self, x: jax.Array, labels: Labels, places: jax.Array
     ) -> tuple[jax.Array, Labels]:
         """Flatten the fan-in of x to a last axis, in the leaf's order; return x and its labels."""
-        # A leaf [8, 16, out] with fan-in (8, 16), transposed and reshaped to [128, out]: places [128]
-        # is 0, 16, 32, ..., 112, 1, 17, ...: the positions of its rows in the leaf. Sorting x
-        # [n, 128] by them puts C [128, 128] in the leaf's order, however a model permutes the weight.
+        # A leaf [8, 16, out] with fan-in (8, 16), transposed and reshaped to [128, out]: places
+        # [128] is 0, 16, 32, ..., 112, 1, 17, ..., the positions of its rows in the leaf. Sorting
+        # x [n, 128] by them puts C [128, 128] in the leaf's order, whatever the model permutes.
         fan_in = self.places_axes
         tokens = tuple(label for label in labels if label not in fan_in)
         x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(self.dtype)

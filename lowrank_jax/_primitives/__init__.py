@@ -1,1 +1,1 @@
-"""Products of bare arrays whose axes carry labels, and the primitives that they are."""
+"""Products of arrays with labeled axes, and the JAX primitives that implement them."""

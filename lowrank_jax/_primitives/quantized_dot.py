@@ -1,11 +1,12 @@
-r"""A product with a quantized weight, decoded where the activation is: a primitive.
+r"""The quantized_dot primitive: a product that decodes its quantized weight where it is used.
 
 $y = \text{op}(x, \text{decode}(\text{codes}, \text{scales}, \ldots))$, linear in x. It is a
-primitive for the sake of memory. Its derivative binds itself on the tangent, and its transpose
-binds itself, transposed, on the cotangent: the dense weight is in no jaxpr, so no rematerialization
-policy can save it, and what is saved for backward is the codes and their scales. And wherever it is
-lowered, a barrier ties the decoding to the activation: without one XLA decodes every layer's weight
-early and keeps it until backward. A custom_vjp would forbid jvp; jax.checkpoint leaks copies.
+primitive to save memory. Its JVP binds the primitive on the tangent, and its transpose binds it,
+transposed, on the cotangent. So the dense weight appears in no jaxpr, no rematerialization policy
+can save it, and only codes and scales are saved for the backward pass. When lowered, a barrier
+makes the decoding depend on the activation; without it, XLA decodes the weights of all layers early
+and keeps them until the backward pass. A custom_vjp would not support jvp, and jax.checkpoint
+leaves copies behind.
 """
 
 from __future__ import annotations
@@ -24,47 +25,45 @@ from lowrank_jax._jax.jaxprs import Primitive, ShapedArray, has_auto_axes
 
 
 class PlatformFn:
-    """A hashable function, its forms for platforms, and what ties it to an activation.
-
-    Each form is the function itself, unless a subclass has another.
+    """A hashable function with variants for platforms; by default they are the function itself.
 
     Attributes:
-      anchor: on CPU, the number of the argument that is made to depend on the activation.
+      anchor: the index of the argument that is made to depend on the activation on CPU.
     """
 
     anchor = 0
 
     @property
     def on_cpu(self) -> Any:
-        """The function as XLA on CPU wants it."""
+        """The variant for CPU."""
         return self
 
     @property
     def on_tpu(self) -> Any:
-        """The function as XLA on TPU wants it."""
+        """The variant for TPU."""
         return self
 
     def __call__(self, *args: Any) -> Any:
-        """The function."""
+        """Apply the function."""
         raise NotImplementedError
 
 
 def quantized_dot(
     x: jax.Array, parts: Sequence[jax.Array], op: PlatformFn, decode: PlatformFn
 ) -> jax.Array:
-    """op(x, decode(*parts)), the decoded weight alive only here.
+    """Return op(x, decode(*parts)); the decoded weight is a temporary of this operation.
 
     Args:
       x: the activation.
-      parts: the arrays the weight is decoded from; they are constants to every derivative. All
-        but the first pass the barrier: the codes are read where they lie, and where they are a
-        layer of a stack, not copied out of it.
-      op: linear in its first argument: a product, a convolution.
-      decode: parts -> the weight.
+      parts: the arrays that the weight is decoded from, codes first; they have no gradient. All but
+        the codes pass the barrier, so that codes are read in place, also from a stack of layers.
+      op: (x, weight) -> result, linear in x: a product or a convolution.
+      decode: parts -> weight.
     """
     if all(map(has_auto_axes, (x, *parts))):
         return quantized_dot_p.bind(x, *parts, op=op, decode=decode)
-    # within manual axes, and on explicit meshes, JAX's own rules know the types
+    # With manual or explicit mesh axes, avals carry more than shape and dtype, which this
+    # primitive's rules do not handle; JAX's own operations do.
     return jax.checkpoint(lambda x, *parts: _quantized_dot(x, *parts, op=op, decode=decode))(
         x, *parts
     )
@@ -73,6 +72,7 @@ def quantized_dot(
 def _quantized_dot(
     x: jax.Array, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
 ) -> jax.Array:
+    """Lowering for platforms in general: the barrier ties scales and table to the activation."""
     codes, *rest = parts
     x, *rest = lax.optimization_barrier((x, *rest))
     return op(x, decode(codes, *rest))
@@ -81,17 +81,17 @@ def _quantized_dot(
 def _quantized_dot_on_tpu(
     x: jax.Array, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
 ) -> jax.Array:
+    """Lowering for TPU."""
     return _quantized_dot(x, *parts, op=op, decode=decode.on_tpu)
 
 
 def _quantized_dot_on_cpu(
     x: jax.Array, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
 ) -> jax.Array:
-    """XLA on CPU drops barriers and merges the copies: there the codes depend on the activation.
-
-    The least of an unsigned number and 0 is 0, which XLA does not know. Of a stack that is not cut
-    up, the number of the layer depends on it in place of all codes.
-    """
+    """Lowering for CPU, where XLA drops barriers: the codes depend on the activation's values."""
+    # min(u, 0) of an unsigned u is 0, but XLA does not simplify it. u is made of the bits of x[0,
+    # ..., 0], and codes ^ 0 are the codes, now computed from x. If one entry of a stack is selected
+    # by an index, the index (the anchor) is changed so instead, which saves a pass over all codes.
     own, anchor = [*parts], decode.anchor
     corner = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim) if x.size else jnp.zeros((), x.dtype)
     first = corner.reshape(())
@@ -102,7 +102,10 @@ def _quantized_dot_on_cpu(
 
 @dataclasses.dataclass(frozen=True)
 class _Transposed(PlatformFn):
-    """The transpose of an op in its first argument, which has this shape and dtype."""
+    """The transpose of an op with respect to its first argument, of this shape and dtype.
+
+    For op(x, w) = x @ w with x [n, in], w [in, out]: maps ct [n, out], w to ct @ w.T [n, in].
+    """
 
     op: PlatformFn
     shape: tuple[int, ...]
@@ -120,7 +123,7 @@ class _Transposed(PlatformFn):
 
     @property
     def on_cpu(self) -> Callable:
-        """The transpose of the op's own form for CPU."""
+        """The transpose of the op's variant for CPU."""
         return functools.partial(self._run, self.op.on_cpu)
 
     def _run(self, op: Callable, ct: jax.Array, w: jax.Array) -> jax.Array:
@@ -130,19 +133,19 @@ class _Transposed(PlatformFn):
 
 @dataclasses.dataclass(frozen=True)
 class _VmappedFn(PlatformFn):
-    """A function of arrays along an axis of some of them."""
+    """jax.vmap of a function; axes are its in_axes."""
 
     fn: PlatformFn
     axes: tuple[int | None, ...]
 
     @property
     def inner(self) -> PlatformFn:
-        """The function of one entry."""
+        """The function that is mapped."""
         return self.fn
 
     @property
     def is_mapped(self) -> bool:
-        """Whether all arrays are mapped, so that the axis is one of a batch."""
+        """Whether all arguments are mapped, so that the axis is a batch axis of the product."""
         return None not in self.axes
 
     def __call__(self, *args: jax.Array) -> jax.Array:
@@ -150,35 +153,42 @@ class _VmappedFn(PlatformFn):
 
     @property
     def on_cpu(self) -> Callable:
-        """The function's own form for CPU."""
+        """jax.vmap of the function's variant for CPU."""
         return jax.vmap(self.fn.on_cpu, self.axes)
 
     @property
     def anchor(self) -> int:  # type: ignore[override]
-        """That of the function."""
+        """The anchor of the function."""
         return self.fn.anchor
 
     @property
     def on_tpu(self) -> _VmappedFn:
-        """The function's own form for TPU."""
+        """jax.vmap of the function's variant for TPU."""
         return _VmappedFn(self.fn.on_tpu, self.axes)
 
 
-def _abstract_eval(x: Any, *parts: Any, op: PlatformFn, decode: PlatformFn) -> ShapedArray:
+def _abstract_eval(
+    x: ShapedArray, *parts: ShapedArray, op: PlatformFn, decode: PlatformFn
+) -> ShapedArray:
+    """Abstract evaluation: the shape and dtype of the product."""
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *parts)]
     out = jax.eval_shape(lambda x, *parts: op(x, decode(*parts)), *shapes)
     return ShapedArray(out.shape, out.dtype)
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    """Linear in x; the parts are constants."""
+    """JVP rule: linear in x; the parts are constants."""
     tangent = ad.instantiate_zeros(tangents[0])
     return quantized_dot_p.bind(*primals, **params), quantized_dot_p.bind(
         tangent, *primals[1:], **params
     )
 
 
-def _transpose(ct: Any, x: Any, *parts: Any, op: PlatformFn, decode: PlatformFn) -> list[Any]:
+def _transpose(
+    ct: Any, x: ad.UndefinedPrimal, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
+) -> list[Any]:
+    """Transpose rule: the primitive again, with the transposed op."""
+    # The transpose of _Transposed(op) is op again, as in second derivatives, so forms do not nest.
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval)] + [None] * len(parts)
     back = op.op if isinstance(op, _Transposed) else _Transposed(op, x.aval.shape, x.aval.dtype)
@@ -188,7 +198,9 @@ def _transpose(ct: Any, x: Any, *parts: Any, op: PlatformFn, decode: PlatformFn)
 def _batch(
     args: Sequence[Any], dims: Sequence[Any], *, op: PlatformFn, decode: PlatformFn
 ) -> tuple:
-    """A mapped activation is decoded for once; mapped codes are decoded as a stack."""
+    """Batching rule: decode once for a mapped activation; decode a stack for mapped codes."""
+    # x [b, n, in], codes unmapped: op is mapped over (0, None), and the weight is decoded once.
+    # codes [b, ...] mapped: decode is mapped too, to a stack [b, in, out], and op over (0, 0).
     x_dim, *part_dims = dims
     mapped = any(dim is not None for dim in part_dims)
     if mapped:
