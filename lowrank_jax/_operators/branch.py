@@ -58,20 +58,20 @@ def apply_adapter(
             y.dtype
         )
         return y + jaxprs.match_sharding(y, part, w, x, *others)
-    dry = x
+    dropped = x
     if stacked:
-        dry = apply_dropout(w, x, stacked)
+        dropped = apply_dropout(w, x, stacked)
     elif w.key is not None and w.rate:
-        dry = jaxprs.match_sharding(x, apply_dropout, w, x)
-    same = y if dry is x else base(dry)
-    start = dry if before is None else jaxprs.match_sharding(dry, before, dry, w.gain)
+        dropped = jaxprs.match_sharding(x, apply_dropout, w, x)
+    same = y if dropped is x else base(dropped)
+    start = dropped if before is None else jaxprs.match_sharding(dropped, before, dropped, w.gain)
     out = same if before is None else base(start)
     bare = w.replace(multiplier=None, key=None, gain=None)
     part = lambda w, x, *others: branch(w, x, *others).astype(out.dtype)
     out = out + jaxprs.match_sharding(out, part, bare, start, *others)
     if after is not None:
         out = jaxprs.match_sharding(out, after, out, w.gain, *others)
-    if dry is x and w.multiplier is None:
+    if dropped is x and w.multiplier is None:
         return out
     exact = accumulator_dtype(y.dtype)
     return w.apply_multiplier(y.astype(exact), out.astype(exact), same.astype(exact)).astype(

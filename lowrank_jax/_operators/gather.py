@@ -56,8 +56,8 @@ def gather(w: LowRankWeight, indices: jax.Array, options: Options) -> Any | None
             if array is not None:
                 array, labels = gather_labeled(array, labels, indices, options, w.shape)
             parts |= {name: array, name + "_axes": labels}
-        moved = w.replace(**parts)
-        return moved._renumber(place, base if isinstance(base, Weight) else DenseWeight(base))
+        weight = w.replace(**parts)
+        return weight._renumber(place, base if isinstance(base, Weight) else DenseWeight(base))
     sizes = {**w.sizes(), **dict(zip(out, base.shape, strict=True))}
     dtype = w.dtype
     scaled = w.apply_scale if w.gain is None else w.replace(multiplier=None).apply_scale
@@ -115,7 +115,7 @@ def _drop_cotangents(rows: jax.Array, kept: jax.Array, axes: Sequence[int]) -> j
     """Return the rows unchanged; drop the cotangents of rows not kept, as lax.gather does.
 
     Args:
-      rows: [*kept.shape, ...] once `axes` are moved to the front.
+      rows: [*kept.shape, ...] once `axes` are weight to the front.
       kept: bool; False for a row that was read out of bounds.
       axes: the axes of rows that kept runs along.
     """
@@ -155,8 +155,8 @@ def gather_blocks(w: QuantizedWeight, indices: jax.Array, options: Options) -> A
     # [n, dim / 64, 64] and scales [n, dim / 64], which decode to [n, dim / 64, 64] and reshape to
     # [n, dim]. Only an index along an axis that blocks do not run along can be read like this.
     codes, labels = gather_labeled(codes, axes, indices, options, full)
-    under = tuple(axis for axis in axes if axis != ELEMENTS)
-    scales, _ = gather_labeled(scales, under, indices, options, full)
+    scale_axes = tuple(axis for axis in axes if axis != ELEMENTS)
+    scales, _ = gather_labeled(scales, scale_axes, indices, options, full)
     at = labels.index(ELEMENTS)
     decode = dataclasses.replace(
         w.decoding, trailing=len(labels) - 1 - at, strides=(1,) * scales.ndim

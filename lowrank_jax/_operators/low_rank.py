@@ -72,8 +72,8 @@ class LowRankWeight(LabeledWeight):
     @property
     def product_kind(self) -> str:  # type: ignore[override]
         """The adapter is factored; a quantized base is dequantized in the product."""
-        under = self.base.product_kind
-        return "factored" if isinstance(self.base, DenseWeight) else f"factored, {under}"
+        base_kind = self.base.product_kind
+        return "factored" if isinstance(self.base, DenseWeight) else f"factored, {base_kind}"
 
     @property
     def materialize_note(self) -> str:  # type: ignore[override]

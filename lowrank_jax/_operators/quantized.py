@@ -215,11 +215,11 @@ class QuantizedWeight(Weight):
         new = [axis for axis in range(len(shape)) if axis not in axes]
         if grown or any(shape[axis] != 1 for axis in new):
             return self._transform_decoded("broadcast", tuple(shape), tuple(axes))
-        moved = self.renumber(dict(enumerate(axes)))
-        if moved is None:
+        renumbered = self.renumber(dict(enumerate(axes)))
+        if renumbered is None:
             return self._transform_decoded("broadcast", tuple(shape), tuple(axes))
-        units = (*moved.layout.units, *new)
-        return moved.replace(layout=dataclasses.replace(moved.layout, units=units))
+        units = (*renumbered.layout.units, *new)
+        return renumbered.replace(layout=dataclasses.replace(renumbered.layout, units=units))
 
     @property
     def num_stack_axes(self) -> int:
@@ -244,8 +244,8 @@ class QuantizedWeight(Weight):
                 return None
             weight = self.with_decoded_scales()
         codes, scales, table, *second = weight.parts
-        under = {axis: place - (place > self.elements_axis) for axis, place in where.items()}
-        parts = (fn(codes, where), fn(scales, under), table, *(fn(s, where) for s in second))
+        scale_where = {axis: place - (place > self.elements_axis) for axis, place in where.items()}
+        parts = (fn(codes, where), fn(scales, scale_where), table, *(fn(s, where) for s in second))
         return weight.replace(parts=parts)
 
     def slice(self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) -> Weight:

@@ -69,8 +69,8 @@ def _reshape_axes(
         return array.reshape(*array.shape[: at[0]], *sizes, *array.shape[at[-1] + 1 :])
 
     # scales have no ELEMENTS axis: a place after it is one lower there
-    under = [place - (place > weight.elements_axis) for place in at]
-    parts = (cut(codes, at), cut(scales, under), table, *(cut(s, at) for s in second))
+    scale_places = [place - (place > weight.elements_axis) for place in at]
+    parts = (cut(codes, at), cut(scales, scale_places), table, *(cut(s, at) for s in second))
     if not stacked:
         # Axes after the elements are the decoding's trailing ones, so their number changes. strides
         # locate a scale of the second level in the whole; scales are decoded by now, so all are 1.

@@ -214,9 +214,9 @@ def _cast_cotangent(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def _batch(args: Sequence[jax.Array], dims: Sequence[Any], **params: Any) -> tuple[jax.Array, int]:
     """Batching rule: the mapped axis becomes one more label."""
-    # A product with xl (n, i), yl (i, r), out (n, r), mapped over axis 0 of x [b, n, i] only, has the
-    # new label v: xl (v, n, i), yl (i, r), out (v, n, r). Nested vmaps need different labels, so
-    # v holds the labels of the result, which grow with each vmap.
+    # A product with xl (n, i), yl (i, r), out (n, r), mapped over axis 0 of x [b, n, i] only, has
+    # the new label v: xl (v, n, i), yl (i, r), out (v, n, r). Nested vmaps need different labels,
+    # so v holds the labels of the result, which grow with each vmap.
     name = (_BATCH, params["out"])
     for side, dim in zip(("xl", "yl"), dims, strict=True):
         if dim is not None:
