@@ -44,7 +44,7 @@ NAMES = {dotted(path): path for path in MODULES}
 
 
 def imports(path, types=True):
-    """Names of all modules a file imports, ours as "lowrank_jax.x.y"; types: those for types too."""
+    """Names of all modules a file imports, ours as "lowrank_jax.x.y"; types: for types too."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if not types and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -115,7 +115,7 @@ def _drop_cotangents(rows: jax.Array, kept: jax.Array, axes: Sequence[int]) -> j
     """Return the rows unchanged; drop the cotangents of rows not kept, as lax.gather does.
 
     Args:
-      rows: [*kept.shape, ...] once `axes` are weight to the front.
+      rows: [*kept.shape, ...] once `axes` are moved to the front.
       kept: bool; False for a row that was read out of bounds.
       axes: the axes of rows that kept runs along.
     """
