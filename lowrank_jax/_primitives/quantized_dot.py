@@ -188,7 +188,7 @@ def _transpose(
     ct: Any, x: ad.UndefinedPrimal, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
 ) -> list[Any]:
     """Transpose rule: the primitive again, with the transposed op."""
-    # The transpose of _Transposed(op) is op again, as in second derivatives, so wrappers do not nest.
+    # The transpose of _Transposed(op), as in second derivatives, is op: wrappers do not nest.
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval)] + [None] * len(parts)
     back = op.op if isinstance(op, _Transposed) else _Transposed(op, x.aval.shape, x.aval.dtype)
