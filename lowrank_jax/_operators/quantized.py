@@ -45,9 +45,10 @@ class QuantizedWeight(Weight):
     """Codes, scales, table and the second level of scales, with the layout of their axes.
 
     Args:
-      parts: codes [*leading, blocks, elements, *trailing], integers; scales, the same shape
-        without elements, float32 or 8-bit codes; the table of the format, float32; and with double
-        quantization the second level of scales, one row for each entry of the stack axes.
+      parts: codes [*leading, blocks, elements, *trailing], integers, two per byte along elements
+        if packed as uint8; scales, the same shape without elements, float32 or 8-bit codes; the
+        table of the format, float32; and with double quantization the second level of scales, its
+        offset and its table, one row for each entry of the stack axes.
       layout: labels of the decoded array's axes.
       decode: a function of parts that returns the decoded array.
       path: of the leaf; None for the base of an adapted weight, which has the path.
