@@ -30,7 +30,7 @@ def operands(case, key=0):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("lowering", [b._dot, b._flat])
+@pytest.mark.parametrize("lowering", [b._dot, b._flat_dot])
 def test_both_lowerings_are_einsum(case, lowering):
     x, y, xl, yl, out = operands(case)
     got = jax.jit(lambda x, y: lowering(x, y, xl=xl, yl=yl, out=out, **b._OPTIONS))(x, y)
