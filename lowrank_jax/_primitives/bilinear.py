@@ -5,7 +5,7 @@ that is contracted over several axes, as in the gradient of every factor, which 
 sequence. The lowering rule for CPU flattens these axes to one first. Flattening in the traced
 program instead would all-gather activations that are sharded by sequence (four all-gathers in two
 layers), and a choice made while tracing would be wrong for code compiled for another backend.
-Measured by tests/benchmarks/step_time.py.
+Measured by benchmarks/step_time.py.
 """
 
 from __future__ import annotations

@@ -37,11 +37,10 @@ CASES = {  # name: (the model's folder, stacked layers, fields of LoraConfig, op
 
 def write(folder: Path) -> None:
     """Adapt, fold, save and run every case with this library."""
-    sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
+    sys.path[:0] = [str(HERE.parent / "support"), str(HERE.parents[1] / "examples")]
     import jax
     import jax.numpy as jnp
-    from test_golden_peft import load
-    from test_huggingface import model, shapes
+    from peft_llama import load, model, shapes
 
     import lowrank_jax as lowrank
 

@@ -75,11 +75,11 @@ CASES = {  # name: (scan, tied, fields of LoraConfig, initializer)
 
 def write(folder: Path) -> None:
     """Draw, save and run every case with this library."""
-    sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
+    sys.path[:0] = [str(HERE.parent / "support"), str(HERE.parents[1] / "examples")]
     import jax
     import jax.numpy as jnp
     import llama
-    from test_golden_peft import flax_params, load
+    from peft_llama import flax_params, load
 
     import lowrank_jax as lowrank
 
