@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import jax
 
-# CPU, GPU and TPU multiply float32 in float32: a law about float32 is no law in bfloat16 passes.
+# CPU, GPU and TPU multiply float32 in float32: an invariant of float32 does not hold in bfloat16.
 jax.config.update("jax_default_matmul_precision", "highest")
 
 

@@ -1,4 +1,4 @@
-"""The laws: what must hold of every model in tests/support/models.py under every transformation.
+"""Invariants: what holds of every model in tests/support/models.py under every transformation.
 
 lift(f)(combine(base, lora), x) == f(merge(base, lora), x) in value and in the gradient of every
 factor; bit for bit the frozen model at step 0; through jit, vmap over adapters, jvp and checkpoint.
@@ -18,7 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from models import ROWS, Row, linen, mlp_all_linear_leaves_the_head, noisy, normal, one_device_mesh
+from models import (
+    CASES,
+    CODES,
+    DORA,
+    PLAIN,
+    VARIANTS,
+    Case,
+    linen,
+    mlp_all_linear_leaves_the_head,
+    noisy,
+    normal,
+    one_device_mesh,
+)
 from models import Stacked as StackedLinen
 
 import lowrank_jax as lowrank
@@ -28,15 +40,14 @@ from lowrank_jax import _codecs
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 # Both sides round; they differ by a few roundings for each product on the way, each of half a unit
-# in the last place of a number no larger than the largest entry. The rows have at most six products
-# in a chain (forward and backward), whose sums of at most 60 terms are kept in float32.
+# in the last place of a number no larger than the largest entry. The cases have at most six
+# products in a chain (forward and backward), whose sums of at most 60 terms are kept in float32.
 ROUNDINGS = {jnp.float32: 100, jnp.bfloat16: 8, jnp.float16: 8}
 
 # XLA on CPU compiles a small loop on its own, with another tanh; and it fuses elementwise code into
 # products, and rounds the result as it pleases.
 LOOPS = {"xla_disable_hlo_passes": "small-while-loop-hoisting"}
 UNFUSED = {"xla_disable_hlo_passes": "small-while-loop-hoisting,fusion,cpu-instruction-fusion"}
-
 # alpha != rank, and neither divides the other: a forgotten or doubled scale cannot hide.
 RANK, ALPHA = 2, 3.0
 
@@ -97,21 +108,21 @@ def ramp(key: Any, weight: Any, rank: int, scale: float) -> Any:
     return a, np.zeros((rank, weight.shape[1]), np.float32), None
 
 
-class Case:
-    """One row, built once: the dense model, its lifted twin, and a perturbed adapter."""
+class BuiltCase:
+    """One case, built once: the dense model, its lifted twin, and a perturbed adapter."""
 
-    def __init__(self, row: Row, dora: bool = False):
-        self.row = row
-        self.fn, self.params, self.args = row.build()
+    def __init__(self, definition: Case, dora: bool = False):
+        self.definition = definition
+        self.fn, self.params, self.args = definition.build()
         self.config = lowrank.LoraConfig(
-            rank=RANK, alpha=ALPHA, targets=row.targets, stack=row.stack, dora=dora
+            rank=RANK, alpha=ALPHA, targets=definition.targets, stack=definition.stack, dora=dora
         )
         self.plan = lowrank.plan(self.fn, self.params, *self.args)
         self.base, self.fresh = lowrank.init(
             jax.random.key(0), self.params, self.config, plan=self.plan, initializer=ramp
         )
         self.lora = perturbed(self.fresh)
-        self.materialized = row.materialized
+        self.materialized = definition.materialized
         self.lifted = lowrank.lift(self.fn, fallback="silent" if self.materialized else "raise")
         self.dense = jax.jit(self.fn)
 
@@ -123,7 +134,7 @@ class Case:
 
     def differentiate(self, fn: Callable, has_aux: bool = False) -> Callable:
         """The gradient by reverse mode, or by forward mode where there is no other."""
-        transform = jax.grad if self.row.reverse else jax.jacfwd
+        transform = jax.grad if self.definition.reverse else jax.jacfwd
         return transform(loss_of(fn, has_aux), has_aux=has_aux)
 
     @functools.cached_property
@@ -158,8 +169,8 @@ class Case:
         norms its weight or its activations makes that sum zero, but for rounding.
         """
         want, _, merged = self.reference(lora)
-        terms = self.terms(want, lora, merged) if self.row.name in NORMED else want
-        assert_close(got, want, self.row.dtype, terms=terms)
+        terms = self.terms(want, lora, merged) if self.definition.normed else want
+        assert_close(got, want, self.definition.dtype, terms=terms)
 
     def terms(self, gradient: Any, lora: Any, merged: Any) -> Any:
         """The gradient with the magnitudes of its terms in place of each magnitude's."""
@@ -184,23 +195,24 @@ class Case:
         return jax.jit(jax.grad(loss, allow_int=True), compiler_options=LOOPS)
 
 
-class QuantizedCase(Case):
+class QuantizedCase(BuiltCase):
     """The same model on a base of 4-bit codes, in blocks of two: these models are small.
 
     The reference is the dense model on the values that the codes stand for. Leaves whose fan-in is
     odd are kept flat.
     """
 
-    def __init__(self, row: Row, dora: bool = False):
-        self.row, self.of = row, built(row.name + DORA * dora)
+    def __init__(self, definition: Case, dora: bool = False):
+        self.definition = definition
+        self.of = build_case(definition.name + DORA * dora)
         self.fn, self.args, self.plan = self.of.fn, self.of.args, self.of.plan
         self.fresh, self.lora = self.of.fresh, self.of.lora
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_codecs.formats, "BLOCK_SIZES", (2,))
-            quant = lowrank.QuantConfig(targets=tuple(row.axes), block_size=2)
+            quant = lowrank.QuantConfig(targets=tuple(definition.axes), block_size=2)
             on_host = jax.tree.map(np.asarray, self.of.params)  # where encoding compiles nothing
             self.base = lowrank.quantize(on_host, quant, plan=self.plan)
-        self.materialized = row.materialized
+        self.materialized = definition.materialized
         self.lifted = lowrank.lift(self.fn, fallback="silent" if self.materialized else "raise")
 
     @functools.cached_property
@@ -208,151 +220,46 @@ class QuantizedCase(Case):
         return functools.partial(self.of.reference_on, jax.jit(lowrank.dequantize)(self.base))
 
 
-# One row for each rule that a quantized weight has.
-ON_CODES = {
-    "linen_attention",
-    "einsum_stack_in_the_middle",
-    "conv_grouped",
-    "embed_tied_attend",
-    "linen_scan_remat",
-    "fori_over_a_stack",
-    "vmap_experts_each_its_input",
-    "moe_ragged_dot",
-    "weight_tied_transposed",
-    "fused_qkv_kernel_split",
-    "shard_map_one_device",
-}
-
-# One row for each rule that has to do with DoRA's gain.
-ON_DORA = {
-    "linen_attention",
-    "einsum_stack_in_the_middle",
-    "conv_grouped",
-    "conv_depthwise",
-    "embed_tied_attend",
-    "linen_scan_remat",
-    "fori_over_a_stack",
-    "vmap_experts_each_its_input",
-    "moe_ragged_dot",
-    "moe_by_gathered_weights",
-    "weight_tied_transposed",
-    "fused_qkv_kernel_split",
-    "shard_map_one_device",
-    "dense_mixed",
-}
-DORA_TRANSFORMED = {"dense_mixed", "linen_scan_remat", "embed_tied_attend", "conv_grouped"}
-
-# The rows whose transformations the default suite tries: one for each rule and each kind of loop.
-# The rest are tried by `pytest -m slow`.
-TRANSFORMED = {
-    "dense_mixed",
-    "dense_general_batch_dims",
-    "linen_attention",
-    "einsum_stack_in_the_middle",
-    "conv_strided",
-    "conv_grouped",
-    "conv_depthwise",
-    "embed_tied_attend",
-    "linen_scan_remat",
-    "nnx_scan_remat",
-    "linen_rnn_lstm",
-    "nnx_jit_and_remat_inside",
-    "fori_over_a_stack",
-    "carried_unchanged",
-    "while_loop",
-    "cond_and_switch",
-    "custom_vjp",
-    "custom_jvp",
-    "moe_ragged_dot",
-    "moe_by_gathered_weights",
-    "weight_tied_transposed",
-    "fused_qkv_stacked",
-    "inner_jit_twice",
-    "shard_map_one_device",
-}
-
-
-# Models that norm what DoRA scales: their magnitudes' gradients are sums that cancel.
-NORMED = {"conv_batch_norm_mutable", "weight_norm"}
-# In bfloat16 even the factors' gradients are sums that cancel, in the merged model too.
-NOT_WITH_DORA = {"linen_attention_bfloat16_masked"}
-
-
-def with_dora(few: set[str], more: str = "", wanted: Callable[[Row], bool] = lambda row: True):
-    """The rows under DoRA, all but a few of them slow."""
-    slow = lambda row: () if row.name in few else (pytest.mark.slow,)
-    rows = [row for row in ROWS if wanted(row) and row.name not in NOT_WITH_DORA]
-    return [pytest.param(row.name + DORA + more, marks=slow(row)) for row in rows]
-
-
-def rows_for_transformations(wanted: Callable[[Row], bool] = lambda row: True) -> list[Any]:
-    rows = list(filter(wanted, ROWS))
-    slow = lambda row, few: () if row.name in few else (pytest.mark.slow,)
-    dense = [pytest.param(row.name, marks=slow(row, TRANSFORMED)) for row in rows]
-    codes = [pytest.param(row.name + ON, marks=slow(row, ON_CODES)) for row in rows]
-    dora = with_dora(DORA_TRANSFORMED, wanted=wanted)
-    return dense + codes + dora + with_dora({"linen_scan_remat"}, ON, wanted)
-
-
-def but_for(few: set[str], rows: list[Any]) -> list[Any]:
-    """The same rows, all but a few of them slow."""
-    names = [row.values[0] for row in rows]
-    slow = lambda name: () if name in few else (pytest.mark.slow,)
-    return [pytest.param(name, marks=slow(name)) for name in names]
-
-
-ON, DORA = " on codes", " with DoRA"
-
-
 @functools.cache
-def built(name: str) -> Case:
-    kind = QuantizedCase if name.endswith(ON) else Case
-    name = name.removesuffix(ON)
-    row = next(row for row in ROWS if row.name == name.removesuffix(DORA))
-    return kind(row, dora=name.endswith(DORA))
+def build_case(name: str) -> BuiltCase:
+    """The case of a name, which ends as one of VARIANTS."""
+    kind = QuantizedCase if name.endswith(CODES) else BuiltCase
+    name = name.removesuffix(CODES)
+    definition = next(case for case in CASES if case.name == name.removesuffix(DORA))
+    return kind(definition, dora=name.endswith(DORA))
 
 
-@pytest.fixture(params=[row.name for row in ROWS])
-def case(request) -> Case:
-    return built(request.param)
+SLOW = (pytest.mark.slow,)
 
 
-# Rows that on codes say what others say: they differ in dtype, or in who wrote the layer.
-SAID_BY_OTHERS = {
-    *(row.name for row in ROWS if row.name.startswith("nnx_")),
-    *("dense_bfloat16", "dense_float16_over_float32", "linen_attention_bfloat16_masked"),
-    *("conv_bfloat16", "embed_bfloat16", "mlp_all_linear_leaves_the_head"),
-    *("linen_partitioned_boxes", "conv_batch_norm_mutable", "list_tuple_dataclass_pytree"),
-    *("linen_rnn_lstm_that_concatenates_its_kernels", "weights_concatenated", "weight_norm"),
-    *("weight_elementwise", "custom_jvp"),
-}
+def select_cases(
+    field: str,
+    variants: tuple[str, ...] = VARIANTS,
+    wanted: Callable[[Case, str], bool] = lambda case, variant: True,
+) -> list[Any]:
+    """Names of all cases in these variants; slow, but for those that the field lists."""
+    return [
+        pytest.param(case.name + variant, marks=() if variant in getattr(case, field) else SLOW)
+        for variant in variants
+        for case in CASES
+        if (case.dora or DORA not in variant) and wanted(case, variant)
+    ]
 
 
-def rows_and_codes() -> list[Any]:
-    slow = lambda row: (pytest.mark.slow,) if row.name in SAID_BY_OTHERS else ()
-    codes = [pytest.param(row.name + ON, marks=slow(row)) for row in ROWS]
-    dora = with_dora(ON_DORA) + with_dora({"linen_scan_remat", "linen_attention"}, ON)
-    return [row.name for row in ROWS] + codes + dora
+@pytest.fixture(params=[case.name for case in CASES])
+def case(request) -> BuiltCase:
+    return build_case(request.param)
 
 
-@pytest.fixture(params=rows_and_codes())
-def any_case(request) -> Case:
-    """Every row, and every row on a quantized base."""
-    return built(request.param)
+@pytest.fixture(params=select_cases("values"))
+def any_case(request) -> BuiltCase:
+    """Every case, on a quantized base and with DoRA too."""
+    return build_case(request.param)
 
 
-# Rows whose weight is computed, where XLA fuses that into the product in one program alone: without
-# fusion, below.
-FUSED = {"weight_elementwise", "weight_tied_transposed" + DORA}
-FUSED |= {"scan_over_indices" + DORA, "while_loop" + DORA, "conv_batch_norm_mutable" + DORA}
-# XLA of jaxlib 0.10, without its pass named fusion, compiles even the plain model of these wrongly.
+# XLA of jaxlib 0.10, without its pass named fusion, compiles even some plain models wrongly.
 PARTLY_FUSED = {"xla_disable_hlo_passes": "small-while-loop-hoisting,cpu-instruction-fusion"}
-MISCOMPILED = {"moe_ragged_dot", "moe_ragged_dot" + DORA}
-# The rows tried with all of XLA's optimizations too; the rest are tried by `pytest -m slow`.
-OPTIMIZED = {"dense_mixed", "conv_strided", "linen_scan_remat", "linen_scan_remat" + DORA} | FUSED
-
-
-DENSE_ROWS = [pytest.param(row.name) for row in ROWS] + with_dora(ON_DORA)
+NOT_QUANTIZED = (PLAIN, DORA)
 
 
 def stacked(trees: list[Any]) -> Any:
@@ -379,27 +286,29 @@ def path_of(keys: Any) -> str:
 
 def test_adapts_these_leaves_and_no_other(case):
     found = {path: (n.fan_in, n.fan_out, n.stack) for path, n in nodes(case.fresh).items()}
-    assert found == dict(case.row.axes)
+    assert found == dict(case.definition.axes)
     for node in nodes(case.fresh).values():
         assert node.scale == ALPHA / RANK
         assert node.a.dtype == node.b.dtype == jnp.float32
     chex.assert_trees_all_equal(case.base, case.params)
 
 
-@pytest.mark.parametrize("name", [row for row in DENSE_ROWS if row.values[0] not in FUSED])
+@pytest.mark.parametrize(
+    "name", select_cases("values", NOT_QUANTIZED, lambda case, variant: variant not in case.fused)
+)
 def test_exact_at_step_0(name):
     """Bit for bit: of the merged model too, whose parameters are then those of the dense one."""
-    case = built(name)
+    case = build_case(name)
     (_, got), (_, want, merged) = case.lively(case.base, case.fresh), case.reference(case.fresh)
     chex.assert_trees_all_equal(got, want)
     chex.assert_trees_all_equal(merged, case.params)
 
 
-@pytest.mark.parametrize("name", but_for(OPTIMIZED, DENSE_ROWS))
+@pytest.mark.parametrize("name", select_cases("optimized", NOT_QUANTIZED))
 def test_exact_at_step_0_with_all_optimizations(name, full_compile):
     """Bit for bit, where XLA rounds both programs alike: what it fuses it may round once less."""
-    case = built(name)
-    options = PARTLY_FUSED if name in MISCOMPILED else UNFUSED
+    case = build_case(name)
+    options = PARTLY_FUSED if case.definition.miscompiled else UNFUSED
     live = lambda base, lora: case.lifted(lowrank.combine(base, lora), *case.args)
     got = jax.jit(live, compiler_options=options)(case.base, case.fresh)
     dense = lambda params: case.fn(params, *case.args)
@@ -411,7 +320,7 @@ def test_value_and_gradient(any_case):
     case = any_case
     gradient, got = case.lively(case.base, case.lora)
     want = case.reference(case.lora)[1]
-    assert_close(got, want, case.row.dtype)
+    assert_close(got, want, case.definition.dtype)
     case.assert_gradient_close(gradient, case.lora)
     for path, node in nodes(gradient).items():
         assert np.any(node.a), f"no gradient for a of {path}"
@@ -419,34 +328,21 @@ def test_value_and_gradient(any_case):
         assert node.magnitude is None or np.any(node.magnitude), f"of the magnitude of {path}"
     pairs = zip(*map(jax.tree.leaves, (want, case.reference(case.fresh)[1])), strict=True)
     change = max(np.abs(np.asarray(x) - np.asarray(y)).max() for x, y in pairs)
-    assert change > 1e-2, "the adapter changes nothing: the law would say nothing"
+    assert change > 1e-2, "the adapter changes nothing: the comparison would say nothing"
 
 
-# An eager call is a jitted one of the same trace: one row for each kind of function.
-EAGER = {"dense_mixed", "linen_scan_remat", "nnx_jit_and_remat_inside", "while_loop", "custom_vjp"}
-EAGER |= {"moe_ragged_dot", "shard_map_one_device", "embed_tied_attend" + ON, "conv_grouped" + DORA}
-
-
-@pytest.mark.parametrize("name", but_for(EAGER, rows_for_transformations()))
+@pytest.mark.parametrize("name", select_cases("eager"))
 def test_eager_calls(name):
-    case = built(name)
-    assert_close(case.live(case.lora), case.reference(case.lora)[1], case.row.dtype)
+    case = build_case(name)
+    assert_close(case.live(case.lora), case.reference(case.lora)[1], case.definition.dtype)
 
 
-# One row for each kind of loop and of weight.
-CHECKPOINTED = {"dense_mixed", "linen_attention", "conv_grouped", "embed_tied_attend", "custom_vjp"}
-CHECKPOINTED |= {"linen_scan_remat", "nnx_scan_remat", "fori_over_a_stack", "while_loop"}
-CHECKPOINTED |= {"cond_and_switch", "moe_ragged_dot", "shard_map_one_device", "linen_rnn_lstm"}
-CHECKPOINTED |= {"linen_scan_remat" + ON, "embed_tied_attend" + ON, "fori_over_a_stack" + ON}
-CHECKPOINTED |= {"linen_scan_remat" + DORA, "conv_grouped" + DORA}
-
-
-@pytest.mark.parametrize("name", but_for(CHECKPOINTED, rows_for_transformations()))
+@pytest.mark.parametrize("name", select_cases("checkpoint"))
 def test_checkpoint_under_vmap_over_adapters(name):
-    case = built(name)
+    case = build_case(name)
     loras = [perturbed(case.fresh, seed=10 * i) for i in range(2)]
     gradient = case.differentiate(jax.checkpoint(case.live))
-    if case.row.vmap:
+    if case.definition.vmap:
         got = jax.jit(jax.vmap(gradient))(stacked(loras))
     else:
         got = stacked(list(map(jax.jit(gradient), loras)))
@@ -454,16 +350,16 @@ def test_checkpoint_under_vmap_over_adapters(name):
         case.assert_gradient_close(part(got, i), lora)
 
 
-@pytest.mark.parametrize("name", rows_for_transformations(lambda row: row.forward))
+@pytest.mark.parametrize("name", select_cases("transforms", wanted=lambda case, _: case.forward))
 def test_jvp(name):
-    case = built(name)
+    case = build_case(name)
     tangent = jax.tree.map(lambda x: jax.device_put(waves(x.shape, x.dtype)), case.lora)
     _, got = jax.jit(lambda lora: jax.jvp(loss_of(case.live), (lora,), (tangent,)))(case.lora)
     gradient = case.gradient_of_merged(case.lora)
     pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True)
     terms = [np.asarray(x) * y for x, y in pairs]
     size = sum(np.abs(term).sum() for term in terms)
-    assert abs(got - sum(term.sum() for term in terms)) <= tolerance(case.row.dtype) * size
+    assert abs(got - sum(term.sum() for term in terms)) <= tolerance(case.definition.dtype) * size
 
 
 def test_fallback_names_what_it_builds(any_case):
@@ -507,7 +403,7 @@ def test_structural_verbs(case):
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, case.params)
 
 
-# Laws that one or two models show.
+# Invariants that one or two models show.
 
 
 def results_and_gradients(*fns: Callable) -> Callable:
@@ -516,14 +412,14 @@ def results_and_gradients(*fns: Callable) -> Callable:
     return jax.jit(lambda *args: [run(*args) for run in each])
 
 
-def simple(build: Callable = mlp_all_linear_leaves_the_head) -> Case:
-    return built(build.__name__)
+def simple(build: Callable = mlp_all_linear_leaves_the_head) -> BuiltCase:
+    return build_case(build.__name__)
 
 
 def test_the_authors_own_derivative_is_kept():
     """custom_vjp says ten times, custom_jvp twice: the adapter's gradient says so too."""
     for name, factor in (("custom_vjp", 10.0), ("custom_jvp", 2.0)):
-        case = built(name)
+        case = build_case(name)
         plain = lambda lora: jnp.sin(case.args[0] @ lowrank.merge(case.base, lora)["w"])
         ((cotangent, _),) = results_and_gradients(plain)(case.lora)
         want = jax.tree.map(lambda g: np.float32(factor) * np.asarray(g), cotangent)
@@ -579,7 +475,7 @@ def test_scale_multiplies_the_change_and_is_traced():
 
 
 def test_stop_gradient_stops_the_scale_too():
-    case = built("stop_gradient_on_one_use")
+    case = build_case("stop_gradient_on_one_use")
     live = lambda s: case.lifted(lowrank.combine(case.base, case.lora, scale=s), *case.args)
     merged = lambda s: case.fn(lowrank.merge(case.base, case.lora, scale=s), *case.args)
     got, want = jax.jit(lambda s: (jax.jacfwd(live)(s), jax.jacfwd(merged)(s)))(0.7)
@@ -606,7 +502,7 @@ def test_the_base_inside_a_node_is_constant():
     tree = lowrank.combine(case.base, case.lora)
     grads = jax.jit(jax.grad(loss_of(case.lifted)))(tree, *case.args)
     base, lora = lowrank.partition(grads)
-    for path in case.row.axes:
+    for path in case.definition.axes:
         _, layer, leaf = path.split("/")
         assert not np.any(base["params"][layer][leaf])
     assert_close(lora, case.gradient_of_merged(case.lora), jnp.float32)
@@ -616,7 +512,7 @@ def test_the_base_inside_a_node_is_constant():
 
 
 def test_gradient_with_respect_to_inputs():
-    for case in (simple(), built("conv_strided"), built("linen_scan_remat")):
+    for case in (simple(), build_case("conv_strided"), build_case("linen_scan_remat")):
         live = lambda x: case.lifted(lowrank.combine(case.base, case.lora), x)
         merged = lambda x: case.fn(lowrank.merge(case.base, case.lora), x)
         got, want = results_and_gradients(live, merged)(*case.args)
@@ -642,7 +538,7 @@ def test_nodes_in_any_argument_and_keyword():
 
 
 def test_inside_scan_with_the_tree_closed_over_and_carried():
-    case = built("linen_scan_at_top_level")
+    case = build_case("linen_scan_at_top_level")
     tree = lowrank.combine(case.base, case.lora)
     step = lambda fn: lambda carry, _: ((carry[0], fn(carry[0], carry[1], None)[0]), carry[1].sum())
 
@@ -681,7 +577,7 @@ def test_vmap_over_examples_each_with_its_adapter():
 
 
 def test_vmap_of_init_combine_and_the_whole_tree():
-    case = built("linen_scan_remat")
+    case = build_case("linen_scan_remat")
     keys = jax.random.split(jax.random.key(1), 2)
     make = lambda key: lowrank.init(key, case.params, case.config, plan=case.plan)[1]
     many = perturbed(jax.jit(jax.vmap(make))(keys))
@@ -733,7 +629,7 @@ def test_rank_alpha_patterns_and_rslora():
 def test_merge_is_the_formula():
     """Against NumPy in float64, each axis order by hand."""
     for name in ("einsum_stack_in_the_middle", "conv_strided", "linen_einsum", "dense_mixed"):
-        case = built(name)
+        case = build_case(name)
         merged = dict(
             zip(
                 nodes_of_dense(case.params),
@@ -760,7 +656,7 @@ def delta(node: lowrank.LowRank) -> np.ndarray:
 
 
 def test_dropout_is_on_the_branch_alone_and_differs_by_use_and_layer():
-    case = built("linen_scan_remat")
+    case = build_case("linen_scan_remat")
     x = case.args[0]
     drop = lambda key, lora, rate=0.5: case.lifted(
         lowrank.combine(case.base, lora, dropout=rate, key=key), x
@@ -775,7 +671,7 @@ def test_dropout_is_on_the_branch_alone_and_differs_by_use_and_layer():
 
 def test_dropout_is_right_on_average():
     """For a linear model the mean over masks is the undropped result: to five standard errors."""
-    case = built("dense_float32")
+    case = build_case("dense_float32")
     x = case.args[0]
     keys = jax.random.split(jax.random.key(0), 2000)
     tree = lambda key: lowrank.combine(case.base, case.lora, dropout=0.25, key=key)

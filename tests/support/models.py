@@ -1,7 +1,7 @@
-"""The models of the laws: unmodified, and none knows that it will be adapted.
+"""The models of the invariants: unmodified, and none is written for adapters.
 
-One row of ROWS is one way in which Flax or JAX uses a weight. `axes` names every leaf that must be
-adapted, and no other, with the (fan_in, fan_out, stack) axes it must be given.
+One case of CASES is one way in which Flax or JAX uses a weight. `axes` names every leaf that must
+be adapted, and no other, with the (fan_in, fan_out, stack) axes it must be given.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from jax.sharding import PartitionSpec as P
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Built = tuple[Callable, Any, tuple[Any, ...]]
 
+# What a case is run as; each is the end of a name.
+VARIANTS = PLAIN, CODES, DORA, DORA_CODES = "", " on codes", " with DoRA", " with DoRA on codes"
+
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Case:
     """One model.
+
+    A field of variants lists those that the default suite runs; `pytest -m slow` runs the rest.
 
     Args:
       build: -> (fn, params, args).
@@ -37,6 +42,22 @@ class Row:
       reverse: whether the model has a reverse-mode derivative (a while_loop has none).
       forward: whether it has a forward-mode derivative (a custom_vjp has none).
       vmap: whether jax.vmap over the dense weights works at all.
+      dora: whether there are variants with DoRA. In bfloat16 a factor's gradient under DoRA may be
+        a sum that cancels, in the merged model too.
+      normed: whether the model normalizes what DoRA scales: the magnitude's gradient is a sum that
+        cancels.
+      fused: variants whose weight is computed, where XLA fuses that into the product in one of the
+        two programs alone: exact at step 0 only without fusion.
+      miscompiled: whether XLA of jaxlib 0.10, without its pass named fusion, compiles even the
+        plain model wrongly.
+      spans: whether the gradient is also compared with the span of the inputs' covariance.
+      values: variants whose value and gradient are compared, one for each rule; on codes, without
+        models that differ from another in dtype or in who wrote the layer.
+      transforms: variants that are transformed, one for each rule and each kind of loop.
+      eager: variants called outside of jit. An eager call is a jitted one of the same trace: one
+        for each kind of function.
+      checkpoint: variants under jax.checkpoint and vmap, one for each kind of loop and of weight.
+      optimized: variants compared with all of XLA's optimizations too.
     """
 
     name: str
@@ -49,18 +70,28 @@ class Row:
     reverse: bool = True
     forward: bool = True
     vmap: bool = True
+    dora: bool = True
+    normed: bool = False
+    fused: tuple[str, ...] = ()
+    miscompiled: bool = False
+    spans: bool = False
+    values: tuple[str, ...] = (PLAIN, CODES)
+    transforms: tuple[str, ...] = ()
+    eager: tuple[str, ...] = ()
+    checkpoint: tuple[str, ...] = ()
+    optimized: tuple[str, ...] = ()
 
 
-ROWS: list[Row] = []
+CASES: list[Case] = []
 DENSE: Axes = ((0,), (1,), ())
 STACKED: Axes = ((1,), (2,), (0,))
 
 
-def row(axes: Mapping[str, Axes], **kwargs: Any) -> Callable:
-    """Enter a builder into the table under its own name."""
+def case(axes: Mapping[str, Axes], **kwargs: Any) -> Callable:
+    """Enter a builder as a case under its own name."""
 
     def enter(build: Callable[[], Built]) -> Callable[[], Built]:
-        ROWS.append(Row(build.__name__, build, axes, **kwargs))
+        CASES.append(Case(build.__name__, build, axes, **kwargs))
         return build
 
     return enter
@@ -132,57 +163,66 @@ def one_device_mesh() -> jax.sharding.Mesh:
 # Dense layers.
 
 
-@row({"params/kernel": DENSE}, targets="**/kernel")
+@case({"params/kernel": DENSE}, targets="**/kernel")
 def dense_float32():
     return linen(nn.Dense(5), normal(3, 7))
 
 
-@row({"params/kernel": DENSE}, targets="**/kernel", dtype=jnp.bfloat16)
+@case({"params/kernel": DENSE}, targets="**/kernel", dtype=jnp.bfloat16, values=(PLAIN,))
 def dense_bfloat16():
     module = nn.Dense(5, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     return linen(module, normal(3, 7, dtype=jnp.bfloat16))
 
 
-@row({"params/kernel": DENSE}, targets="**/kernel", dtype=jnp.bfloat16)
+@case(
+    {"params/kernel": DENSE},
+    targets="**/kernel",
+    dtype=jnp.bfloat16,
+    values=(PLAIN, CODES, DORA),
+    transforms=(PLAIN, DORA),
+    eager=(PLAIN,),
+    checkpoint=(PLAIN,),
+    optimized=(PLAIN,),
+)
 def dense_mixed():
     return linen(nn.Dense(5, dtype=jnp.bfloat16), normal(3, 7))
 
 
-@row({"params/kernel": DENSE}, targets="**/kernel", dtype=jnp.float16)
+@case({"params/kernel": DENSE}, targets="**/kernel", dtype=jnp.float16, values=(PLAIN,))
 def dense_float16_over_float32():
     return linen(nn.Dense(5, param_dtype=jnp.float16, dtype=jnp.float32), normal(3, 7))
 
 
-@row({f"params/layers_{i}/kernel": DENSE for i in (0, 2)})
+@case({f"params/layers_{i}/kernel": DENSE for i in (0, 2)}, values=(PLAIN,))
 def mlp_all_linear_leaves_the_head():
     module = nn.Sequential([nn.Dense(6), nn.gelu, nn.Dense(8), nn.gelu, nn.Dense(5)])
     return linen(module, normal(2, 3, 7))
 
 
-@row({"params/kernel": ((0, 1), (2, 3), ())}, targets="**/kernel")
+@case({"params/kernel": ((0, 1), (2, 3), ())}, targets="**/kernel", spans=True)
 def dense_general_many_axes():
     return linen(nn.DenseGeneral((3, 4), axis=(-2, -1)), normal(2, 5, 6))
 
 
-@row({"params/kernel": ((1,), (2,), (0,))}, targets="**/kernel")
+@case({"params/kernel": ((1,), (2,), (0,))}, targets="**/kernel", transforms=(PLAIN,))
 def dense_general_batch_dims():
     return linen(nn.DenseGeneral(4, axis=-1, batch_dims=(0,)), normal(2, 3, 5))
 
 
-@row({"kernel": ((0, 1), (2,), ())}, targets="kernel")
+@case({"kernel": ((0, 1), (2,), ())}, targets="kernel", values=(PLAIN,), spans=True)
 def nnx_linear_general():
     return of_nnx(
         made(lambda: nnx.LinearGeneral((5, 6), 4, axis=(-2, -1), rngs=nnx.Rngs(0))), normal(3, 5, 6)
     )
 
 
-@row({"params/kernel": DENSE}, targets="**/kernel")
+@case({"params/kernel": DENSE}, targets="**/kernel", values=(PLAIN,))
 def linen_partitioned_boxes():
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None))
     return linen(nn.Dense(5, kernel_init=init), normal(3, 7))
 
 
-@row({"kernel": DENSE}, targets="kernel")
+@case({"kernel": DENSE}, targets="kernel", values=(PLAIN,))
 def nnx_state():
     return of_nnx(made(lambda: nnx.Linear(7, 5, rngs=nnx.Rngs(0))), normal(3, 7), pure=False)
 
@@ -192,17 +232,24 @@ def nnx_state():
 _PROJECTIONS: dict[str, Axes] = dict.fromkeys(("query", "key", "value"), ((0,), (1, 2), ()))
 
 
-@row({f"params/{name}/kernel": axes for name, axes in _PROJECTIONS.items()})
+@case(
+    {f"params/{name}/kernel": axes for name, axes in _PROJECTIONS.items()},
+    values=(PLAIN, CODES, DORA, DORA_CODES),
+    transforms=(PLAIN, CODES),
+    checkpoint=(PLAIN,),
+)
 def linen_attention():
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
     return linen(module, normal(2, 5, 6))
 
 
-@row(
+@case(
     {f"params/{name}/kernel": axes for name, axes in _PROJECTIONS.items()}
     | {"params/out/kernel": ((0, 1), (2,), ())},
     targets="**/kernel",
     dtype=jnp.bfloat16,
+    values=(PLAIN,),
+    dora=False,
 )
 def linen_attention_bfloat16_masked():
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, dtype=jnp.bfloat16)
@@ -211,10 +258,11 @@ def linen_attention_bfloat16_masked():
     return (lambda params, x: module.apply(params, x, mask=mask)), params, (x,)
 
 
-@row(
+@case(
     {f"{name}/kernel": axes for name, axes in _PROJECTIONS.items()}
     | {"out/kernel": ((0, 1), (2,), ())},
     targets="**/kernel",
+    values=(PLAIN,),
 )
 def nnx_attention():
     build = lambda: nnx.MultiHeadAttention(
@@ -223,18 +271,20 @@ def nnx_attention():
     return of_nnx(made(build), normal(2, 5, 6))
 
 
-@row({"params/kernel": ((1,), (0, 2), ())}, targets="**/kernel")
+@case({"params/kernel": ((1,), (0, 2), ())}, targets="**/kernel")
 def linen_einsum():
     return linen(nn.Einsum((3, 6, 4), "bti,hio->bhto"), normal(2, 5, 6))
 
 
-@row({"kernel": ((0, 1), (2,), ())}, targets="kernel")
+@case({"kernel": ((0, 1), (2,), ())}, targets="kernel", values=(PLAIN,))
 def nnx_einsum():
     build = lambda: nnx.Einsum("bthk,hkd->btd", (2, 3, 4), (4,), rngs=nnx.Rngs(0))
     return of_nnx(made(build), normal(2, 5, 2, 3))
 
 
-@row({"w": ((2,), (1,), (0,))}, targets="w")
+@case(
+    {"w": ((2,), (1,), (0,))}, targets="w", values=(PLAIN, CODES, DORA), transforms=(PLAIN, CODES)
+)
 def einsum_stack_in_the_middle():
     fn = lambda p, x: jnp.einsum("tgi,goi->tog", x, p["w"])
     return fn, {"w": normal(3, 4, 5)}, (normal(6, 3, 5),)
@@ -245,65 +295,80 @@ def einsum_stack_in_the_middle():
 _CONV2: Axes = ((0, 1, 2), (3,), ())
 
 
-@row({"params/kernel": _CONV2}, targets="**/kernel")
+@case({"params/kernel": _CONV2}, targets="**/kernel", transforms=(PLAIN,), optimized=(PLAIN,))
 def conv_strided():
     return linen(nn.Conv(6, (3, 2), strides=(2, 1)), normal(2, 7, 6, 4))
 
 
-@row({"params/kernel": ((0, 1), (2,), ())}, targets="**/kernel")
+@case({"params/kernel": ((0, 1), (2,), ())}, targets="**/kernel")
 def conv_1d_dilated_causal():
     module = nn.Conv(6, (3,), kernel_dilation=(2,), padding="CAUSAL")
     return linen(module, normal(2, 9, 4))
 
 
-@row({"params/kernel": _CONV2}, targets="**/kernel")
+@case({"params/kernel": _CONV2}, targets="**/kernel")
 def conv_input_dilated():
     module = nn.Conv(5, (2, 2), input_dilation=(2, 1), padding=((1, 0), (0, 1)))
     return linen(module, normal(2, 4, 5, 3))
 
 
-@row({"params/kernel": _CONV2}, targets="**/kernel")
+@case({"params/kernel": _CONV2}, targets="**/kernel")
 def conv_padded_circular():
     return linen(nn.Conv(5, (3, 3), padding="CIRCULAR"), normal(2, 4, 5, 3))
 
 
-@row({"params/kernel": _CONV2}, targets="**/kernel")
+@case(
+    {"params/kernel": _CONV2},
+    targets="**/kernel",
+    values=(PLAIN, CODES, DORA),
+    transforms=(PLAIN, CODES, DORA),
+    eager=(DORA,),
+    checkpoint=(PLAIN, DORA),
+)
 def conv_grouped():
     return linen(nn.Conv(12, (3, 3), feature_group_count=2), normal(2, 4, 5, 12))
 
 
-@row({"params/kernel": _CONV2}, targets="**/kernel")
+@case(
+    {"params/kernel": _CONV2}, targets="**/kernel", values=(PLAIN, CODES, DORA), transforms=(PLAIN,)
+)
 def conv_depthwise():
     return linen(nn.Conv(6, (3, 3), feature_group_count=3), normal(2, 4, 5, 3))
 
 
-@row({"params/kernel": _CONV2}, targets="**/kernel", dtype=jnp.bfloat16)
+@case({"params/kernel": _CONV2}, targets="**/kernel", dtype=jnp.bfloat16, values=(PLAIN,))
 def conv_bfloat16():
     return linen(nn.Conv(5, (3, 2), dtype=jnp.bfloat16), normal(2, 5, 4, 3))
 
 
-@row({"kernel": _CONV2}, targets="kernel")
+@case({"kernel": _CONV2}, targets="kernel", values=(PLAIN,))
 def nnx_conv_pointwise():
     return of_nnx(made(lambda: nnx.Conv(4, 5, (1, 1), rngs=nnx.Rngs(0))), normal(2, 3, 3, 4))
 
 
-@row({"params/kernel": ((0, 1), (2,), ())}, targets="**/kernel")
+@case({"params/kernel": ((0, 1), (2,), ())}, targets="**/kernel")
 def conv_transpose_1d():
     return linen(nn.ConvTranspose(6, (3,), strides=(2,)), normal(2, 5, 4))
 
 
-@row({"params/kernel": ((0, 1, 3), (2,), ())}, targets="**/kernel")
+@case({"params/kernel": ((0, 1, 3), (2,), ())}, targets="**/kernel")
 def conv_transpose_kernel_transposed():
     module = nn.ConvTranspose(6, (3, 2), strides=(2, 1), transpose_kernel=True)
     return linen(module, normal(2, 4, 5, 3))
 
 
-@row({"params/kernel": ((1,), (2,), (0,))}, targets="**/kernel")
+@case({"params/kernel": ((1,), (2,), (0,))}, targets="**/kernel", spans=True)
 def conv_local_1d():
     return linen(nn.ConvLocal(5, (2,), padding="VALID"), normal(2, 5, 3))
 
 
-@row({"params/Conv_0/kernel": _CONV2, "params/Conv_1/kernel": _CONV2})
+@case(
+    {"params/Conv_0/kernel": _CONV2, "params/Conv_1/kernel": _CONV2},
+    values=(PLAIN,),
+    optimized=(DORA,),
+    fused=(DORA,),
+    normed=True,
+)
 def conv_batch_norm_mutable():
     class Net(nn.Module):
         @nn.compact
@@ -325,12 +390,12 @@ def conv_batch_norm_mutable():
 _TOKENS = np.array([[0, 3, 3], [8, 1, 5]], np.int32)
 
 
-@row({"params/embedding": DENSE}, targets="**/embedding")
+@case({"params/embedding": DENSE}, targets="**/embedding")
 def embed():
     return linen(nn.Embed(9, 4), _TOKENS)
 
 
-@row({"params/embedding": DENSE}, targets="**/embedding", dtype=jnp.bfloat16)
+@case({"params/embedding": DENSE}, targets="**/embedding", dtype=jnp.bfloat16, values=(PLAIN,))
 def embed_bfloat16():
     return linen(nn.Embed(9, 4, dtype=jnp.bfloat16), _TOKENS)
 
@@ -345,12 +410,19 @@ class Tied(nn.Module):
         return self.embed.attend(jnp.tanh(self.embed(tokens)))
 
 
-@row({"params/embed/embedding": ((1,), (0,), ())}, targets="**/embedding")
+@case(
+    {"params/embed/embedding": ((1,), (0,), ())},
+    targets="**/embedding",
+    values=(PLAIN, CODES, DORA),
+    transforms=(PLAIN, CODES, DORA),
+    eager=(CODES,),
+    checkpoint=(PLAIN, CODES),
+)
 def embed_tied_attend():
     return linen(Tied(), _TOKENS)
 
 
-@row({"embed/embedding": ((1,), (0,), ())}, targets="**/embedding")
+@case({"embed/embedding": ((1,), (0,), ())}, targets="**/embedding", values=(PLAIN,))
 def nnx_embed_tied_attend():
     class Tied(nnx.Module):
         def __init__(self, rngs):
@@ -362,7 +434,7 @@ def nnx_embed_tied_attend():
     return of_nnx(made(lambda: Tied(nnx.Rngs(0))), _TOKENS)
 
 
-@row({"table": DENSE}, targets="table")
+@case({"table": DENSE}, targets="table")
 def table_by_take_and_one_hot():
     def fn(p, tokens):
         rows = jnp.take(p["table"], tokens, axis=0) + p["table"][tokens]
@@ -395,18 +467,25 @@ class Stacked(nn.Module):
         return nn.Dense(3)(jnp.sin(scan(name="layers")(x, None)[0]))
 
 
-@row({"params/layers/up/kernel": STACKED, "params/layers/down/kernel": STACKED})
+@case(
+    {"params/layers/up/kernel": STACKED, "params/layers/down/kernel": STACKED},
+    values=(PLAIN, CODES, DORA, DORA_CODES),
+    transforms=(PLAIN, CODES, DORA, DORA_CODES),
+    eager=(PLAIN,),
+    checkpoint=(PLAIN, CODES, DORA),
+    optimized=(PLAIN, DORA),
+)
 def linen_scan_remat():
     return linen(Stacked(), normal(2, 5, 4))
 
 
-@row({"params/up/kernel": STACKED, "params/down/kernel": STACKED})
+@case({"params/up/kernel": STACKED, "params/down/kernel": STACKED}, spans=True)
 def linen_scan_at_top_level():
     scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
     return linen(scan(), normal(2, 4), None)
 
 
-@row({f"params/blocks_{i}/{name}/kernel": DENSE for i in range(2) for name in ("up", "down")})
+@case({f"params/blocks_{i}/{name}/kernel": DENSE for i in range(2) for name in ("up", "down")})
 def linen_remat_unrolled():
     class Net(nn.Module):
         def setup(self):
@@ -450,12 +529,22 @@ class NnxStack(nnx.Module):
         return self.head(jnp.sin(forward(self.layers, x)))
 
 
-@row({"layers/up/kernel": STACKED, "layers/down/kernel": STACKED})
+@case(
+    {"layers/up/kernel": STACKED, "layers/down/kernel": STACKED},
+    values=(PLAIN,),
+    transforms=(PLAIN,),
+    checkpoint=(PLAIN,),
+)
 def nnx_scan_remat():
     return of_nnx(made(lambda: NnxStack(nnx.Rngs(0))), normal(2, 5, 4))
 
 
-@row({"block/up/kernel": DENSE, "block/down/kernel": DENSE})
+@case(
+    {"block/up/kernel": DENSE, "block/down/kernel": DENSE},
+    values=(PLAIN,),
+    transforms=(PLAIN,),
+    eager=(PLAIN,),
+)
 def nnx_jit_and_remat_inside():
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -473,14 +562,20 @@ def nnx_jit_and_remat_inside():
 _GATES = [f"{kind}{gate}" for kind in "ih" for gate in "ifgo"]
 
 
-@row({f"params/cell/{gate}/kernel": DENSE for gate in _GATES}, targets="**/kernel")
+@case(
+    {f"params/cell/{gate}/kernel": DENSE for gate in _GATES},
+    targets="**/kernel",
+    transforms=(PLAIN,),
+    checkpoint=(PLAIN,),
+)
 def linen_rnn_lstm():
     return linen(nn.RNN(nn.LSTMCell(4)), normal(2, 3, 5))
 
 
-@row(
+@case(
     {f"params/cell/{gate}/kernel": DENSE for gate in _GATES},
     targets="**/kernel",
+    values=(PLAIN,),
 )
 def linen_rnn_lstm_that_concatenates_its_kernels():
     return linen(nn.RNN(nn.OptimizedLSTMCell(4)), normal(2, 3, 5))
@@ -492,15 +587,20 @@ def _nnx_rnn(cell: Callable) -> Built:
     return of_nnx(model, normal(2, 3, 5), call=lambda model, x: model(x, rngs=nnx.Rngs(0)))
 
 
-@row(
+@case(
     {f"cell/{'if_' if gate == 'if' else gate}/kernel": DENSE for gate in _GATES},
     targets="**/kernel",
+    values=(PLAIN,),
 )
 def nnx_rnn_lstm():
     return _nnx_rnn(nnx.LSTMCell)
 
 
-@row({"cell/dense_i/kernel": DENSE, "cell/dense_h/kernel": DENSE}, targets="**/kernel")
+@case(
+    {"cell/dense_i/kernel": DENSE, "cell/dense_h/kernel": DENSE},
+    targets="**/kernel",
+    values=(PLAIN,),
+)
 def nnx_rnn_lstm_optimized():
     return _nnx_rnn(nnx.OptimizedLSTMCell)
 
@@ -509,7 +609,12 @@ def _stacked_weight() -> dict[str, jax.Array]:
     return {"w": normal(3, 4, 4, scale=0.5), "b": normal(3, 4)}
 
 
-@row({"w": STACKED})
+@case(
+    {"w": STACKED},
+    values=(PLAIN, CODES, DORA),
+    transforms=(PLAIN, CODES),
+    checkpoint=(PLAIN, CODES),
+)
 def fori_over_a_stack():
     def fn(p, x):
         return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"][i] + p["b"][i]), x)
@@ -517,7 +622,7 @@ def fori_over_a_stack():
     return fn, _stacked_weight(), (normal(2, 4),)
 
 
-@row({"w": STACKED})
+@case({"w": STACKED}, optimized=(DORA,), fused=(DORA,), spans=True)
 def scan_over_indices():
     def fn(p, x):
         step = lambda x, i: (jnp.tanh(x @ jnp.take(p["w"], i, axis=0)), None)
@@ -526,7 +631,7 @@ def scan_over_indices():
     return fn, {"w": normal(3, 4, 4, scale=0.5)}, (normal(2, 4),)
 
 
-@row({"w": STACKED})
+@case({"w": STACKED})
 def python_loop_over_a_stack():
     def fn(p, x):
         for i in range(3):
@@ -536,7 +641,7 @@ def python_loop_over_a_stack():
     return fn, _stacked_weight(), (normal(2, 4),)
 
 
-@row({"w": ((2,), (3,), (0, 1))})
+@case({"w": ((2,), (3,), (0, 1))}, spans=True)
 def scan_in_scan():
     def fn(p, x):
         inner = lambda x, w: (jnp.tanh(x @ w), None)
@@ -546,7 +651,7 @@ def scan_in_scan():
     return fn, {"w": normal(2, 3, 4, 4, scale=0.5)}, (normal(2, 4),)
 
 
-@row({"w": DENSE})
+@case({"w": DENSE}, transforms=(PLAIN,))
 def carried_unchanged():
     def fn(p, x):
         return lax.fori_loop(0, 3, lambda i, c: (c[0], jnp.tanh(c[1] @ c[0])), (p["w"], x))[1]
@@ -554,7 +659,15 @@ def carried_unchanged():
     return fn, {"w": normal(4, 4, scale=0.5)}, (normal(2, 4),)
 
 
-@row({"w": DENSE, "v": DENSE}, reverse=False)
+@case(
+    {"w": DENSE, "v": DENSE},
+    reverse=False,
+    transforms=(PLAIN,),
+    eager=(PLAIN,),
+    checkpoint=(PLAIN,),
+    optimized=(DORA,),
+    fused=(DORA,),
+)
 def while_loop():
     def fn(p, x):
         more = lambda c: (c[0] < 5) & (jnp.abs(c[1] @ p["w"]).sum() < 1e6)
@@ -564,7 +677,7 @@ def while_loop():
     return fn, {"w": normal(4, 6, scale=0.5), "v": normal(6, 4, scale=0.5)}, (normal(2, 4),)
 
 
-@row({"w": DENSE, "v": DENSE})
+@case({"w": DENSE, "v": DENSE}, transforms=(PLAIN,), checkpoint=(PLAIN,), spans=True)
 def cond_and_switch():
     def fn(p, x):
         x = lax.cond(
@@ -576,7 +689,7 @@ def cond_and_switch():
     return fn, {"w": normal(4, 4), "v": normal(4, 4)}, (normal(2, 4),)
 
 
-@row({"w": ((0,), (1,), ())}, targets="w", materialized=("w",))
+@case({"w": ((0,), (1,), ())}, targets="w", materialized=("w",))
 def carried_and_changed():
     def fn(p, x):
         step = lambda i, c: (jnp.tanh(c[0]), jnp.tanh(c[1] @ c[0]))
@@ -605,23 +718,30 @@ class Experts(nn.Module):
         return jnp.sin(vmapped(5, name="experts")(x))
 
 
-@row({"params/experts/kernel": STACKED})
+@case({"params/experts/kernel": STACKED}, values=(PLAIN, CODES, DORA), transforms=(CODES,))
 def vmap_experts_each_its_input():
     return linen(Experts(0), normal(3, 2, 4))
 
 
-@row({"params/experts/kernel": ((1,), (0, 2), ())})
+@case({"params/experts/kernel": ((1,), (0, 2), ())})
 def vmap_experts_look_like_heads():
     return linen(Experts(None), normal(2, 4))
 
 
-@row({"params/experts/kernel": STACKED}, stack={"**/experts/kernel": 0})
+@case({"params/experts/kernel": STACKED}, stack={"**/experts/kernel": 0})
 def vmap_experts_stack_override():
     return linen(Experts(None), normal(2, 4))
 
 
-@row(
-    {"up": STACKED, "down": STACKED, "router": DENSE}, targets=("up", "down", "router"), vmap=False
+@case(
+    {"up": STACKED, "down": STACKED, "router": DENSE},
+    targets=("up", "down", "router"),
+    vmap=False,
+    values=(PLAIN, CODES, DORA),
+    transforms=(PLAIN, CODES),
+    eager=(PLAIN,),
+    checkpoint=(PLAIN,),
+    miscompiled=True,
 )
 def moe_ragged_dot():
     def fn(p, x, experts):
@@ -637,7 +757,7 @@ def moe_ragged_dot():
     return fn, params, (normal(7, 4), np.array([2, 0, 1, 2, 2, 0, 2], np.int32))
 
 
-@row({"up": STACKED})
+@case({"up": STACKED}, values=(PLAIN, CODES, DORA), transforms=(PLAIN,))
 def moe_by_gathered_weights():
     def fn(p, x, experts):
         return jnp.sin(jnp.einsum("ti,tio->to", x, p["up"][experts]))
@@ -648,17 +768,23 @@ def moe_by_gathered_weights():
 # Plain weights: sides, transposes, ties, shapes.
 
 
-@row({"w": ((1,), (0,), ())}, targets="w")
+@case({"w": ((1,), (0,), ())}, targets="w")
 def weight_on_the_left():
     return (lambda p, x: p["w"] @ x), {"w": normal(5, 4)}, (normal(4, 3),)
 
 
-@row({"w": ((1,), (0,), ())}, targets="w")
+@case({"w": ((1,), (0,), ())}, targets="w")
 def weight_transposed():
     return (lambda p, x: x @ p["w"].T), {"w": normal(5, 4)}, (normal(3, 4),)
 
 
-@row({"w": DENSE})
+@case(
+    {"w": DENSE},
+    values=(PLAIN, CODES, DORA),
+    transforms=(PLAIN, CODES),
+    optimized=(DORA,),
+    fused=(DORA,),
+)
 def weight_tied_transposed():
     return (
         (lambda p, x: jnp.sin(jnp.tanh(x @ p["w"]) @ p["w"].T)),
@@ -667,19 +793,19 @@ def weight_tied_transposed():
     )
 
 
-@row({"w": DENSE}, targets="w")
+@case({"w": DENSE}, targets="w")
 def weight_reshaped_to_heads():
     fn = lambda p, x: jnp.einsum("btd,dhk->bthk", x, p["w"].reshape(4, 2, 3))
     return fn, {"w": normal(4, 6)}, (normal(2, 3, 4),)
 
 
-@row({"w": ((0,), (1, 2), ())}, targets="w")
+@case({"w": ((0,), (1, 2), ())}, targets="w")
 def weight_heads_flattened():
     fn = lambda p, x: x @ p["w"].reshape(4, 6)
     return fn, {"w": normal(4, 2, 3)}, (normal(3, 4),)
 
 
-@row({"w": DENSE})
+@case({"w": DENSE}, values=(PLAIN, CODES, DORA), transforms=(CODES,))
 def fused_qkv_kernel_split():
     def fn(p, x):
         q, k, v = (x @ part for part in jnp.split(p["w"], 3, axis=1))
@@ -688,7 +814,7 @@ def fused_qkv_kernel_split():
     return fn, {"w": normal(4, 15)}, (normal(6, 4),)
 
 
-@row({"w": DENSE})
+@case({"w": DENSE})
 def fused_qkv_output_split():
     def fn(p, x):
         q, k, v = jnp.split(x @ p["w"] + p["b"], 3, axis=-1)
@@ -697,7 +823,7 @@ def fused_qkv_output_split():
     return fn, {"w": normal(4, 15), "b": normal(15)}, (normal(6, 4),)
 
 
-@row({"w": ((1,), (0, 2), ())})
+@case({"w": ((1,), (0, 2), ())}, transforms=(PLAIN,))
 def fused_qkv_stacked():
     def fn(p, x):
         q, k, v = jnp.einsum("td,ndk->ntk", x, p["w"][:, ::-1])[:, :, 1:]
@@ -708,13 +834,13 @@ def fused_qkv_stacked():
     return fn, {"w": normal(3, 4, 5)}, (normal(6, 4),)
 
 
-@row({"w": DENSE}, targets="w")
+@case({"w": DENSE}, targets="w")
 def weight_scaled():
     fn = lambda p, x: x @ (-p["w"] * jnp.float32(0.5) / 3.0)
     return fn, {"w": normal(4, 6)}, (normal(3, 4),)
 
 
-@row({"weights/0": DENSE, "weights/1": DENSE})
+@case({"weights/0": DENSE, "weights/1": DENSE}, values=(PLAIN,), spans=True)
 def list_tuple_dataclass_pytree():
     return _pytree_model()
 
@@ -738,19 +864,19 @@ def _pytree_model() -> Built:
     return fn, params, (normal(3, 4),)
 
 
-@row({"w": DENSE})
+@case({"w": DENSE})
 def stop_gradient_on_one_use():
     fn = lambda p, x: jnp.sin(x @ lax.stop_gradient(p["w"])) + jnp.cos(x @ p["w"])
     return fn, {"w": normal(4, 6)}, (normal(3, 4),)
 
 
-@row({"w": DENSE})
+@case({"w": DENSE}, transforms=(PLAIN,))
 def inner_jit_twice():
     block = jax.jit(lambda w, x: jnp.sin(x @ w))
     return (lambda p, x: block(p["w"], block(p["w"], x))), {"w": normal(4, 4)}, (normal(3, 4),)
 
 
-@row({"w": DENSE, "v": DENSE})
+@case({"w": DENSE, "v": DENSE})
 def inner_vmap_and_checkpoint():
     def fn(p, x):
         h = jax.vmap(jax.checkpoint(lambda row: jnp.sin(row @ p["w"])))(x)
@@ -759,7 +885,7 @@ def inner_vmap_and_checkpoint():
     return fn, {"w": normal(4, 6), "v": normal(6, 5)}, (normal(3, 4),)
 
 
-@row({"w": DENSE})
+@case({"w": DENSE})
 def grad_inside():
     def fn(p, x):
         energy = lambda x: jnp.sin(x @ p["w"]).sum()
@@ -768,7 +894,14 @@ def grad_inside():
     return fn, {"w": normal(4, 6)}, (normal(3, 4),)
 
 
-@row({"w": DENSE}, targets="w")
+@case(
+    {"w": DENSE},
+    targets="w",
+    values=(PLAIN, CODES, DORA),
+    transforms=(PLAIN, CODES),
+    eager=(PLAIN,),
+    checkpoint=(PLAIN,),
+)
 def shard_map_one_device():
     mesh = one_device_mesh()
 
@@ -782,7 +915,7 @@ def shard_map_one_device():
     return fn, {"w": normal(4, 6)}, (normal(3, 4),)
 
 
-@row({"a": DENSE, "b": DENSE}, targets=("a", "b"))
+@case({"a": DENSE, "b": DENSE}, targets=("a", "b"))
 def product_of_two_weights():
     fn = lambda p, x: jnp.sin(x @ (p["a"] @ p["b"])) + x @ p["a"] @ p["b"]
     return fn, {"a": normal(4, 6), "b": normal(6, 5)}, (normal(3, 4),)
@@ -821,17 +954,25 @@ def _doubled_jvp(primals, tangents):
     return x @ w, 2.0 * (dx @ w + x @ dw)
 
 
-@row({"w": DENSE}, targets="w", materialized=("w",), forward=False)
+@case(
+    {"w": DENSE},
+    targets="w",
+    materialized=("w",),
+    forward=False,
+    transforms=(PLAIN,),
+    eager=(PLAIN,),
+    checkpoint=(PLAIN,),
+)
 def custom_vjp():
     return (lambda p, x: jnp.sin(tenfold(x, p["w"]))), {"w": normal(4, 6)}, (normal(3, 4),)
 
 
-@row({"w": DENSE}, targets="w", materialized=("w",))
+@case({"w": DENSE}, targets="w", materialized=("w",), values=(PLAIN,), transforms=(PLAIN,))
 def custom_jvp():
     return (lambda p, x: jnp.sin(doubled(x, p["w"]))), {"w": normal(4, 6)}, (normal(3, 4),)
 
 
-@row({"wq": DENSE, "wk": DENSE}, targets=("wq", "wk"))
+@case({"wq": DENSE, "wk": DENSE}, targets=("wq", "wk"), values=(PLAIN,))
 def weights_concatenated():
     def fn(p, x):
         q, k = jnp.split(x @ jnp.concatenate([p["wq"], p["wk"]], axis=1), [6], axis=1)
@@ -840,20 +981,29 @@ def weights_concatenated():
     return fn, {"wq": normal(4, 6), "wk": normal(4, 5)}, (normal(3, 4),)
 
 
-@row(
+@case(
     {"params/layer_instance/kernel": DENSE},
     targets="**/kernel",
     materialized=("params/layer_instance/kernel",),
+    values=(PLAIN,),
+    normed=True,
 )
 def weight_norm():
     return linen(nn.WeightNorm(nn.Dense(5)), normal(3, 4))
 
 
-@row({"w": DENSE}, targets="w", materialized=("w",))
+@case(
+    {"w": DENSE},
+    targets="w",
+    materialized=("w",),
+    values=(PLAIN,),
+    optimized=(PLAIN,),
+    fused=(PLAIN,),
+)
 def weight_elementwise():
     return (lambda p, x: x @ jnp.tanh(p["w"])), {"w": normal(4, 6)}, (normal(3, 4),)
 
 
-@row({"w": DENSE}, targets="w", materialized=("w",))
+@case({"w": DENSE}, targets="w", materialized=("w",))
 def weight_returned():
     return (lambda p, x: (x @ p["w"], p["w"])), {"w": normal(4, 6)}, (normal(3, 4),)
