@@ -34,7 +34,7 @@ pip install -e '.[examples]' 'jax[tpu]'
 v=$(python -c 'import jax; print(jax.__version__)')
 pip install --no-deps jax-cuda13-plugin==$v jax-cuda13-pjrt==$v \\
   nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt
-pip install --no-deps qwix==0.1.8  # for the rows of qwix"""
+pip install --no-deps qwix==0.1.8  # for the cases of qwix"""
 
 GIB = 2**30
 # Usable memory in GiB, as the compilers say it.

@@ -1,26 +1,26 @@
 """The same small models through lowrank_jax, qwix and quax, each used as its documentation says.
 
-Run: python benchmarks/peers.py [words of a row's name]    (two minutes; exit status always 0)
+Run: python benchmarks/peers.py [words of a case's name]    (two minutes; exit status always 0)
 
 Neither peer is a dependency of lowrank_jax. An environment of their own, made in a checkout:
 
     python3 -m venv peers && . peers/bin/activate
     pip install -e . qwix==0.1.8 quax==0.4.6    # Python 3.11 gets JAX 0.10, 3.12 and later JAX 0.12
 
-Factors are random, none zero. The law: the output equals that of the same function on the dense
-weights W + s a b, and so does the gradient of every factor, to the rounding of the model's dtype.
-- right: the law holds. Materialized: by building W + s a b (we warn; quax asks for the option).
+Factors are random, none zero. The output should equal that of the same function on the dense
+weights W + s a b, and so should the gradient of every factor, to the rounding of the model's dtype.
+- right: both do. Materialized: by building W + s a b (we warn; quax asks for the option).
 - refuses: quax raises rather than build W + a b, as it promises without the option.
 - no adapter: the base's output, no error, no warning (told: qwix's get_unused_rules() says so).
 - delta x k: the output is that of W + k s a b; a doubled adapter is k = 2.
-- wrong, no gradient, wrong gradient: otherwise not the law. Error: the type of what was raised.
+- wrong, no gradient, wrong gradient: other differences. Error: the type of what was raised.
 - not meant for (what happens): the library's documentation does not offer it.
 
 Each cell starts with JAX's caches empty, as a fresh process does. qwix's factors are made by
 eval_shape of init, as its documentation does; then jax.jit traces the forward pass, and after it
 the gradient. A second column takes the option that the library documents: disable_jit=True runs
 JAX's inner jits and scans as Python, which unrolls a scan; allow_materialise=True allows W + a b.
-quax's LoRA calls itself a tech demo, mostly for Equinox, whose linear layer is as the last row.
+quax's LoRA calls itself a tech demo, mostly for Equinox, whose linear layer is as the last case.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ REMARKS = {  # what is not right there, and why
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Case:
     """One model: fn(params, x), made of `module` where there is one."""
 
     name: str
@@ -105,7 +105,7 @@ def put(tree: Any, new: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), [leaves[path] for path in flat(tree)])
 
 
-def of(name: str, module: Any, x: Any, weights: Any, **rest: Any) -> Row:
+def of(name: str, module: Any, x: Any, weights: Any, **rest: Any) -> Case:
     """A Flax module as a function of its parameters."""
     if isinstance(module, nnx.Module):
         fn, params, _ = of_nnx(module)
@@ -113,7 +113,7 @@ def of(name: str, module: Any, x: Any, weights: Any, **rest: Any) -> Row:
     else:
         fn, params = module.apply, variables_of(module, x)
         weights = {f"params/{path}": axes for path, axes in weights.items()}
-    return Row(name, fn, params, x, weights, module, **rest)
+    return Case(name, fn, params, x, weights, module, **rest)
 
 
 class Compact(nn.Module):
@@ -134,8 +134,8 @@ class NnxScanned(NnxStack):
         return step(self.layers, x)
 
 
-def rows() -> list[Row]:
-    """The table's rows."""
+def cases() -> list[Case]:
+    """The cases of the table."""
     x, tokens, rngs = normal(3, 4), jnp.arange(8) % 3, nnx.Rngs(0)
     layers = lambda axes: {"layers/up/kernel": axes, "layers/down/kernel": axes}
     projections = {f"{name}/kernel": HEADS for name in ("query", "key", "value")}
@@ -173,45 +173,45 @@ def rows() -> list[Row]:
         of("dot(w, x), on the left", raw(lambda x, w: jnp.dot(w, x), 5, 3), x, wt),
         of("dot(x, w) + dot(x, x), all 5 x 5", looks_alike, normal(5, 5), w),
         of("custom_vjp around dot(x, w)", raw(custom, 4, 5), x, w),
-        Row("a function without a module", linear, params, x[0], wt),
+        Case("a function without a module", linear, params, x[0], wt),
     ]
 
 
-def with_lowrank_jax(row: Row) -> Adapted:
+def with_lowrank_jax(case: Case) -> Adapted:
     """plan, init, combine, lift."""
-    config = lowrank.LoraConfig(rank=RANK, alpha=ALPHA, targets=tuple(row.weights))
-    plan = lowrank.plan(row.fn, row.params, row.x)
-    base, lora = lowrank.init(jax.random.key(0), row.params, config, plan=plan)
-    run = lambda lora: lowrank.lift(row.fn)(lowrank.combine(base, lora), row.x)
-    return Adapted(run, lora, row.weights)
+    config = lowrank.LoraConfig(rank=RANK, alpha=ALPHA, targets=tuple(case.weights))
+    plan = lowrank.plan(case.fn, case.params, case.x)
+    base, lora = lowrank.init(jax.random.key(0), case.params, config, plan=plan)
+    run = lambda lora: lowrank.lift(case.fn)(lowrank.combine(base, lora), case.x)
+    return Adapted(run, lora, case.weights)
 
 
-def with_qwix(row: Row, **options: Any) -> Adapted:
+def with_qwix(case: Case, **options: Any) -> Adapted:
     """apply_lora_to_model, whose model makes factors of its own beside the weights."""
     import qwix
 
     provider = qwix.LoraProvider(rank=RANK, alpha=ALPHA, **options)
-    if isinstance(row.module, nnx.Module):
+    if isinstance(case.module, nnx.Module):
         rngs = nnx.Rngs(0)
-        fn, tree, _ = of_nnx(qwix.apply_lora_to_model(row.module, provider, row.x, rngs=rngs))
+        fn, tree, _ = of_nnx(qwix.apply_lora_to_model(case.module, provider, case.x, rngs=rngs))
     else:
-        model = qwix.apply_lora_to_model(row.module, provider)
-        fn, tree = model.apply, variables_of(model, row.x)
+        model = qwix.apply_lora_to_model(case.module, provider)
+        fn, tree = model.apply, variables_of(model, case.x)
     names, told = ("_lora_a", "_lora_b"), bool(provider.get_unused_rules())
-    tree = put(tree, flat(row.params))
-    return Adapted(lambda tree: fn(tree, row.x), tree, row.weights, names, told=told)
+    tree = put(tree, flat(case.params))
+    return Adapted(lambda tree: fn(tree, case.x), tree, case.weights, names, told=told)
 
 
-def with_quax(row: Row, **options: Any) -> Adapted:
+def with_quax(case: Case, **options: Any) -> Adapted:
     """LoraArray in place of a weight (a b over its last two axes), quaxify around the function."""
     import quax
     from quax.examples.lora import LoraArray
 
     wrap = lambda w: LoraArray(w, rank=RANK, key=jax.random.key(0), **options)
-    leaves = flat(row.params)
-    tree = put(row.params, {path: wrap(leaves[path]) for path in row.weights})
+    leaves = flat(case.params)
+    tree = put(case.params, {path: wrap(leaves[path]) for path in case.weights})
     axes = {path: ((w.ndim - 2,), (w.ndim - 1,)) for path, w in leaves.items()}
-    return Adapted(lambda tree: quax.quaxify(row.fn)(tree, row.x), tree, axes, scale=1.0)
+    return Adapted(lambda tree: quax.quaxify(case.fn)(tree, case.x), tree, axes, scale=1.0)
 
 
 COLUMNS: dict[str, tuple[str, Callable, dict[str, Any]]] = {
@@ -223,10 +223,10 @@ COLUMNS: dict[str, tuple[str, Callable, dict[str, Any]]] = {
 }
 
 
-def dense(row: Row, adapted: Adapted, factors: dict[str, Any], times: float) -> Any:
+def dense(case: Case, adapted: Adapted, factors: dict[str, Any], times: float) -> Any:
     """The parameters W + times s a b."""
-    leaves = flat(row.params)
-    for path in row.weights:
+    leaves = flat(case.params)
+    for path in case.weights:
         w, (fan_in, fan_out) = leaves[path], adapted.axes[path]
         a, b = (factors[path + name] for name in adapted.names)
         stack = tuple(i for i in range(w.ndim) if i not in fan_in + fan_out)
@@ -234,46 +234,48 @@ def dense(row: Row, adapted: Adapted, factors: dict[str, Any], times: float) -> 
         product = a.reshape(*lead, -1, RANK) @ b.reshape(*lead, RANK, -1)
         delta = product.reshape([w.shape[i] for i in order]).transpose(np.argsort(order))
         leaves[path] = w + times * adapted.scale * delta
-    return put(row.params, leaves)
+    return put(case.params, leaves)
 
 
-def judge(row: Row, adapted: Adapted) -> str:
+def judge(case: Case, adapted: Adapted) -> str:
     """What came, in a few words."""
     leaves = flat(adapted.tree)
-    if missing := sum(path + adapted.names[0] not in leaves for path in row.weights):
-        some = "" if missing == len(row.weights) else f" on {missing} of {len(row.weights)}"
+    if missing := sum(path + adapted.names[0] not in leaves for path in case.weights):
+        some = "" if missing == len(case.weights) else f" on {missing} of {len(case.weights)}"
         return f"no adapter{some}{' (told)' if adapted.told else ''}"
-    paths = [path + name for path in row.weights for name in adapted.names]
+    paths = [path + name for path in case.weights for name in adapted.names]
     factors = {path: normal(*leaves[path].shape, seed=7, scale=0.5) for path in paths}
     loss = lambda y: jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape))
-    law = lambda factors, k=1.0: jnp.float32(row.fn(dense(row, adapted, factors, k), row.x))
+    reference = lambda factors, k=1.0: jnp.float32(
+        case.fn(dense(case, adapted, factors, k), case.x)
+    )
     run = lambda factors: jnp.float32(adapted.run(put(adapted.tree, factors)))
     out = jax.jit(run)(factors)
     grads = jax.jit(jax.grad(lambda factors: loss(run(factors))))(factors)
-    limit = 0.03 if row.fn(row.params, row.x).dtype == jnp.bfloat16 else 1e-4
+    limit = 0.03 if case.fn(case.params, case.x).dtype == jnp.bfloat16 else 1e-4
     close = lambda x, y: np.abs(x - y).max() <= limit * np.abs(y).max()
-    if not close(out, law(factors)):
-        tried = [k for k in (0, 0.5, 2, 3, 4) if close(out, law(factors, k))]
+    if not close(out, reference(factors)):
+        tried = [k for k in (0, 0.5, 2, 3, 4) if close(out, reference(factors, k))]
         return "wrong" if not tried else f"delta x {tried[0]}" if tried[0] else "no adapter"
-    want = jax.jit(jax.grad(lambda factors: loss(law(factors))))(factors)
+    want = jax.jit(jax.grad(lambda factors: loss(reference(factors))))(factors)
     if all(close(grads[path], want[path]) for path in paths):
         return "right"
     return "wrong gradient" if any(map(np.any, grads.values())) else "no gradient"
 
 
-def verdict(row: Row, library: str, adapt: Callable, options: dict[str, Any]) -> str:
+def verdict(case: Case, library: str, adapt: Callable, options: dict[str, Any]) -> str:
     """Of one cell, from empty caches."""
     jax.clear_caches()
-    row.before()
+    case.before()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            said = judge(row, adapt(row, **options))
+            said = judge(case, adapt(case, **options))
         except Exception as error:
             said = "refuses" if "Refusing" in str(error) else f"error: {type(error).__name__}"
     if said == "right" and any(w.category is lowrank.MaterializeWarning for w in caught):
         return "materialized"
-    outside = REMARKS.get((row.name, library), "").startswith("not meant for")
+    outside = REMARKS.get((case.name, library), "").startswith("not meant for")
     return f"not meant for ({said})" if outside and said != "right" else said
 
 
@@ -283,13 +285,13 @@ def main() -> None:
     versions = ", ".join(f"{name} {INSTALLED.get(name, ABSENT)}" for name in packages)
     print(f"Python {platform.python_version()}, {versions}, {jax.default_backend()}\n")
     table, remarks = [["model", *COLUMNS], ["---"] * (1 + len(COLUMNS))], {}
-    for row in (row for row in rows() if all(word in row.name for word in sys.argv[1:])):
-        table.append([row.name])
+    for case in (case for case in cases() if all(word in case.name for word in sys.argv[1:])):
+        table.append([case.name])
         for library, adapt, options in COLUMNS.values():
-            said = verdict(row, library, adapt, options) if library in INSTALLED else ABSENT
+            said = verdict(case, library, adapt, options) if library in INSTALLED else ABSENT
             if said == "right" and table[-1][-1] == "refuses":
                 said = "materialized"  # all that the option adds
-            remark = REMARKS.get((row.name, library))
+            remark = REMARKS.get((case.name, library))
             if remark and said not in ("right", ABSENT):
                 said += f" [{remarks.setdefault(remark, len(remarks) + 1)}]"
             table[-1].append(said)

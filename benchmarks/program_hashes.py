@@ -51,7 +51,7 @@ def step_of(apply, optimizer):
 
 
 def fingerprint(kind: str, scanned: bool, layers: int) -> tuple[str, ...]:
-    """A row of the table."""
+    """The hashes of one case."""
     quant, options = KINDS[kind]
     apply, params, tokens = shapes(layers, scan=scanned, remat=scanned)
     plan = lowrank.plan(apply, params, tokens)

@@ -1,8 +1,8 @@
 """Models of other libraries under adapters on all linear layers, dense and on codes of four bits.
 
-    python benchmarks/third_party.py [--dora] [words of a row's name]
+    python benchmarks/third_party.py [--dora] [words of a case's name]
 
-None of these libraries is a dependency; a row whose library is missing says so. An environment of
+None of these libraries is a dependency; a case whose library is missing says so. An environment of
 their own, made in a checkout (bonsai is not on PyPI: clone github.com/jax-ml/bonsai beside it):
 
     python3 -m venv third && . third/bin/activate
@@ -16,7 +16,7 @@ own call. Adapters are `LoraConfig(rank=16)`, "all-linear". Columns:
 - value, gradient: with random factors, the largest difference from the function of the merged
   weights, of the largest output; and of the factors' gradients, of the largest of the same leaf;
 - quantized: how many leaves NF4 codes replace; nf4: value again, on these codes;
-- below a row: the warning of each dense weight that was built, on codes or not.
+- below a case: the warning of each dense weight that was built, on codes or not.
 
 A gradient of 1e-2 (Keras Xception) is rounding at ReLUs: in float64 it is 3e-15.
 """
@@ -221,7 +221,7 @@ def head(layer):
 
 
 SERIES, IMAGE = normal(7, 2, 16), normal(2, 8, 8, 16)
-ROWS = {
+CASES = {
     "bonsai EfficientNet-B0 (NNX)": bonsai_efficientnet,
     "bonsai Mamba-2 (NNX)": bonsai_mamba2,
     "bonsai Mamba-2 forecaster (NNX)": bonsai_mamba2_forecaster,
@@ -270,7 +270,7 @@ def built(caught):
 
 
 def check(make, dora=False):
-    """The figures of a row, and what was built densely."""
+    """The figures of a case, and what was built densely."""
     fn, params, x = make()
     params = noisy(params, 0.02)  # some libraries start the last layer, or a branch, at zero
     lifted = lowrank.lift(fn)
@@ -312,7 +312,7 @@ def main():
     parser.add_argument("--dora", action="store_true")
     options = parser.parse_args()
     print(f"{'model':34} adapted   start    value    gradient quantized nf4")
-    for name, make in ROWS.items():
+    for name, make in CASES.items():
         if not all(word.lower() in name.lower() for word in options.words):
             continue
         try:

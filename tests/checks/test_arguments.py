@@ -1,4 +1,4 @@
-"""Laws of bad input: every wrong value of every argument is refused with one clear error.
+"""Invariants of bad input: every wrong value of every argument is refused with one clear error.
 
 The functions and their arguments are those that introspection finds: a new argument is tested
 without being listed. A value that an argument takes is listed here, by its name.

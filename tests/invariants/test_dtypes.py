@@ -1,4 +1,4 @@
-"""Every pair of weight, factor and input dtype: as API.md says, or refused."""
+"""Every combination of weight, factor and input dtype is computed as documented, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is new is one row: a format, a method, a structural primitive, made up here."""
+"""An extension is one table entry: a format, a method and a structural primitive, made up here."""
 
 import chex
 import jax
@@ -27,13 +27,13 @@ FORMATS = {
 
 @pytest.mark.parametrize("packing", ["uint4", "uint8"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_format_is_one_row(name, packing, monkeypatch, tmp_path):
-    row = FORMATS[name]
-    monkeypatch.setitem(_codecs.FORMATS, row.name, row)
+def test_a_format_is_one_entry(name, packing, monkeypatch, tmp_path):
+    entry = FORMATS[name]
+    monkeypatch.setitem(_codecs.FORMATS, entry.name, entry)
     params, x = {"w": normal(64, 6)}, normal(3, 64)
     fn = lambda p, x: jnp.tanh(x @ p["w"])
     plan = lowrank.plan(fn, params, x)
-    quant = lowrank.QuantConfig(targets="w", format=row.name, packing=packing, double_quant=False)
+    quant = lowrank.QuantConfig(targets="w", format=entry.name, packing=packing, double_quant=False)
     base = lowrank.quantize(params, quant, plan=plan)
     on_host = lowrank.quantize(jax.tree.map(np.asarray, params), quant, plan=plan)
     chex.assert_trees_all_equal(base, on_host)
@@ -41,7 +41,7 @@ def test_a_format_is_one_row(name, packing, monkeypatch, tmp_path):
     # by the definition of a block, in NumPy
     w = np.asarray(params["w"])
     absmax = np.abs(w).max(0)
-    values = np.arange(-7, 8) / 7 if row.table is None else row.table
+    values = np.arange(-7, 8) / 7 if entry.table is None else entry.table
     nearest = values[np.abs((w / absmax)[..., None] - values).argmin(-1)]
     decoded = lowrank.dequantize(base)["w"]
     np.testing.assert_allclose(decoded, nearest * absmax, rtol=1e-6, atol=1e-6)
@@ -52,10 +52,10 @@ def test_a_format_is_one_row(name, packing, monkeypatch, tmp_path):
     tree = lowrank.combine(base, lora)
     got = lowrank.lift(fn, fallback="raise")(tree, x)
     np.testing.assert_allclose(got, fn(lowrank.merge(base, lora), x), atol=1e-5)
-    assert lowrank.report(fn, lowrank.combine(base, lora), x)["w"].format == row.name
+    assert lowrank.report(fn, lowrank.combine(base, lora), x)["w"].format == entry.name
     lowrank.checkpoint.save(tmp_path / "c", lora=lora, config=config, base=base)
     chex.assert_trees_all_equal(lowrank.checkpoint.restore(tmp_path / "c", base=base).lora, lora)
-    with pytest.raises(lowrank.ConfigError, match=f"w is in {row.name} blocks"):
+    with pytest.raises(lowrank.ConfigError, match=f"w is in {entry.name} blocks"):
         lowrank.bitsandbytes.to_state_dict(base["w"], "w")
 
 
@@ -71,10 +71,10 @@ def start_halved(key, leaf, target, config):
     return Halved(a, b, **get_target_fields(target))
 
 
-def test_a_method_is_one_row(request, tmp_path):
-    row = Method(Halved, "made-up LoHa", "halved", start_halved, scale=0.5)
-    methods.ADAPTER_METHODS.append(row)
-    request.addfinalizer(lambda: methods.ADAPTER_METHODS.remove(row))
+def test_a_method_is_one_entry(request, tmp_path):
+    entry = Method(Halved, "made-up LoHa", "halved", start_halved, scale=0.5)
+    methods.ADAPTER_METHODS.append(entry)
+    request.addfinalizer(lambda: methods.ADAPTER_METHODS.remove(entry))
     params, x = {"w": normal(8, 6)}, normal(3, 8)
     fn = lambda p, x: jnp.tanh(x @ p["w"])
     config = lowrank.LoraConfig(rank=2, targets="w", method="halved")
@@ -92,7 +92,7 @@ def test_a_method_is_one_row(request, tmp_path):
     chex.assert_trees_all_equal(lowrank.checkpoint.restore(tmp_path / "c", base=base).lora, lora)
 
 
-def test_a_structural_primitive_is_one_row(monkeypatch):
+def test_a_structural_primitive_is_one_entry(monkeypatch):
     flip_p = Primitive("made_up_flip")
     flip = lambda array: array[::-1]
     flip_p.def_abstract_eval(lambda aval: aval)

@@ -1,4 +1,4 @@
-"""What goes wrong elsewhere: each line of PITFALLS.md that this stage concerns is one test here."""
+"""Failures known from other adapter libraries, a test for each: what must not happen here."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def adapted(fn, params, *args, config=CONFIG):
     return params, noisy(lora, scale=0.5), lowrank.lift(fn, fallback="raise")
 
 
-def assert_law(fn, params, *args, config=CONFIG, rtol=2e-5):
-    """The law in value and gradient, without a fallback."""
+def assert_agrees(fn, params, *args, config=CONFIG, rtol=2e-5):
+    """The lifted call is the call on merged weights: value and gradients, without a fallback."""
     base, lora, lifted = adapted(fn, params, *args, config=config)
     live = lambda lora: lifted(lowrank.combine(base, lora), *args)
     merged = lambda lora: fn(lowrank.merge(base, lora), *args)
@@ -54,13 +54,13 @@ def test_an_earlier_product_of_the_same_shapes_hides_nothing():
     x, y = normal(5, 5), normal(5, 5, seed=1)
     _ = x @ y
     _ = jax.jit(lambda x, y: x @ y)(x, y)
-    assert_law(lambda p, x: (x @ y) @ p["w"], {"w": normal(5, 5, seed=2)}, x)
+    assert_agrees(lambda p, x: (x @ y) @ p["w"], {"w": normal(5, 5, seed=2)}, x)
 
 
 def test_an_activation_of_the_weights_shape_is_not_taken_for_it():
     """qwix: a (5, 5) activation beside a (5, 5) weight makes the adapter act twice."""
     fn = lambda p, x: jnp.sin(x @ x) @ p["w"] + x @ x
-    assert_law(fn, {"w": normal(5, 5, seed=1)}, normal(5, 5))
+    assert_agrees(fn, {"w": normal(5, 5, seed=1)}, normal(5, 5))
     fn = lambda p, x: x @ p["w"]
     eye = np.eye(5, dtype=np.float32)
     base, lora, lifted = adapted(fn, {"w": normal(5, 5)}, eye)
@@ -80,11 +80,11 @@ def test_an_activation_of_the_weights_shape_is_not_taken_for_it():
 )
 def test_no_use_of_a_weight_is_skipped_silently(fn):
     """qwix: no adapter, silently, for these."""
-    assert_law(fn, {"w": normal(5, 5)}, normal(3, 5))
+    assert_agrees(fn, {"w": normal(5, 5)}, normal(3, 5))
 
 
 def test_what_no_rule_covers_is_said():
-    """qwix: no adapter, silently, for custom_vjp and weight norm. Ours: right, and a warning."""
+    """qwix: no adapter, silently, for custom_vjp and weight norm. Here: right, and a warning."""
     norm = lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))
     custom = lambda p, x: doubled(x, p["w"])
     x, params = normal(3, 5), {"w": normal(5, 4)}
@@ -105,9 +105,9 @@ def test_linen_einsum_nnx_scan_and_top_level_scan():
     linear = lowrank.LoraConfig(rank=2, alpha=3.0)
     kernels = lowrank.LoraConfig(rank=2, alpha=3.0, targets="**/kernel")
     einsum, x = nn.Einsum((3, 6, 4), "bti,hio->bhto"), normal(2, 5, 6)
-    assert_law(einsum.apply, variables_of(einsum, x), x, config=kernels)
+    assert_agrees(einsum.apply, variables_of(einsum, x), x, config=kernels)
     fn, params, args = of_nnx(made(lambda: NnxStack(nnx.Rngs(0))), normal(2, 4))
-    assert_law(fn, params, *args, config=linear)
+    assert_agrees(fn, params, *args, config=linear)
 
 
 def test_a_scan_stays_one_scan():
@@ -150,7 +150,7 @@ def test_bfloat16_modules(kind):
         fn = lambda p, x: jnp.einsum(
             "btd,dhk->bthk", x.astype(jnp.bfloat16), p["w"].astype(jnp.bfloat16).reshape(6, 2, 3)
         ).astype(jnp.float32)
-        assert_law(fn, {"w": normal(6, 6)}, x, rtol=0.05)
+        assert_agrees(fn, {"w": normal(6, 6)}, x, rtol=0.05)
         return
     module = {
         "dense": nn.Dense(4, **dtype),
@@ -164,7 +164,7 @@ def test_bfloat16_modules(kind):
     fn = lambda p, x: module.apply(p, x).astype(jnp.float32)
     pattern = "**/embedding" if kind == "embed" else "**/kernel"
     config = lowrank.LoraConfig(rank=2, alpha=3.0, targets=pattern)
-    assert_law(fn, variables_of(module, x), x, config=config, rtol=0.05)
+    assert_agrees(fn, variables_of(module, x), x, config=config, rtol=0.05)
 
 
 def test_merge_leaves_the_callers_buffers_alone():
@@ -181,7 +181,7 @@ def test_merge_leaves_the_callers_buffers_alone():
 
 
 def test_a_scanned_base_is_not_restacked():
-    """MaxText: every adapter restacks the whole base under scan (maxtext#5129)."""
+    """MaxText: every adapter restacks the whole base under scan."""
     fn = lambda p, x: lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
     params, x = {"w": normal(3, 16, 16)}, normal(2, 16)
     base, lora, lifted = adapted(fn, params, x)
@@ -210,7 +210,7 @@ def test_merging_adds_in_float32_and_never_subtracts():
 
 
 def test_the_adapter_is_scaled_wherever_it_acts():
-    """EasyDeL: unwrapping adds an unscaled product. peft#3741: alpha = r hid a forgotten scale."""
+    """EasyDeL: unwrapping adds an unscaled product. PEFT: alpha = r hid a forgotten scale."""
     params, x = {"w": normal(5, 4)}, np.asarray(normal(3, 5))
     base, lora, lifted = adapted(lambda p, x: x @ p["w"], params, x)
     node = lora["w"]
@@ -232,7 +232,7 @@ def _net():
 
 
 def test_only_adapters_train_and_only_they_count_in_the_norm():
-    """flax#3988: a filter on Param trains the base too. maxtext#5285: frozen gradients count."""
+    """Flax: a filter on Param trains the base too. MaxText clips the base's gradients."""
     base, lora, loss = _net()
     clip = optax.clip_by_global_norm(1e-3)
     tx = lowrank.only_adapters(optax.chain(clip, optax.adam(0.1)))
@@ -282,7 +282,7 @@ def test_frozen_leaves_get_no_raw_gradient_and_integers_are_welcome():
 
 
 def test_a_target_that_matches_nothing_raises_with_near_misses():
-    """peft#1959, #3533, #3658: silent."""
+    """PEFT: silent."""
     params = {"layers_0": {"q_proj": {"kernel": normal(5, 4)}}}
     config = lowrank.LoraConfig(rank=1, targets="layers_0/q_prj/kernel")
     with pytest.raises(lowrank.PatternError, match="layers_0/q_proj/kernel"):
@@ -290,7 +290,7 @@ def test_a_target_that_matches_nothing_raises_with_near_misses():
 
 
 def test_tied_embeddings_have_one_adapter_used_twice():
-    """Merged and live differ by 4.2 logits; with ensure_weight_tying the delta is added twice."""
+    """PEFT: merged and live differ; with ensure_weight_tying the update is added twice."""
     module, tokens = Tied(), np.array([[1, 2, 2], [8, 0, 3]])
     params = variables_of(module, tokens)
     use = lowrank.plan(module.apply, params, tokens)["params/embed/embedding"]
@@ -299,11 +299,11 @@ def test_tied_embeddings_have_one_adapter_used_twice():
     config = lowrank.LoraConfig(rank=2, alpha=3.0, targets="**/embedding")
     _, lora, _ = adapted(module.apply, params, tokens, config=config)
     assert len(jax.tree.leaves(lora)) == 2
-    assert_law(module.apply, params, tokens, config=config)
+    assert_agrees(module.apply, params, tokens, config=config)
 
 
 def test_the_base_is_never_mutated():
-    """PiSSA/OLoRA mutate the base: ours returns the new one, and the pair is exact at step 0."""
+    """PEFT's PiSSA and OLoRA change the base in place. Here init returns a new one."""
     halve = lambda key, weight, rank, scale: (
         weight[:, :rank],
         jnp.eye(rank, weight.shape[1]) / scale,
@@ -319,7 +319,7 @@ def test_the_base_is_never_mutated():
 
 
 def test_an_adapter_of_another_model_is_refused():
-    """Adapter merged onto another base: nobody notices. Ours lists what does not fit."""
+    """Elsewhere an adapter merges onto another model unnoticed. Here every misfit is listed."""
     params = {"w": normal(5, 4), "v": normal(4, 4)}
     _, lora = lowrank.init(jax.random.key(0), params, CONFIG)
     with pytest.raises(lowrank.TreeError, match=r"w: .*\(5, 4\).*\(6, 4\)"):
@@ -341,25 +341,25 @@ def test_an_adapter_of_another_model_is_refused():
     ids=str,
 )
 def test_convolutions_keep_their_options(options):
-    """Conv dilation and padding_mode lost; grouped conv cannot merge."""
+    """PEFT loses dilation and padding_mode, and cannot merge grouped convolutions."""
     module, x = nn.Conv(6, (3,), **options), normal(2, 7, 6)
     config = lowrank.LoraConfig(rank=2, alpha=3.0, targets="**/kernel")
-    assert_law(module.apply, variables_of(module, x), x, config=config)
+    assert_agrees(module.apply, variables_of(module, x), x, config=config)
 
 
 def test_gradient_checkpointing_keeps_every_gradient():
-    """peft#137: gradient checkpointing kills adapter gradients."""
+    """PEFT: gradient checkpointing loses the adapter's gradients."""
     fn = lambda p, x: jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w"]))(p, x)
-    assert_law(fn, {"w": normal(5, 4)}, normal(3, 5))
+    assert_agrees(fn, {"w": normal(5, 4)}, normal(3, 5))
     module, x = Stacked(), normal(2, 4)
     config = lowrank.LoraConfig(rank=2, alpha=3.0)
-    assert_law(module.apply, variables_of(module, x), x, config=config)
+    assert_agrees(module.apply, variables_of(module, x), x, config=config)
 
 
 def test_biases_and_rectangles():
-    """Every test of ours has alpha != r, non-square weights, biases: so has the simplest one."""
+    """Rectangular weights, a bias and alpha != r show what square weights and alpha = r hide."""
     fn = lambda p, x: jnp.tanh(x @ p["w"] + p["bias"])
-    assert_law(fn, {"w": normal(7, 3), "bias": normal(3)}, normal(2, 7))
+    assert_agrees(fn, {"w": normal(7, 3), "bias": normal(3)}, normal(2, 7))
 
 
 def test_dropout_draws_a_mask_for_each_layer_of_a_scan():

@@ -1,4 +1,4 @@
-"""Laws of the plan: of any program it says what every leaf is used for, however that is nested.
+"""Invariants of the plan: it names every use of every leaf, in programs nested at random.
 
 Random programs are sequences of blocks on h [4, 4]; each block has leaves of its own, says what
 they are used for, and may be wrapped in jit, remat, a loop, a branch or vmap. No program is run or

@@ -2,8 +2,8 @@
 
 A leaf gets random fan-in, fan-out and stack axes, is led through random transposes, slices and
 reshapes, and is consumed by a random product. Where the product uses each axis for what it is
-(fan-in is contracted, fan-out kept, stack batched), fallback="raise" must pass; elsewhere the law
-must hold.
+(fan-in is contracted, fan-out kept, stack batched), fallback="raise" must pass; elsewhere the
+fallback must give the same numbers.
 """
 
 from __future__ import annotations

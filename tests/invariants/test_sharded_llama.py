@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 MESHES = [(8, 1), (4, 2), (2, 4)]
-# Where the laws below, or test_devices.py, already say it of each mesh.
+# For what the invariants below, or test_devices.py, already test on each mesh.
 ONE_MESH = [pytest.param(m, marks=() if m == (4, 2) else (pytest.mark.slow,)) for m in MESHES]
 SIZES = {"vocab": 32, "dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}
 MODEL = Llama(LlamaConfig(**SIZES, hidden=48, remat=True))

@@ -19,5 +19,5 @@ def test_lifted_programs_are_the_dense_ones(first, monkeypatch):
     verdicts = judge(range(first, first + TOGETHER), TOGETHER, short=True)
     wrong = [f"seed {v.seed}: {v.wrong}\n{v.text}" for v in verdicts if v.wrong]
     assert not wrong, "\n".join(wrong)
-    # the law would say nothing of programs that are all built densely
+    # programs that all fall back to dense weights would test nothing
     assert sum(not v.fallbacks for v in verdicts) >= TOGETHER // 8

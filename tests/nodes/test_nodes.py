@@ -1,4 +1,4 @@
-"""The pytree law: every node goes where an array goes, and every array in it is real."""
+"""Nodes are pytrees: each goes wherever an array goes, and has arrays alone as leaves."""
 
 import copy
 import dataclasses

@@ -74,14 +74,14 @@ KINDS = ("LoRA", "DoRA", "on codes", "DoRA on int8", "codes")
 OFTEN = ("fan-in", "layers", "experts")  # tried with dense bases and bare codes by default
 
 
-def rows():
+def cases():
     for name in PROGRAMS:
         for kind in KINDS:
             default = kind == "DoRA on int8" or (name in OFTEN and kind in ("LoRA", "codes"))
             yield pytest.param(name, kind, marks=() if default else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "kind"), [*rows()])
+@pytest.mark.parametrize(("name", "kind"), [*cases()])
 def test_value_and_derivatives(name, kind):
     shape, fan_in, fan_out, stack, by, x, fn = PROGRAMS[name]
     params = {"w": normal(*shape), "v": 1 + jnp.abs(normal(*by, seed=4))}

@@ -130,7 +130,7 @@ def test_what_writes_files_needs_no_interpreter():
 
 
 def test_formats_are_named_in_their_table_alone():
-    """A comparison with a format's name is a fact that the format's row should state."""
+    """A comparison with a format's name is a fact that the format's entry should state."""
     for name, path in NAMES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare):

@@ -2,9 +2,9 @@
 
     python tests/support/algebra.py --seeds 0:2000
 
-tries that range of seeds, and ends with the number of programs that broke the law and with the
-operations at which others fell back to a dense weight. A range can be cut and resumed: a seed is a
-program.
+tries that range of seeds, and ends with the number of programs that broke the invariant and with
+the operations at which others fell back to a dense weight. Each seed is one program, so a range can
+be split and resumed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXACT, COARSE = 2e-4, 6e-2  # of the largest entry, or of 1: with and without bf
 
 @dataclasses.dataclass
 class Verdict:
-    """What came of one program: the rules that did not serve it, and how it broke the law.
+    """The result of one program: the operations that fell back, and how it broke the invariant.
 
     compiler: jitted, the dense program itself is another than run operation by operation, which the
     lifted one equals.
@@ -73,7 +73,7 @@ def derivatives(run: Program, f: Any, short: bool) -> Any:
 
 
 def prepare(run: Program, short: bool = False) -> tuple[Any, Verdict]:
-    """The two sides of the law as one function of (base, adapter, s), and what falls back."""
+    """The two sides of the invariant as one function of (base, adapter, s), and what falls back."""
     fn = run.fn
     adapted = any(node is not None for node in run.lora.values())
     s = jnp.float32(1)

@@ -31,7 +31,7 @@ def kinds(tree):
     return {x.sharding.memory_kind for x in leaves if x.ndim}
 
 
-ROWS = {
+CASES = {
     "adam": ADAM,
     "quantized": lowrank.quantize_state(ADAM),
     "around MultiSteps": optax.MultiSteps(ADAM, 2).gradient_transformation(),
@@ -39,10 +39,10 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("jit", [True, False])
 def test_same_updates_from_the_host(name, jit):
-    tx, wrap = ROWS[name], jax.jit if jit else lambda fn: fn
+    tx, wrap = CASES[name], jax.jit if jit else lambda fn: fn
     moved = offloaded(tx)
     state, want = wrap(moved.init)(PARAMS), tx.init(PARAMS)
     assert jax.tree.structure(state) == jax.tree.structure(want)

@@ -51,12 +51,12 @@ def assert_states_close(one, other):
 RMS = optax.rmsprop(1e-3)  # one moment: half as much to compile
 
 
-# One row a way in which transformations are put together: the number of leaves it quantizes, of
-# two that are large enough.
+# Each case is one composition of transformations, with the number of leaves that it quantizes; two
+# are large enough.
 MASK = {"a": True, "b": False, "bias": True, "no": False}
 LABELS = {"a": "x", "b": "y", "bias": "x", "no": "x"}
 ADAM = optax.adam(1e-3)
-ROWS = {
+CASES = {
     "adam": (quantized(ADAM), 4),
     "adam in bfloat16": (quantized(optax.adam(1e-3, mu_dtype=jnp.bfloat16)), 4),
     "lion": (quantized(optax.lion(1e-3)), 2),
@@ -85,9 +85,9 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", CASES)
 def test_any_transformation(name):
-    tx, count = ROWS[name]
+    tx, count = CASES[name]
     state = jax.eval_shape(tx.init, PARAMS)
     assert len(nodes(state)) == count
     updates, after = jax.eval_shape(tx.update, PARAMS, state, PARAMS)
