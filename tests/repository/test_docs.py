@@ -38,6 +38,8 @@ def public():
 
 
 PUBLIC = public()
+# what these packages do is taken from papers, file formats and other libraries: they cite them
+CITING = ("bitsandbytes", "huggingface", "initializers", "peft")
 
 
 def of_kind(is_kind):
@@ -86,11 +88,20 @@ def test_functions_are_documented(function):
     text = inspect.getdoc(function) or ""
     assert re.search(r"[.:]", text.split("\n")[0]), "the first sentence"
     signature = inspect.signature(function)
-    parts = ["Source:", ">>> "]
+    parts = [">>> "]
     parts += ["Args:"] if signature.parameters else []
     parts += ["Returns:"] if signature.return_annotation not in (None, "None") else []
     assert not [part for part in parts if part not in text]
     assert not unnamed(parameters(function), text.partition("Args:")[2])
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, v in PUBLIC.items() if inspect.isfunction(v) and n.split(".")[1] in CITING]
+)
+def test_functions_of_papers_and_formats_cite_them(name):
+    source = re.search(r"^Source: *(\S.*)", inspect.getdoc(PUBLIC[name]), flags=re.M)
+    assert source
+    assert "this library" not in source[1]
 
 
 def members(owner):
@@ -115,6 +126,14 @@ def test_classes_are_documented(owner):
         if not name.startswith("_"):
             assert function.__doc__, name
             assert not unnamed(parameters(function), function.__doc__), name
+
+
+@pytest.mark.parametrize(
+    "owner", of_kind(lambda v: inspect.isclass(v) and not issubclass(v, Exception))
+)
+def test_classes_have_an_example(owner):
+    """Nodes, configurations and results; errors have theirs in docs/mistakes.md."""
+    assert ">>> " in vars(owner)["__doc__"]
 
 
 @pytest.mark.parametrize("module", of_kind(inspect.ismodule))

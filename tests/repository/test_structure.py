@@ -1,9 +1,10 @@
-"""The house rules: layers, public JAX only, cheap import, one concept a file."""
+"""Structure of the package: layers, public JAX only, a cheap import, short modules."""
 
 import ast
 import graphlib
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ import lowrank_jax
 PACKAGE = Path(lowrank_jax.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Folders, and files beside them: each imports from floors below its own, and from within itself.
-# On one floor `_transforms`, functions of functions, and `_trees`, functions of trees, stand apart.
-FLOORS = [
+# Folders, and modules beside them. Each imports from lower layers and from within itself alone.
+# `_transforms` (functions of functions) and `_trees` (functions of trees) are in one layer, so that
+# neither imports the other.
+LAYERS = [
     {"_display"},
     {"_errors"},
     {"_checks", "_codecs", "_jax"},
@@ -31,11 +33,11 @@ FLOORS = [
     {"_cli", "__init__"},
     {"__main__"},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {folder: layer for layer, folders in enumerate(LAYERS) for folder in folders}
 
 
 def dotted(path):
-    """A module's name within the package; a folder's own is that of the folder."""
+    """A module's name within the package; an __init__ has its folder's name."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__") or "__init__"
 
@@ -44,7 +46,10 @@ NAMES = {dotted(path): path for path in MODULES}
 
 
 def imports(path, types=True):
-    """Names of all modules a file imports, ours as "lowrank_jax.x.y"; types: for types too."""
+    """Names of all modules that a file imports, the package's own as "lowrank_jax.x.y".
+
+    types: include imports for type checkers alone.
+    """
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if not types and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -60,26 +65,26 @@ def imports(path, types=True):
 
 
 def own_imports(path, types=True):
-    """Those of this package, as they are named within it."""
+    """The modules of the package that a file imports, by their names within it."""
     found = imports(path, types)
     names = {name.removeprefix("lowrank_jax.") for name in found if "lowrank_jax" in name}
     assert names <= NAMES.keys(), names - NAMES.keys()
     return names
 
 
-def test_every_room_has_its_floor():
-    assert {name.split(".")[0] for name in NAMES} == FLOOR.keys()
+def test_every_folder_has_a_layer():
+    assert {name.split(".")[0] for name in NAMES} == LAYER.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_imports_point_down(name):
-    room = name.split(".")[0]
+    folder = name.split(".")[0]
     for other in own_imports(NAMES[name]):
         below = other.split(".")[0]
-        assert below == room or FLOOR[below] < FLOOR[room], f"{name} imports {other} from above"
+        assert below == folder or LAYER[below] < LAYER[folder], f"{name} imports {other} from above"
 
 
-def test_no_imports_in_a_circle():
+def test_imports_have_no_cycle():
     graph = {name: own_imports(path, types=False) - {name} for name, path in NAMES.items()}
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
     assert {*order} == {*NAMES}
@@ -106,7 +111,7 @@ def test_only_public_jax(path):
     assert "_src" not in path.read_text()
 
 
-def test_jaxpr_internals_stay_in_the_seam():
+def test_jaxpr_internals_are_read_in_one_folder():
     for name, path in NAMES.items():
         if not name.startswith("_jax."):
             assert "jax.extend" not in set(imports(path)), path
@@ -115,14 +120,14 @@ def test_jaxpr_internals_stay_in_the_seam():
 
 
 def test_what_writes_files_needs_no_interpreter():
-    """The two wings apart: functions of trees, and what saves trees, import no transformation."""
+    """Functions of trees, and what saves trees, import no transformation, even indirectly."""
+    writers = ("_trees", "_files", "checkpoint", "peft", "huggingface", "bitsandbytes")
     for name in NAMES:
         reached, rest = set(), {name}
         while rest:
             reached |= rest
             rest = {other for one in rest for other in own_imports(NAMES[one])} - reached
-        room = name.split(".")[0]
-        if room in ("_trees", "_files", "checkpoint", "peft", "huggingface", "bitsandbytes"):
+        if name.split(".")[0] in writers:
             above = {
                 other for other in reached if other.startswith(("_interpreter", "_transforms"))
             }
@@ -130,7 +135,7 @@ def test_what_writes_files_needs_no_interpreter():
 
 
 def test_formats_are_named_in_their_table_alone():
-    """A comparison with a format's name is a fact that the format's entry should state."""
+    """What a comparison with a format's name decides should be a field of the format's entry."""
     for name, path in NAMES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare):
@@ -152,15 +157,22 @@ def test_import_loads_no_optional_package():
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.stem == "__init__"], ids=dotted)
 def test_packages_hold_imports_alone(path):
-    """Code stands in files named for what it does; `__all__` and `__version__` are no code."""
+    """An __init__ imports, and sets `__all__` or `__version__`; code is in modules named for it."""
     for node in ast.parse(path.read_text()).body:
         named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0])
         known = isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)
         assert known or named in ("__all__", "__version__"), f"{dotted(path)}, line {node.lineno}"
 
 
-def test_every_file_is_of_one_concept():
-    for path in MODULES:
-        assert len(path.read_text().splitlines()) <= 350, f"{path.stem} wants to be two files"
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{path.stem} says what it is"
-        assert path.stem.strip("_") not in {"utils", "misc", "common", "base", "helpers"}
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_says_what_it_provides(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert path.stem.strip("_") not in {"utils", "misc", "common", "base", "helpers"}
+
+
+def test_modules_are_short():
+    """One concept is in one file, and most are read in a few minutes."""
+    lengths = {dotted(path): len(path.read_text().splitlines()) for path in MODULES}
+    assert not {name: length for name, length in lengths.items() if length > 400}
+    code = [lengths[dotted(path)] for path in MODULES if path.stem != "__init__"]
+    assert statistics.median(code) < 170
