@@ -73,6 +73,16 @@ def test_pages_name_what_exists(page):
         functools.reduce(getattr, dotted[1:].split("."), lowrank_jax)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_name_files_that_are_there(page):
+    text = page.read_text()
+    names = re.findall(r"(?:notebooks|examples|tests|benchmarks|docs)/[\w./-]*\w", text)
+    names += [f"lowrank_jax/{name}" for name in re.findall(r"`(_?[a-z]+/\w+\.py)`", text)]
+    for name in names:
+        inside = name.removeprefix("lowrank_jax/")
+        assert (ROOT / name).exists() or (ROOT / inside).exists(), name
+
+
 def parameters(function):
     """Names of what a caller passes."""
     names = list(inspect.signature(function).parameters)

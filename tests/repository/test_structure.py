@@ -76,6 +76,14 @@ def test_every_folder_has_a_layer():
     assert {name.split(".")[0] for name in NAMES} == LAYER.keys()
 
 
+def test_the_map_of_the_documentation_has_these_layers():
+    page = (PACKAGE.parent / "docs" / "contributing.md").read_text()
+    rows = re.findall(r"^\| ((?:`\w+`,? ?)+) \|", page.split("## To add")[0], flags=re.M)
+    documented = [set(re.findall(r"\w+", row)) for row in rows]
+    private = [{folder for folder in layer if "__" not in folder} for layer in LAYERS]
+    assert documented == [layer for layer in private if layer]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_imports_point_down(name):
     folder = name.split(".")[0]
