@@ -1,10 +1,8 @@
 """Save and restore: bit-equal, atomic, verified, and only onto the base trained on."""
 
 import contextlib
-import functools
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -19,88 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
+from checkpoints import BASES, CONFIG, drawn, entries, linen_base, list_base, made, same
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lowrank
-from lowrank_jax import CheckpointError, TreeError, _nodes, checkpoint
+from lowrank_jax import CheckpointError, _nodes, checkpoint
 from lowrank_jax._jax.paths import join_keys
 from lowrank_jax._trees import fingerprint as hashing
-from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
+from lowrank_jax._trees.fingerprint import fingerprint
 from lowrank_jax.checkpoint import _archive, _entries, _fitting
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
-
-CONFIG = lowrank.LoraConfig(rank=2, alpha=3, targets=("**/kernel",), train=("**/bias",))
-
-
-class Linen(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Dense(4)(x))
-        return nn.Dense(5)(x)
-
-
-class Nnx(nnx.Module):
-    def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 5, rngs=rngs)])
-
-
-def drawn(tree, seed=2):
-    """Numbers in the place of the leaves of a tree, which may be abstract."""
-    normal = np.random.default_rng(seed).normal
-    return jax.tree.map(lambda leaf: jnp.asarray(normal(size=leaf.shape), leaf.dtype), tree)
-
-
-@functools.cache
-def initialized():
-    return drawn(jax.eval_shape(Linen().init, jax.random.key(0), jnp.ones((1, 3))))
-
-
-def linen_base():
-    return jax.tree.map(lambda leaf: leaf, initialized())
-
-
-def nnx_base():
-    return drawn(nnx.state(nnx.eval_shape(lambda: Nnx(nnx.Rngs(0)))))
-
-
-def list_base():
-    array = lambda *shape: jnp.asarray(np.ones(shape, np.float32))
-    leaf = lambda *shape: {"kernel": array(*shape), "bias": array(*shape[-1:])}
-    return [leaf(3, 4), (leaf(4, 5), None), jnp.asarray(np.int32(7))]
-
-
-BASES = {"linen": linen_base, "nnx": nnx_base, "list": list_base}
-
-
-def made(base, **options):
-    """An adapter whose factors are all non-zero, with its config."""
-    config = lowrank.LoraConfig(**{**CONFIG.to_dict(), **options})
-    return drawn(jax.eval_shape(lambda: lowrank.init(jax.random.key(1), base, config)[1])), config
-
-
-def same(one, other):
-    """Same structure (static fields of nodes too), dtypes and bytes."""
-    leaves, treedef = jax.tree.flatten(one)
-    others, other_treedef = jax.tree.flatten(other)
-    assert treedef == other_treedef
-    for leaf, found in zip(leaves, others, strict=True):
-        assert (leaf.shape, leaf.dtype) == (found.shape, found.dtype)
-        assert np.asarray(leaf).tobytes() == np.asarray(found).tobytes()
-
-
-def entries(path):
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
-def edit(path, change):
-    """Change a manifest's body, and make its own hash right again."""
-    body = json.loads((path / "manifest.json").read_text())
-    del body["sha256"]
-    change(body)
-    (path / "manifest.json").write_bytes(_archive.serialize_manifest(body))
 
 
 # Round trips
@@ -255,62 +183,6 @@ def test_sharded_leaves_go_to_another_mesh(tmp_path):
 # Refusals
 
 
-def test_wrong_base_is_refused(tmp_path):
-    base = linen_base()
-    lora, config = made(base)
-    computed = fingerprint(base)
-    checkpoint.save(tmp_path, lora=lora, config=config, base=computed)
-    other = jax.tree.map(lambda leaf: leaf, base)
-    other["params"]["Dense_1"]["kernel"] = base["params"]["Dense_1"]["kernel"].at[0, 0].add(1)
-    for wrong in (other, fingerprint(other)):
-        with pytest.raises(CheckpointError, match="not the one the adapter was trained on") as info:
-            checkpoint.restore(tmp_path, base=wrong)
-        assert "check_base=False" in str(info.value)
-        assert str(info.value).count("\n") == 1
-        assert "params/Dense_1/kernel: float32[4, 5] of SHA-256" in str(info.value)
-    same(lora, checkpoint.restore(tmp_path, base=other, check_base=False).lora)
-    assert checkpoint.restore(tmp_path, base=computed).lora["params"]["Dense_0"]
-    wide = jax.tree.map(lambda leaf: jnp.ones((*leaf.shape[:-1], 9)), base)
-    for wrong, text in (
-        (wide, r"Dense_0/kernel: \(3, 4\), expected \(3, 9\)"),
-        (base["params"], r"params/Dense_0/bias: unexpected"),
-        (lowrank.combine(base, lora), "holds an adapter at"),
-    ):
-        with pytest.raises(CheckpointError, match=text):
-            checkpoint.restore(tmp_path, base=wrong, check_base=False)
-        with pytest.raises(CheckpointError):
-            checkpoint.restore(tmp_path, base=wrong)
-    abstract = jax.eval_shape(lambda: base)
-    with pytest.raises(CheckpointError, match="not an array of numbers with values"):
-        checkpoint.restore(tmp_path, base=abstract)
-    same(lora, checkpoint.restore(tmp_path, base=abstract, check_base=False).lora)
-
-
-def test_like_lists_all_that_differs(tmp_path):
-    base = linen_base()
-    lora, config = made(base)
-    tx = optax.adam(0.1)
-    checkpoint.save(tmp_path, lora=lora, config=config, opt_state=tx.init(lora))
-    wrong, _ = made(base, rank=3, targets="params/Dense_0/kernel", train="params/Dense_1/bias")
-    with pytest.raises(CheckpointError) as info:
-        checkpoint.restore(tmp_path, like={"lora": wrong})
-    for text in (
-        "params/Dense_0/kernel/a: float32[3, 2], expected float32[3, 3]",
-        "params/Dense_1/kernel/a: unexpected, float32[4, 2]",
-        "params/Dense_0/kernel.scale: 1.5, expected 1.0",
-    ):
-        assert text in str(info.value)
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lora)
-    with pytest.raises(CheckpointError, match=r"kernel/a: float32\[3, 2\], expected bfloat16"):
-        checkpoint.restore(tmp_path, like={"lora": half})
-    with pytest.raises(CheckpointError, match="0/trace/params/Dense_0/kernel/a: missing") as info:
-        checkpoint.restore(tmp_path, like={"opt_state": optax.sgd(1, 0.9).init(lora)})
-    assert "0/mu/params/Dense_0/kernel/a: unexpected, float32[3, 2]" in str(info.value)
-    checkpoint.save(tmp_path, lora=lora, config=config)
-    with pytest.raises(CheckpointError, match="0/count: missing, expected int32"):
-        checkpoint.restore(tmp_path, like={"opt_state": tx.init(lora)})
-
-
 def test_save_refuses_what_is_no_adapter(tmp_path):
     base = linen_base()
     lora, config = made(base)
@@ -340,139 +212,6 @@ def test_save_refuses_what_is_no_adapter(tmp_path):
 
 
 # Damage
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved")
-    lora, config = made(linen_base())
-    state = optax.adamw(1e-3).init(lora)
-    checkpoint.save(path, lora=lora, config=config, base=linen_base(), opt_state=state, step=1)
-    return path
-
-
-@pytest.fixture
-def copy(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-def test_every_flipped_byte_is_caught(copy):
-    generator = np.random.default_rng(0)
-    for name, content in entries(copy).items():
-        for _ in range(8):
-            at, bit = generator.integers(len(content)), 1 << generator.integers(8)
-            flipped = bytearray(content)
-            flipped[at] ^= bit
-            (copy / name).write_bytes(flipped)
-            with pytest.raises(CheckpointError, match=r"damaged|not a manifest|format version"):
-                checkpoint.restore(copy)
-        (copy / name).write_bytes(content)
-    assert checkpoint.restore(copy).step == 1
-
-
-def test_missing_and_truncated_files(copy):
-    folder = next(copy.glob("arrays-*"))
-    contents = entries(folder)
-    for name, content in contents.items():  # one by one: the message lists the first few of many
-        (folder / name).write_bytes(content[:-1])
-        words = f"{name}: {len(content) - 1} bytes, expected {len(content)}"
-        with pytest.raises(CheckpointError, match=f"damaged(?s:.*){re.escape(words)}"):
-            checkpoint.restore(copy)
-        (folder / name).unlink()
-        with pytest.raises(CheckpointError, match=re.escape(f"{name}: missing")):
-            checkpoint.restore(copy)
-        (folder / name).write_bytes(content)
-    for name in contents:
-        (folder / name).unlink()
-    with pytest.raises(CheckpointError, match="_METADATA: missing"):
-        checkpoint.restore(copy)
-    (copy / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no manifest\.json"):
-        checkpoint.restore(copy)
-    with pytest.raises(CheckpointError, match="does not exist"):
-        checkpoint.restore(copy / "nowhere")
-
-
-def test_a_leaf_is_verified_beyond_its_file(copy):
-    def swap(body):
-        one, other = "lora/params/Dense_0/kernel/a", "opt_state/0/mu/params/Dense_0/kernel/a"
-        body["arrays"][one], body["arrays"][other] = body["arrays"][other], body["arrays"][one]
-
-    edit(copy, swap)
-    with pytest.raises(CheckpointError, match="lora/params/Dense_0/kernel/a: its SHA-256"):
-        checkpoint.restore(copy)
-
-
-def test_unknown_version_is_refused(copy):
-    edit(copy, lambda body: body.update(version=2))
-    with pytest.raises(
-        CheckpointError, match=r"format version 2; this lowrank_jax reads version 1"
-    ):
-        checkpoint.restore(copy)
-
-
-def nothing(path, value):
-    """A change of a manifest at a path of keys."""
-
-    def change(body):
-        for key in path[:-1]:
-            body = body[key]
-        body[path[-1]] = value
-
-    return change
-
-
-FORGED = {
-    "no folder": nothing(["folder"], None),
-    "folder outside": nothing(["folder"], "../arrays-" + 32 * "0"),
-    "file outside": nothing(["files", "../../x"], [3, "0"]),
-    "absolute file": nothing(["files", "/etc/passwd"], [3, "0"]),
-    "huge array": nothing(["arrays", "lora/params/Dense_0/kernel/a", 0], [1 << 40, 1 << 20]),
-    "negative size": nothing(["arrays", "lora/params/Dense_0/kernel/a", 0], [-3, -2]),
-    "unknown dtype": nothing(["arrays", "lora/params/Dense_0/kernel/a", 1], "object"),
-    "config key": nothing(["config", "shape"], 3),
-    "config regex": nothing(["config", "targets"], [{"re": "("}]),
-    "config type": nothing(["config"], []),
-    "node type": nothing(["lora", 0, "type"], "os.system"),
-    "node axes": nothing(["lora", 1, "static", "fan_in"], [7]),
-    "node scale": nothing(["lora", 1, "static", "scale"], "x"),
-    "array name": nothing(["lora", 1, "arrays", "a", "name"], "elsewhere"),
-    "array form": nothing(["opt_state", 0, "form"], "pickle"),
-    "step": nothing(["step"], "x"),
-    "base": nothing(["base"], {"algorithm": "md5", "leaves": {}}),
-    "list": nothing(["opt_state"], 3),
-}
-
-
-@pytest.mark.parametrize("name", FORGED)
-def test_forged_manifests_give_one_typed_error(copy, name):
-    edit(copy, FORGED[name])
-    began = time.perf_counter()
-    with pytest.raises(CheckpointError):
-        checkpoint.restore(copy)
-    assert time.perf_counter() - began < 2
-
-
-def test_text_that_is_no_manifest(copy):
-    for text in ("", "[]", "{", "[" * 100_000, "3", '{"format": "other"}', "\0", "NaN"):
-        (copy / "manifest.json").write_text(text)
-        with pytest.raises(CheckpointError, match="manifest"):
-            checkpoint.restore(copy)
-
-
-def test_nothing_is_unpickled(copy, tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "ran"),))
-
-    payload = pickle.dumps(Payload())
-    for name in entries(copy):
-        content = (copy / name).read_bytes()
-        (copy / name).write_bytes(payload)
-        with pytest.raises(CheckpointError):
-            checkpoint.restore(copy)
-        (copy / name).write_bytes(content)
-    assert not (tmp_path / "ran").exists()
 
 
 # Replacement
@@ -617,72 +356,6 @@ def test_other_files_are_left_alone_and_damage_is_replaced(copy):
 
 
 # Fingerprints
-
-
-def test_fingerprint_is_of_content_not_of_form():
-    tree = {
-        "half": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3),
-        "codes": jnp.arange(4).astype(jnp.uint4),
-        "count": jnp.array(3),
-        "key": jax.random.key(0),
-        "empty": jnp.zeros((0, 2)),
-    }
-    found = fingerprint(tree)
-    assert [leaf[:3] for leaf in found.leaves] == [
-        ("codes", (4,), "uint4"),
-        ("count", (), "int32"),
-        ("empty", (0, 2), "float32"),
-        ("half", (2, 3), "bfloat16"),
-        ("key", (2,), "uint32"),
-    ]
-    assert found == fingerprint(dict(reversed(tree.items())))
-    hosted = {
-        name: np.asarray(leaf, order="F") if name != "key" else leaf for name, leaf in tree.items()
-    }
-    assert found == fingerprint(hosted)
-    assert found == Fingerprint.from_dict(json.loads(json.dumps(found.to_dict())))
-    assert hash(found) == hash(fingerprint(tree))
-    assert len(repr(found)) < 60
-    for name, other in (
-        ("half", tree["half"].at[0, 0].set(-0.0)),  # 0.0 before: equal, and of other bytes
-        ("half", tree["half"].T),
-        ("count", tree["count"].astype(jnp.int8)),
-        ("key", jax.random.key(1)),
-    ):
-        changed = fingerprint({**tree, name: other})
-        assert changed != found
-        assert [line.split(":")[0] for line in found.differences(changed)] == [name]
-    renamed = fingerprint({"x": tree["half"], **{k: v for k, v in tree.items() if k != "half"}})
-    assert [line[:16] for line in found.differences(renamed)] == [
-        "half: missing, e",
-        "x: unexpected, b",
-    ]
-
-
-def test_fingerprint_of_sharded_leaves():
-    value = np.arange(64.0, dtype=np.float32).reshape(8, 8)
-    count = len(jax.devices())
-    split = NamedSharding(jax.make_mesh((count,), ("x",)), PartitionSpec(None, "x"))
-    leaf = jax.device_put(value, split)
-    assert fingerprint([value]) == fingerprint([leaf])
-    whole = jax.device_put(value, NamedSharding(split.mesh, PartitionSpec()))
-    assert fingerprint([value]) == fingerprint([whole])
-
-
-def test_fingerprint_refuses_what_has_no_values():
-    lora, _ = made(linen_base())
-    gone = jnp.ones(3)
-    gone.delete()
-    for bad, text in (
-        ("text", "is str"),
-        (jax.ShapeDtypeStruct((3,), jnp.float32), "is ShapeDtypeStruct"),
-        (gone, "deleted"),
-        (lora, "is an adapter"),
-    ):
-        with pytest.raises(TreeError, match=text):
-            fingerprint({"leaf": bad})
-    with pytest.raises(TreeError, match="no values to read"):
-        jax.jit(lambda x: fingerprint([x]))(1.0)
 
 
 def test_exists_once_a_save_has_come_to_its_end(tmp_path):

@@ -10,7 +10,6 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lowrank
 from lowrank_jax import CheckpointError, checkpoint
-from lowrank_jax._files.locks import lock_folder
 from lowrank_jax.checkpoint import _archive
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -43,11 +41,6 @@ def adapter(value=1.0):
 def save(directory, value=1.0, **options):
     options = {"lora": adapter(value), "config": CONFIG, "step": int(value), **options}
     return checkpoint.save(directory, **options)
-
-
-def save_async(directory, value=1.0, **options):
-    options = {"lora": adapter(value), "config": CONFIG, "step": int(value), **options}
-    return checkpoint.save_async(directory, **options)
 
 
 def run(*arguments):
@@ -186,15 +179,6 @@ def test_a_manifest_that_cannot_be_read_costs_no_arrays(old, monkeypatch):
     assert forms.orphans(old / "checkpoint") == 0
 
 
-def test_a_fork_does_not_keep_the_lock(tmp_path, monkeypatch):
-    save(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "close", lambda handle: None)  # a fork has its own copy of the handle
-        with lock_folder(tmp_path):
-            pass
-    save(tmp_path, 2)
-
-
 def test_flipped_bits(old):
     line = faults.flips(250, old, 0)
     assert re.match(r"flipped bits, of \d+: 250: \{'CheckpointError': 250\}", line)
@@ -251,59 +235,6 @@ def test_no_payload_runs(old, tmp_path):
 # What fits
 
 
-def test_a_field_of_later_has_its_default_and_an_unknown_one_is_refused(tmp_path):
-    save(tmp_path)
-    static = lambda body: body["lora"][0]["static"]
-    edit(tmp_path, lambda body: static(body).pop("kind"))
-    assert checkpoint.restore(tmp_path).lora["w"].kind == "dot"
-    edit(tmp_path, lambda body: body.pop("extra"))
-    assert checkpoint.restore(tmp_path).extra is None
-    edit(tmp_path, lambda body: static(body).update(gated=True))
-    with pytest.raises(
-        CheckpointError, match=r"'w' is a LowRank with \['gated'\], unknown to this"
-    ):
-        checkpoint.restore(tmp_path)
-    edit(tmp_path, lambda body: static(body).pop("gated"))
-    edit(tmp_path, lambda body: body.update(history=[]))
-    with pytest.raises(CheckpointError, match=r"has \['history'\], unknown to this"):
-        checkpoint.restore(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (lambda node: node["static"].update(scale="2.0"), "scale: '2.0', expected a float"),
-        (lambda node: node["static"].update(stack=[True]), r"stack: \(True,\), expected a tuple"),
-        (lambda node: node["static"].update(fan_in=[1]), "do not fit each other or their axes"),
-        (lambda node: node["static"].update(kind="sum"), "do not fit each other or their axes"),
-        (lambda node: node.update(path="w"), "has the path 'w', expected a list"),
-    ],
-)
-def test_a_node_is_as_its_fields_say(tmp_path, change, text):
-    save(tmp_path)
-    edit(tmp_path, lambda body: change(body["lora"][0]))
-    with pytest.raises(CheckpointError, match=text):
-        checkpoint.restore(tmp_path)
-
-
-def test_each_array_is_of_one_leaf(tmp_path):
-    save(tmp_path, opt_state={"m": jnp.ones((16, 2)), "count": 3})
-    original = (tmp_path / "manifest.json").read_bytes()
-    for change, text in (
-        (lambda body: body["opt_state"][1].update(name="lora/w/a"), "lora/w/a: used 2 times"),
-        (lambda body: body["opt_state"].pop(), "opt_state/m: used 0 times"),
-        (lambda body: body["lora"].append(body["lora"][0]), "has 'w' twice"),
-        (
-            lambda body: body["opt_state"][1].update(form="int"),
-            r"'opt_state/m' is float32\[16, 2\]",
-        ),
-    ):
-        edit(tmp_path, change)
-        with pytest.raises(CheckpointError, match=text):
-            checkpoint.restore(tmp_path)
-        (tmp_path / "manifest.json").write_bytes(original)
-
-
 def test_factors_that_do_not_fit_are_not_saved(tmp_path):
     for a, b in (((16, 2), (3, 8)), ((2,), (2, 8)), ((5, 16, 2), (4, 2, 8))):
         lora = {"w": lowrank.LowRank(jnp.ones(a), jnp.ones(b))}
@@ -331,102 +262,6 @@ def test_what_like_asks_for_in_vain(tmp_path):
 
 
 # In the background
-
-
-def test_async_saves_what_was_there_at_the_call(tmp_path, monkeypatch):
-    write, go = checkpoint._save.write_archive, threading.Event()
-    monkeypatch.setattr(checkpoint._save, "write_archive", lambda *args: (go.wait(), write(*args)))
-    lora, counts = adapter(3), np.arange(4)
-    saving = save_async(tmp_path, 3, lora=lora, extra={"counts": counts})
-    changed = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)(lora)
-    jax.block_until_ready(changed)
-    counts[:] = -1
-    assert not saving.done()
-    assert not checkpoint.exists(tmp_path)
-    go.set()
-    saving.wait()
-    assert saving.done()
-    found = checkpoint.restore(tmp_path)
-    assert (np.asarray(found.lora["w"].a) == 3).all()
-    assert found.extra["counts"].tolist() == [0, 1, 2, 3]
-    saving.wait()  # twice is no harm
-
-
-def test_async_saves_to_one_path_come_one_after_the_other(tmp_path):
-    for value in range(1, 6):
-        saving = save_async(tmp_path, value)
-    saving.wait()
-    assert checkpoint.restore(tmp_path).step == 5
-    save_async(tmp_path, 6)
-    save(tmp_path, 7)
-    assert checkpoint.restore(tmp_path).step == 7
-    assert forms.orphans(tmp_path) == 0
-
-
-@pytest.mark.parametrize("again", [save, save_async])
-def test_a_failed_async_save_shows_at_wait_or_at_the_next_save(tmp_path, monkeypatch, again):
-    save(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(28, "No space")))
-        first = save_async(tmp_path, 2)
-        with pytest.raises(CheckpointError, match="could not be written.*No space"):
-            first.wait()
-        with pytest.raises(CheckpointError, match="could not be written"):
-            first.wait()
-        lost = save_async(tmp_path, 3)
-        lost._thread.join()
-    elsewhere = tmp_path.parent / "elsewhere"
-    save(elsewhere)  # another path is not concerned
-    with pytest.raises(CheckpointError, match=r"an earlier save_async failed.*No space"):
-        again(tmp_path, 4)
-    assert checkpoint.restore(tmp_path).step == 1
-    again(tmp_path, 5)  # said once
-    save(tmp_path, 6)
-    assert checkpoint.restore(tmp_path).step == 6
-
-
-def test_async_refuses_at_the_call_what_save_refuses(tmp_path):
-    for options in ({"lora": {"w": jnp.ones((2, 2))}}, {"step": 1.5}, {"opt_state": {"a": "text"}}):
-        with pytest.raises(CheckpointError):
-            save_async(tmp_path / "x", **options)
-    assert not (tmp_path / "x").exists()
-
-
-def test_a_program_that_ends_finishes_its_saves_and_tells_of_errors(tmp_path):
-    code = (
-        "import sys, time, numpy as np, lowrank_jax as lowrank\n"
-        "from lowrank_jax import checkpoint\n"
-        "write = checkpoint._save.write_archive\n"
-        "checkpoint._save.write_archive = lambda *args: (time.sleep(0.3), write(*args))\n"
-        "lora = {'w': lowrank.LowRank(np.ones((4, 2), 'f'), np.ones((2, 4), 'f'))}\n"
-        "config = lowrank.LoraConfig(targets='w')\n"
-        "for path in sys.argv[1:]:\n"
-        "    checkpoint.save_async(path, lora=lora, config=config, step=7)\n"
-        "raise SystemExit(0)"
-    )
-    (tmp_path / "file").write_text("")
-    ended = run("-c", code, tmp_path / "file" / "below", tmp_path / "x")
-    assert checkpoint.restore(tmp_path / "x").step == 7
-    assert re.search(r"CheckpointError: .*file/below could not be written", ended.stderr)
-
-
-def test_a_python_without_the_hook_ends_and_keeps_the_older_checkpoint(tmp_path):
-    """What _background asks of `threading` is private: without it an error is told, no more."""
-    code = (
-        "import concurrent.futures.thread, sys, threading, time\n"
-        "del threading._register_atexit\n"
-        "import numpy as np, lowrank_jax as lowrank\n"
-        "from lowrank_jax import checkpoint\n"
-        "lora = {'w': lowrank.LowRank(np.ones((4, 2), 'f'), np.ones((2, 4), 'f'))}\n"
-        "save = dict(lora=lora, config=lowrank.LoraConfig(targets='w'))\n"
-        "checkpoint.save(sys.argv[1], **save, step=1)\n"
-        "write = checkpoint._save.write_archive\n"
-        "checkpoint._save.write_archive = lambda *args: (time.sleep(0.3), write(*args))\n"
-        "checkpoint.save_async(sys.argv[1], **save, step=2)\n"
-    )
-    ended = run("-c", code, tmp_path)
-    assert re.search(r"CheckpointError: .*could not be written; an older", ended.stderr)
-    assert checkpoint.restore(tmp_path).step == 1
 
 
 # What resumes

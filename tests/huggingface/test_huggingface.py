@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf_llama import write_gguf
 from jax import lax
 from models import noisy
 from peft_llama import flax_params, model, shapes
@@ -27,7 +26,6 @@ from lowrank_jax._jax.paths import flatten
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS, PEFT = GOLDEN / "huggingface", GOLDEN / "peft_files"
-import smollm2  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 LLAMA, GPT2, VIT = lowrank.names.LLAMA, lowrank.names.GPT2, lowrank.names.VIT
@@ -631,29 +629,3 @@ def test_a_shared_weight_is_merged_once_and_stays_shared(tmp_path):
 
 
 # GGUF
-
-
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, True)])
-def test_a_gguf_file(tmp_path, tied, bias, scan):
-    """The same tree as the example's own reader makes, whose rope is checked by llama.cpp's."""
-    gguf_model = tmp_path / "model.gguf"
-    write_gguf(gguf_model, tied=tied, bias=bias)
-    wanted = smollm2.load(gguf_model, scan_layers=scan).variables
-    like = jax.eval_shape(lambda: wanted)
-    found = lowrank.huggingface.load(gguf_model, like, names=lowrank.names.LLAMA)
-    chex.assert_trees_all_equal(found, wanted)
-
-
-def test_gguf_files_that_are_refused(tmp_path):
-    path = tmp_path / "model.gguf"
-    like = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
-    path.write_bytes(b"GGUF" + bytes(range(60)))
-    with pytest.raises(lowrank.CheckpointError, match="is no GGUF file, or damaged"):
-        lowrank.huggingface.load(path, like)
-    write_gguf(path, architecture="gemma")
-    with pytest.raises(lowrank.CheckpointError, match="is a model of 'gemma'.*'llama', 'qwen2'"):
-        lowrank.huggingface.load(path, like)
-    write_gguf(path)
-    with pytest.raises(lowrank.CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
-        lowrank.huggingface.load(path, like, names=lowrank.names.LLAMA)

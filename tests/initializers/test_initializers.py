@@ -3,155 +3,42 @@
 import dataclasses
 import functools
 import gc
-import json
 import math
-import re
 import weakref
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from initializer_methods import (
+    CLOSE,
+    METHODS,
+    NF4,
+    PEFT,
+    RANK,
+    SCALE,
+    SHAPES,
+    assert_near,
+    base_of,
+    case,
+    compiled,
+    methods,
+    norm,
+    normal,
+    parts,
+    product,
+    rounded,
+    run,
+)
 
 import lowrank_jax as lowrank
 from lowrank_jax import initializers
-from lowrank_jax._nodes.quantized import dequantize_node, quantize_array
-from lowrank_jax._trees import factors
-from lowrank_jax.initializers._data import damp_covariance
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "peft_initializers"
-EPS = float(np.finfo(np.float32).eps)
-# Errors of float32 decompositions, relative to the spectral norm: an eps for each of some 10 steps,
-# over the gaps between singular values, of a tenth or so in random matrices.
-CLOSE = 100 * EPS
-NF4 = lowrank.QuantConfig(double_quant=False)
-RANK, SCALE = 6, 1.5
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
-def covariance(*shape, seed=7):
-    """Of inputs whose directions differ in size: [*stack, i, i]."""
-    x = normal(*shape[:-2], 4 * shape[-1], shape[-1], seed=seed) * np.linspace(2, 0.2, shape[-1])
-    return np.swapaxes(x, -1, -2) @ x
-
-
-def plain_methods():
-    """Name -> initializer that looks at no data."""
-    return {
-        "kaiming": initializers.kaiming,
-        "gaussian": initializers.gaussian,
-        "lookup": initializers.lookup,
-        "orthogonal": initializers.orthogonal,
-        "pissa": initializers.pissa,
-        "randomized_pissa": initializers.randomized_pissa(4),
-        "olora": initializers.olora,
-        "loftq": initializers.loftq(NF4),
-    }
-
-
-def data_methods(stack, fan_in, fan_out):
-    """Name -> initializer of a leaf "w" that looks at data."""
-    cov = {"w": covariance(*stack, fan_in, fan_in)}
-    config = lowrank.LoraConfig(rank=RANK, targets="w")
-    return {
-        "corda_ipm": initializers.corda(cov)["w"],
-        "corda_kpm": initializers.corda(cov, "kpm")["w"],
-        "lora_ga": initializers.lora_ga({"w": normal(*stack, fan_in, fan_out, seed=8)})["w"],
-        "lora_ga_paper": initializers.lora_ga(
-            {"w": normal(*stack, fan_in, fan_out, seed=8)}, form="paper"
-        )["w"],
-        "eva": initializers.eva(cov, config, rho=1.0)[0]["w"],
-        "loftq_weighted": initializers.loftq(NF4, 5, cov)["w"],
-    }
-
-
-@functools.cache
-def methods(stack=(), fan_in=64, fan_out=24):
-    return plain_methods() | data_methods(stack, fan_in, fan_out)
-
-
-METHODS = sorted(methods())
-
-
-def parts(make):
-    """An initializer's arrays, and what is static in it."""
-    data, form = jax.tree.flatten(make)
-    return ([], make) if data == [make] else (data, form)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def compiled(form, data, key, weight, rank, scale):
-    make = form if callable(form) else jax.tree.unflatten(form, data)
-    return make(key, weight, rank, scale)
-
-
-def run(make, weight, rank=RANK, scale=SCALE, seed=0):
-    """a, b and the base (None: untouched) in NumPy."""
-    data, form = parts(make)
-    out = compiled(form, data, jax.random.key(seed), weight, rank, scale)
-    return jax.tree.map(np.asarray, out)
-
-
-def rounded(weight, quant=NF4):
-    """Quantized and back."""
-    options = {"format": quant.format, "block_size": quant.block_size, "packing": quant.packing}
-    return np.asarray(
-        dequantize_node(
-            quantize_array(weight, (0,), (), double_quant=quant.double_quant, **options)
-        )
-    )
-
-
-def base_of(make, weight, residual):
-    """What init puts into the base."""
-    if residual is None:
-        return weight
-    return rounded(residual, make.quant) if hasattr(make, "quant") else residual
-
-
-def product(a, b, scale=SCALE):
-    return scale * a.astype(np.float64) @ b.astype(np.float64)
-
-
-def assert_near(ours, theirs, norm):
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=CLOSE * norm)
-
-
-def norm(matrix):
-    return np.linalg.norm(matrix, 2)
-
-
 # ---- PEFT
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        return dict(file)
-
-
-ABOUT = json.loads((GOLDEN / "about.json").read_text())["cases"]
-INPUTS = golden("inputs")
-PEFT = {
-    "pissa": lambda path: initializers.pissa,
-    "olora": lambda path: initializers.olora,
-    "corda_ipm": lambda path: initializers.corda({path: INPUTS[f"C/{path}"]})[path],
-    "corda_kpm": lambda path: initializers.corda({path: INPUTS[f"C/{path}"]}, "kpm")[path],
-    "loftq_1": lambda path: initializers.loftq(NF4, 1),
-    "loftq_5": lambda path: initializers.loftq(NF4, 5),
-}
-
-
-def case(name, path):
-    """PEFT's a, b, base in Flax orientation; the weight, rank and scale."""
-    file, about = golden(name), ABOUT[name]
-    a, b, base = (file[f"{kind}/{path}"].T for kind in ("A", "B", "base"))
-    return a, b, base, INPUTS[f"W/{path}"].T, about["rank"], about["scaling"]
 
 
 @pytest.mark.parametrize("path", ["down", "up"])
@@ -166,171 +53,7 @@ def test_product_and_base_are_pefts(name, path):
     assert_near(base_of(make, weight, residual), base, norm(weight))
 
 
-@pytest.mark.parametrize("path", ["down", "up"])
-def test_lora_ga_is_pefts_up_to_signs(path):
-    a, b, base, weight, rank, scale = case("lora_ga", path)
-    make = initializers.lora_ga({path: INPUTS[f"G/{path}"].T})[path]
-    our_a, our_b, residual = run(make, weight, rank, scale)
-    of_a, of_b = np.sign(np.sum(our_a * a, 0)), np.sign(np.sum(our_b * b, 1))
-    assert_near(our_a * of_a, a, norm(a))
-    assert_near(our_b * of_b[:, None], b, norm(b))
-    assert_near(residual + product(our_a, our_b, scale), weight, norm(weight))
-    assert_near(weight - product(our_a * of_a, our_b * of_b[:, None], scale), base, norm(weight))
-
-
-@pytest.mark.parametrize("path", ["down", "up"])
-def test_randomized_pissa_is_nearer_to_the_exact_than_pefts(path):
-    a, b, _, weight, rank, scale = case("pissa_niter_4", path)
-    sigma = np.linalg.svd(weight, compute_uv=False)
-    best = np.sqrt(np.sum(sigma[rank:] ** 2))
-    lost = lambda a, b: np.linalg.norm(weight - product(a, b, scale)) / best
-    our_a, our_b, _ = run(initializers.randomized_pissa(4), weight, rank, scale)
-    assert 1 - CLOSE < lost(our_a, our_b) < min(1.001, lost(a, b))
-
-
-@pytest.mark.parametrize("path", ["down", "up"])
-def test_loftq_is_right_where_peft_forgets_the_scale(path):
-    a, b, base, weight, rank, scale = case("loftq_5_scaled", path)
-    make = initializers.loftq(NF4, 5)
-    our_a, our_b, residual = run(make, weight, rank, scale)
-    assert_near(product(our_a, our_b, scale), product(a, b, 1), norm(weight))  # theirs without s
-    assert_near(base_of(make, weight, residual), base, norm(weight))
-    lost = lambda base, a, b: np.linalg.norm(weight - base - product(a, b, scale))
-    assert lost(base_of(make, weight, residual), our_a, our_b) < 0.9 * lost(base, a, b)
-
-
 # ---- the papers, in NumPy and float64
-
-SHAPES = [(64, 24), (24, 40)]
-
-
-def svd(matrix):
-    return np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_pissa_takes_the_best_part_of_the_rank(shape):
-    weight = normal(*shape)
-    a, b, _ = run(initializers.pissa, weight)
-    u, s, vt = svd(weight)
-    assert_near(product(a, b), u[:, :RANK] * s[:RANK] @ vt[:RANK], norm(weight))
-    assert_near(SCALE * a.T @ a, np.diag(s[:RANK]), norm(weight))  # shared evenly
-    assert_near(SCALE * b @ b.T, np.diag(s[:RANK]), norm(weight))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_olora_is_the_leading_part_of_qr(shape):
-    weight = normal(*shape)
-    a, b, _ = run(initializers.olora, weight)
-    q, r = np.linalg.qr(weight.T.astype(np.float64))
-    assert_near(product(a, b), SCALE * (q[:, :RANK] @ r[:RANK]).T, norm(weight))
-    assert_near(b @ b.T, np.eye(RANK), 1)
-
-
-@pytest.mark.parametrize("mode", ["ipm", "kpm"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_corda_decomposes_the_weight_in_view_of_inputs(shape, mode):
-    weight, cov = normal(*shape), covariance(shape[0], shape[0])
-    a, b, _ = run(initializers.corda({"w": cov}, mode)["w"], weight)
-    safe = cov.astype(np.float64) + 0.01 * np.mean(np.diag(cov)) * np.eye(len(cov))
-    u, s, vt = svd(safe @ weight)
-    kept = np.argsort(-s)[:RANK] if mode == "ipm" else np.argsort(s)[:RANK]
-    expected = np.linalg.inv(safe) @ (u[:, kept] * s[kept]) @ vt[kept]
-    # the inverse multiplies errors by up to the condition number, which damping keeps below 300
-    assert np.linalg.cond(safe) < 300
-    np.testing.assert_allclose(product(a, b), expected, rtol=0, atol=10 * CLOSE * norm(weight))
-
-
-def test_corda_and_loftq_do_not_depend_on_the_scale_of_covariances():
-    weight, cov = normal(64, 24), covariance(64, 64)
-    for make in (initializers.corda, lambda data: initializers.loftq(NF4, 2, data)):
-        one, other = (run(make({"w": c * cov})["w"], weight) for c in (1.0, 2.0**-60))
-        chex.assert_trees_all_equal(one, other)
-
-
-def test_corda_without_data_is_pissa():
-    weight = normal(24, 40)
-    a, b, _ = run(initializers.corda({"w": np.zeros((24, 24))})["w"], weight)
-    assert_near(product(a, b), product(*run(initializers.pissa, weight)[:2]), norm(weight))
-
-
-def test_damping_doubles_till_the_inverse_is_good():
-    cov = jnp.ones((64, 64))  # of rank one
-    for damping, doubled in ((1e-7, True), (1e-5, True), (0.01, False)):
-        safe, inverse = map(np.asarray, damp_covariance(cov, damping))
-        doublings = np.log2((safe[0, 0] - 1) / damping)
-        assert abs(doublings - round(doublings)) < 0.01
-        assert (round(doublings) > 0) == doubled
-        assert np.linalg.norm(safe @ inverse - np.eye(64)) < 0.1  # sums in another order than ours
-    assert np.isnan(
-        np.asarray(damp_covariance(jnp.full((4, 4), jnp.nan), 0.01)[1])
-    ).all()  # and it ends
-
-
-@pytest.mark.parametrize("form", ["peft", "paper"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_lora_ga_takes_neighboring_directions_of_the_gradient(shape, form):
-    weight, gradient = normal(*shape), normal(*shape, seed=3)
-    a, b, _ = run(initializers.lora_ga({"w": gradient}, 4.0, form)["w"], weight)
-    u, s, vt = svd(gradient)
-    zeta, second = shape[1] ** 0.25 / 4.0**0.5, slice(RANK, 2 * RANK)
-    of_a, of_b = (1, zeta * s[second, None]) if form == "peft" else (zeta, zeta)
-    # vectors one by one: over the gaps between neighbors, a hundredth
-    np.testing.assert_allclose(abs(a), abs(of_a * u[:, :RANK]), rtol=0, atol=10 * CLOSE * norm(a))
-    np.testing.assert_allclose(abs(b), abs(of_b * vt[second]), rtol=0, atol=10 * CLOSE * norm(b))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("iterations", [1, 5])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_loftq_is_nearer_than_quantization_alone(shape, iterations, weighted):
-    weight, cov = normal(*shape), covariance(shape[0], shape[0])
-    data = {"w": cov} if weighted else None
-    made = initializers.loftq(NF4, iterations, data)
-    make = made["w"] if weighted else made
-    root = np.eye(shape[0])
-    if weighted:
-        values, vectors = np.linalg.eigh(cov / np.mean(np.diag(cov)) + 0.01 * np.eye(len(cov)))
-        root = vectors * np.sqrt(values) @ vectors.T
-    a, b, residual = run(make, weight)
-    base = base_of(make, weight, residual)
-    lost = np.linalg.norm(root @ (weight - base - product(a, b)))
-    best = svd(root @ (weight - base))[1]  # Eckart and Young
-    assert lost < np.sqrt(np.sum(best[RANK:] ** 2)) * (1 + CLOSE)
-    assert lost < np.linalg.norm(root @ (weight - rounded(weight)))
-    if iterations == 1:
-        np.testing.assert_array_equal(residual, weight)
-
-
-def test_loftq_uses_the_format_it_is_given():
-    weight, lost = normal(64, 24), {}
-    for quant in (
-        lowrank.QuantConfig(format="int8", packing="uint8"),
-        lowrank.QuantConfig(block_size=32, packing="uint8"),
-        NF4,
-    ):
-        make = initializers.loftq(quant, 2)
-        a, b, residual = run(make, weight)
-        base = base_of(make, weight, residual)
-        lost[quant] = np.linalg.norm(weight - base - product(a, b))
-        u, s, vt = svd(weight - base)
-        assert_near(product(a, b), u[:, :RANK] * s[:RANK] @ vt[:RANK], norm(weight))
-    assert len({round(float(value), 4) for value in lost.values()}) == 3
-
-
-def test_orthogonal_has_a_zero_product_of_factors_that_are_not():
-    for rank in (2, 6):
-        a, b, residual = run(initializers.orthogonal, normal(64, 24), rank)
-        assert residual is None
-        assert min(norm(a), norm(b)) > 0.1
-        assert norm(product(a, b)) < 10 * EPS * norm(a) * norm(b)
-        for factor in (a, b):  # each in its half of the rank
-            assert np.linalg.matrix_rank(factor, tol=10 * EPS * norm(factor)) == rank // 2
-
-
-def test_orthogonal_says_that_the_rank_must_be_even():
-    with pytest.raises(lowrank.ConfigError, match=r"rank 3 is odd: take an even rank"):
-        initializers.orthogonal(jax.random.key(0), jnp.ones((8, 8)), 3, 1.0)
 
 
 # ---- every initializer
@@ -582,56 +305,6 @@ def test_equal_static_fields_of_initializers_are_told_apart():
             np.testing.assert_array_equal(lora["w"].a, np.full((3, 1), want))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_loftq_quantizes_what_the_rounded_factors_leave(dtype):
-    weight = normal(64, 24)
-    a, b, _ = run(initializers.loftq(NF4, 1), weight)  # the first turn, of which the second is made
-    kept = run(initializers.loftq(NF4, 2).with_factor_dtype(dtype), weight)[2]
-    cast = lambda x: np.asarray(jnp.asarray(x, dtype), np.float32)
-    away = lambda a, b: np.linalg.norm(kept - (weight - product(a, b)))
-    assert away(cast(a), cast(b)) < 0.1 * away(a, b)  # but for a few ties
-    made = run(initializers.loftq(NF4, 2).with_factor_dtype(dtype), weight)
-    for factor in made[:2]:
-        np.testing.assert_array_equal(factor, cast(factor))
-    # through init, with the factors as they are kept
-    config = lowrank.LoraConfig(rank=RANK, alpha=9, targets="w", factor_dtype=dtype)
-    _, lora = lowrank.init(
-        jax.random.key(0), {"w": weight}, config, initializer=initializers.loftq(NF4, 2)
-    )
-    assert norm(product(*map(np.float32, (lora["w"].a, lora["w"].b))) - product(*made[:2])) < (
-        2e-3 * norm(product(*made[:2]))
-    )
-
-
-def test_orthogonal_has_a_product_of_exactly_zero_in_every_dtype():
-    for rank in (2, 6, 16):
-        a, b, _ = run(initializers.orthogonal, normal(64, 24), rank)
-        for dtype in FACTORS:
-            one, other = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (a, b))
-            assert np.any(one)
-            assert not np.any(one @ other)
-
-
-def test_init_takes_a_mapping_and_data_that_is_traced():
-    weights = {"w": normal(24, 40), "v": normal(3, 40, 24)}
-    fn = lambda p, x: jax.lax.scan(lambda x, v: (x @ v @ p["w"], None), x @ p["w"], p["v"])[0]
-    plan = lowrank.plan(fn, weights, normal(5, 24))
-    config = lowrank.LoraConfig(rank=4, alpha=6, targets=("w", "v"))
-    cov = {"w": covariance(24, 24), "v": covariance(3, 40, 40)}
-
-    def make(key, params, cov):
-        return lowrank.init(key, params, config, plan=plan, initializer=initializers.corda(cov))
-
-    eager = make(jax.random.key(0), weights, cov)
-    traced = jax.jit(make)(jax.random.key(0), weights, cov)
-    merged = [lowrank.merge(*tree) for tree in (eager, traced)]
-    chex.assert_trees_all_close(merged[0], weights, rtol=0, atol=CLOSE * norm(weights["w"]))
-    chex.assert_trees_all_close(*merged, rtol=0, atol=CLOSE * norm(weights["w"]))
-    before = factors._run_pytree._cache_size()
-    make(jax.random.key(0), weights, {path: 2 * array for path, array in cov.items()})
-    assert factors._run_pytree._cache_size() == before, "data became a constant"
-
-
 def test_lora_ga_takes_gradients_as_jax_grad_gives_them():
     fn, shape, *_ = MODELS["heads first"]
     params, x = {"w": normal(*shape, seed=1)}, normal(5, 64, seed=2)
@@ -651,70 +324,6 @@ def test_lora_ga_takes_gradients_as_jax_grad_gives_them():
 
 
 # ---- EVA
-
-
-def spectrum(*shares, size=8, seed=0):
-    """A covariance [size, size] whose components explain these shares."""
-    values = np.zeros(size)
-    values[: len(shares)] = shares
-    q, _ = np.linalg.qr(normal(size, size, seed=seed).astype(np.float64))
-    return (q * values @ q.T).astype(np.float32)
-
-
-def test_eva_spends_the_ranks_where_variance_is():
-    cov = {
-        "a/w": 5 * spectrum(0.5, 0.3, 0.2),
-        "b/w": spectrum(0.41, 0.29, 0.19, 0.11, seed=1),
-        "c/w": spectrum(*[0.125] * 8, seed=2),
-    }
-    config = lowrank.LoraConfig(
-        rank=2, alpha=3, targets="**/w", exclude="d/*",
-        rank_pattern={"b/*": 3}, alpha_pattern={"b/*": 5},
-    )  # fmt: skip
-    makes, new = initializers.eva(cov, config)
-    # a budget of 7: .5 .41 .3 .29 .2 .19, then .125 of c before .11 of b
-    assert sorted(makes) == ["a/w", "b/w", "c/w"]
-    assert dict(new.rank_pattern) == {"a/w": 3, "c/w": 1, "b/*": 3}
-    assert dict(new.alpha_pattern) == {"a/w": 4.5, "c/w": 1.5, "b/*": 5}
-    params = {key: {"w": normal(8, 12)} for key in "abcd"}
-    _, lora = lowrank.init(jax.random.key(0), params, new, initializer=makes)
-    assert lora["d"]["w"] is None
-    assert {key: lora[key]["w"].a.shape[-1] for key in "abc"} == {"a": 3, "b": 3, "c": 1}
-    assert {key: lora[key]["w"].scale for key in "abc"} == {"a": 1.5, "b": 5 / 3, "c": 1.5}
-    for key in "ab":
-        a = np.asarray(lora[key]["w"].a, np.float64)
-        values, vectors = np.linalg.eigh(cov[f"{key}/w"].astype(np.float64))
-        top = vectors[:, np.argsort(-values)[:3]]
-        np.testing.assert_allclose(a @ a.T, top @ top.T, rtol=0, atol=CLOSE * 10)
-        assert not np.any(lora[key]["w"].b)
-
-
-def test_eva_caps_a_rank_and_excludes_what_is_left_with_none():
-    cov = {"a": spectrum(0.4, 0.3, 0.2, 0.1), "b?": spectrum(*[0.125] * 8), "c": spectrum(1.0)}
-    config = lowrank.LoraConfig(rank=1, targets="*")
-    makes, new = initializers.eva(cov, config, rho=2.0)  # a budget of 3: 1. of c, .4 .3 of a
-    assert sorted(makes) == ["a", "c"]
-    assert dict(new.rank_pattern) == {"a": 2}
-    assert not new.alpha_pattern  # None follows the rank by itself
-    assert [pattern.pattern for pattern in new.exclude] == [re.escape("b?")]
-    params = {key: normal(8, 8) for key in ("a", "b?", "bx", "c")}
-    only = {**makes, re.compile(re.escape("b?")): makes["a"]}
-    with pytest.raises(lowrank.PatternError):  # "bx" is still a target: only "b?" is excluded
-        lowrank.init(jax.random.key(0), params, new, initializer=only)
-    _, lora = lowrank.init(jax.random.key(0), params, new, initializer=makes)
-    assert [key for key in sorted(lora) if lora[key] is None] == ["b?"]
-    assert lowrank.LoraConfig.from_dict(new.to_dict()) == new
-
-
-def test_eva_keeps_ranks_at_rho_one_and_shares_them_in_a_stack():
-    cov = {"w": np.stack([spectrum(0.9, 0.1), spectrum(0.5, 0.5)]), "v": spectrum(0.55, 0.45)}
-    config = lowrank.LoraConfig(rank=1, targets=("w", "v"))
-    assert initializers.eva(cov, config, rho=1.0)[1] == config
-    # means of w are .7 and .3; a budget of 2 * 1 + 1 buys w once, then v once
-    assert not initializers.eva(cov, config)[1].rank_pattern
-    flat = {**cov, "v": spectrum(0.8, 0.2)}
-    ranks = initializers.eva(flat, lowrank.LoraConfig(rank=2, targets=("w", "v")), rho=1.5)[1]
-    assert not ranks.rank_pattern  # .8, .7, .3: 1 + 2 + 2 of 6, and a last .2 of v
 
 
 # ---- what is refused
@@ -762,35 +371,6 @@ def test_eva_keeps_ranks_at_rho_one_and_shares_them_in_a_stack():
 def test_wrong_arguments_are_refused(call, text):
     with pytest.raises(lowrank.ConfigError, match=text):
         call()
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (initializers.corda({"w": covariance(6, 6)})["w"], r"shape \(6, 6\) came for a weight"),
-        (initializers.loftq(NF4, 1, {"w": covariance(6, 6)})["w"], r"expected \(8, 8\)"),
-        (initializers.lora_ga({"w": normal(6, 8)})["w"], r"gradient of shape \(6, 8\)"),
-        (initializers.lora_ga({"w": normal(8, 8)})["w"], "rank 5 must be at most 4"),
-        (
-            initializers.eva({"w": covariance(8, 8)}, lowrank.LoraConfig(rank=1))[0]["w"],
-            "eva has 2 components of 8 inputs",
-        ),
-    ],
-)
-def test_data_of_another_weight_is_refused(make, text):
-    with pytest.raises(lowrank.ConfigError, match=text):
-        make(jax.random.key(0), jnp.ones((8, 8)), 5, 1.0)
-
-
-def test_data_beyond_float32_is_refused():
-    with jax.enable_x64(True), pytest.raises(lowrank.ConfigError, match="values that are not fini"):
-        initializers.corda({"w": np.full((3, 3), 1e300)})
-
-
-def test_eva_is_refused_under_jit():
-    config = lowrank.LoraConfig(rank=1)
-    with pytest.raises(lowrank.ConfigError, match="ranks are static, so call eva outside of jit"):
-        jax.jit(lambda c: initializers.eva({"w": c}, config)[0]["w"].components)(covariance(8, 8))
 
 
 def test_what_is_compiled_for_an_initializer_is_freed_with_it():

@@ -2,17 +2,14 @@
 
 import functools
 import json
-import math
 import re
 import shutil
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import noisy
 from peft_files import (
     BASE,
     CONFIG,
@@ -24,10 +21,13 @@ from peft_files import (
     assert_same,
     assert_same_bytes,
     config_of,
+    drawn,
     golden,
     load,
     nodes_of,
+    ones,
     params_of,
+    peft_pattern,
     plan_of,
     refusal,
     rewritten,
@@ -38,7 +38,6 @@ from peft_llama import model
 
 import lowrank_jax as lowrank
 from lowrank_jax._files.safetensors import write_tensors
-from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import is_node
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -177,14 +176,6 @@ def test_convolutions_of_one_two_and_three_dimensions(case, tmp_path):
 # What we write
 
 
-def peft_pattern(patterns, module, default):
-    """peft.utils.get_pattern_key, as written there."""
-    for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", module):
-            return patterns[key]
-    return default
-
-
 BY_MODULE = ("rank_pattern", "alpha_pattern", "r", "lora_alpha", "target_modules")
 SAME = ("lora", "rslora-patterns", "dora", "all-linear", "embeddings", "embeddings-dora")
 SAME += ("bias-only", "bias-all", "saved", "bfloat16")
@@ -221,14 +212,6 @@ def test_the_file_is_laid_out_as_safetensors_lays_it_out(tmp_path):
     with (tmp_path / "ours").open("wb") as file:
         write_tensors(file, tensors)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-
-
-def drawn(rng, *shape, dtype="float32"):
-    return jax.device_put(rng.standard_normal(shape).astype(jnp.dtype(dtype)))
-
-
-def ones(*shape):
-    return np.ones(shape, np.float32)
 
 
 def many_kinds(dtype):
@@ -328,195 +311,10 @@ def test_scales_come_back_to_the_last_bit(rslora, tmp_path):
             assert found.scale_of(rank, found.alpha) == scale
 
 
-def test_for_serving_one_rank_and_one_scale_hold_for_all(tmp_path):
-    path = FILES / "rslora-patterns"
-    base, lora, config = load(path, params_of(False), plan=plan_of(False), names=LLAMA)
-    assert len({(node.rank, node.scale) for node in nodes_of(lora).values()}) > 2
-    save(tmp_path, lora, config, names=LLAMA, for_serving=True)
-    written = config_of(tmp_path)
-    assert (written["rank_pattern"], written["alpha_pattern"]) == ({}, {})
-    assert written["use_rslora"] is False
-    _, again, _ = load(tmp_path, params_of(False), plan=plan_of(False), names=LLAMA)
-    merged = jax.jit(lambda *adapters: [lowrank.merge(base, lora) for lora in adapters])
-    chex.assert_trees_all_close(*merged(again, lora), atol=1e-7)
-
-
-@pytest.mark.parametrize(("case", "said"), [("dora", "kernel: DoRA"), ("saved", "trained whole")])
-def test_for_serving_refuses_what_servers_have_not(case, said, tmp_path):
-    _, lora, config = load(FILES / case, params_of(True), plan=plan_of(True), names=LLAMA)
-    with pytest.raises(lowrank.CheckpointError, match=said):
-        save(tmp_path, lora, config, names=LLAMA, for_serving=True)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_servable_folds_the_rest_into_the_base(quantized, tmp_path):
-    rng = np.random.default_rng(0)
-    shapes = {"up": (64, 8), "down": (8, 64), "k": (3, 8, 8), "table": (9, 8), "norm": (8,)}
-    params = {name: drawn(rng, *shape) for name, shape in shapes.items()}
-    if quantized:
-        params = lowrank.quantize(params, lowrank.QuantConfig(targets="up"))
-
-    def fn(p, ids):
-        x = p["table"][ids] * p["norm"]
-        numbers = ("NHC", "HIO", "NHC")
-        x = jax.lax.conv_general_dilated(x, p["k"], (1,), "SAME", dimension_numbers=numbers)
-        return jnp.tanh(x @ p["down"]) @ p["up"]
-
-    ids = np.array([[1, 2, 8, 4]])
-    plan = lowrank.plan(fn, params, ids)
-    make = lambda **kwargs: lowrank.init(
-        jax.random.key(0), params, lowrank.LoraConfig(rank=2, alpha=3, **kwargs), plan=plan
-    )[1]
-
-    @jax.jit
-    def both_kinds():
-        lora = make(targets=("down", "k"), train="norm", train_rows={"table": (1, 8)})
-        return {**lora, "up": make(targets="up", dora=True)["up"]}
-
-    lora = noisy(both_kinds())
-    base, kept = lowrank.peft.servable(params, lora)
-    assert [name for name, node in kept.items() if node is not None] == ["down"]
-    assert base["down"] is params["down"]
-    lifted = lowrank.lift(fn)
-    live = lambda base, lora: lifted(lowrank.combine(base, lora), ids)
-    got, wanted = jax.jit(lambda *pairs: [live(*pair) for pair in pairs])(
-        (base, kept), (params, lora)
-    )
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
-    with pytest.raises(lowrank.TreeError, match="base holds a Adapted at"):
-        lowrank.peft.servable(lowrank.combine(params, lora), lora)
-    with pytest.raises(lowrank.TreeError, match="base holds a ShapeDtypeStruct at"):
-        lowrank.peft.servable({**params, "norm": jax.ShapeDtypeStruct((8,), np.float32)}, lora)
-    names = {"down": lowrank.names.Parameter("down")}
-    save(tmp_path, kept, lowrank.LoraConfig(), names=names, for_serving=True)
-    with pytest.raises(lowrank.TreeError, match=r"'down' of shape \(8, 64\), and base no such"):
-        lowrank.peft.servable({"up": params["up"]}, {"down": kept["down"]})
-
-
 # Initializers that move weight
 
 
-@functools.cache
-def moved(dtype):
-    params = jax.tree.map(lambda x: np.asarray(x, dtype), params_of(True))
-    config = lowrank.LoraConfig(rank=3, alpha=5, targets="all-linear")
-    pissa = lowrank.initializers.pissa
-    init = lambda params: lowrank.init(
-        jax.random.key(0), params, config, plan=plan_of(True), initializer=pissa
-    )
-    base, lora = jax.jit(init)(params)
-    return params, base, noisy(lora), config
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_moved_weight_is_exported_onto_the_original(dtype, tmp_path):
-    params, base, lora, config = moved(dtype)
-    save(tmp_path, lora, config, base=base, original=params, names=LLAMA)
-    again, difference, _ = load(tmp_path, params, plan=plan_of(True), names=LLAMA)
-    for path, node in nodes_of(difference).items():
-        mine = nodes_of(lora)[path]
-        assert (node.rank, node.scale) == (2 * mine.rank, mine.scale), path
-        chex.assert_trees_all_equal(np.asarray(node.a)[..., :3], mine.a)
-        chex.assert_trees_all_equal(np.asarray(node.b)[:, :3], mine.b)
-    merge = jax.jit(lambda *pairs: [lowrank.merge(*pair) for pair in pairs])
-    merged = merge((again, difference), (base, lora))
-    step = float(jnp.finfo(dtype).eps)
-    chex.assert_trees_all_close(*merged, atol=4 * step, rtol=step)
-
-
-def test_an_untouched_leaf_is_exported_as_it_is(tmp_path):
-    params = params_of(False)
-    moves = {"params/layers_0/mlp/up_proj/kernel": lowrank.initializers.pissa}
-    config = lowrank.LoraConfig(rank=3, targets="**/mlp/*/kernel")
-    base, lora = lowrank.init(jax.random.key(0), params, config, initializer=moves)
-    save(tmp_path, lora, config, base=base, original=params, names=LLAMA)
-    _, again, _ = load(tmp_path, params, names=LLAMA)
-    ranks = {path: node.rank for path, node in nodes_of(again).items()}
-    assert ranks.pop("params/layers_0/mlp/up_proj/kernel") == 6
-    assert set(ranks.values()) == {3}
-
-
-def test_where_moved_weight_is_to_go_must_be_said(tmp_path):
-    _, base, lora, config = moved("float32")
-    said = r"(?s)base and original=params.*original=base.*params/layers/mlp/down_proj/kernel"
-    for given in ({}, {"base": base}, {"for_serving": True}):
-        with pytest.raises(lowrank.CheckpointError, match=said):
-            save(tmp_path, lora, config, names=LLAMA, **given)
-    assert not list(tmp_path.iterdir())
-    save(tmp_path, lora, config, base=base, original=base, names=LLAMA)
-    _, again, _ = load(tmp_path, base, plan=plan_of(True), names=LLAMA)
-    chex.assert_trees_all_equal(jax.tree.leaves(again), jax.tree.leaves(lora))
-
-
-@pytest.mark.parametrize("turns", [1, 2])
-def test_after_one_turn_of_loftq_the_base_is_the_weights_quantized(turns, tmp_path):
-    params = {"w": {"kernel": np.array(drawn(np.random.default_rng(0), 64, 8))}}
-    quant = lowrank.QuantConfig(targets="w/kernel")
-    config = lowrank.LoraConfig(rank=2, targets="w/kernel")
-    start = lowrank.initializers.loftq(quant, iterations=turns)
-    base, lora = lowrank.init(jax.random.key(0), params, config, initializer=start)
-    assert lora["w"]["kernel"].base_modified
-    plain = lowrank.quantize(params, quant)
-    same = jax.tree.map(lambda one, other: bool(np.equal(one, other).all()), base, plain)
-    assert all(jax.tree.leaves(same)) == (turns == 1)
-    save(tmp_path, lora, config, base=base, original=base)
-
-
-def test_bases_that_no_adapter_can_tell_apart_are_refused(tmp_path):
-    params, base, lora, config = moved("float32")
-    give = lambda **kwargs: save(tmp_path, lora, config, names=LLAMA, **kwargs)
-    with pytest.raises(lowrank.CheckpointError, match="original is given without base"):
-        give(original=params)
-    noise = noisy(base, scale=1.0)
-    with pytest.raises(lowrank.CheckpointError, match=r"differs between base and original"):
-        give(base=noise, original=params)
-    path = "params/layers/mlp/up_proj/kernel"
-    noise = jax.tree_util.tree_map_with_path(
-        lambda keys, x, y: y if "/".join(k.key for k in keys) == path else x, base, noise
-    )
-    with pytest.raises(lowrank.CheckpointError, match=f"{path}.*more than a product of rank 3"):
-        give(base=noise, original=params)
-    with pytest.raises(lowrank.TreeError, match="not of one tree"):
-        give(base=base["params"], original=params)
-    assert not list(tmp_path.iterdir())
-
-
 # Files that are wrong
-
-
-FIELDS = {
-    "peft_type": ("ADALORA", "peft_type 'ADALORA'; only 'LORA'"),
-    "r": (0, "r=0: expected an integer of at least 1"),
-    "lora_alpha": (math.nan, "lora_alpha=nan: expected a number above 0"),
-    "rank_pattern": ({"q_proj": -1}, "rank_pattern={'q_proj': -1}: expected"),
-    "alpha_pattern": ({r"(a)\1": 3}, r"alpha_pattern: the regex '(a)\\1': it has '\1', which is"),
-    "use_dora": ("yes", "use_dora='yes': expected true or false"),
-    "bias": ("some", "bias='some': expected 'none', 'all' or 'lora_only'"),
-    "modules_to_save": ("lm_head", "modules_to_save='lm_head': expected a list of names"),
-    "target_modules": (3, "target_modules=3: expected a list of names or a regex"),
-    "layers_to_transform": ([0, "1"], "layers_to_transform=[0, '1']: expected an integer"),
-    "trainable_token_indices": ([-1], "trainable_token_indices=[-1]: expected a list of rows"),
-    "init_lora_weights": ("pissa", "init_lora_weights='pissa': expected an initializer that"),
-    "alora_invocation_tokens": ([1, 2], "alora_invocation_tokens=[1, 2]: the adapter acts after"),
-    "layer_replication": ([[0, 2]], "layer_replication=[[0, 2]]: layers are repeated"),
-    "target_parameters": (["experts"], "target_parameters=['experts']: parameters of mixtures"),
-    "use_qalora": (True, "use_qalora=True: inputs are pooled"),
-    "use_bdlora": ({"nblocks": 2}, "use_bdlora={'nblocks': 2}: factors are block-diagonal"),
-    "use_something": (True, "use_something=True: a field that peft 0.21.2 does not have"),
-}
-
-
-@pytest.mark.parametrize("field", FIELDS)
-def test_fields_that_are_wrong_or_not_supported_are_named(field, tmp_path):
-    value, said = FIELDS[field]
-    assert said in refusal(rewritten(tmp_path, **{field: value}))
-
-
-def test_all_that_is_wrong_with_a_configuration_is_in_one_error(tmp_path):
-    text = refusal(rewritten(tmp_path, r=-3, kasa_config={"a": 1}, lora_bias="no", use_dora=1))
-    for said in (str(tmp_path / CONFIG), "r=-3", "kasa_config=", "lora_bias='no'", "use_dora=1"):
-        assert said in text
 
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -712,173 +510,4 @@ def test_rows_that_are_not_sorted_or_not_there(tmp_path):
 # What PEFT cannot hold
 
 
-def one(**fields):
-    fields = {"a": ones(4, 2), "b": ones(2, 3), **fields}
-    return {"layers": {"q": {"kernel": lowrank.LowRank(**fields)}}}
-
-
-CANNOT = {
-    "a stack of layers without a number": (
-        one(a=ones(5, 4, 2), b=ones(5, 2, 3), stack=(0,), fan_in=(1,), fan_out=(2,)),
-        "has 1 stack axes, and its module's name 'layers.q' 0 times '{}'",
-    ),
-    "several adapters in one": (
-        one(a=ones(5, 4, 2), b=ones(5, 2, 3)),
-        "several adapters in one; take them apart",
-    ),
-    "folded norms": (
-        one(magnitude=ones(3), folded=True),
-        "save the adapter before lowrank.fold_norms",
-    ),
-    "another product": (
-        {
-            "layers": {
-                "q": {"kernel": lowrank.LoHa(ones(4, 4), ones(4, 3))},
-                "k": {"kernel": lowrank.LowRank(ones(4, 0), ones(0, 3), ones(3))},
-            }
-        },
-        "'layers/q/kernel': LoHa is no product that a LoRA file holds",
-    ),
-    "another scale": (one(scale=-1.0), "scale -1.0, and PEFT's alpha is above 0"),
-    "magnitudes here and there": (
-        {**one(), "p": one(magnitude=ones(3))},
-        "and some, as 'layers/q/kernel', have none",
-    ),
-    "a combined tree": (
-        lowrank.combine({"layers": {"q": {"kernel": ones(4, 3)}}}, one()),
-        "holds Adapted at 'layers/q/kernel'",
-    ),
-    "nothing": ({"layers": None}, "lora holds no adapter"),
-    "a whole kernel of many axes": (
-        {"q": {"kernel": lowrank.Full(ones(4, 2, 3))}},
-        "which of its axes are contracted cannot be told",
-    ),
-    "a part of a module": (
-        {"norm": {"scale": lowrank.Full(ones(3)), "bias": None}},
-        "'norm/bias': PEFT saves whole modules, and another leaf of norm is trained whole: pass",
-    ),
-    "a parameter that is no weight": (
-        {"embeddings": {"cls_token": lowrank.Full(ones(1, 1, 3))}},
-        "cls_token is a parameter that embeddings has beside modules of its own",
-    ),
-    "integers": (
-        {"q": {"kernel": lowrank.Full(jnp.ones((4, 2), jnp.uint4))}},
-        "is uint4, which the file has no dtype for",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CANNOT)
-def test_what_peft_cannot_hold_is_refused_by_name(case, tmp_path):
-    lora, said = CANNOT[case]
-    with pytest.raises(lowrank.CheckpointError) as error:
-        save(tmp_path, lora, lowrank.LoraConfig())
-    assert said in " ".join(str(error.value).split())
-    assert not list(tmp_path.iterdir())
-
-
-def test_names_decide_or_refuse(tmp_path):
-    config = lowrank.LoraConfig()
-    refused: Any = (
-        (lambda path: None, "names has no module for it"),
-        ({"layers/q/kernel": 3}, "names gives 3 for 'layers/q/kernel'"),
-        (lambda path: lowrank.names.Parameter("q", "bias"), "names says 'q.bias'"),
-    )
-    for names, said in refused:
-        with pytest.raises(lowrank.CheckpointError, match=said):
-            save(tmp_path, one(), config, names=names)
-    twice = {"layers/q/kernel": "q", "p/layers/q/kernel": "q"}
-    with pytest.raises(lowrank.CheckpointError, match=r"names calls both .* 'q.weight'"):
-        save(tmp_path, {**one(), "p": one()}, config, names=twice)
-    with pytest.raises(lowrank.ConfigError, match=r"extras has \['r'\]"):
-        save(tmp_path, one(), lowrank.LoraConfig(extras={"r": 4}))
-    with pytest.raises(lowrank.ConfigError, match="nan, which is not a JSON value"):
-        save(tmp_path, one(), lowrank.LoraConfig(extras={"lora_dropout": math.nan}))
-    save(tmp_path, one(), config, names={"layers/q/kernel": "deep.q"})
-    assert config_of(tmp_path)["target_modules"] == ["deep.q"]
-
-
-def test_a_module_is_completed_from_the_base(tmp_path):
-    params = {"norm": {"scale": ones(3), "bias": np.full(3, 0.5, np.float32)}}
-    lora = {"norm": {"scale": lowrank.Full(np.full(3, 2.0, np.float32)), "bias": None}}
-    save(tmp_path, lora, lowrank.LoraConfig(), base=params)
-    written = tensors_of(tmp_path)
-    np.testing.assert_array_equal(written["base_model.model.norm.bias"], params["norm"]["bias"])
-    assert config_of(tmp_path)["modules_to_save"] == ["norm"]
-
-
 # Names
-
-
-def test_patterns_are_of_one_module_each(tmp_path):
-    """`layers.1.q` ends the name of another module, and `.` is any character."""
-    ranks = {"layers.1.q": 1, "deep.layers.1.q": 2, "layersx1.q": 3, "q": 4, "other": 4}
-    lora = {
-        name: {"kernel": lowrank.LowRank(ones(9, r), ones(r, 8), scale=1.5 / r)}
-        for name, r in ranks.items()
-    }
-    names = lambda path: path.rpartition("/")[0]
-    save(tmp_path, lora, lowrank.LoraConfig(), names=names)
-    written = config_of(tmp_path)
-    for module, rank in ranks.items():
-        assert peft_pattern(written["rank_pattern"], module, written["r"]) == rank
-    params = {name: {"kernel": ones(9, 8)} for name in ranks}
-    assert_same(load(tmp_path, params, names=names)[1], lora)
-
-
-SPELLINGS = {
-    "LLAMA": {
-        "model/layers/7/self_attn/q_proj/kernel": "model.layers.7.self_attn.q_proj.weight",
-        "params/blocks_7/attention/query/bias": "model.layers.7.self_attn.q_proj.bias",
-        "layers.7/mlp/gate/kernel": "model.layers.7.mlp.gate_proj.weight",
-        "params/layers/attn/out/kernel": "model.layers.{}.self_attn.o_proj.weight",
-        "model/norm/weight": "model.norm.weight",
-        "lm_head/kernel": "lm_head.weight",
-        "layers/7/self_attn/q_proj/rotary": None,
-        "vision/layers_7/self_attn/q_proj/kernel": None,
-    },
-    "QWEN": {"layers_0/attn/k_norm/scale": "model.layers.0.self_attn.k_norm.weight"},
-    "GEMMA": {
-        "transformer/layer_3/attn/q_einsum/w": "model.layers.3.self_attn.q_proj.weight",
-        "transformer/embedder/input_embedding": "model.embed_tokens.weight",
-        "transformer/layer_3/mlp/linear": "model.layers.3.mlp.down_proj.weight",
-        "transformer/layer_3/mlp/gating_einsum": None,
-        "layer_3/pre_ffw_norm/scale": "model.layers.3.post_attention_layernorm.weight",
-    },
-    "GEMMA2": {"layer_3/pre_ffw_norm/scale": "model.layers.3.pre_feedforward_layernorm.weight"},
-    "GPT2": {
-        "transformer/h/1/mlp/c_fc/kernel": "transformer.h.1.mlp.c_fc.weight",
-        "transformer/wpe/embedding": "transformer.wpe.weight",
-    },
-    "BERT": {
-        "bert/encoder/layer/0/attention/self/query/kernel": (
-            "bert.encoder.layer.0.attention.self.query.weight"
-        ),
-        "encoder/layers_0/attention/out/bias": "bert.encoder.layer.0.attention.output.dense.bias",
-        "cls/predictions/bias": "cls.predictions.bias",
-    },
-    "VIT": {
-        "vit/encoder/layer/0/attention/attention/key/kernel": (
-            "vit.encoder.layer.0.attention.attention.key.weight"
-        ),
-        "vit/embeddings/cls_token": "vit.embeddings.cls_token",
-    },
-    "VIT5": {
-        "vit/encoder/layer/0/attention/attention/key/kernel": "vit.layers.0.attention.k_proj.weight"
-    },
-}
-
-
-@pytest.mark.parametrize("table", SPELLINGS)
-def test_tables_know_the_spellings_of_flax(table):
-    for path, key in SPELLINGS[table].items():
-        found = lowrank.names.parameter(path, getattr(lowrank.names, table))
-        assert (found and found.key) == key, path
-
-
-@pytest.mark.parametrize("scan", [False, True], ids=["layers", "stacked"])
-def test_the_table_of_llama_names_every_leaf_of_the_example(scan):
-    named = [LLAMA(path) for path, _ in flatten(params_of(scan))[0]]
-    found = {name and name.key for name in named}
-    number = lambda key: re.sub(r"\.\d+\.", ".{}.", key) if scan else key
-    assert found == {number(key) for key in BASE if key not in ("tokens", "logits")}

@@ -2,10 +2,12 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_llama import flax_params, model
@@ -93,3 +95,19 @@ def refusal(directory, scan=False):
     with pytest.raises(lowrank.CheckpointError) as error:
         load(directory, params_of(scan), plan=plan_of(scan), names=LLAMA)
     return " ".join(str(error.value).split())
+
+
+def peft_pattern(patterns, module, default):
+    """peft.utils.get_pattern_key, as written there."""
+    for key in patterns:
+        if re.match(rf"(.*\.)?({key})$", module):
+            return patterns[key]
+    return default
+
+
+def drawn(rng, *shape, dtype="float32"):
+    return jax.device_put(rng.standard_normal(shape).astype(jnp.dtype(dtype)))
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
