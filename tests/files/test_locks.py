@@ -1,6 +1,9 @@
-"""Locks of folders: a second writer errs at once, and a fork keeps none."""
+"""Locks of folders: one writer at a time, to the end of its process, and no fork keeps one."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax import checkpoint
+from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.locks import lock_folder
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -32,3 +36,41 @@ def test_a_fork_does_not_keep_the_lock(tmp_path, monkeypatch):
         with lock_folder(tmp_path):
             pass
     save(tmp_path, 2)
+
+
+def test_one_holds_a_folder_at_a_time(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    with lock_folder(one):
+        with lock_folder(other):  # each folder has a lock of its own
+            pass
+        with pytest.raises(CheckpointError, match="another save is writing to"), lock_folder(one):
+            pass
+    with pytest.raises(KeyError), lock_folder(one):
+        raise KeyError  # an error lets go too
+    with lock_folder(one):
+        pass
+
+
+def test_a_lock_ends_with_the_process_that_holds_it(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from lowrank_jax._files.locks import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(lowrank.__file__).parents[1])}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(CheckpointError), lock_folder(tmp_path):
+                pass
+        finally:
+            holder.kill()
+        holder.wait()
+        with lock_folder(tmp_path):
+            pass
