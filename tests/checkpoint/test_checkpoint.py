@@ -211,9 +211,6 @@ def test_save_refuses_what_is_no_adapter(tmp_path):
             checkpoint.save(path, lora=lora, config=config)
 
 
-# Damage
-
-
 # Replacement
 
 
@@ -353,9 +350,6 @@ def test_other_files_are_left_alone_and_damage_is_replaced(copy):
     names = {path.name for path in copy.iterdir()}
     assert {"notes.txt", "arrays-mine", "manifest.json"} < names
     assert len(names) == 4
-
-
-# Fingerprints
 
 
 def test_exists_once_a_save_has_come_to_its_end(tmp_path):

@@ -261,9 +261,6 @@ def test_what_like_asks_for_in_vain(tmp_path):
             checkpoint.restore(tmp_path, like=asked)
 
 
-# In the background
-
-
 # What resumes
 
 

@@ -35,12 +35,6 @@ from lowrank_jax._errors import ConfigError
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 
-# ---- the reference
-
-
-# ---- tables
-
-
 # ---- bitsandbytes
 
 

@@ -49,15 +49,6 @@ def test_a_shard_does_not_take_the_name_of_another_file(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# Rival writers
-
-
-# Calls that fail
-
-
-# Standard error
-
-
 # Paths
 
 LONG = {"NUL": "a\0b", "300": "x" * 300, "5000": "x" * 5000, "deep": "x/" * 3000 + "x"}

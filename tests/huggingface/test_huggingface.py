@@ -626,6 +626,3 @@ def test_a_shared_weight_is_merged_once_and_stays_shared(tmp_path):
     with np.load(PEFT / "tied.npz", allow_pickle=False) as file:
         expected = file["logits"]
     np.testing.assert_allclose(logits_of(params, True, tied=True), expected, atol=2e-5)
-
-
-# GGUF

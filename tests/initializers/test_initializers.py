@@ -53,9 +53,6 @@ def test_product_and_base_are_pefts(name, path):
     assert_near(base_of(make, weight, residual), base, norm(weight))
 
 
-# ---- the papers, in NumPy and float64
-
-
 # ---- every initializer
 
 
@@ -321,9 +318,6 @@ def test_lora_ga_takes_gradients_as_jax_grad_gives_them():
     ]
     chex.assert_trees_all_equal(*trees)
     assert np.any(np.asarray(trees[0][1]["w"].b))
-
-
-# ---- EVA
 
 
 # ---- what is refused

@@ -58,15 +58,6 @@ def test_dynamic_slices_are_clamped_as_jax_clamps_them(start):
         assert_agrees(fn, {"w": base}, lora, normal(3, 6, seed=9))
 
 
-# Joined weights
-
-
-# Loops over any stack axis
-
-
-# Weights under shard_map
-
-
 # Stack axes that a vmap outside of the lifted function takes away
 
 
@@ -121,14 +112,8 @@ def test_neighboring_stack_axes_are_alike():
         vmapped_over(axis, (0, 1), (3, 3, 3, 5), (2,), (3,), fn, normal(2, 3, seed=9))
 
 
-# Look-ups beyond the table
-
-
 def lookups(**options):
     return lambda p, ids: jnp.take(p["t"], ids, axis=0, **options)
-
-
-# Dtypes
 
 
 # Dropout
@@ -158,7 +143,7 @@ def test_stacked_layers_on_one_input_have_masks_of_their_own(form, dora):
     assert np.all(error <= 5 * ys.std(0) / np.sqrt(len(keys)) + 1e-5)
 
 
-# Found by reading: each is also a step or an end of the random programs (tests/support/programs.py)
+# Padding
 
 
 def test_nothing_of_a_weight_is_padded():

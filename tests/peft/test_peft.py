@@ -311,9 +311,6 @@ def test_scales_come_back_to_the_last_bit(rslora, tmp_path):
             assert found.scale_of(rank, found.alpha) == scale
 
 
-# Initializers that move weight
-
-
 # Files that are wrong
 
 
@@ -505,9 +502,3 @@ def test_rows_that_are_not_sorted_or_not_there(tmp_path):
     ):
         put(rows)
         assert said in refusal(tmp_path)
-
-
-# What PEFT cannot hold
-
-
-# Names
