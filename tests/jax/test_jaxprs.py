@@ -66,7 +66,7 @@ def test_only_a_jit_is_not_eager():
     jax.grad(look)(1.0)
     jax.vmap(look)(jnp.ones(2))
     jax.jit(look)(1.0)
-    jax.eval_shape(look, 1.0)
+    jax.eval_shape(look, jnp.ones(2))
     assert seen == [True, True, True, False, False]
 
 
