@@ -23,6 +23,11 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import jax
 
+# helpers that assert
+pytest.register_assert_rewrite(
+    "checkpoints", "codec_reference", "initializer_methods", "peft_files", "small_weights"
+)
+
 # CPU, GPU and TPU multiply float32 in float32: an invariant of float32 does not hold in bfloat16.
 jax.config.update("jax_default_matmul_precision", "highest")
 

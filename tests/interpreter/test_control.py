@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from models import normal
-from small_weights import TOLERANCE, assert_agrees, both_bases, node, quantized, small_blocks  # noqa: F401
+from small_weights import assert_agrees, both_bases, node, quantized, small_blocks  # noqa: F401
 
 import lowrank_jax as lowrank
 

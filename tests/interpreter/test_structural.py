@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 from models import normal
-from small_weights import TOLERANCE, assert_agrees, both_bases, node, quantized, small_blocks  # noqa: F401
+from small_weights import assert_agrees, both_bases, node, quantized, small_blocks  # noqa: F401
 
 import lowrank_jax as lowrank
 

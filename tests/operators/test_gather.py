@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import noisy, normal
-from small_weights import TOLERANCE, assert_agrees, both_bases, node, quantized, small_blocks  # noqa: F401
+from small_weights import assert_agrees, both_bases, node, small_blocks  # noqa: F401
 
 import lowrank_jax as lowrank
 

@@ -92,6 +92,13 @@ def test_imports_point_down(name):
         assert below == folder or LAYER[below] < LAYER[folder], f"{name} imports {other} from above"
 
 
+def test_tests_are_in_the_folders_of_the_package():
+    """tests/ also has a folder for invariants of all parts, and one for the repository itself."""
+    files = (PACKAGE.parent / "tests").rglob("test_*.py")
+    folders = {path.parent.name for path in files} - {"tests", "invariants", "repository"}
+    assert folders <= {folder.strip("_") for folder in LAYER}
+
+
 def test_imports_have_no_cycle():
     graph = {name: own_imports(path, types=False) - {name} for name, path in NAMES.items()}
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError

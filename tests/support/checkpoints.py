@@ -2,19 +2,14 @@
 
 import functools
 import json
-import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import pytest
 from flax import linen as nn
 from flax import nnx
 
 import lowrank_jax as lowrank
-from lowrank_jax import checkpoint
 from lowrank_jax.checkpoint import _archive
 
 CONFIG = lowrank.LoraConfig(rank=2, alpha=3, targets=("**/kernel",), train=("**/bias",))
@@ -86,17 +81,3 @@ def edit(path, change):
     del body["sha256"]
     change(body)
     (path / "manifest.json").write_bytes(_archive.serialize_manifest(body))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved")
-    lora, config = made(linen_base())
-    state = optax.adamw(1e-3).init(lora)
-    checkpoint.save(path, lora=lora, config=config, base=linen_base(), opt_state=state, step=1)
-    return path
-
-
-@pytest.fixture
-def copy(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
