@@ -10,9 +10,9 @@ from lowrank_jax._operators.blocks import (
     ELEMENTS,
     BlockDot,
     BlockLayout,
-    TransformedDecoding,
     is_consecutive,
 )
+from lowrank_jax._operators.decodings import TransformedDecoding
 
 # name -> (layout, shape of the decoded array, shape of the weight)
 LAYOUTS = {

@@ -1,4 +1,4 @@
-"""Joined weights: one product of the base, and each part keeps its factors and masks."""
+"""Concatenated weights: one product of the base, and each part keeps its factors and masks."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Products of joined dense weights: one product of the whole, along each axis that joins them."""
+"""Products of concatenated dense weights: one product of the whole, along each kind of axis."""
 
 import jax
 import numpy as np
 import pytest
 from jax import lax
 
-from lowrank_jax._operators import joined_products
+from lowrank_jax._operators import concatenated_products
+from lowrank_jax._operators.concatenated import ConcatenatedWeight
+from lowrank_jax._operators.concatenated_products import CachedProductWeight
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.joined import ConcatenatedWeight
-from lowrank_jax._operators.joined_products import CachedProductWeight
 
 
 def numbers(*shape, seed=0):
@@ -16,7 +16,7 @@ def numbers(*shape, seed=0):
     return np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32)
 
 
-def joined(axis, *shapes):
+def concatenate(axis, *shapes):
     arrays = [numbers(*shape, seed=i) for i, shape in enumerate(shapes)]
     return ConcatenatedWeight.of([DenseWeight(array) for array in arrays], axis), arrays
 
@@ -36,11 +36,11 @@ DOTS = {
 @pytest.mark.parametrize("name", DOTS)
 def test_dot(name, on_left):
     axis, shapes, x_shape, pair = DOTS[name]
-    weight, arrays = joined(axis, *shapes)
+    weight, arrays = concatenate(axis, *shapes)
     whole, x = np.concatenate(arrays, axis), numbers(*x_shape, seed=9)
     pair = tuple(sides[::-1] for sides in pair) if on_left else pair
     want = lax.dot_general(*((whole, x) if on_left else (x, whole)), pair)
-    call = lambda x: joined_products.dot(weight, x, pair, on_left, {})
+    call = lambda x: concatenated_products.dot(weight, x, pair, on_left, {})
     np.testing.assert_array_equal(call(x), want)
     text = str(jax.make_jaxpr(call)(x))
     assert sum("dot_general[" in line for line in text.splitlines()) == 1
@@ -49,19 +49,19 @@ def test_dot(name, on_left):
 @pytest.mark.parametrize(("axis", "channels"), [(2, (3, 4)), (1, (7,))])
 def test_conv(axis, channels):
     shapes = [(2, 7, n) for n in channels] if axis == 2 else [(2, 3, 5), (2, 4, 5)]
-    weight, arrays = joined(axis, *shapes)
+    weight, arrays = concatenate(axis, *shapes)
     x = numbers(2, 6, 7, seed=9)
     numbers_of = lax.conv_dimension_numbers(x.shape, weight.shape, ("NHC", "HIO", "NHC"))
     options = {"window_strides": (1,), "padding": ((0, 0),), "dimension_numbers": numbers_of}
     want = lax.conv_general_dilated(x, np.concatenate(arrays, axis), **options)
-    np.testing.assert_array_equal(joined_products.conv(weight, x, options), want)
+    np.testing.assert_array_equal(concatenated_products.conv(weight, x, options), want)
 
 
 def test_grouped_convolutions_are_left_to_the_dense_weight():
-    weight, _ = joined(2, (2, 7, 3), (2, 7, 4))
+    weight, _ = concatenate(2, (2, 7, 3), (2, 7, 4))
     numbers_of = lax.conv_dimension_numbers((2, 6, 7), weight.shape, ("NHC", "HIO", "NHC"))
     options = {"dimension_numbers": numbers_of, "feature_group_count": 7}
-    assert joined_products.conv(weight, numbers(2, 6, 7), options) is None
+    assert concatenated_products.conv(weight, numbers(2, 6, 7), options) is None
 
 
 def test_a_known_product_is_of_its_own_operand_alone():
