@@ -135,7 +135,7 @@ def test_inspect_says_what_is_odd(tmp_path, capsys):
     shutil.copy(MODELS / "tied" / "model.safetensors", folder / "model.safetensors")
     odd = said(capsys, "inspect", folder)
     assert "odd: there is no config.json" in odd
-    assert "odd: model.safetensors.index.json stands beside model.safetensors" in odd
+    assert "odd: there are both model.safetensors.index.json and model.safetensors" in odd
     assert "odd: model-00001-of-00003.safetensors: of no file of this model" in odd
 
 
@@ -196,8 +196,8 @@ def pickled(folder):
 
 
 MISTAKES = {
-    "nothing there": (lambda p: ["inspect", p / "none"], r"none is no folder"),
-    "nothing known": (lambda p: ["inspect", p], r"no adapter, checkpoint or model"),
+    "nothing there": (lambda p: ["inspect", p / "none"], r"none is not a folder"),
+    "nothing known": (lambda p: ["inspect", p], r"not an adapter, checkpoint or model"),
     "a pickle": (
         lambda p: ["inspect", pickled(p)],
         r"pytorch_model\.bin is a pickle, and nothing here unpickles",
@@ -212,7 +212,7 @@ MISTAKES = {
     ),
     "the output is an input": (
         lambda p: ["merge", MODELS / "llama", PEFT / "lora", MODELS / "llama"],
-        r"name another to write to",
+        r"pass another folder to write to",
     ),
     "another adapter": (
         lambda p: ["merge", MODELS / "llama", PEFT / "gpt2", p / "out"],
@@ -274,4 +274,4 @@ def test_the_module_runs():
     assert good.stdout.startswith("a PEFT adapter\n")
     bad = subprocess.run([*command, "/none"], capture_output=True, text=True, env=environment)
     assert (bad.returncode, bad.stdout) == (1, "")
-    assert bad.stderr == "lowrank_jax: /none is no folder\n"
+    assert bad.stderr == "lowrank_jax: /none is not a folder\n"

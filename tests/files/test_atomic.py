@@ -154,7 +154,7 @@ def test_each_call_that_fails_leaves_the_old_or_the_new():
         if "full disks" not in line:
             assert ", 0 torn, 0 orphans after the next save" in line
         outcomes = {*re.findall(r"'([^']+)': \d+", line.split("}: ")[-1].split("}")[0])}
-        # where renames fail for good, nothing can be put back: the error says so
+        # where renames fail for good, nothing can be restored: the error says so
         last = {"set aside"} if "all calls" in line else set()
         assert outcomes <= {"CheckpointError", "saved", "in place", *last}
 
@@ -193,7 +193,7 @@ def test_one_failing_call_leaves_the_old_or_the_new(form, number, tmp_path, monk
             except CheckpointError as error:
                 assert os.strerror(number) in str(error)  # noqa: PT017
                 said = "new" if "holds the new" in str(error) else "kept"
-                assert said == "new" or "as it was" in str(error)  # noqa: PT017
+                assert said == "new" or "unchanged" in str(error)  # noqa: PT017
         outcomes[said] += 1
         assert form.whole(turn) == (1 if said == "kept" else 2)
         form.save(turn, 3)
@@ -238,7 +238,7 @@ def test_folders_that_cannot_be_flushed_are_written_all_the_same(
     assert form.whole(tmp_path / "x") == 2
     assert form.orphans(tmp_path / "x") == 0
     on_folders = False  # a file that cannot be flushed is another matter
-    with pytest.raises(CheckpointError, match="as it was"):
+    with pytest.raises(CheckpointError, match="unchanged"):
         form.save(tmp_path / "x", 3)
     assert form.whole(tmp_path / "x") == 2
 
@@ -284,7 +284,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:
     save(sys.argv[1])
 except lowrank.CheckpointError as error:
-    print("refused", "as it was" in str(error))
+    print("refused", "unchanged" in str(error))
 logging.getLogger("absl").error("the user's own")
 """
 

@@ -28,7 +28,7 @@ def test_gguf_files_that_are_refused(tmp_path):
     path = tmp_path / "model.gguf"
     like = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
     path.write_bytes(b"GGUF" + bytes(range(60)))
-    with pytest.raises(lowrank.CheckpointError, match="is no GGUF file, or damaged"):
+    with pytest.raises(lowrank.CheckpointError, match="is not a GGUF file, or is damaged"):
         lowrank.huggingface.load(path, like)
     write_gguf(path, architecture="gemma")
     with pytest.raises(lowrank.CheckpointError, match="is a model of 'gemma'.*'llama', 'qwen2'"):

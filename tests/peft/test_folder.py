@@ -105,8 +105,8 @@ def test_a_save_that_comes_between_is_noticed(tmp_path, monkeypatch):
         save(tmp_path, 2.0, rank=3)
         return _folder.find_tensors(folder)
 
-    monkeypatch.setattr(lowrank.peft._load, "tensors_path", late)
-    refused(tmp_path, "was saved anew while it was read: load it again")
+    monkeypatch.setattr(lowrank.peft._load, "find_tensors", late)
+    refused(tmp_path, "was saved again while it was read: load it again")
     monkeypatch.undo()
     chex.assert_trees_all_equal(load(tmp_path), adapter(2.0, 3))
 
@@ -168,9 +168,9 @@ def test_pickles_pipes_and_what_is_not_there(tmp_path):
     save(tmp_path)
     (tmp_path / TENSORS).unlink()
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
-    refused(tmp_path, "adapter_model.bin is a pickle, and nothing here unpickles")
+    refused(tmp_path, "adapter_model.bin is a pickle, which is not read for safety")
     os.mkfifo(tmp_path / TENSORS)
-    refused(tmp_path, "is no regular file")
+    refused(tmp_path, "is not a regular file")
 
 
 # Files of tensors

@@ -337,8 +337,8 @@ def test_all_that_is_wrong_with_the_tensors_is_in_one_error(tmp_path):
         "'params/layers_0/self_attn/q_proj/kernel'",
         "k_proj.lora_B.weight: missing",
         "v_proj.lora_B.weight: dtype int32, expected a floating one",
-        "z_proj.lora_B.weight: unexpected, no leaf of params is called so",
-        "model.layers.0.self_attn.q_proj.lora_A.weight: unexpected, no key of an adapter",
+        "z_proj.lora_B.weight: unexpected, no leaf of params has this name",
+        "model.layers.0.self_attn.q_proj.lora_A.weight: unexpected, not a key of an adapter",
         "q_proj.lora_A.default.weight: unexpected",
         "up_proj.lora_A.weight: shape [3, 32], expected rank 2, as 'r' or rank_pattern says",
         "mlp.down_proj: no factors, and target_modules names it",
@@ -371,7 +371,7 @@ def test_dora_on_some_layers_of_a_stack_is_refused(tmp_path):
         write_tensors(file, keep(tensors_of(FILES / "dora")))
     config = {**config_of(FILES / "dora"), "layers_to_transform": [1]}
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    assert "DoRA on some layers of a stack only" in refusal(tmp_path, scan=True)
+    assert "DoRA on only some layers of a stack" in refusal(tmp_path, scan=True)
     _, lora, _ = load(tmp_path, params_of(False), plan=plan_of(False), names=LLAMA)
     assert all("layers_1" in path for path in nodes_of(lora))
 
@@ -402,10 +402,12 @@ def test_frozen_copies_of_whole_tables_are_no_trained_leaves(tmp_path):
 
 def test_a_table_that_params_tie_takes_both_changes_or_none(tmp_path):
     plan = plan_of(True, tied=True)
-    for case, said in (("embeddings", "other factors than"), ("saved", "is one leaf")):
+    for case, said in (("embeddings", "differs from"), ("saved", "is one leaf")):
         with pytest.raises(lowrank.CheckpointError, match=said):
             load(FILES / case, params_of(True, tied=True), plan=plan, names=LLAMA)
-    with pytest.raises(lowrank.CheckpointError, match="PEFT normalizes the two over other axes"):
+    with pytest.raises(
+        lowrank.CheckpointError, match="PEFT normalizes the two over different axes"
+    ):
         load(FILES / "embeddings-dora", params_of(True, tied=True), plan=plan, names=LLAMA)
     config = {**config_of(FILES / "embeddings"), "target_modules": ["embed_tokens", "v_proj"]}
     tensors = {k: v for k, v in tensors_of(FILES / "embeddings").items() if "lm_head" not in k}
@@ -417,13 +419,15 @@ def test_a_table_that_params_tie_takes_both_changes_or_none(tmp_path):
             load(tmp_path, params_of(True, tied=True), plan=plan, names=LLAMA)
             continue
         for given in (plan, None):  # without a plan, a tree without lm_head ties it
-            with pytest.raises(lowrank.CheckpointError, match="the table and not 'lm_head'"):
+            with pytest.raises(lowrank.CheckpointError, match="the table but not 'lm_head'"):
                 load(tmp_path, params_of(True, tied=True), plan=given, names=LLAMA)
 
 
 def test_lora_bias_is_not_rounded_into_a_narrow_bias():
     params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params_of(True))
-    with pytest.raises(lowrank.CheckpointError, match=r"bias' is bfloat16, and lora_bias would be"):
+    with pytest.raises(
+        lowrank.CheckpointError, match=r"bias' is bfloat16, to which lora_bias would be"
+    ):
         load(FILES / "lora-bias", params, plan=plan_of(True), names=LLAMA)
 
 
@@ -442,7 +446,7 @@ def test_grouped_convolutions_are_refused(dora, tmp_path):
         feature_group_count=2,
     )  # fmt: skip
     plan = lowrank.plan(conv, params, ones(1, 5, 6))
-    with pytest.raises(lowrank.CheckpointError, match="is of a grouped convolution") as error:
+    with pytest.raises(lowrank.CheckpointError, match="belongs to a grouped convolution") as error:
         load(tmp_path, params, plan=plan)
     assert len(str(error.value).splitlines()) == 2  # the file, and the one thing wrong with it
 
@@ -461,7 +465,8 @@ def test_quantized_and_abstract_params(tmp_path):
     shapes = jax.eval_shape(lambda: params_of(True))
     assert_same(load(FILES / "lora", shapes, plan=plan_of(True), names=LLAMA)[1], dense)
     with pytest.raises(
-        lowrank.CheckpointError, match="changes a part of it, and the rest is not at hand"
+        lowrank.CheckpointError,
+        match="changes a part of it, but params hold no values for the rest",
     ):
         load(FILES / "tokens", shapes, plan=plan_of(True), names=LLAMA)
 
@@ -495,10 +500,10 @@ def test_rows_that_are_not_sorted_or_not_there(tmp_path):
     (key,) = [key for key in tensors_of(tmp_path) if "tokens_delta" in key]
     np.testing.assert_allclose(table[[40, 3, 17]], tensors_of(tmp_path)[key], atol=1e-6)
     for rows, said in (
-        ([3, 3, 40], "names rows twice, or above 63"),
-        ([3, 17, 64], "names rows twice, or above 63"),
+        ([3, 3, 40], "has duplicate rows, or rows above 63"),
+        ([3, 17, 64], "has duplicate rows, or rows above 63"),
         ([3, 17], "tokens_delta: shape [3, 32], expected [2, 32]"),
-        (None, "of which trainable_token_indices says nothing"),
+        (None, "that trainable_token_indices does not list"),
     ):
         put(rows)
         assert said in refusal(tmp_path)

@@ -29,11 +29,11 @@ def one(**fields):
 CANNOT = {
     "a stack of layers without a number": (
         one(a=ones(5, 4, 2), b=ones(5, 2, 3), stack=(0,), fan_in=(1,), fan_out=(2,)),
-        "has 1 stack axes, and its module's name 'layers.q' 0 times '{}'",
+        "has 1 stack axes, and its module's name 'layers.q' has 0 times '{}'",
     ),
     "several adapters in one": (
         one(a=ones(5, 4, 2), b=ones(5, 2, 3)),
-        "several adapters in one; take them apart",
+        "several adapters in one; split them",
     ),
     "folded norms": (
         one(magnitude=ones(3), folded=True),
@@ -46,12 +46,12 @@ CANNOT = {
                 "k": {"kernel": lowrank.LowRank(ones(4, 0), ones(0, 3), ones(3))},
             }
         },
-        "'layers/q/kernel': LoHa is no product that a LoRA file holds",
+        "'layers/q/kernel': a LoRA file cannot hold LoHa",
     ),
-    "another scale": (one(scale=-1.0), "scale -1.0, and PEFT's alpha is above 0"),
+    "another scale": (one(scale=-1.0), "scale -1.0, but PEFT requires alpha > 0"),
     "magnitudes here and there": (
         {**one(), "p": one(magnitude=ones(3))},
-        "and some, as 'layers/q/kernel', have none",
+        "and some, such as 'layers/q/kernel', have none",
     ),
     "a combined tree": (
         lowrank.combine({"layers": {"q": {"kernel": ones(4, 3)}}}, one()),
@@ -60,7 +60,7 @@ CANNOT = {
     "nothing": ({"layers": None}, "lora holds no adapter"),
     "a whole kernel of many axes": (
         {"q": {"kernel": lowrank.Full(ones(4, 2, 3))}},
-        "which of its axes are contracted cannot be told",
+        "which of its axes are contracted is ambiguous",
     ),
     "a part of a module": (
         {"norm": {"scale": lowrank.Full(ones(3)), "bias": None}},
@@ -68,11 +68,11 @@ CANNOT = {
     ),
     "a parameter that is no weight": (
         {"embeddings": {"cls_token": lowrank.Full(ones(1, 1, 3))}},
-        "cls_token is a parameter that embeddings has beside modules of its own",
+        "cls_token is a parameter of embeddings other than its weight and bias",
     ),
     "integers": (
         {"q": {"kernel": lowrank.Full(jnp.ones((4, 2), jnp.uint4))}},
-        "is uint4, which the file has no dtype for",
+        "is uint4, which the file format does not support",
     ),
 }
 
@@ -91,13 +91,13 @@ def test_names_decide_or_refuse(tmp_path):
     refused: Any = (
         (lambda path: None, "names has no module for it"),
         ({"layers/q/kernel": 3}, "names gives 3 for 'layers/q/kernel'"),
-        (lambda path: lowrank.names.Parameter("q", "bias"), "names says 'q.bias'"),
+        (lambda path: lowrank.names.Parameter("q", "bias"), "names gives 'q.bias'"),
     )
     for names, said in refused:
         with pytest.raises(lowrank.CheckpointError, match=said):
             save(tmp_path, one(), config, names=names)
     twice = {"layers/q/kernel": "q", "p/layers/q/kernel": "q"}
-    with pytest.raises(lowrank.CheckpointError, match=r"names calls both .* 'q.weight'"):
+    with pytest.raises(lowrank.CheckpointError, match=r"names gives both .* 'q.weight'"):
         save(tmp_path, {**one(), "p": one()}, config, names=twice)
     with pytest.raises(lowrank.ConfigError, match=r"extras has \['r'\]"):
         save(tmp_path, one(), lowrank.LoraConfig(extras={"r": 4}))

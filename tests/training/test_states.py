@@ -175,7 +175,7 @@ def test_second_moments_must_not_become_zero(rule, monkeypatch):
         original = dynamic._find_nearest
         nearest = lambda ratios, positive, unsigned: original(ratios, positive & False, unsigned)
         monkeypatch.setattr(dynamic, "_find_nearest", nearest)
-        monkeypatch.setattr(states, "encode", dynamic.encode_dynamic.__wrapped__)
+        monkeypatch.setattr(states, "encode_dynamic", dynamic.encode_dynamic.__wrapped__)
     scale = np.float32(10) ** np.random.default_rng(0).uniform(-5, 0, 4096).astype(np.float32)
     loss = lambda x, seen: 0.5 * jnp.sum(scale * seen * (x - 1) ** 2)
     tx = quantized(optax.adam(1e-2))
@@ -464,5 +464,5 @@ def test_nothing_is_decoded_before_the_gradients_are_there():
 def test_what_is_wrong_is_said():
     with pytest.raises(lowrank.ConfigError, match="a block is of 100 elements"):
         quantized(ADAM, block_size=100)
-    with pytest.raises(lowrank.TreeError, match="quantized already: quantize_state goes around"):
+    with pytest.raises(lowrank.TreeError, match="quantized already: apply quantize_state once"):
         quantized(optax.chain(quantized(ADAM))).init(PARAMS)
