@@ -177,7 +177,7 @@ def test_threads_are_gone_and_their_errors_are_not(monkeypatch):
     def broken(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(leaves.host, "encode", broken)
+    monkeypatch.setattr(leaves.host, "encode_blocks", broken)
     with pytest.raises(MemoryError, match="no room"):
         quantize_on_host(leaf, shapes)
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 import os
 import pickle
 import subprocess
@@ -23,6 +24,7 @@ import lowrank_jax as lowrank
 from lowrank_jax._nodes import is_node
 from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._training.states import Coded
+from lowrank_jax.checkpoint import _archive
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -264,6 +266,32 @@ def test_checkpoints_of_older_releases_come_back_as_the_nodes_of_today(tmp_path)
     assert_same((found.lora, found.opt_state), (lora, tx.init(lora)))
     alone = lowrank.checkpoint.restore(tmp_path, base=base).lora
     assert_same(alone, {"w": node, "g": old["g"]})
+
+
+def test_a_field_that_an_older_release_named_otherwise_is_read(tmp_path):
+    """`base_modified` was `moved`, in the manifest of a checkpoint and in a pickle."""
+    config = lowrank.LoraConfig(rank=2, targets="w")
+    params = {"w": normal(8, 6)}
+    base, lora = lowrank.init(jax.random.key(0), params, config, initializer="pissa")
+    assert lora["w"].base_modified
+    lowrank.checkpoint.save(tmp_path, lora=lora, config=config, base=base)
+    manifest = tmp_path / "manifest.json"
+    body = json.loads(manifest.read_text())
+    del body["sha256"]
+    fields = body["lora"][0]["static"]
+    assert "moved" not in fields
+    fields["moved"] = fields.pop("base_modified")
+    manifest.write_bytes(_archive.serialize_manifest(body))
+    assert_same(lowrank.checkpoint.restore(tmp_path, base=base).lora, lora)
+
+    fields["base_modified"] = False
+    manifest.write_bytes(_archive.serialize_manifest(body))
+    with pytest.raises(lowrank.CheckpointError, match=r"LowRank with \['moved'\], unknown"):
+        lowrank.checkpoint.restore(tmp_path, base=base)
+
+    older = copy.copy(lora["w"])
+    vars(older)["moved"] = vars(older).pop("base_modified")
+    assert_same(pickle.loads(pickle.dumps(older)), lora["w"])
 
 
 def plan_of_two(params):

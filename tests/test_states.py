@@ -179,7 +179,7 @@ def test_second_moments_must_not_become_zero(rule, monkeypatch):
         original = dynamic._find_nearest
         nearest = lambda ratios, positive, unsigned: original(ratios, positive & False, unsigned)
         monkeypatch.setattr(dynamic, "_find_nearest", nearest)
-        monkeypatch.setattr(states, "encode", dynamic.encode_dynamic.__wrapped__)
+        monkeypatch.setattr(states, "encode_dynamic", dynamic.encode_dynamic.__wrapped__)
     scale = np.float32(10) ** np.random.default_rng(0).uniform(-5, 0, 4096).astype(np.float32)
     loss = lambda x, seen: 0.5 * jnp.sum(scale * seen * (x - 1) ** 2)
     tx = quantized(optax.adam(1e-2))

@@ -254,7 +254,7 @@ def init_ia3(key: Any, leaf: Any, target: Any, config: Any) -> IA3:
 
 def get_sizes(leaf: Any, target: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Sizes of a leaf's stack, fan-in and fan-out axes."""
-    of = lambda get_target_fields: tuple(leaf.shape[axis] for axis in get_target_fields)
+    of = lambda axes: tuple(leaf.shape[axis] for axis in axes)
     return of(target.stack), of(target.fan_in), of(target.fan_out)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _FLAX = "flax.serialization"
+_RENAMED_FIELDS = {"moved": "base_modified"}  # old name -> name today
 _WIDE = {"uint4": np.uint8, "int4": np.int8}  # what Flax's msgpack has no dtype for
 
 
@@ -30,6 +32,10 @@ class Node:
         if register is not None and not flax.is_serializable(cls):  # type: ignore[union-attr]
             register(cls, to_state, from_state)
         return super().__new__(cls)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle or copy the node; a pickle of an older release has the old field names."""
+        vars(self).update(with_current_names(state))
 
     def __repr__(self) -> str:
         """The shapes and dtypes of its arrays, and what differs from the defaults."""
@@ -76,6 +82,19 @@ def _summarize(value: Any) -> str:
     if isinstance(value, Node) or not hasattr(value, "dtype"):
         return repr(value)
     return f"{value.dtype}{[*value.shape]}"
+
+
+def with_current_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a node with those that an older release wrote under today's names.
+
+    >>> with_current_names({"kind": "dot", "moved": True})
+    {'kind': 'dot', 'base_modified': True}
+    """
+    current = dict(fields)
+    for old, new in _RENAMED_FIELDS.items():
+        if old in current and new not in current:  # with both the node is not one that was written
+            current[new] = current.pop(old)
+    return current
 
 
 def list_array_fields(node: Any) -> list[str]:

@@ -129,7 +129,7 @@ def _is_coded(leaf: Any) -> bool:
 
 
 def _add_barrier(updates: PyTree, state: PyTree) -> tuple[Any, Any]:
-    """Both as they are, but tied: XLA shall decode_dynamic no state while gradients are being made.
+    """Both as they are, but tied: XLA shall decode no state while gradients are being made.
 
     Compiled for an H100, a step of Llama-3-8B with adapters of rank 64 needs 0.3 GiB less for it.
     """

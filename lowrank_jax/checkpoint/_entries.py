@@ -20,6 +20,7 @@ from lowrank_jax._jax.processes import gather_shards, place_array
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3
 from lowrank_jax._nodes.methods import ADAPTER_METHODS
+from lowrank_jax._nodes.serialization import with_current_names
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint, to_numpy
 
@@ -161,7 +162,8 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
     known = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("static")}
     # a field that a file of before does not have takes its default
     static: dict[str, Any] = {
-        n: tuple(v) if type(v) is list else v for n, v in entry["static"].items()
+        n: tuple(v) if type(v) is list else v
+        for n, v in with_current_names(entry["static"]).items()
     }
     if unknown := sorted(static.keys() - known.keys()):
         raise CheckpointError(
