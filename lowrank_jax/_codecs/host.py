@@ -13,9 +13,7 @@ from lowrank_jax._codecs.formats import check_block_size, compute_midpoints, get
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
 
 _TINY = np.finfo(np.float32).tiny
-_SMALL = np.float32(
-    2.0**-100
-)  # with a larger absmax, numbers that are flushed have 0's code anyway
+_SMALL = np.float32(2.0**-100)  # above this absmax, numbers that are flushed get 0's code anyway
 _QUARTER = np.float32(0.25)
 _PIECE = 1 << 18  # numbers searched at a time: searchsorted returns eight bytes for each
 
