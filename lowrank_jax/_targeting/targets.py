@@ -20,7 +20,7 @@ from lowrank_jax._errors import (
     TreeError,
     list_problems,
 )
-from lowrank_jax._jax.paths import ALL_LINEAR, make_no_match_error, matches, select
+from lowrank_jax._jax.paths import ALL_LINEAR, Pattern, make_no_match_error, matches, select
 from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import PRODUCTS, Plan, Use
@@ -217,8 +217,9 @@ def _make_target(
     the configured rank.
     """
     # Precedence of the axes: config.axes, then the plan, then (0,) and (1,) for a matrix.
-    # config.stack is applied last: fan_in (1,), fan_out (0, 2, 3) with the stack override (0,) become
-    # fan_in (1,), fan_out (2, 3). Axes of the plan's stack that the override omits join fan_out.
+    # config.stack is applied last: fan_in (1,), fan_out (0, 2, 3) with the stack override (0,)
+    # become fan_in (1,), fan_out (2, 3). Axes of the plan's stack that the override omits
+    # join fan_out.
     use = plan[path] if plan is not None else None
     if jnp.finfo(leaf.dtype).bits < 16:
         raise AxesError(
