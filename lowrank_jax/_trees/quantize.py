@@ -178,7 +178,9 @@ def quantize_leaf(
         return jaxprs.call_with_auto_axes(encode, out, leaf)
 
 
-def eval_quantized_shapes(leaf: Array, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
+def eval_quantized_shapes(
+    leaf: Array | jax.ShapeDtypeStruct, fan_in: Axes, stack: Axes, quant: QuantConfig
+) -> Any:
     """Return the node of a quantized leaf with shapes in place of arrays."""
     shapes = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return jax.eval_shape(lambda leaf: _quantize_on_device(leaf, fan_in, stack, quant)[0], shapes)
