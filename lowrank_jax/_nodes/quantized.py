@@ -132,8 +132,8 @@ class Quantized(Node):
         return (self.codes, self.scales, table, self.nested, self.offset, nested_map)
 
     @property
-    def decoding(self) -> Decoding:
-        """The function from `parts` to floating-point blocks with the axes of codes."""
+    def decoding(self) -> Any:
+        """A Decoding: the function from `parts` to floating-point blocks with the axes of codes."""
         return Decoding(
             self.format, self.packing, self.trailing, self.strides, (self.weight_dtype,)
         )

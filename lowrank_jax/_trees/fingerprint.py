@@ -71,7 +71,7 @@ class Fingerprint:
         return cls(tuple(sorted(leaves)))
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """List the differences, one line for each path."""
+        """List the differences to `other`, one line for each path."""
         show = lambda leaf: f"{leaf[1]}{list(leaf[0])} of SHA-256 {leaf[2][:12]}"
         mine, theirs = ({p: show(rest) for p, *rest in f.leaves} for f in (self, other))
         return list_differences(rename_legacy_paths(mine, theirs), theirs)
