@@ -156,7 +156,7 @@ def large_halves(most):
 def test_scales_that_cannot_be_quantized_are_refused_or_nan(name):
     """Their mean, or a scale that is decoded again, is beyond the leaf's dtype."""
     leaf = {"mean": np.full((64, 64), F32(3e38)), "half": large_halves(1)}[name]
-    words = rf"pass double_quant=False.*:\n  - {name}: .* are beyond {leaf.dtype}"
+    words = rf"pass double_quant=False.*:\n  - {name}: .* are beyond the range of {leaf.dtype}"
     for kind in (np.asarray, jnp.asarray):
         for donate in (False, True):
             params = {"first": jnp.ones((64, 64)), name: kind(leaf)}

@@ -468,5 +468,5 @@ def test_nothing_is_decoded_before_the_gradients_are_there():
 def test_what_is_wrong_is_said():
     with pytest.raises(lowrank.ConfigError, match="a block is of 100 elements"):
         quantized(ADAM, block_size=100)
-    with pytest.raises(lowrank.TreeError, match="quantized already: quantize_state goes around"):
+    with pytest.raises(lowrank.TreeError, match="quantized already: apply quantize_state once"):
         quantized(optax.chain(quantized(ADAM))).init(PARAMS)

@@ -63,8 +63,8 @@ class Decoding(PlatformFn):
         count = math.prod(scales.shape[nested.ndim - 1 :])
         if -(-count // SCALE_BLOCK) != nested.shape[-1]:
             raise TreeError(
-                f"{count} doubly quantized scales, but {nested.shape[-1]} scales of those: inside "
-                "shard_map they cannot tell their places in the whole leaf. Split it along stack "
+                f"{count} scales with double quantization, but {nested.shape[-1]} blocks of them: "
+                "inside shard_map their places in the whole leaf are not known. Split it along stack "
                 "axes alone, quantize it with double_quant=False, or lift the function that "
                 "shard_map returned"
             )

@@ -237,7 +237,7 @@ def init_rows(path: str, leaf: jax.Array, rows: tuple[int, ...], dtype: str) -> 
     if wrong := [row for row in rows if not 0 <= row < leaf.shape[0]]:
         raise ConfigError(f"train_rows names row {wrong[0]} of {path!r}, which has {leaf.shape[0]}")
     if leaf.ndim < 2:
-        raise ConfigError(f"train_rows names {path!r} of shape {leaf.shape}, which is no table")
+        raise ConfigError(f"train_rows names {path!r} of shape {leaf.shape}, which is not a table")
     changes = jnp.zeros((len(rows), *leaf.shape[1:]), dtype)
     fan_out = tuple(range(1, leaf.ndim))
     options = {"kind": "lookup", "rows": rows, "size": leaf.shape[0]}

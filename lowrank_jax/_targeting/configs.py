@@ -157,13 +157,13 @@ class LoraConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; a regex becomes {"re": "..."}."""
+        """Convert to plain JSON values; a regex becomes {"re": "..."}."""
         fields = dataclasses.fields(self)
         return {field.name: to_json(getattr(self, field.name)) for field in fields}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
-        """The configuration of the values of `to_dict`; an unknown key is an error."""
+        """Create the configuration from the values of `to_dict`; an unknown key is an error."""
         check_keys(cls, values)
         parsed = {}
         for name, value in values.items():
@@ -233,12 +233,12 @@ class QuantConfig:
             raise ConfigError('"all-linear" is a value of targets, not of exclude')
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; a regex becomes {"re": "..."}."""
+        """Convert to plain JSON values; a regex becomes {"re": "..."}."""
         fields = dataclasses.fields(self)
         return {field.name: to_json(getattr(self, field.name)) for field in fields}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
-        """The configuration of the values of `to_dict`; an unknown key is an error."""
+        """Create the configuration from the values of `to_dict`; an unknown key is an error."""
         check_keys(cls, values)
         return cls(**{name: from_json(value) for name, value in values.items()})

@@ -128,7 +128,9 @@ def from_json(value: object, depth: int = 0) -> Any:
     if isinstance(value, Mapping) and set(value) in ({"re"}, {"re", "flags"}):
         flags = value.get("flags", 0)
         if type(flags) is not int or flags & ~_REGEX_FLAGS:
-            raise ConfigError(f"{quote_value(dict(value))} has flags that a regex of paths has not")
+            raise ConfigError(
+                f"{quote_value(dict(value))} has flags that are not allowed in a pattern"
+            )
         try:
             return re.compile(value["re"], flags)
         except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:

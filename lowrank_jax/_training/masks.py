@@ -103,7 +103,7 @@ def factor_labels(lora: PyTree) -> Any:
         if isinstance(node, Full):
             return dataclasses.replace(node, value="full")
         raise TreeError(
-            "factor_labels takes an adapter (the second result of init); it met "
+            "factor_labels takes an adapter (the second result of init); it got "
             f"{type(node).__name__}"
         )
 

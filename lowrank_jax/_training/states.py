@@ -103,7 +103,7 @@ def quantize_state(
     def start(params: PyTree) -> Any:
         state = inner.init(params)
         if any(map(_is_coded, jax.tree.leaves(state, is_leaf=_is_coded))):
-            raise TreeError("the state of tx is quantized already: quantize_state goes around once")
+            raise TreeError("the state of tx is quantized already: apply quantize_state once")
         return jax.tree.map(encode_if_large, state)
 
     def encode_if_large(leaf: Any) -> Any:

@@ -44,13 +44,13 @@ class Fingerprint:
         return f"Fingerprint({len(self.leaves)} leaves, {self.digest[:16]})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fingerprint as plain JSON values."""
+        """Convert to plain JSON values."""
         leaves = {path: [list(shape), dtype, sha] for path, shape, dtype, sha in self.leaves}
         return {"algorithm": "sha256", "leaves": leaves}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
-        """The fingerprint of the values of `to_dict`.
+        """Create the fingerprint from the values of `to_dict`.
 
         Raises:
           TreeError: values is not a dictionary of `to_dict`, or is of another hash algorithm.

@@ -118,7 +118,7 @@ def init(
     whole, rows = select_full(arrays, config), select_rows(arrays, config)
     warn_skipped(plan, config.targets, targets, (*config.exclude, *whole, *rows))
     if find_method(config.method).start and initializer is not None:
-        raise ConfigError(f"an initializer is of LoRA's a and b; {config.method!r} has its own")
+        raise ConfigError(f"initializer applies to LoRA only; method {config.method!r} has its own")
     chosen = _resolve_initializers(initializer, targets)
     base, lora = [], []
     for path, leaf in leaves:

@@ -242,18 +242,18 @@ def check_quantized(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> 
     ]
     if problems:
         raise TreeError(
-            "a block with a NaN or an infinity has no scale: mend the weights, or exclude the "
+            "a block with a NaN or an infinity has no scale: repair the weights, or exclude the "
             f"leaf:\n{list_problems(problems)}"
         )
     problems = [
-        f"{path}: its scales, quantized in their turn, are beyond "
+        f"{path}: its scales, after double quantization, are beyond the range of "
         f"{jnp.dtype(leaves[path].dtype).name}"
         for path, (_, count) in known.items()
         if count
     ]
     if problems:
         raise ConfigError(
-            "weights as large cannot be quantized doubly: pass double_quant=False, or exclude the "
+            "weights are too large for double quantization: pass double_quant=False, or exclude the "
             f"leaf:\n{list_problems(problems)}"
         )
 
