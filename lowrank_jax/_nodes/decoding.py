@@ -64,7 +64,7 @@ class Decoding(PlatformFn):
         if -(-count // SCALE_BLOCK) != nested.shape[-1]:
             raise TreeError(
                 f"{count} scales with double quantization, but {nested.shape[-1]} blocks of them: "
-                "inside shard_map their places in the whole leaf are not known. Split it along stack "
+                "inside shard_map their place in the whole leaf is unknown. Split it along stack "
                 "axes alone, quantize it with double_quant=False, or lift the function that "
                 "shard_map returned"
             )

@@ -253,8 +253,8 @@ def check_quantized(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> 
     ]
     if problems:
         raise ConfigError(
-            "weights are too large for double quantization: pass double_quant=False, or exclude the "
-            f"leaf:\n{list_problems(problems)}"
+            "weights are too large for double quantization: pass double_quant=False, or exclude "
+            f"the leaf:\n{list_problems(problems)}"
         )
 
 
