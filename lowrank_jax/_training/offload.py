@@ -74,7 +74,7 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
         return _move_state(_place_on_mesh(state, params), _HOST)
 
     def update(
-        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: object
     ) -> tuple[Any, Any]:
         if _find_devices_without_host((updates, state)):
             return inner.update(updates, state, params, **extra)

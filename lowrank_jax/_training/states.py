@@ -116,7 +116,7 @@ def quantize_state(
         return _encode_leaf(leaf, axis, size, str(dtype))
 
     def update(
-        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: object
     ) -> tuple[Any, Any]:
         updates, state = _add_barrier(updates, state)
         dense = jax.tree.map(
