@@ -528,7 +528,7 @@ UNSEEN = {
         ),
         "'gather' at",
     ),
-    "two weights": (lambda p, x: jnp.tanh(x @ p["w"][0] @ (p["w"][0] @ p["w"][1])), "no smaller"),
+    "two weights": (lambda p, x: jnp.tanh(x @ p["w"][0] @ (p["w"][0] @ p["w"][1])), "not smaller"),
     "shard_map": (
         lambda p, x: jnp.tanh(x @ p["w"][0]) + one_device(lambda w, x: x @ w[1])(p["w"], x),
         "'shard_map' at",

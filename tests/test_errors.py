@@ -320,7 +320,7 @@ MISTAKES = {
     "unknown fallback": (
         lambda: lowrank.lift(lambda p: p, fallback="ignore"),
         lowrank.ConfigError,
-        r"fallback is one of",
+        r"fallback must be one of",
     ),
     "partition of an adapter": (
         lambda: lowrank.partition(LORA),
@@ -345,7 +345,7 @@ MISTAKES = {
     "functional of a Linen module": (
         lambda: lowrank.functional(Net()),
         lowrank.TreeError,
-        r"takes an instance of nnx.Module, not Net: a Linen module's apply is a function already",
+        r"takes an instance of nnx.Module, not Net: for a Linen module, lift its apply method",
     ),
     "an NNX model in training mode": (
         dropping_out,

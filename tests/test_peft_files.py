@@ -106,7 +106,7 @@ def test_a_save_that_comes_between_is_noticed(tmp_path, monkeypatch):
         save(tmp_path, 2.0, rank=3)
         return _folder.find_tensors(folder)
 
-    monkeypatch.setattr(lowrank.peft._load, "tensors_path", late)
+    monkeypatch.setattr(lowrank.peft._load, "find_tensors", late)
     refused(tmp_path, "was saved anew while it was read: load it again")
     monkeypatch.undo()
     chex.assert_trees_all_equal(load(tmp_path), adapter(2.0, 3))

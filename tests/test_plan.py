@@ -212,7 +212,7 @@ def test_a_sampled_token_that_is_fed_back(through):
 def test_a_scalar_has_no_final_projection_and_the_plan_says_so():
     loss = lambda p, x: ((x @ p["w"] - 1) ** 2).mean()
     plan = uses(loss, x, w=(6, 3))
-    said = "the function returns a scalar, from which no final projection can be told"
+    said = "the function returns a scalar, so the final projection cannot be found"
     assert str(plan).splitlines()[-1].startswith(said)
     assert said in plan._repr_html_()
     assert plan["w"].linear

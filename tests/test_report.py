@@ -103,9 +103,9 @@ def test_what_was_built_is_said_with_its_reason():
     assert report["v"].how == "factored 1×, built 1×"
     assert report["u"].how == "unused"
     notes = "\n".join(report.notes)
-    assert re.search(r"w is built densely at \w+, test_report.py:\d+ \(squared\): no rule", notes)
-    assert re.search(r"v is built densely at dot_general, .*a product of two weights", notes)
-    assert "u is adapted, but nothing used it: its gradient is zero" in notes
+    assert re.search(r"w is materialized at \w+, test_report.py:\d+ \(squared\): no rule", notes)
+    assert re.search(r"v is materialized at dot_general, .*a product of two weights", notes)
+    assert "u is adapted but unused: its gradient is zero" in notes
     lifted = lowrank.lift(squared, fallback="silent")
     loss = lambda l: lifted(lowrank.combine(base, l), ones(2, 4)).sum()
     grads = jax.jit(jax.grad(loss))(lora)
@@ -232,8 +232,8 @@ def test_notes_of_like_layers_are_one_and_unused_whole_leaves_are_said():
     base, lora = lowrank.init(KEY, params, config)
     report = lowrank.report(fn, lowrank.combine(base, lora), ones(2, 4))
     built, unused = report.notes
-    assert built.startswith("layer_{0..5} is built densely at custom_vjp_call")
-    assert unused == "b is adapted, but nothing used it: its gradient is zero"
+    assert built.startswith("layer_{0..5} is materialized at custom_vjp_call")
+    assert unused == "b is adapted but unused: its gradient is zero"
     assert report["b"].how == "unused"
 
 
@@ -282,7 +282,7 @@ def test_features_that_dora_cannot_train_are_said():
     report = lowrank.report(fn, tree, x)
     assert (report["layers"].still, report["fine"].still) == (3, 0)
     (note,) = report.notes
-    assert note.startswith("layers has 3 output features of zeros: DoRA gives them no direction")
+    assert note.startswith("layers has 3 all-zero output features: under DoRA they have no direction")
     assert note in str(report)
     live = lowrank.lift(fn)
     grads = jax.grad(lambda lora: jnp.sum(live(lowrank.combine(base, lora), x)))(lora)["layers"]
