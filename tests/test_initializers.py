@@ -737,8 +737,11 @@ def test_eva_keeps_ranks_at_rho_one_and_shares_them_in_a_stack():
             lambda: initializers.corda({"w": normal(3, 3)}, damping=0),
             "damping is an int, 0; expected a",
         ),
-        (lambda: initializers.corda(normal(3, 3)), "mapping of a leaf's path to its array"),
-        (lambda: initializers.corda({}), "one entry at least"),
+        (
+            lambda: initializers.corda(normal(3, 3)),
+            "a non-empty mapping from a leaf",
+        ),
+        (lambda: initializers.corda({}), "non-empty mapping"),
         (lambda: initializers.corda({"w": normal(3, 4)}), r"w: of shape \(3, 4\), expected"),
         (lambda: initializers.corda({"w": {"x": 1}}), "w: dict, expected an array"),
         (

@@ -107,7 +107,7 @@ def test_a_save_that_comes_between_is_noticed(tmp_path, monkeypatch):
         return _folder.find_tensors(folder)
 
     monkeypatch.setattr(lowrank.peft._load, "find_tensors", late)
-    refused(tmp_path, "was saved anew while it was read: load it again")
+    refused(tmp_path, "was saved again while it was read: load it again")
     monkeypatch.undo()
     chex.assert_trees_all_equal(load(tmp_path), adapter(2.0, 3))
 

@@ -282,7 +282,9 @@ def test_features_that_dora_cannot_train_are_said():
     report = lowrank.report(fn, tree, x)
     assert (report["layers"].still, report["fine"].still) == (3, 0)
     (note,) = report.notes
-    assert note.startswith("layers has 3 all-zero output features: under DoRA they have no direction")
+    assert note.startswith(
+        "layers has 3 all-zero output features: under DoRA they have no direction"
+    )
     assert note in str(report)
     live = lowrank.lift(fn)
     grads = jax.grad(lambda lora: jnp.sum(live(lowrank.combine(base, lora), x)))(lora)["layers"]

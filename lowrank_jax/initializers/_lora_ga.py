@@ -41,9 +41,9 @@ class LoraGa:
                 f"(fan-in, fan-out) has {min(weight.shape)}: rank {rank} must be at most "
                 f"{min(weight.shape) // 2}; set it by rank_pattern, or exclude the leaf"
             )
-        # gradient [i, o] = U S V^T. a takes the first r left vectors, b the next r right vectors,
-        # so that the first steps of a and b move s a b in directions that do not overlap:
-        #   u [i, min(i, o)] -> a [i, r]           vt [min(i, o), o] -> b [r, o]
+        # G [i, o] = U S V^T: u [i, min(i, o)] gives a [i, r], vt [min(i, o), o] gives b [r, o]. The
+        # first SGD step changes a b in proportion to a a^T G + G b^T b. With the first r left and
+        # the next r right vectors, that is the best approximation of G of rank 2 r.
         u, sigma, vt = svd(self.gradient)
         a, b = u[:, :rank], vt[rank : 2 * rank]
         size = weight.shape[1] ** 0.25 / self.gamma**0.5
