@@ -49,22 +49,22 @@ class CallSignature:
 
     Args:
       treedef: the structure of (args, kwargs).
-      places: for each leaf, whether it is dynamic: an array or a node.
+      is_dynamic: for each leaf, whether it is dynamic: an array or a node.
       static: the leaves that are not dynamic.
       owners: for each dynamic leaf, the number of the argument that contains it.
     """
 
     # f({"w": w, "n": 2}, x, flag=True) has the leaves 2, w, x, True: dynamic = w, x;
-    # places = (False, True, True, False); static = (2, True); owners = (0, 1).
+    # is_dynamic = (False, True, True, False); static = (2, True); owners = (0, 1).
     treedef: Static
-    places: tuple[bool, ...]
+    is_dynamic: tuple[bool, ...]
     static: tuple[Static, ...]
     owners: tuple[int, ...]
 
     def unflatten(self, dynamic: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) with the dynamic leaves put back in their places."""
-        moving, fixed = iter(dynamic), iter(self.static)
-        leaves = [next(moving) if place else next(fixed).value for place in self.places]
+        arrays, others = iter(dynamic), iter(self.static)
+        leaves = [next(arrays) if traced else next(others).value for traced in self.is_dynamic]
         return jax.tree.unflatten(self.treedef.value, leaves)
 
 
@@ -87,13 +87,13 @@ def split_arguments(
     else:
         keyed, treedef = flatten_with_keys((args, kwargs), is_node)
         leaves, named = [leaf for _, leaf in keyed], _name_leaves([keys for keys, _ in keyed])
-    places = tuple(map(is_array, leaves))
-    dynamic = list(itertools.compress(leaves, places))
-    static = tuple(Static(leaf) for leaf, place in zip(leaves, places, strict=True) if not place)
+    is_dynamic = tuple(map(is_array, leaves))
+    dynamic = list(itertools.compress(leaves, is_dynamic))
+    static = tuple(Static(x) for x, traced in zip(leaves, is_dynamic, strict=True) if not traced)
     paths, owners = named
-    owners = tuple(itertools.compress(owners, places))
-    call = CallSignature(Static(treedef), places, static, owners)
-    return call, dynamic, tuple(itertools.compress(paths, places))
+    owners = tuple(itertools.compress(owners, is_dynamic))
+    call = CallSignature(Static(treedef), is_dynamic, static, owners)
+    return call, dynamic, tuple(itertools.compress(paths, is_dynamic))
 
 
 def _name_leaves(keyed: Sequence[Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
