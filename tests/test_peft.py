@@ -613,7 +613,7 @@ def test_all_that_is_wrong_with_the_tensors_is_in_one_error(tmp_path):
         "'params/layers_0/self_attn/q_proj/kernel'",
         "k_proj.lora_B.weight: missing",
         "v_proj.lora_B.weight: dtype int32, expected a floating one",
-        "z_proj.lora_B.weight: unexpected, no leaf of params is called so",
+        "z_proj.lora_B.weight: unexpected, no leaf of params has this name",
         "model.layers.0.self_attn.q_proj.lora_A.weight: unexpected, no key of an adapter",
         "q_proj.lora_A.default.weight: unexpected",
         "up_proj.lora_A.weight: shape [3, 32], expected rank 2, as 'r' or rank_pattern says",
@@ -695,13 +695,15 @@ def test_a_table_that_params_tie_takes_both_changes_or_none(tmp_path):
             load(tmp_path, params_of(True, tied=True), plan=plan, names=LLAMA)
             continue
         for given in (plan, None):  # without a plan, a tree without lm_head ties it
-            with pytest.raises(lowrank.CheckpointError, match="the table and not 'lm_head'"):
+            with pytest.raises(lowrank.CheckpointError, match="the table but not 'lm_head'"):
                 load(tmp_path, params_of(True, tied=True), plan=given, names=LLAMA)
 
 
 def test_lora_bias_is_not_rounded_into_a_narrow_bias():
     params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params_of(True))
-    with pytest.raises(lowrank.CheckpointError, match=r"bias' is bfloat16, and lora_bias would be"):
+    with pytest.raises(
+        lowrank.CheckpointError, match=r"bias' is bfloat16, to which lora_bias would be"
+    ):
         load(FILES / "lora-bias", params, plan=plan_of(True), names=LLAMA)
 
 
@@ -774,8 +776,8 @@ def test_rows_that_are_not_sorted_or_not_there(tmp_path):
     (key,) = [key for key in tensors_of(tmp_path) if "tokens_delta" in key]
     np.testing.assert_allclose(table[[40, 3, 17]], tensors_of(tmp_path)[key], atol=1e-6)
     for rows, said in (
-        ([3, 3, 40], "names rows twice, or above 63"),
-        ([3, 17, 64], "names rows twice, or above 63"),
+        ([3, 3, 40], "has duplicate rows, or rows above 63"),
+        ([3, 17, 64], "has duplicate rows, or rows above 63"),
         ([3, 17], "tokens_delta: shape [3, 32], expected [2, 32]"),
         (None, "that trainable_token_indices does not list"),
     ):
@@ -798,7 +800,7 @@ CANNOT = {
     ),
     "several adapters in one": (
         one(a=ones(5, 4, 2), b=ones(5, 2, 3)),
-        "several adapters in one; take them apart",
+        "several adapters in one; split them",
     ),
     "folded norms": (
         one(magnitude=ones(3), folded=True),
@@ -811,12 +813,12 @@ CANNOT = {
                 "k": {"kernel": lowrank.LowRank(ones(4, 0), ones(0, 3), ones(3))},
             }
         },
-        "'layers/q/kernel': LoHa is no product that a LoRA file holds",
+        "'layers/q/kernel': a LoRA file cannot hold LoHa",
     ),
-    "another scale": (one(scale=-1.0), "scale -1.0, and PEFT's alpha is above 0"),
+    "another scale": (one(scale=-1.0), "scale -1.0, but PEFT requires alpha > 0"),
     "magnitudes here and there": (
         {**one(), "p": one(magnitude=ones(3))},
-        "and some, as 'layers/q/kernel', have none",
+        "and some, such as 'layers/q/kernel', have none",
     ),
     "a combined tree": (
         lowrank.combine({"layers": {"q": {"kernel": ones(4, 3)}}}, one()),
@@ -833,11 +835,11 @@ CANNOT = {
     ),
     "a parameter that is no weight": (
         {"embeddings": {"cls_token": lowrank.Full(ones(1, 1, 3))}},
-        "cls_token is a parameter that embeddings has beside modules of its own",
+        "cls_token is a parameter of embeddings other than its weight and bias",
     ),
     "integers": (
         {"q": {"kernel": lowrank.Full(jnp.ones((4, 2), jnp.uint4))}},
-        "is uint4, which the file has no dtype for",
+        "is uint4, which the file format does not support",
     ),
 }
 
@@ -856,7 +858,7 @@ def test_names_decide_or_refuse(tmp_path):
     refused: Any = (
         (lambda path: None, "names has no module for it"),
         ({"layers/q/kernel": 3}, "names gives 3 for 'layers/q/kernel'"),
-        (lambda path: lowrank.names.Parameter("q", "bias"), "names says 'q.bias'"),
+        (lambda path: lowrank.names.Parameter("q", "bias"), "names gives 'q.bias'"),
     )
     for names, said in refused:
         with pytest.raises(lowrank.CheckpointError, match=said):

@@ -184,7 +184,7 @@ def _measure(
         path, base = target_at[number], value if isinstance(value, Weight) else DenseWeight(value)
         return CovarianceProbe.of(base, totals[path], targets[path], path)
 
-    def scalar(totals: Mapping[str, jax.Array]) -> jax.Array:
+    def scalar(totals: Mapping[str, jax.Array]) -> Any:
         values = [attach_probe(number, leaf, totals) for number, leaf in enumerate(dynamic)]
         outs = interpret(ctx, traced.jaxpr, values)[: traced.out_tree.num_leaves]
         outs = [out.materialize() if isinstance(out, Weight) else out for out in outs]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
-from jax.typing import ArrayLike
 
 from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, list_problems
 from lowrank_jax._files.safetensors import DTYPES
@@ -236,7 +236,7 @@ def _check_supported(path: str, node: LowRank | Full, name: Parameter) -> None:
         raise CheckpointError(f"{path!r}: PEFT adapts only weights, and names gives {name.key!r}")
 
 
-def _to_host(path: str, value: ArrayLike) -> np.ndarray:
+def _to_host(path: str, value: jax.typing.ArrayLike) -> np.ndarray:
     array = to_numpy(path, value)
     if array.dtype not in DTYPES.values():
         raise CheckpointError(f"{path!r} is {array.dtype}, which the file format does not support")
@@ -245,7 +245,7 @@ def _to_host(path: str, value: ArrayLike) -> np.ndarray:
 
 def _check_base_unmodified(nodes: dict[str, Any]) -> None:
     """Raise if an initializer changed the base, and original was not given."""
-    if moved := [
+    if changed := [
         path for path, node in nodes.items() if isinstance(node, LowRank) and node.base_modified
     ]:
         raise CheckpointError(
@@ -253,7 +253,7 @@ def _check_base_unmodified(nodes: dict[str, Any]) -> None:
             "the original weights. Pass lowrank.peft.save base and original=params, from before "
             "init; or base=base, original=base to use the file on that base (after one iteration "
             "of LoftQ, the original, quantized); or save lowrank.merge(base, lora):\n"
-            + list_problems(moved)
+            + list_problems(changed)
         )
 
 
