@@ -614,7 +614,7 @@ def test_all_that_is_wrong_with_the_tensors_is_in_one_error(tmp_path):
         "k_proj.lora_B.weight: missing",
         "v_proj.lora_B.weight: dtype int32, expected a floating one",
         "z_proj.lora_B.weight: unexpected, no leaf of params has this name",
-        "model.layers.0.self_attn.q_proj.lora_A.weight: unexpected, no key of an adapter",
+        "model.layers.0.self_attn.q_proj.lora_A.weight: unexpected, not a key of an adapter",
         "q_proj.lora_A.default.weight: unexpected",
         "up_proj.lora_A.weight: shape [3, 32], expected rank 2, as 'r' or rank_pattern says",
         "mlp.down_proj: no factors, and target_modules names it",
