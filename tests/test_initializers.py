@@ -329,7 +329,7 @@ def test_orthogonal_has_a_zero_product_of_factors_that_are_not():
 
 
 def test_orthogonal_says_that_the_rank_must_be_even():
-    with pytest.raises(lowrank.ConfigError, match=r"rank 3 is odd: take an even rank"):
+    with pytest.raises(lowrank.ConfigError, match=r"rank 3 is odd: use an even rank"):
         initializers.orthogonal(jax.random.key(0), jnp.ones((8, 8)), 3, 1.0)
 
 
