@@ -1,4 +1,4 @@
-"""The command line `python -m lowrank_jax`, which runs on the CPU even if there are other devices."""
+"""The command line, `python -m lowrank_jax`; runs on the CPU even if there are other devices."""
 
 import sys
 
