@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # imported in the functions that use it: Flax is optional
 Method = Callable[..., Any] | str
 
 
-@check_arguments(TreeError, model=anything, wrt=anything)
+@check_arguments(TreeError, model=anything)
 def functional(
-    model: nnx.Module, *, wrt: nnx.filterlib.Filter | None = None, method: Method | None = None
+    model: nnx.Module, *, wrt: Any = None, method: Method | None = None
 ) -> tuple[Callable, Any]:
     """Split an NNX module into a pure function and its parameters.
 
@@ -81,9 +81,9 @@ def functional(
     return fn, params
 
 
-@check_arguments(TreeError, model=anything, wrt=anything)
+@check_arguments(TreeError, model=anything)
 def functional_with_state(
-    model: nnx.Module, *, wrt: nnx.filterlib.Filter | None = None, method: Method | None = None
+    model: nnx.Module, *, wrt: Any = None, method: Method | None = None
 ) -> tuple[Callable, Any, Any]:
     """Split an NNX module into a pure function, its parameters and its other state.
 
