@@ -234,7 +234,7 @@ def test_no_payload_runs(old, tmp_path):
                 checkpoint.restore(directory)
             if name != "manifest.json":  # and with a manifest that vouches for it
                 path = directory / name
-                found = [path.stat().st_size, _archive._file_hash(path)]
+                found = [path.stat().st_size, _archive._hash_file(path)]
                 edit(directory, lambda body: body["files"].update({name.split("/", 1)[1]: found}))
                 # Orbax does without some of its files: then the arrays are those saved
                 assert forms.whole(directory) in (None, 1)

@@ -44,12 +44,12 @@ def convert(source: Path, target: Path, names: Names = None) -> str:
         raise CheckpointError(
             "names is for a checkpoint's leaves: those of a PEFT adapter are called as its modules"
         )
-    _, lora, config = peft.load(source, _params(source))
+    _, lora, config = peft.load(source, _build_params(source))
     checkpoint.save(target, lora=lora, config=config)
     return "a checkpoint of lowrank_jax"
 
 
-def _params(folder: Path) -> Any:
+def _build_params(folder: Path) -> Any:
     """The tree that an adapter is for, as far as its file tells."""
     leaves: dict[str, Any] = {}
     with TensorFile(find_tensors(folder)) as file:
@@ -57,9 +57,12 @@ def _params(folder: Path) -> Any:
     for (module, part), entry in entries.items():
         last, shape = "bias", entry.shape
         if part == "lora_A.weight":
-            last, shape = "kernel", _ends(folder, entries, module, part, "lora_B.weight")
+            last, shape = "kernel", _find_in_out(folder, entries, module, part, "lora_B.weight")
         elif part == "lora_embedding_A":
-            last, shape = "embedding", _ends(folder, entries, module, part, "lora_embedding_B")
+            last, shape = (
+                "embedding",
+                _find_in_out(folder, entries, module, part, "lora_embedding_B"),
+            )
         elif part == "weight" and len(shape) == 2:
             table = "embed" in module.rpartition(".")[2]
             last, shape = ("embedding", shape) if table else ("kernel", shape[::-1])
@@ -75,7 +78,7 @@ def _params(folder: Path) -> Any:
         raise CheckpointError(f"the tensors at {folder} make no tree: {error}") from error
 
 
-def _ends(
+def _find_in_out(
     folder: Path, entries: Mapping[tuple[str, str], Any], module: str, a: str, b: str
 ) -> tuple[int, ...]:
     """[in, out] of a pair of factors."""

@@ -25,8 +25,8 @@ from lowrank_jax.peft._folder import read_config_bytes as read_adapter
 from lowrank_jax.peft._parsing import parse_config
 from lowrank_jax.peft._tensors import split_key
 
-_FIRST = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
-_SHOWN = 10
+_FACTOR_PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+_LIST_LIMIT = 10
 
 
 @check_arguments(CheckpointError, folder=path_like)
@@ -39,11 +39,11 @@ def describe(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder")
     if (folder / CONFIG).exists():
-        return _adapter(folder)
+        return _describe_adapter(folder)
     if checkpoint.exists(folder):
-        return _checkpoint(folder)
+        return _describe_checkpoint(folder)
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
-        return _model(folder)
+        return _describe_model(folder)
     pickles = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
     )
@@ -54,7 +54,7 @@ def describe(folder: Path) -> list[str]:
     )
 
 
-def _adapter(folder: Path) -> list[str]:
+def _describe_adapter(folder: Path) -> list[str]:
     """An adapter of PEFT's."""
     config = parse_config(read_adapter(folder), str(folder / CONFIG))
     lines = [
@@ -62,7 +62,7 @@ def _adapter(folder: Path) -> list[str]:
         f"base model: {to_printable(config['base_model_name_or_path'] or 'not named')}",
     ]
     with TensorFile(find_tensors(folder)) as file:
-        lines.append(_sizes(file.entries.values()))
+        lines.append(_format_sizes(file.entries.values()))
         split = {key: split_key(key) for key in file.entries}
         parts: dict[str, dict[str, str]] = {}
         for key, of in split.items():
@@ -76,7 +76,7 @@ def _adapter(folder: Path) -> list[str]:
         for module, named in parts.items():
             if not any(part.startswith("lora_") for part in named):
                 whole.append(module)
-            for first, second in _FIRST.items():
+            for first, second in _FACTOR_PAIRS.items():
                 if (first in named) != (second in named):
                     odd.append(f"{to_printable(module)}: has one of {first} and {second}")
                 elif first in named:
@@ -96,12 +96,12 @@ def _adapter(folder: Path) -> list[str]:
         odd += [
             f"{to_printable(key)}: not finite" for key in split if not _is_finite(file.read(key))
         ]
-    lines += _ranks(ranks)
-    lines += [f"other modules saved: {len(whole)}, {_some(whole)}"] if whole else []
-    return lines + _odd(odd)
+    lines += _format_ranks(ranks)
+    lines += [f"other modules saved: {len(whole)}, {_join_names(whole)}"] if whole else []
+    return lines + _format_problems(odd)
 
 
-def _checkpoint(folder: Path) -> list[str]:
+def _describe_checkpoint(folder: Path) -> list[str]:
     """One of ours; restoring it verifies every byte."""
     found = checkpoint.restore(folder)
     nodes = dict(flatten(found.lora, is_leaf=is_node)[0])
@@ -120,14 +120,14 @@ def _checkpoint(folder: Path) -> list[str]:
     lines = [
         f"a checkpoint of lowrank_jax{' with DoRA' if dora else ''}, {step}, {state} an optimizer",
         f"base: {base}",
-        _sizes(arrays),
-        *_ranks(ranks),
+        _format_sizes(arrays),
+        *_format_ranks(ranks),
     ]
-    lines += [f"leaves trained whole: {len(whole)}, {_some(whole)}"] if whole else []
-    return lines + _odd(odd)
+    lines += [f"leaves trained whole: {len(whole)}, {_join_names(whole)}"] if whole else []
+    return lines + _format_problems(odd)
 
 
-def _model(folder: Path) -> list[str]:
+def _describe_model(folder: Path) -> list[str]:
     """A model of Hugging Face's, dense or quantized."""
     config = read_model_config(folder)
     quantization = config.get("quantization_config")
@@ -139,7 +139,10 @@ def _model(folder: Path) -> list[str]:
     with open_folder(folder) as tensors:
         entries = {key: tensors.entry(key) for key in tensors}
         files = {tensors.file(key) for key in tensors}
-    lines = [f"{kind}: {', '.join(map(to_printable, names[:_SHOWN]))}", _sizes(entries.values())]
+    lines = [
+        f"{kind}: {', '.join(map(to_printable, names[:_LIST_LIMIT]))}",
+        _format_sizes(entries.values()),
+    ]
     lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
     odd = [] if config else ["there is no config.json: transformers will not load it"]
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
@@ -149,14 +152,14 @@ def _model(folder: Path) -> list[str]:
         for p in folder.glob("*.safetensors")
         if p.name not in files
     ]
-    return lines + _odd(odd)
+    return lines + _format_problems(odd)
 
 
 def _is_finite(array: np.ndarray) -> bool:
     return array.dtype.kind in "iub" or bool(np.isfinite(array.astype(np.float32)).all())
 
 
-def _sizes(arrays: Iterable[Any]) -> str:
+def _format_sizes(arrays: Iterable[Any]) -> str:
     """Counts, dtypes and bytes of what has shapes and dtypes."""
     sizes: Counter = Counter()
     count = number = total = 0
@@ -168,20 +171,20 @@ def _sizes(arrays: Iterable[Any]) -> str:
     return f"{count} tensors, {number:,} numbers ({dtypes}), {total:,} bytes"
 
 
-def _ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:
+def _format_ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:
     total = sum(ranks.values())
     pairs = [f"{n} of rank {r}, scale {s:.6g}" for (r, s), n in sorted(ranks.items())]
     return [f"adapted weights: {total}, {'; '.join(pairs)}"] if ranks else []
 
 
-def _some(names: list[str]) -> str:
-    left = len(names) - _SHOWN
-    return ", ".join(map(to_printable, sorted(names)[:_SHOWN])) + (
+def _join_names(names: list[str]) -> str:
+    left = len(names) - _LIST_LIMIT
+    return ", ".join(map(to_printable, sorted(names)[:_LIST_LIMIT])) + (
         f" and {left} more" if left > 0 else ""
     )
 
 
-def _odd(problems: list[str]) -> list[str]:
-    left = len(problems) - _SHOWN
+def _format_problems(problems: list[str]) -> list[str]:
+    left = len(problems) - _LIST_LIMIT
     more = [f"odd: {left} more"] if left > 0 else []
-    return [f"odd: {problem}" for problem in problems[:_SHOWN]] + more
+    return [f"odd: {problem}" for problem in problems[:_LIST_LIMIT]] + more

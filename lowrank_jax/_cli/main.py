@@ -17,10 +17,10 @@ from lowrank_jax._errors import LowrankError
 TABLES = sorted(name for name, value in vars(names).items() if isinstance(value, names.Table))
 
 # a line names a few things, each of which is cut to a fraction of this
-_LINE = 4000
+_LINE_LIMIT = 4000
 
 
-def _table(name: str) -> names.Table:
+def _parse_table(name: str) -> names.Table:
     """The table of that name, in any case."""
     if name.upper() not in TABLES:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TABLES)}")
@@ -41,7 +41,7 @@ def _convert(options: argparse.Namespace) -> list[str]:
     return [f"{options.out}: {kind}, made of {options.source}"]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lowrank_jax",
         description="Adapters and models on disk: what they are, merged, converted.",
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True)
     table = {
-        "type": _table,
+        "type": _parse_table,
         "metavar": "TABLE",
         "help": "what torch calls the leaves of a checkpoint: "
         f"{', '.join(t.lower() for t in TABLES)}; without it, a leaf's path with dots for slashes",
@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _build_parser().parse_args(arguments)
     try:
-        _print([to_printable(line, _LINE) for line in options.run(options)], sys.stdout)
+        _print([to_printable(line, _LINE_LIMIT) for line in options.run(options)], sys.stdout)
     except (LowrankError, OSError) as error:
         _print([to_printable_lines(f"lowrank_jax: {error}")], sys.stderr)
         return 1

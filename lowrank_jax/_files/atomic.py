@@ -23,9 +23,9 @@ from lowrank_jax._files.locks import lock_folder
 _NEW = ".lowrank-"
 _OLD = f"{_NEW}old-"
 # what a file system says that cannot flush a directory: there is nothing to wait for
-_NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
+_UNSUPPORTED_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 # files above this size are taken for changed: comparing them costs more than replacing them
-_COMPARED = 1 << 25
+_COMPARE_LIMIT = 1 << 25
 
 Write = Callable[[BinaryIO], object]
 
@@ -47,7 +47,7 @@ def fsync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if not is_folder or error.errno not in _NO_FLUSH:
+        if not is_folder or error.errno not in _UNSUPPORTED_FSYNC:
             raise
     finally:
         os.close(handle)
@@ -83,12 +83,12 @@ def remove_temporary(folder: Path, old: bool = True) -> None:
 
 def rename(source: Path, target: Path) -> None:
     """Rename a file; what a file system did although it reported an error, is done."""
-    own = _identity(source)
+    own = _identify(source)
     try:
         os.replace(source, target)
     except OSError:
         with contextlib.suppress(OSError):
-            if own is not None and _identity(target) == own and _identity(source) is None:
+            if own is not None and _identify(target) == own and _identify(source) is None:
                 return
         raise
 
@@ -122,9 +122,11 @@ def replace_files(
                 if blocked := [name for name in writes if (folder / name).is_dir()]:
                     raise CheckpointError(f"{folder / blocked[0]} is a folder: remove it")
                 new = {name: write_temporary(folder, write) for name, write in writes.items()}
-                gone = [name for name in there if name not in writes and obsolete(name)]
-                new = _changed(folder, new, gone, entry_points)
-                commit_files(folder, new, what, entry_points=entry_points, gone=gone)
+                obsolete_names = [name for name in there if name not in writes and obsolete(name)]
+                new = _select_changed(folder, new, obsolete_names, entry_points)
+                commit_files(
+                    folder, new, what, entry_points=entry_points, obsolete_names=obsolete_names
+                )
             finally:
                 with contextlib.suppress(OSError):
                     remove_temporary(folder, old=False)
@@ -140,7 +142,7 @@ def commit_files(
     what: str,
     *,
     entry_points: Sequence[str] = (),
-    gone: Iterable[str] = (),
+    obsolete_names: Iterable[str] = (),
 ) -> None:
     """Let files, whole on disk, take their names; where that fails, put back what was there.
 
@@ -149,45 +151,47 @@ def commit_files(
       new: name -> the file that is to be called so.
       what: what they are, for errors.
       entry_points: as of replace_files.
-      gone: names that are to go.
+      obsolete_names: names that are to go.
 
     Raises:
       CheckpointError: the file system refused. What it says of the folder was looked up.
     """
-    names = [*new, *gone]
-    going = sorted(names, key=lambda name: (name not in entry_points, *_place(name, entry_points)))
-    coming = sorted(
-        new, key=lambda name: (name in entry_points, *_place(name, reversed(entry_points)))
+    names = [*new, *obsolete_names]
+    removal_order = sorted(
+        names, key=lambda name: (name not in entry_points, *_order_key(name, entry_points))
     )
-    before = {name: _identity(folder / name) for name in names}
-    after = {name: _identity(new[name]) if name in new else None for name in names}
+    install_order = sorted(
+        new, key=lambda name: (name in entry_points, *_order_key(name, reversed(entry_points)))
+    )
+    before = {name: _identify(folder / name) for name in names}
+    after = {name: _identify(new[name]) if name in new else None for name in names}
     try:
         if len(names) == 1 and new:
-            _keep(folder, names[0])
+            _link_backup(folder, names[0])
         else:
-            _set_aside(folder, [name for name in going if before[name]], entry_points)
-        for name in coming:
+            _move_aside(folder, [name for name in removal_order if before[name]], entry_points)
+        for name in install_order:
             if name in entry_points:
                 fsync(folder)
             rename(new[name], folder / name)
         fsync(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            _put_back(folder, coming, going, before, after)
+            _roll_back(folder, install_order, removal_order, before, after)
         if isinstance(error, OSError):
-            raise _failure(folder, what, before, after, error) from error
+            raise _make_error(folder, what, before, after, error) from error
         raise
     with contextlib.suppress(OSError):
         remove_temporary(folder)
 
 
-def _place(name: str, entry_points: Iterable[str]) -> tuple[int, str]:
+def _order_key(name: str, entry_points: Iterable[str]) -> tuple[int, str]:
     """Where a name stands among the entry_points, or after them."""
     order = [*entry_points]
     return order.index(name) if name in order else len(order), name
 
 
-def _set_aside(folder: Path, names: list[str], entry_points: Sequence[str]) -> None:
+def _move_aside(folder: Path, names: list[str], entry_points: Sequence[str]) -> None:
     """Take the names from old files, those of entry_points first and for good."""
     for number, name in enumerate(names, start=1):
         rename(folder / name, folder / f"{_OLD}{name}")
@@ -195,34 +199,34 @@ def _set_aside(folder: Path, names: list[str], entry_points: Sequence[str]) -> N
             fsync(folder)
 
 
-def _keep(folder: Path, name: str) -> None:
+def _link_backup(folder: Path, name: str) -> None:
     """Give a file that is to be replaced a second name, where the file system has links."""
     with contextlib.suppress(OSError, NotImplementedError):
         os.link(folder / name, folder / f"{_OLD}{name}", follow_symlinks=False)
 
 
-def _put_back(
+def _roll_back(
     folder: Path,
-    coming: list[str],
-    going: list[str],
+    install_order: list[str],
+    removal_order: list[str],
     before: Mapping[str, object],
     after: Mapping[str, object],
 ) -> None:
     """Undo a replacement: new files go, the entry_points first, and old ones get their names back."""
-    for name in reversed(coming):
-        is_new = _identity(folder / name) == after[name]
-        if is_new and (len(going) > 1 or before[name] is None):
+    for name in reversed(install_order):
+        is_new = _identify(folder / name) == after[name]
+        if is_new and (len(removal_order) > 1 or before[name] is None):
             (folder / name).unlink()
-    for name in reversed(going):
-        if _identity(folder / f"{_OLD}{name}") is not None:
+    for name in reversed(removal_order):
+        if _identify(folder / f"{_OLD}{name}") is not None:
             rename(folder / f"{_OLD}{name}", folder / name)
     with contextlib.suppress(OSError):
         fsync(folder)
-    if all(_identity(folder / name) == was for name, was in before.items()):
+    if all(_identify(folder / name) == was for name, was in before.items()):
         remove_temporary(folder)
 
 
-def _failure(
+def _make_error(
     folder: Path,
     what: str,
     before: Mapping[str, object],
@@ -231,7 +235,7 @@ def _failure(
 ) -> CheckpointError:
     """The error of a replacement, by what the folder holds now."""
     try:
-        now = {name: _identity(folder / name) for name in before}
+        now = {name: _identify(folder / name) for name in before}
     except OSError:
         now = None
     if now == before:
@@ -249,7 +253,7 @@ def _failure(
     )
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
+def _identify(path: Path) -> tuple[int, ...] | None:
     """What tells a file from others, whatever it is called; None where there is none."""
     try:
         found = os.lstat(path)
@@ -258,21 +262,24 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _changed(
-    folder: Path, new: Mapping[str, Path], gone: Sequence[str], entry_points: Sequence[str]
+def _select_changed(
+    folder: Path,
+    new: Mapping[str, Path],
+    obsolete_names: Sequence[str],
+    entry_points: Sequence[str],
 ) -> dict[str, Path]:
     """The new files that are not there already; entry_points too, unless one rename is all there is."""
-    changed = {name: path for name, path in new.items() if not _is_there(folder / name, path)}
-    if len(changed) + len(gone) > 1:
+    changed = {name: path for name, path in new.items() if not _is_unchanged(folder / name, path)}
+    if len(changed) + len(obsolete_names) > 1:
         changed |= {name: new[name] for name in entry_points if name in new}
     return changed
 
 
-def _is_there(old: Path, new: Path) -> bool:
+def _is_unchanged(old: Path, new: Path) -> bool:
     """Whether a plain file is there already, on disk, with the content of a new one."""
     try:
         found, size = os.lstat(old), new.stat().st_size
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size or size > _COMPARED:
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size or size > _COMPARE_LIMIT:
             return False
         if old.read_bytes() != new.read_bytes():
             return False

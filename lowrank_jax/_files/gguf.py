@@ -16,7 +16,7 @@ from lowrank_jax._files.shards import Tensors
 SUFFIX = ".gguf"
 
 # Architectures -> whether the rows of q and k lie by the pairs that rope turns together.
-_ROTATED = {"llama": True, "qwen2": False}
+_HAS_PAIRED_ROWS = {"llama": True, "qwen2": False}
 _MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -28,9 +28,9 @@ _MODULES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_PLAIN = {0: np.float32, 1: np.float16}  # types that are not in blocks
-_HEADS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+_TOP_LEVEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_UNQUANTIZED = {0: np.float32, 1: np.float16}  # types that are not in blocks
+_HEAD_FIELDS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 
 
 class GgufTensors(Tensors):
@@ -53,20 +53,20 @@ class GgufTensors(Tensors):
             raise CheckpointError(f"{path} is no GGUF file, or damaged ({error})") from error
         self._data = header.data
         architecture = header.fields.get("general.architecture")
-        if not isinstance(architecture, str) or architecture not in _ROTATED:
+        if not isinstance(architecture, str) or architecture not in _HAS_PAIRED_ROWS:
             raise CheckpointError(
                 f"{path} is a model of {architecture!r}: what GGUF files of it call their tensors, "
-                f"and how these lie, is known here of {sorted(_ROTATED)}; convert it to safetensors"
+                f"and how these lie, is known here of {sorted(_HAS_PAIRED_ROWS)}; convert it to safetensors"
             )
         self._tensors: dict[str, TensorInfo] = {}
         self._heads: dict[str, int] = {}
         for own, place in header.tensors.items():
-            name, part = _name(own)
+            name, part = _translate_name(own)
             if name in self._tensors:
                 raise CheckpointError(f"{path} has two tensors for {name!r}, one of them {own!r}")
             self._tensors[name] = place
-            if _ROTATED[architecture] and part in _HEADS:
-                field = f"{architecture}.{_HEADS[part]}"
+            if _HAS_PAIRED_ROWS[architecture] and part in _HEAD_FIELDS:
+                field = f"{architecture}.{_HEAD_FIELDS[part]}"
                 heads = header.fields.get(field)
                 if type(heads) is not int or heads < 1 or place.shape[0] % (2 * heads):
                     raise CheckpointError(
@@ -98,7 +98,7 @@ class GgufTensors(Tensors):
         """The numbers of a tensor, or the bytes of its blocks, [*rows, bytes of a row]."""
         place = self._tensors[name]
         data = self._data[place.start : place.stop]
-        return data.view(_PLAIN.get(place.type, np.uint8)).reshape(*place.shape[:-1], -1)
+        return data.view(_UNQUANTIZED.get(place.type, np.uint8)).reshape(*place.shape[:-1], -1)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -122,7 +122,7 @@ class GgufTensors(Tensors):
         return self[name].tobytes() == self[other].tobytes()
 
 
-def _name(name: str) -> tuple[str, str]:
+def _translate_name(name: str) -> tuple[str, str]:
     """Hugging Face's name of a tensor, and which part of a layer it is ("" for none).
 
     An unknown tensor keeps its own name, and is refused as such.
@@ -132,4 +132,4 @@ def _name(name: str) -> tuple[str, str]:
         if part in _MODULES:
             return f"model.layers.{number}.{_MODULES[part]}.{kind}", part
     stem, _, kind = name.partition(".")
-    return (f"{_OUTSIDE[stem]}.{kind}" if stem in _OUTSIDE else name), ""
+    return (f"{_TOP_LEVEL[stem]}.{kind}" if stem in _TOP_LEVEL else name), ""

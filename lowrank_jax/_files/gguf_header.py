@@ -17,9 +17,9 @@ from lowrank_jax._files.safetensors import NAME_LIMIT
 
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type -> code of struct
 _STRING, _ARRAY = 8, 9
-_MOST_AXES, _KEY_LIMIT, _TEXT_LIMIT = 4, 1000, 1 << 16
+_MAX_AXES, _KEY_LIMIT, _TEXT_LIMIT = 4, 1000, 1 << 16
 # the fewest bytes of a field and of a tensor's description
-_FIELD, _TENSOR = 13, 24
+_MIN_FIELD_BYTES, _MIN_TENSOR_BYTES = 13, 24
 
 
 class TensorInfo(NamedTuple):
@@ -56,20 +56,20 @@ def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> Header:
     magic, version = bytes(at.take(4)), at.number("I")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError("it does not begin as one, of version 2 or 3, little-endian")
-    tensor_count, field_count = at.count(_TENSOR), at.count(_FIELD)
+    tensor_count, field_count = at.count(_MIN_TENSOR_BYTES), at.count(_MIN_FIELD_BYTES)
     fields = {}
     for _ in range(field_count):
         key = at.text(_KEY_LIMIT)
         if key in fields:
             raise ValueError(f"the field {key!r} stands twice")
         fields[key] = at.value(at.number("I"))
-    described = [_described(at) for _ in range(tensor_count)]
+    infos = [_read_tensor_info(at) for _ in range(tensor_count)]
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"its alignment is {alignment!r}, expected a power of two")
     start = -(-at.at // alignment) * alignment
     tensors, end = {}, start
-    for name, shape, kind, offset in sorted(described, key=lambda tensor: tensor[3]):
+    for name, shape, kind, offset in sorted(infos, key=lambda tensor: tensor[3]):
         if kind not in sizes:
             raise ValueError(f"{name!r} is of type {kind}, which is not read")
         elements, width = sizes[kind]
@@ -88,11 +88,11 @@ def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> Header:
     return Header(fields, tensors, data)
 
 
-def _described(at: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+def _read_tensor_info(at: _Reader) -> tuple[str, tuple[int, ...], int, int]:
     """Name, shape, type and offset of the tensor described at this place."""
     name, ndim = at.text(NAME_LIMIT), at.number("I")
-    if not 1 <= ndim <= _MOST_AXES:
-        raise ValueError(f"{name!r} has {ndim} axes, expected 1 to {_MOST_AXES}")
+    if not 1 <= ndim <= _MAX_AXES:
+        raise ValueError(f"{name!r} has {ndim} axes, expected 1 to {_MAX_AXES}")
     shape = tuple(at.number("Q") for _ in range(ndim))[::-1]
     if 0 in shape:
         raise ValueError(f"{name!r} of shape {list(shape)} has no elements")

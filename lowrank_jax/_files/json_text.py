@@ -17,7 +17,7 @@ def parse_json(data: bytes) -> Any:
         object, or is nested too deeply.
     """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_unique)
+        return json.loads(data.decode(), object_pairs_hook=_reject_duplicates)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -61,7 +61,7 @@ def read_json_object(path: Path, limit: int) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys differ."""
     found = dict(pairs)
     if len(found) != len(pairs):

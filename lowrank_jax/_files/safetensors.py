@@ -23,7 +23,7 @@ from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.json_text import parse_json
 
 HEADER_LIMIT, CHUNK = 1 << 24, 1 << 22
-NAME_LIMIT, AXES_LIMIT, _LIMIT = 1000, 32, 1 << 62
+NAME_LIMIT, AXES_LIMIT, _OFFSET_LIMIT = 1000, 32, 1 << 62
 _FIELDS = {"dtype", "shape", "data_offsets"}
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -37,7 +37,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(bool),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
@@ -59,7 +59,7 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError(f"{path} could not be read ({error})") from error
         try:
-            self.entries, self._data = self._header()
+            self.entries, self._data = self._read_header()
         except BaseException:
             self._file.close()
             raise
@@ -70,60 +70,71 @@ class TensorFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _header(self) -> tuple[dict[str, Entry], int]:
+    def _read_header(self) -> tuple[dict[str, Entry], int]:
         """The entries, and where the data begin."""
         size = os.fstat(self._file.fileno()).st_size
         head = self._file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > min(size - 8, HEADER_LIMIT):
-            raise self._damaged(f"it has {size} bytes, too few or too many for its header")
+            raise self._make_error(f"it has {size} bytes, too few or too many for its header")
         try:
             header = parse_json(self._file.read(length))
         except ValueError as error:
-            raise self._damaged(f"its header is not JSON as the format has it: {error}") from error
+            raise self._make_error(
+                f"its header is not JSON as the format has it: {error}"
+            ) from error
         if not isinstance(header, dict):
             kind = type(header).__name__
-            raise self._damaged(f"its header is not JSON as the format has it: a {kind}")
+            raise self._make_error(f"its header is not JSON as the format has it: a {kind}")
         self._check_metadata(header.pop("__metadata__", {}))
-        entries = {name: self._entry(name, value) for name, value in header.items()}
+        entries = {name: self._parse_entry(name, value) for name, value in header.items()}
         at = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != at:
-                raise self._damaged(f"there is a gap or an overlap before {_short(name)}")
+                raise self._make_error(f"there is a gap or an overlap before {_abbreviate(name)}")
             at = entry.stop
         if at != size - 8 - length:
-            raise self._damaged(f"it holds {size - 8 - length} bytes of data, its header says {at}")
+            raise self._make_error(
+                f"it holds {size - 8 - length} bytes of data, its header says {at}"
+            )
         return entries, 8 + length
 
     def _check_metadata(self, values: Any) -> None:
         """Refuse what is not a mapping of texts."""
         if not isinstance(values, dict) or any(type(value) is not str for value in values.values()):
-            raise self._damaged("its __metadata__ is not an object of texts")
+            raise self._make_error("its __metadata__ is not an object of texts")
 
-    def _entry(self, name: str, value: Any) -> Entry:
+    def _parse_entry(self, name: str, value: Any) -> Entry:
         """One tensor's entry, checked."""
         if len(name) > NAME_LIMIT or not name.isprintable():
-            raise self._damaged(
-                f"it names a tensor {_short(name)}, of {len(name)} characters: expected at most "
+            raise self._make_error(
+                f"it names a tensor {_abbreviate(name)}, of {len(name)} characters: expected at most "
                 f"{NAME_LIMIT}, all of them printable"
             )
         if type(value) is not dict or value.keys() != _FIELDS:
-            raise self._damaged(f"its header says {_short(value)} of {_short(name)}")
+            raise self._make_error(f"its header says {_abbreviate(value)} of {_abbreviate(name)}")
         dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
         known = DTYPES.get(dtype) if type(dtype) is str else None
         if known is None:
-            raise self._damaged(f"{_short(name)} is of dtype {_short(dtype)}, which is not read")
+            raise self._make_error(
+                f"{_abbreviate(name)} is of dtype {_abbreviate(dtype)}, which is not read"
+            )
         lists = type(shape) is list and type(place) is list and len(place) == 2
         if not lists or len(shape) > AXES_LIMIT or not _are_natural((*shape, *place)):
-            raise self._damaged(f"shape or place of {_short(name)} are no natural numbers")
+            raise self._make_error(f"shape or place of {_abbreviate(name)} are no natural numbers")
         start, stop = place
         if math.prod(shape) * known.itemsize != stop - start:
-            raise self._damaged(f"{_short(name)} has another size than its shape {shape} says")
-        if start == stop and math.prod(size or 1 for size in shape) * known.itemsize >= _LIMIT:
-            raise self._damaged(f"{_short(name)} has the shape {shape}, which no array has")
+            raise self._make_error(
+                f"{_abbreviate(name)} has another size than its shape {shape} says"
+            )
+        if (
+            start == stop
+            and math.prod(size or 1 for size in shape) * known.itemsize >= _OFFSET_LIMIT
+        ):
+            raise self._make_error(f"{_abbreviate(name)} has the shape {shape}, which no array has")
         return Entry(tuple(shape), known, start, stop)
 
-    def _damaged(self, why: str) -> CheckpointError:
+    def _make_error(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is no safetensors file, or damaged: {why}")
 
     def read(self, name: str) -> np.ndarray:
@@ -132,7 +143,7 @@ class TensorFile:
         data = np.empty(entry.stop - entry.start, np.uint8)
         self._file.seek(self._data + entry.start)
         if self._file.readinto(data.data) != data.size:
-            raise self._damaged("it became shorter while it was read")
+            raise self._make_error("it became shorter while it was read")
         return data.view(entry.dtype).reshape(entry.shape)
 
     def iter_chunks(self, name: str) -> Iterator[bytes]:
@@ -145,10 +156,10 @@ class TensorFile:
 
 def _are_natural(values: tuple[Any, ...]) -> bool:
     """Whether all are integers from 0 up that an offset may be."""
-    return {*map(type, values)} == {int} and min(values) >= 0 and max(values) < _LIMIT
+    return {*map(type, values)} == {int} and min(values) >= 0 and max(values) < _OFFSET_LIMIT
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     """The beginning of a value's text, as Python writes it."""
     return repr(value[:200]) if isinstance(value, str) else repr(str(value)[:80])
 
@@ -162,16 +173,16 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
         tensor = tensors[name]
         place = [at, at + tensor.nbytes]
         shape = list(tensor.shape)
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": place}
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": place}
         at = place[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for name in order:
-        file.write(_contiguous(tensors[name]).reshape(-1).view(np.uint8).data)
+        file.write(_to_contiguous(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
-def _contiguous(tensor: ArrayLike) -> np.ndarray:
+def _to_contiguous(tensor: ArrayLike) -> np.ndarray:
     """The tensor in C order; a transposed matrix is copied in blocks.
 
     NumPy copies a whole transpose with one cache miss a number: blocks take a third of the time.

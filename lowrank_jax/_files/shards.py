@@ -23,23 +23,23 @@ class Tensors(Mapping):
     """name -> NumPy array, a copy of what the file holds, made at each look-up."""
 
     def __init__(self, files: Mapping[str, TensorFile]):
-        self._files = files
+        self._locate_files = files
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].read(name)
+        return self._locate_files[name].read(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._locate_files
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._locate_files)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._locate_files)
 
     def entry(self, name: str) -> Entry:
         """Shape and dtype of a tensor, of which nothing is read."""
-        return self._files[name].entries[name]
+        return self._locate_files[name].entries[name]
 
     def is_coded(self, name: str) -> bool:
         """Whether a tensor is a weight in 4 bits, which lies [out, in] whatever its module."""
@@ -47,14 +47,14 @@ class Tensors(Mapping):
 
     def file(self, name: str) -> str:
         """The name of the file that a tensor is in."""
-        return self._files[name].path.name
+        return self._locate_files[name].path.name
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same to the last bit."""
         one, two = self.entry(name), self.entry(other)
-        iter_chunks = (self._files[key].iter_chunks(key) for key in (name, other))
+        chunks = (self._locate_files[key].chunks(key) for key in (name, other))
         same = (one.shape, one.dtype) == (two.shape, two.dtype)
-        return same and all(a == b for a, b in zip(*iter_chunks, strict=True))
+        return same and all(a == b for a, b in zip(*chunks, strict=True))
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
       CheckpointError: there is no such file, a shard or one of its tensors is missing, or a file is
         damaged.
     """
-    paths, promised = _files(folder)
+    paths, promised = _locate_files(folder)
     with contextlib.ExitStack() as stack:
         files: dict[str, TensorFile] = {}
         for path in paths:
@@ -81,7 +81,7 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
         yield Tensors(files)
 
 
-def _files(folder: Path) -> tuple[list[Path], set[str]]:
+def _locate_files(folder: Path) -> tuple[list[Path], set[str]]:
     """The files of a folder, and the names of tensors that its index promises."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], set()

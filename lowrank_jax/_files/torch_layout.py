@@ -39,28 +39,28 @@ class TorchLayout:
     kind: str
     fan_in_fan_out: bool = False
 
-    def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+    def get_sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         """The leaf's sizes along some axes."""
         return tuple(self.shape[axis] for axis in axes)
 
     @property
-    def indices(self) -> list[tuple[int, ...]]:
+    def stack_indices(self) -> list[tuple[int, ...]]:
         """The indices of a stack's layers; one empty index where there is no stack."""
-        return list(np.ndindex(*self.sizes(self.stack)))
+        return list(np.ndindex(*self.get_sizes(self.stack)))
 
     @property
-    def ends(self) -> tuple[int, int]:
+    def in_out(self) -> tuple[int, int]:
         """[in, out] of a product; rows and features of a table."""
-        size, width = (math.prod(self.sizes(axes)) for axes in (self.fan_in, self.fan_out))
-        return (width, size) if self._turned else (size, width)
+        size, width = (math.prod(self.get_sizes(axes)) for axes in (self.fan_in, self.fan_out))
+        return (width, size) if self._is_swapped else (size, width)
 
     @property
-    def _turned(self) -> bool:
+    def _is_swapped(self) -> bool:
         """A table that the adapter takes as a projection: its rows are fan-out."""
         return self.kind == "lookup" and self.fan_out < self.fan_in
 
     @property
-    def _conv(self) -> tuple[int, ...]:
+    def _conv_order(self) -> tuple[int, ...]:
         """The order (channel, *spatial) among a convolution's fan-in axes."""
         last = len(self.fan_in) - 1
         first = self.fan_out < self.fan_in  # torch's own order of axes
@@ -70,28 +70,28 @@ class TorchLayout:
 
     def factor_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Part -> shape in torch."""
-        size, width = self.ends
+        size, width = self.in_out
         if self.kind == "lookup":
             return {"lora_embedding_A": (rank, size), "lora_embedding_B": (width, rank)}
         ones = (1,) * (len(self.fan_in) - 1) if self.kind == "conv" else ()
-        sizes = self.sizes(self.fan_in)
-        taps = tuple(sizes[i] for i in self._conv) if self.kind == "conv" else (size,)
+        sizes = self.get_sizes(self.fan_in)
+        taps = tuple(sizes[i] for i in self._conv_order) if self.kind == "conv" else (size,)
         return {"lora_A.weight": (rank, *taps), "lora_B.weight": (width, rank, *ones)}
 
     @property
     def magnitude_shape(self) -> tuple[int, ...]:
         """DoRA's magnitude in torch."""
         ones = (1,) * (len(self.fan_in) - 1)
-        return (1, self.ends[1], *ones) if self.kind == "conv" else (self.ends[1],)
+        return (1, self.in_out[1], *ones) if self.kind == "conv" else (self.in_out[1],)
 
     def to_factors(self, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
         """Part -> torch's tensor, where possible a view."""
         rank = a.shape[-1]
         names = self.factor_shapes(rank)
-        if self._turned:
+        if self._is_swapped:
             first, second = b.reshape(rank, -1), a.reshape(-1, rank)
         elif self.kind == "conv":
-            taps = a.transpose(-1, *self._conv)
+            taps = a.transpose(-1, *self._conv_order)
             first, second = taps, b.reshape(rank, -1).T
         else:
             first, second = a.reshape(-1, rank).T, b.reshape(rank, -1).T
@@ -101,12 +101,12 @@ class TorchLayout:
     def from_factors(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """a and b of torch's tensors, in the order of factor_shapes."""
         rank = first.shape[0]
-        fan_in, fan_out = self.sizes(self.fan_in), self.sizes(self.fan_out)
+        fan_in, fan_out = self.get_sizes(self.fan_in), self.get_sizes(self.fan_out)
         second = second.reshape(-1, rank)
-        if self._turned:
+        if self._is_swapped:
             return second.reshape(*fan_in, rank), first.reshape(rank, *fan_out)
         if self.kind == "conv":
-            back = invert_permutation(self._conv)
+            back = invert_permutation(self._conv_order)
             a = first.transpose(*(1 + axis for axis in back), 0)
         else:
             a = first.T.reshape(*fan_in, rank)
@@ -117,40 +117,42 @@ class TorchLayout:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Torch's shape of the parameter."""
-        rest = self.sizes(self._rest)
+        rest = self.get_sizes(self._inner_axes)
         if self.kind == "vector":
             return rest
-        size, width = self.ends
+        size, width = self.in_out
         if self.kind == "lookup":
             return size, width
         if self.kind == "conv":
-            sizes = self.sizes(self.fan_in)
-            return width, *(sizes[i] for i in self._conv)
+            sizes = self.get_sizes(self.fan_in)
+            return width, *(sizes[i] for i in self._conv_order)
         return (size, width) if self.fan_in_fan_out else (width, size)
 
     @property
-    def _rest(self) -> tuple[int, ...]:
+    def _inner_axes(self) -> tuple[int, ...]:
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.stack)
 
     @property
-    def _order(self) -> tuple[int, ...]:
+    def _torch_order(self) -> tuple[int, ...]:
         """The leaf's axes, stack first, in torch's order."""
         if self.kind in ("vector", "lookup"):
-            return self.stack + self._rest
+            return self.stack + self._inner_axes
         fan_in = self.fan_in
         if self.kind == "conv":
-            fan_in = tuple(fan_in[i] for i in self._conv)
+            fan_in = tuple(fan_in[i] for i in self._conv_order)
         pair = fan_in + self.fan_out if self.fan_in_fan_out else self.fan_out + fan_in
         return self.stack + pair
 
     def to_weights(self, leaf: np.ndarray) -> np.ndarray:
         """[*stack, *weight_shape]."""
-        shape = (*self.sizes(self.stack), *self.weight_shape)
-        return leaf.transpose(self._order).reshape(shape)
+        shape = (*self.get_sizes(self.stack), *self.weight_shape)
+        return leaf.transpose(self._torch_order).reshape(shape)
 
     def from_weights(self, weights: np.ndarray) -> np.ndarray:
         """The leaf of [*stack, *weight_shape]."""
-        return weights.reshape(self.sizes(self._order)).transpose(invert_permutation(self._order))
+        return weights.reshape(self.get_sizes(self._torch_order)).transpose(
+            invert_permutation(self._torch_order)
+        )
 
 
 def find_use(plan: Mapping[str, Any] | None, path: str) -> Any:

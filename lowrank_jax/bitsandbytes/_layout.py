@@ -42,11 +42,11 @@ def to_quantized(
         second = {"nested": nested, "offset": offset}
         if own.tobytes() != DYNAMIC_MAP.tobytes():
             second["nested_map"] = own
-    return _arranged(state.packed, state.absmax, second, leaf, fan_in, quant)
+    return _arrange(state.packed, state.absmax, second, leaf, fan_in, quant)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _arranged(
+def _arrange(
     packed: Any,
     scales: Any,
     second: dict[str, Any],

@@ -56,18 +56,18 @@ def from_state_dict(
     ((64, 3), True)
     """
     if "{}" not in name:
-        return _node(read_state(tensors, name), name, transpose, packing)
+        return _build_node(read_state(tensors, name), name, transpose, packing)
     pattern = re.compile(re.escape(name).replace(r"\{\}", "(0|[1-9][0-9]{0,17})"))
     found = {tuple(map(int, m.groups())) for key in tensors if (m := pattern.fullmatch(key))}
     if not found:
         raise CheckpointError(f"no tensor is called {name!r} with numbers for '{{}}'")
     sizes = [1 + max(index) for index in zip(*found, strict=True)]
     if count := math.prod(sizes) - len(found):
-        missing = (fill_indices(name, i) for i in _indices(sizes) if i not in found)
+        missing = (fill_indices(name, i) for i in _iter_indices(sizes) if i not in found)
         raise CheckpointError(
             f"{name!r} cannot be stacked; missing are\n{list_first_problems(missing, count)}"
         )
-    names = [fill_indices(name, index) for index in _indices(sizes)]
+    names = [fill_indices(name, index) for index in _iter_indices(sizes)]
     nodes = {
         key: from_state_dict(tensors, key, transpose=transpose, packing=packing) for key in names
     }
@@ -81,18 +81,18 @@ def from_state_dict(
     return jax.tree.map(stacked, *nodes.values())
 
 
-def _indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+def _iter_indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """The indices of an array in C order, one at a time however many there are."""
     if not sizes:
         yield ()
         return
     *outer, last = sizes
-    for index in _indices(outer):
+    for index in _iter_indices(outer):
         for number in range(last):
             yield (*index, number)
 
 
-def _node(state: QuantState, name: str, transpose: bool, packing: str) -> Quantized:
+def _build_node(state: QuantState, name: str, transpose: bool, packing: str) -> Quantized:
     """The leaf of one weight."""
     shape, axis = state.shape, len(state.shape) - 1
     if transpose:
@@ -147,7 +147,7 @@ def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, A
         for name in tensors:
             if name in tensors.weights:
                 try:
-                    node = _node(tensors.state(name), name, True, packing)
+                    node = _build_node(tensors.state(name), name, True, packing)
                 except AxesError as error:
                     raise CheckpointError(f"{folder} is damaged: {error}") from error
                 leaves[name] = jax.block_until_ready(node)  # else the files' arrays pile up

@@ -78,7 +78,7 @@ def check_tensors(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
         start = f"{name}.quant_state."
         others = [keys[format] for format in found]
         raise make_state_error(name, others or [key for key in tensors if key.startswith(start)])
-    header = _header(tensors, keys[found[0]], found[0])
+    header = _parse_header(tensors, keys[found[0]], found[0])
     wanted = {*_SINGLE, *(_DOUBLE if "nested_offset" in header else ())}
     there = {side for side in SIDES if f"{name}.{side}" in tensors}
     problems = [f"{name}.{side} is missing" for side in SIDES if side in wanted - there]
@@ -87,7 +87,7 @@ def check_tensors(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
         for side in SIDES
         if side in there - wanted
     ]
-    _raise(name, problems)
+    _raise_problems(name, problems)
     return header
 
 
@@ -121,7 +121,7 @@ def check_sizes(header: Mapping[str, Any], name: str, there: Mapping[str, Any]) 
     else:
         wanted[f"{name}.absmax"] = 4 * blocks
     found = {key: math.prod(there[key].shape) * there[key].dtype.itemsize for key in wanted}
-    _raise(
+    _raise_problems(
         name,
         [
             f"{key} is of {found[key]} bytes; {list(header['shape'])} needs {size}"
@@ -131,10 +131,10 @@ def check_sizes(header: Mapping[str, Any], name: str, there: Mapping[str, Any]) 
     )
 
 
-def _header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]:
+def _parse_header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]:
     """The JSON, each of its values of a kind that is known."""
     try:
-        text = _array(tensors, key)
+        text = _to_numpy(tensors, key)
         if text.nbytes > _TEXT_LIMIT:
             raise ValueError(f"it has {text.nbytes} bytes")
         header = parse_json(text.tobytes())
@@ -164,11 +164,11 @@ def _header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]
     ]
     if min(shape, default=0) < 1:
         problems.append(f"shape is {list(shape)}; expected sizes of 1 or more")
-    _raise(key, problems)
+    _raise_problems(key, problems)
     return {**header, "shape": shape}
 
 
-def _array(tensors: Mapping[str, Any], key: str) -> np.ndarray:
+def _to_numpy(tensors: Mapping[str, Any], key: str) -> np.ndarray:
     """The tensor as a NumPy array."""
     try:
         return np.asarray(tensors[key])
@@ -188,7 +188,7 @@ def read_state(tensors: Mapping[str, Any], name: str) -> QuantState:
     header, problems = check_tensors(tensors, name), []
 
     def get(side: str, dtype: Any, size: int) -> np.ndarray:
-        array = _array(tensors, f"{name}.{side}")
+        array = _to_numpy(tensors, f"{name}.{side}")
         if array.dtype != dtype or array.size != size:
             problems.append(
                 f"{name}.{side} is {array.dtype} {list(array.shape)}; expected "
@@ -198,7 +198,7 @@ def read_state(tensors: Mapping[str, Any], name: str) -> QuantState:
 
     n, double = math.prod(header["shape"]), "nested_offset" in header
     blocks = -(-n // header["blocksize"])
-    packed = np.ascontiguousarray(_array(tensors, name)).reshape(-1).view(np.uint8)
+    packed = np.ascontiguousarray(_to_numpy(tensors, name)).reshape(-1).view(np.uint8)
     if packed.size != (n + 1) // 2:
         problems.append(
             f"{name} is of {packed.size} bytes; {list(header['shape'])} needs {(n + 1) // 2}"
@@ -213,14 +213,14 @@ def read_state(tensors: Mapping[str, Any], name: str) -> QuantState:
         second = nested, np.asarray(header["nested_offset"], np.float32), nested_map
         if not np.all(np.abs(nested_map) <= 1):
             problems.append(f"{name}.nested_quant_map has entries that are not in [-1, 1]")
-    _raise(name, problems)
+    _raise_problems(name, problems)
     return QuantState(
         packed, absmax, header["quant_type"], header["blocksize"], header["dtype"],
         header["shape"], second,
     )  # fmt: skip
 
 
-def _raise(name: str, problems: list[str]) -> None:
+def _raise_problems(name: str, problems: list[str]) -> None:
     """Raise if there are problems."""
     if problems:
         raise CheckpointError(

@@ -79,16 +79,16 @@ def to_state_dict(
     for index in np.ndindex(*stack):
         one = jax.tree.map(lambda array, index=index: array[index], node)
         key = fill_indices(name, index)
-        tensors |= write_state(_state(one, key, shape), key, quant_storage)
+        tensors |= write_state(_build_state(one, key, shape), key, quant_storage)
     return tensors
 
 
-def _state(node: Quantized, name: str, shape: tuple[int, ...] | None) -> QuantState:
+def _build_state(node: Quantized, name: str, shape: tuple[int, ...] | None) -> QuantState:
     """What a file says of one leaf."""
-    shape = _torch_shape(node) if shape is None else tuple(shape)
+    shape = _infer_torch_shape(node) if shape is None else tuple(shape)
     if math.prod(shape) != node.size:
         raise ConfigError(f"{name}: shape {list(shape)} is not of the leaf's {node.size} elements")
-    packed, absmax = map(np.asarray, _flattened(node))
+    packed, absmax = map(np.asarray, _flatten(node))
     second = None
     if node.nested is not None:
         own = DYNAMIC_MAP.copy() if node.nested_map is None else node.nested_map
@@ -99,7 +99,7 @@ def _state(node: Quantized, name: str, shape: tuple[int, ...] | None) -> QuantSt
 
 
 @jax.jit
-def _flattened(node: Quantized) -> tuple[jax.Array, jax.Array]:
+def _flatten(node: Quantized) -> tuple[jax.Array, jax.Array]:
     """bitsandbytes' bytes of the codes, and scales, both in the flat order of blocks."""
     order, at = find_block_order(node)
     codes = unpack(node.codes, at, node.packing)
@@ -108,7 +108,7 @@ def _flattened(node: Quantized) -> tuple[jax.Array, jax.Array]:
     return packed, jnp.transpose(node.scales, order).reshape(-1)
 
 
-def _torch_shape(node: Quantized) -> tuple[int, int]:
+def _infer_torch_shape(node: Quantized) -> tuple[int, int]:
     """[fan-out, fan-in], as the flat order has them."""
     if node.order is not None:
         # each of the two groups of axes ascends; where nothing tells, the last axis is fan-in

@@ -52,7 +52,9 @@ class StateTensors(Tensors):
                 if not {*keys} & {f"{name}.{state}" for state in STATES}:
                     raise make_state_error(name, keys)
                 self.weights[name] = header = check_tensors(tensors, name)
-                check_sizes(header, name, {key: tensors.entry(key) for key in _own(tensors, name)})
+                check_sizes(
+                    header, name, {key: tensors.entry(key) for key in _list_keys(tensors, name)}
+                )
             except CheckpointError as error:
                 problems.append(str(error))
         if problems:
@@ -104,13 +106,15 @@ class StateTensors(Tensors):
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same to the last bit."""
-        parts, others = ([key[len(x) :] for key in _own(self._tensors, x)] for x in (name, other))
+        parts, others = (
+            [key[len(x) :] for key in _list_keys(self._tensors, x)] for x in (name, other)
+        )
         return parts == others and all(
             self._tensors.are_equal(name + part, other + part) for part in parts
         )
 
 
-def _own(tensors: Tensors, name: str) -> list[str]:
+def _list_keys(tensors: Tensors, name: str) -> list[str]:
     """A tensor and those that stand beside it, if it is in 4 bits."""
     sides = [f"{name}.{side}" for side in (*SIDES, *STATES)]
     return [key for key in (name, *sides) if key in tensors]

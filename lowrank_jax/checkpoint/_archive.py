@@ -41,32 +41,32 @@ from lowrank_jax.checkpoint._quiet import silence_orbax
 
 _FORMAT, _VERSION = "lowrank_jax.checkpoint", 1
 _MANIFEST = "manifest.json"
-_FOLDER = re.compile(r"arrays-[0-9a-f]{32}")
+_ARRAYS_FOLDER = re.compile(r"arrays-[0-9a-f]{32}")
 # what a small array may fall short of its size on disk: OCDBT compresses those within its index
-_SLACK = 4096
+_INLINE_SLACK = 4096
 
 
 def write_archive(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Replace the archive at a directory by a manifest's body and arrays, atomically."""
     make_folder(directory)
     with lock_folder(directory):
-        _clean(directory)
+        _remove_leftovers(directory)
         try:
             _commit(directory, body, arrays)
         finally:
-            _clean(directory)
+            _remove_leftovers(directory)
 
 
 def _commit(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write a whole new folder and manifest; the last rename makes them the archive."""
     folder = directory / f"arrays-{uuid.uuid4().hex}"
     fsync(directory)  # one that fails fails before there is anything to remove
-    with _hashers() as pool:
+    with _make_hash_pool() as pool:
         hashes = pool.map(sha256, arrays.values())  # while Orbax writes
         with silence_orbax(folder.name):
             write_arrays(folder, arrays)
-        found = _files(folder)
-        files = dict(zip(found, pool.map(_flushed, found.values()), strict=True))
+        found = _list_files(folder)
+        files = dict(zip(found, pool.map(_fsync_and_hash, found.values()), strict=True))
         for parent, _, _ in os.walk(folder):
             fsync(Path(parent))
         described = {
@@ -106,7 +106,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 f"version {_VERSION}: use the release that wrote it, or a newer one"
             )
         body.pop("sha256", None)
-        if text == serialize_manifest(body) and _FOLDER.fullmatch(body["folder"]):
+        if text == serialize_manifest(body) and _ARRAYS_FOLDER.fullmatch(body["folder"]):
             return body
         why = "its text is not what its sha256 says"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -134,14 +134,14 @@ def read_archive(
     with silence_orbax(folder.name), make_checkpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         stored = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in stored.items()}
-        problems = list_differences(_shown(claimed), _shown(stored))
+        problems = list_differences(_format_arrays(claimed), _format_arrays(stored))
         # nothing is allocated for what the files cannot hold
-        if claims > sizes + _SLACK * len(claimed):
+        if claims > sizes + _INLINE_SLACK * len(claimed):
             problems.append(f"files of {sizes} bytes cannot hold arrays of {claims} bytes")
         if problems:
-            raise _damaged(directory, problems)
+            raise _make_damage_error(directory, problems)
     found: dict[str, Any] = {}
-    with silence_orbax(folder.name), _hashers() as pool:
+    with silence_orbax(folder.name), _make_hash_pool() as pool:
 
         def receive(read: dict[str, np.ndarray]) -> None:
             hashes = pool.map(sha256, read.values())
@@ -159,7 +159,7 @@ def read_archive(
         nbytes = {name: math.prod(s) * dtype.itemsize for name, (s, dtype) in claimed.items()}
         read_arrays(folder, nbytes, receive)
     if problems:
-        raise _damaged(directory, problems)
+        raise _make_damage_error(directory, problems)
     return found
 
 
@@ -169,7 +169,7 @@ def verify_files(directory: Path, body: dict[str, Any]) -> tuple[Path, int]:
     Only names found in the folder are opened, never a name that the manifest gives.
     """
     folder, wanted = directory / body["folder"], body["files"]
-    found = {} if folder.is_symlink() else _files(folder)
+    found = {} if folder.is_symlink() else _list_files(folder)
     problems = [f"{name}: unexpected: remove it" for name in sorted(found.keys() - wanted.keys())]
     whole: dict[str, Path] = {}
     for name, (size, _) in wanted.items():
@@ -182,16 +182,18 @@ def verify_files(directory: Path, body: dict[str, Any]) -> tuple[Path, int]:
             problems.append(f"{name}: {came} bytes, expected {size}")
         else:
             whole[name] = path
-    with _hashers() as pool:
-        for name, sha in zip(whole, pool.map(_file_hash, whole.values()), strict=True):
+    with _make_hash_pool() as pool:
+        for name, sha in zip(whole, pool.map(_hash_file, whole.values()), strict=True):
             if sha != wanted[name][1]:
                 problems.append(f"{name}: its SHA-256 is not the one in the manifest")
     if problems:
-        raise _damaged(directory, problems, folder.name)
+        raise _make_damage_error(directory, problems, folder.name)
     return folder, sum(path.stat().st_size for path in found.values())
 
 
-def _damaged(directory: Path, problems: list[str], folder: str = "the arrays") -> CheckpointError:
+def _make_damage_error(
+    directory: Path, problems: list[str], folder: str = "the arrays"
+) -> CheckpointError:
     """The error of a checkpoint that is not as it was written."""
     return CheckpointError(
         f"the checkpoint at {directory} is damaged: restore another copy. In {folder}:\n"
@@ -199,7 +201,7 @@ def _damaged(directory: Path, problems: list[str], folder: str = "the arrays") -
     )
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def _list_files(folder: Path) -> dict[str, Path]:
     """Everything beneath a folder that is no folder, links included, by its path within."""
     walk = ((Path(parent), folders + names) for parent, folders, names in os.walk(folder))
     paths = [parent / name for parent, names in walk for name in names]
@@ -210,12 +212,12 @@ def _files(folder: Path) -> dict[str, Path]:
     }
 
 
-def _shown(arrays: dict[str, Any]) -> dict[str, str]:
+def _format_arrays(arrays: dict[str, Any]) -> dict[str, str]:
     """Shapes and dtypes of arrays, as text."""
     return {name: f"{dtype}{list(shape)}" for name, (shape, dtype) in arrays.items()}
 
 
-def _clean(directory: Path) -> None:
+def _remove_leftovers(directory: Path) -> None:
     """Remove what killed or failed saves left: whatever a readable manifest does not name.
 
     Nothing goes where the manifest cannot be read, or may not be the one on disk.
@@ -228,7 +230,7 @@ def _clean(directory: Path) -> None:
         remove_temporary(directory)
         for path in directory.glob("arrays-*"):
             # Orbax writes under a name with a suffix of its own
-            if path.name != keep and _FOLDER.match(path.name):
+            if path.name != keep and _ARRAYS_FOLDER.match(path.name):
                 _remove(path)
 
 
@@ -241,18 +243,18 @@ def _remove(folder: Path) -> None:
         time.sleep(0.005)
 
 
-def _flushed(path: Path) -> list[Any]:
+def _fsync_and_hash(path: Path) -> list[Any]:
     """Size and SHA-256 of a file that is on disk."""
     fsync(path)
-    return [path.stat().st_size, _file_hash(path)]
+    return [path.stat().st_size, _hash_file(path)]
 
 
-def _hashers() -> ThreadPoolExecutor:
+def _make_hash_pool() -> ThreadPoolExecutor:
     """Threads that hash: hashlib releases the GIL."""
     return ThreadPoolExecutor(min(4, os.cpu_count() or 1))
 
 
-def _file_hash(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

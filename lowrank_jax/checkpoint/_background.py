@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import concurrent.futures.thread  # noqa: F401  so that its hook is there before _finish
+import concurrent.futures.thread  # noqa: F401  so that its hook is there before _finish_all
 import os
 import threading
 import traceback
@@ -30,7 +30,7 @@ class Saving:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"save to {directory}")
         self._thread.start()
-        _under_way[self._directory] = self
+        _pending[self._directory] = self
 
     def _run(self) -> None:
         try:
@@ -51,18 +51,18 @@ class Saving:
           CheckpointError: it could not be written; an older checkpoint is as it was.
         """
         self._thread.join()
-        if _under_way.get(self._directory) is self:
-            del _under_way[self._directory]
+        if _pending.get(self._directory) is self:
+            del _pending[self._directory]
         if self._error is not None:
             raise self._error
 
 
-_under_way: dict[Path, Saving] = {}
+_pending: dict[Path, Saving] = {}
 
 
 def finish_pending_save(directory: Path) -> None:
     """Wait for a save that was begun earlier at this path, and raise its error."""
-    saving = _under_way.get(directory.resolve())
+    saving = _pending.get(directory.resolve())
     if saving is not None:
         try:
             saving.wait()
@@ -72,9 +72,9 @@ def finish_pending_save(directory: Path) -> None:
             ) from error
 
 
-def _finish() -> None:
+def _finish_all() -> None:
     """Wait for all, at the end of the program."""
-    for saving in list(_under_way.values()):
+    for saving in list(_pending.values()):
         try:
             saving.wait()
         except BaseException as error:
@@ -87,4 +87,4 @@ def _finish() -> None:
 # public hook comes earlier. This one, private to `threading`, does: the last registered is called
 # first, so before that of concurrent.futures. A Python without it ends with the older checkpoint
 # whole and the error of the save printed.
-getattr(threading, "_register_atexit", atexit.register)(_finish)
+getattr(threading, "_register_atexit", atexit.register)(_finish_all)

@@ -33,7 +33,7 @@ _ARCHIVE = {"format", "version", "arrays", "folder", "files"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Array:
+class _SavedArray:
     """A saved array, not yet read: its name in the archive, and what it is to become."""
 
     name: str
@@ -110,7 +110,7 @@ def read_body(body: Mapping) -> tuple[LoraConfig, Fingerprint | None, int | None
     return config, None if base is None else Fingerprint.from_dict(base), step, nodes, trees
 
 
-def read_entry(entry: Mapping, body: Mapping) -> _Array:
+def read_entry(entry: Mapping, body: Mapping) -> _SavedArray:
     """The array of an entry."""
     if entry["form"] not in {"array", "weak", *_SCALARS, *_PRNGS}:
         raise CheckpointError(
@@ -121,7 +121,7 @@ def read_entry(entry: Mapping, body: Mapping) -> _Array:
         raise CheckpointError(f"{entry['name']!r} is {dtype}{shape}, expected {entry['form']}")
     if entry["form"] in _PRNGS:  # what it will be, not the words it is stored as
         shape, dtype = shape[:-1], entry["form"]
-    return _Array(entry["name"], entry["form"], tuple(shape), dtype)
+    return _SavedArray(entry["name"], entry["form"], tuple(shape), dtype)
 
 
 def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
             for name, value in static.items()
             if type(value) is not type(known[name])
             or not _are_axes(value)
-            or (name == "weight_dtype" and value and not _is_floating(value))
+            or (name == "weight_dtype" and value and not _is_floating_dtype(value))
         ],
     )
     arrays = {name: read_entry(part, body) for name, part in entry["arrays"].items()}
@@ -195,7 +195,7 @@ def _upgrade_node(node: Any) -> Any:
     return IA3(magnitude=node.magnitude, **static, inputs=inputs)
 
 
-def _is_floating(name: str) -> bool:
+def _is_floating_dtype(name: str) -> bool:
     """Whether it is the name of a floating dtype."""
     try:
         return jnp.issubdtype(jnp.dtype(name), jnp.floating)
@@ -221,7 +221,7 @@ def get_static_fields(kind: type, values: Mapping) -> dict[str, Any]:
     return plain
 
 
-def build_leaf(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
+def build_leaf(entry: _SavedArray, array: np.ndarray, sharding: Any) -> Any:
     """The leaf of an array: placed by a sharding if there is one."""
     if entry.form in _SCALARS:
         return _SCALARS[entry.form](array)
@@ -230,12 +230,14 @@ def build_leaf(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
     elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array  # 64-bit numbers, of NumPy, in a program of 32-bit ones
     else:
-        leaf = jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(_aligned(array))
-        leaf = leaf if leaf.dtype == array.dtype else jnp.array(_aligned(array))
+        leaf = (
+            jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(_copy_aligned(array))
+        )
+        leaf = leaf if leaf.dtype == array.dtype else jnp.array(_copy_aligned(array))
     return leaf if sharding is None else place_array(leaf, sharding)
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
+def _copy_aligned(array: np.ndarray) -> np.ndarray:
     """A copy that starts at a multiple of 64 bytes.
 
     On CPU, JAX copies any other array twice, and the first copy leaves a hole in the heap: of a

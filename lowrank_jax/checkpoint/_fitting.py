@@ -37,12 +37,12 @@ def refuse_malformed(nodes: dict[str, Any]) -> None:
             f"{path}: {shown(node)} of {node.kind!r} with stack {node.stack}, fan_in {node.fan_in} "
             f"and fan_out {node.fan_out}"
             for path, node in nodes.items()
-            if isinstance(node, LowRank) and not _well_formed(node)
+            if isinstance(node, LowRank) and not _is_well_formed(node)
         ],
     )
 
 
-def _well_formed(node: LowRank) -> bool:
+def _is_well_formed(node: LowRank) -> bool:
     """Whether the arrays of a node are those of one weight."""
     axes = node.stack + node.fan_in + node.fan_out
     labeled = node.array_labels
@@ -130,13 +130,13 @@ def match_leaves(what: str, wanted: dict[str, Any], saved: dict[str, Any], more:
         [
             f"{path}: {saved[path].dtype}{list(saved[path].shape)} by {sharding}"
             for path, sharding in placed.items()
-            if sharding is not None and not _divides(sharding, saved[path].shape)
+            if sharding is not None and not _can_divide(sharding, saved[path].shape)
         ],
     )
     return {saved[path].name: sharding for path, sharding in placed.items()}
 
 
-def _divides(sharding: Any, shape: tuple[int, ...]) -> bool:
+def _can_divide(sharding: Any, shape: tuple[int, ...]) -> bool:
     """Whether a sharding can split an array of this shape."""
     try:
         sharding.shard_shape(shape)

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 # arrays are restored in parts of this size: several are hashed at once, and one part is on the host
-_PART = 1 << 22
+_PART_BYTES = 1 << 22
 # files are of this size at most: several are hashed at once
-_FILE = 1 << 25
+_FILE_BYTES = 1 << 25
 # what TensorStore keeps of the files while it reads: Orbax has 100 MB
-_CACHE = {"cache_pool#ocdbt": {"total_bytes_limit": 1 << 20}}
+_CACHE_LIMIT = {"cache_pool#ocdbt": {"total_bytes_limit": 1 << 20}}
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -22,9 +22,11 @@ def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
     # Orbax refuses arrays of no elements: their shape in the manifest is all there is
-    kept = {name: _bytes(array) for name, array in arrays.items() if array.size}
+    kept = {name: _to_storable(array) for name, array in arrays.items() if array.size}
     with make_checkpointer() as checkpointer:
-        checkpointer.save(folder, ocp.args.PyTreeSave(kept, ocdbt_target_data_file_size=_FILE))
+        checkpointer.save(
+            folder, ocp.args.PyTreeSave(kept, ocdbt_target_data_file_size=_FILE_BYTES)
+        )
 
 
 def read_arrays(
@@ -42,11 +44,11 @@ def read_arrays(
     class Streaming(ocp.type_handlers.NumpyHandler):
         async def deserialize(self, infos, args=None):
             args = args or [ocp.RestoreArgs()] * len(infos)
-            context = ts.Context(_CACHE, parent=infos[0].ts_context)
+            context = ts.Context(_CACHE_LIMIT, parent=infos[0].ts_context)
             for info in infos:
                 info.ts_context = context
             asked = {info.name: (info, arg) for info, arg in zip(infos, args, strict=True)}
-            for part in _in_parts(sizes):
+            for part in _group_by_size(sizes):
                 arrays = await super().deserialize(*zip(*(asked[n] for n in part), strict=True))
                 read = dict(zip(part, arrays, strict=True))
                 del arrays
@@ -63,11 +65,11 @@ def read_arrays(
         checkpointer.restore(folder, everything)
 
 
-def _in_parts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names in groups, of at most _PART bytes if they have more than one."""
+def _group_by_size(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in groups, of at most _PART_BYTES bytes if they have more than one."""
     part, total = [], 0
     for name, size in sizes.items():
-        if part and total + size > _PART:
+        if part and total + size > _PART_BYTES:
             yield part
             part, total = [], 0
         part.append(name)
@@ -102,6 +104,6 @@ def make_checkpointer(arrays: Any = None) -> Any:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
+def _to_storable(array: np.ndarray) -> np.ndarray:
     """An array in a dtype that TensorStore knows: it has no uint4, so one-byte items are bytes."""
     return array.view(np.uint8) if array.dtype.itemsize == 1 else array

@@ -23,10 +23,10 @@ def silence_orbax(name: str) -> Iterator[None]:
     Args:
       name: that of the folder that Orbax writes; no other folder is called so.
     """
-    own, logger = _Own(name), logging.getLogger("absl")
+    own, logger = _ErrorFilter(name), logging.getLogger("absl")
     logger.addFilter(own)
     try:
-        with _without_closed_loops():
+        with _ignore_closed_loops():
             yield
     except BaseException as error:
         own.raised = error
@@ -36,7 +36,7 @@ def silence_orbax(name: str) -> Iterator[None]:
         own.release(logger)
 
 
-class _Own(logging.Filter):
+class _ErrorFilter(logging.Filter):
     """Holds records of exceptions in threads back, until it is known whose they are."""
 
     def __init__(self, folder: str):
@@ -55,7 +55,7 @@ class _Own(logging.Filter):
 
     def release(self, logger: logging.Logger) -> None:
         """Log those held that are not of what was raised."""
-        own = {id(error) for error in _chain(self.raised)}
+        own = {id(error) for error in _iter_causes(self.raised)}
         for record in self._held:
             exception = record.exc_info[1] if record.exc_info else None
             if id(exception) not in own:
@@ -63,7 +63,7 @@ class _Own(logging.Filter):
         self.raised, self._held = None, []  # its frames hold arrays, and this filter
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _iter_causes(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and those that it came of."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
@@ -72,7 +72,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     yield from seen
 
 
-class _Hook:
+class _UnraisableHook:
     """A hook of exceptions that nobody can catch, less those of callbacks to a closed event loop.
 
     TensorStore calls the loop of Orbax for each write that ends, after an error too.
@@ -91,13 +91,13 @@ class _Hook:
 
 
 @contextlib.contextmanager
-def _without_closed_loops() -> Iterator[None]:
-    """Have a _Hook in place; after an error it stays, for writes may still be under way."""
+def _ignore_closed_loops() -> Iterator[None]:
+    """Have a _UnraisableHook in place; after an error it stays, for writes may still be under way."""
     global _users
     with _lock:
         _users += 1
-        if not isinstance(sys.unraisablehook, _Hook):
-            sys.unraisablehook = _Hook(sys.unraisablehook)
+        if not isinstance(sys.unraisablehook, _UnraisableHook):
+            sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
     failed = True
     try:
         yield
@@ -105,5 +105,5 @@ def _without_closed_loops() -> Iterator[None]:
     finally:
         with _lock:
             _users -= 1
-            if not failed and not _users and isinstance(sys.unraisablehook, _Hook):
+            if not failed and not _users and isinstance(sys.unraisablehook, _UnraisableHook):
                 sys.unraisablehook = sys.unraisablehook.before

@@ -119,13 +119,15 @@ def restore(
     while True:
         body = read_manifest(directory)
         try:
-            return _restored(directory, body, base, like, check_base)
+            return _restore_body(directory, body, base, like, check_base)
         except CheckpointError:
             if body["folder"] == read_manifest(directory)["folder"]:
                 raise
 
 
-def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: bool) -> Checkpoint:
+def _restore_body(
+    directory: Path, body: dict, base: Any, like: Any, check_base: bool
+) -> Checkpoint:
     """Fit the manifest's entries to base and like; only then read the arrays."""
     where = f"the manifest in {directory}"
     with checkpoint_errors(f"{where} is malformed: not written by save", where):

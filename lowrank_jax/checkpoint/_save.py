@@ -82,7 +82,7 @@ def save(
     """
     directory = resolve_directory(directory)
     finish_pending_save(directory)
-    body, arrays = _contents(lora, config, base, opt_state, step, extra)
+    body, arrays = _build_contents(lora, config, base, opt_state, step, extra)
     write_on_first_process(lambda: _write(directory, body, arrays))
 
 
@@ -137,12 +137,12 @@ def save_async(
     if jax.process_count() > 1:
         raise CheckpointError("save_async works in a program of one process: call save in all")
     finish_pending_save(directory)
-    body, arrays = _contents(lora, config, base, opt_state, step, extra)
+    body, arrays = _build_contents(lora, config, base, opt_state, step, extra)
     arrays = {name: array.copy() for name, array in arrays.items()}
     return Saving(directory, lambda: _write(directory, body, arrays))
 
 
-def _contents(
+def _build_contents(
     lora: Any, config: LoraConfig, base: Any, opt_state: Any, step: int | None, extra: Any
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The manifest's body and the arrays of what is to be saved, checked."""

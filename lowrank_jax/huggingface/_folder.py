@@ -23,8 +23,8 @@ from lowrank_jax._files.shards import INDEX, SINGLE
 from lowrank_jax._files.within import read_within
 
 CONFIG, CONFIG_LIMIT = "config.json", 1 << 24
-_BESIDE = {".json", ".jinja", ".model", ".txt"}
-_BESIDE_LIMIT = 1 << 28
+_SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
+_SIDE_LIMIT = 1 << 28
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -98,9 +98,9 @@ def read_side_files(folder: Path, dtype: Any = None) -> dict[str, bytes]:
       dtype: of the tensors that are to be written, for the configuration to name; None: as it is.
     """
     files = {
-        path.name: read_within(folder, path.name, _BESIDE_LIMIT)
+        path.name: read_within(folder, path.name, _SIDE_LIMIT)
         for path in sorted(folder.iterdir())
-        if path.suffix in _BESIDE and not path.is_dir() and not _is_of_tensors(path.name)
+        if path.suffix in _SIDE_SUFFIXES and not path.is_dir() and not _is_tensor_file(path.name)
     }
     config = read_model_config(folder)
     for key in ("dtype", "torch_dtype"):
@@ -110,7 +110,7 @@ def read_side_files(folder: Path, dtype: Any = None) -> dict[str, bytes]:
     return files
 
 
-def _is_of_tensors(name: str) -> bool:
+def _is_tensor_file(name: str) -> bool:
     return name.endswith(".index.json") or name.startswith(("adapter_", "."))
 
 
@@ -126,8 +126,8 @@ def write_model(
     """
     texts = dict(beside)
     if set(files) != {SINGLE}:
-        texts[INDEX] = _index(files)
-    if taken := sorted(name for name in files if not _is_free(name)):
+        texts[INDEX] = _build_index(files)
+    if taken := sorted(name for name in files if not _is_shard_name(name)):
         raise CheckpointError(
             f"a file of tensors is to be called '{to_printable(taken[0])}': an index has to name "
             "files that end with .safetensors"
@@ -145,12 +145,12 @@ def write_model(
     )
 
 
-def _is_free(name: str) -> bool:
+def _is_shard_name(name: str) -> bool:
     """Whether a file of tensors may be called so: no other file of the folder is."""
     return name.endswith(".safetensors") and not name.startswith((".", "adapter_"))
 
 
-def _index(files: Mapping[str, Mapping[str, Any]]) -> bytes:
+def _build_index(files: Mapping[str, Mapping[str, Any]]) -> bytes:
     """The index of shards."""
     where = {key: name for name, tensors in files.items() for key in tensors}
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())

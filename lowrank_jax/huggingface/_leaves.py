@@ -47,7 +47,7 @@ class TensorMapping:
         left = [axis for axis in range(len(self.layout.shape)) if axis not in stack]
         inner = lambda axes: tuple(left.index(axis) for axis in axes)
         fan_in, fan_out = inner(self.layout.fan_in), inner(self.layout.fan_out)
-        shape = self.layout.sizes(tuple(left))
+        shape = self.layout.get_sizes(tuple(left))
         return dataclasses.replace(
             self.layout, shape=shape, stack=(), fan_in=fan_in, fan_out=fan_out
         )
@@ -100,7 +100,7 @@ def map_leaf(
     keys = name_tensors(path, shape, name, use)
     layout = None
     if tensor is not None and name.kind == "weight" and (use is None or not use.fan_in):
-        layout = _told_by(tensor, shape, find_stack_axes(name, use), name)
+        layout = _infer_from_tensor(tensor, shape, find_stack_axes(name, use), name)
     layout = layout or infer_layout(path, shape, name, use, None)
     wanted = layout.weight_shape
     if layout.kind == "vector" and (name.kind == "bias" or tensor == (math.prod(wanted),)):
@@ -115,7 +115,9 @@ def map_leaf(
     return TensorMapping(path, keys, layout, wanted)
 
 
-def _told_by(tensor: Shape, shape: Shape, stack: Index, name: Parameter) -> TorchLayout | None:
+def _infer_from_tensor(
+    tensor: Shape, shape: Shape, stack: Index, name: Parameter
+) -> TorchLayout | None:
     """The layout of a kernel of more than two axes, [*fan_in, *fan_out], by its tensor's shape.
 
     Products of leading sizes differ, unless an axis is 1, where it does not matter whose it is.

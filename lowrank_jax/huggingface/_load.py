@@ -90,30 +90,30 @@ def load(
     (4, 3)
     """
     folder = Path(folder)
-    leaves = _leaves(like, dtype)
-    with _opened(folder) as (tensors, tied):
+    leaves = _collect_leaves(like, dtype)
+    with _open_model(folder) as (tensors, tied):
         ignored = (ignore,) if isinstance(ignore, str) else ignore
         found = match_tensors(tensors, leaves, names, plan, ignored, tied)
         found.refuse(folder, names)
-        blocks = {} if quant is None else _blocks(leaves, found.leaves, quant, plan)
+        blocks = {} if quant is None else _find_block_axes(leaves, found.leaves, quant, plan)
         coded = find_prequantized(found.leaves, tensors, quant, blocks, folder)
         given, bad = dict(flatten(like)[0]), {}
         out = dict(given)
-        for path, lying in found.leaves.items():
-            dtype, sharding = leaves[path].dtype, _sharding(given[path])
+        for path, mapping in found.leaves.items():
+            dtype, sharding = leaves[path].dtype, _get_sharding(given[path])
             if path in coded:
                 out[path] = coded[path](dtype, sharding)
             elif quant is not None and path in blocks:
                 args = dtype, blocks[path], quant, sharding
-                out[path], bad[path] = read_quantized(tensors, lying, *args)
+                out[path], bad[path] = read_quantized(tensors, mapping, *args)
             else:
-                out[path] = read_leaf(tensors, lying, dtype, sharding)
+                out[path] = read_leaf(tensors, mapping, dtype, sharding)
     check_quantized(bad, leaves)
     return unflatten_by_path(like, out)
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
+def _open_model(folder: Path) -> Iterator[tuple[Tensors, bool]]:
     """The tensors of a folder or a GGUF file, and whether a projection may be its look-up table."""
     if folder.suffix == SUFFIX and not folder.is_dir():
         if not folder.is_file():  # opening a pipe would wait for ever
@@ -130,7 +130,7 @@ def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
         )
 
 
-def _leaves(like: Any, dtype: Any) -> dict[str, Any]:
+def _collect_leaves(like: Any, dtype: Any) -> dict[str, Any]:
     """Path -> leaf of like, the floating ones without values and of the dtype wished for."""
     leaves = {}
     for path, leaf in flatten(like, is_leaf=is_node)[0]:
@@ -145,12 +145,12 @@ def _leaves(like: Any, dtype: Any) -> dict[str, Any]:
     return leaves
 
 
-def _sharding(leaf: Any) -> Any:
+def _get_sharding(leaf: Any) -> Any:
     """Where a leaf of like is to lie, if it says so."""
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
-def _blocks(
+def _find_block_axes(
     leaves: dict[str, Any], found: dict[str, TensorMapping], quant: QuantConfig, plan: Plan | None
 ) -> dict[str, tuple[Axes, Axes]]:
     """Path -> the axes that blocks run along and the stack axes, of the leaves to quantize."""

@@ -80,8 +80,8 @@ def match_tensors(
       ties: whether the model's configuration lets look-up table and projection share a weight.
     """
     found, taken = Match(), set()
-    named = _as_in_file(resolve_names(leaves, names), tensors)
-    shared = _shared(leaves, names, named) if ties else {}
+    named = _strip_missing_prefix(resolve_names(leaves, names), tensors)
+    shared = _find_shared(leaves, names, named) if ties else {}
     for path, leaf in leaves.items():
         shape = tuple(leaf.shape)
         if path not in named:
@@ -138,7 +138,7 @@ def _is_kept(leaf: Any) -> bool:
     return not is_floating(leaf) and hasattr(leaf, "__array__")
 
 
-def _shared(
+def _find_shared(
     leaves: Mapping[str, Any], names: Names, named: Mapping[str, Parameter]
 ) -> dict[str, str]:
     """Projection -> module of the look-up table that has its weight, where each is a leaf."""
@@ -149,7 +149,7 @@ def _shared(
     return {path: tables[name.module] for path, name in named.items() if name.module in tables}
 
 
-def _as_in_file(named: dict[str, Parameter], tensors: Tensors) -> dict[str, Parameter]:
+def _strip_missing_prefix(named: dict[str, Parameter], tensors: Tensors) -> dict[str, Parameter]:
     """Names without the first part that a base model's own file leaves out ("transformer.")."""
     heads = {key.partition(".")[0] for key in tensors}
     bare = lambda name: dataclasses.replace(name, module=name.module.partition(".")[2])

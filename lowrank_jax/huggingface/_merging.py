@@ -53,7 +53,7 @@ class _Adapter:
     parts: dict[str, dict[str, tuple[int, ...]]]
 
 
-def _read(folder: Path) -> _Adapter:
+def _read_adapter(folder: Path) -> _Adapter:
     """The header of an adapter's file."""
     config = parse_config(read_config_bytes(folder), str(folder / CONFIG))
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -66,8 +66,8 @@ def _read(folder: Path) -> _Adapter:
 
 def flatten_model(tensors: Tensors, adapter_folder: Path, ties: bool) -> FlatModel:
     """The leaves that an adapter may change; ties: as of `matched`."""
-    adapter = _read(adapter_folder)
-    prefix = _prefix(tensors, adapter)
+    adapter = _read_adapter(adapter_folder)
+    prefix = _find_prefix(tensors, adapter)
     found = FlatModel({}, {}, {}, {})
     for key in tensors:
         entry = tensors.entry(key)
@@ -76,15 +76,15 @@ def flatten_model(tensors: Tensors, adapter_folder: Path, ties: bool) -> FlatMod
         module, _, kind = key.rpartition(".")
         name = Parameter(prefix + module if prefix + module in adapter.parts else module, kind)
         parts = adapter.parts.get(name.module, {})
-        found.names[key], found.uses[key] = _described(name, entry, parts, adapter.config)
+        found.names[key], found.uses[key] = _infer_use(name, entry, parts, adapter.config)
         whole = TOKENS in parts or len(entry.shape) < 2
         leaf = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
         found.leaves[key] = tensors[key] if whole else leaf
-    _tie(found, tensors, adapter, ties)
+    _tie_embeddings(found, tensors, adapter, ties)
     return found
 
 
-def _prefix(tensors: Tensors, adapter: _Adapter) -> str:
+def _find_prefix(tensors: Tensors, adapter: _Adapter) -> str:
     """What the names of a whole model's modules begin with, and those of its base model do not."""
     has = lambda module: f"{module}.weight" in tensors
     for module in adapter.parts:
@@ -94,7 +94,7 @@ def _prefix(tensors: Tensors, adapter: _Adapter) -> str:
     return ""
 
 
-def _described(
+def _infer_use(
     name: Parameter, entry: Any, parts: Mapping[str, tuple[int, ...]], config: AdapterConfig
 ) -> tuple[Parameter, Use]:
     """How PEFT's modules use a tensor, by what the adapter has for it."""
@@ -112,7 +112,7 @@ def _described(
     return name, use
 
 
-def _tie(found: FlatModel, tensors: Tensors, adapter: _Adapter, ties: bool) -> None:
+def _tie_embeddings(found: FlatModel, tensors: Tensors, adapter: _Adapter, ties: bool) -> None:
     """Make one leaf of a look-up table and the projection that shares its weight."""
     if not ties:
         return
@@ -144,18 +144,18 @@ def merge_tensors(
     files: dict[str, dict[str, LazyTensor]] = {}
     for key in tensors:
         entry, origin = tensors.entry(key), found.copies.get(key, key)
-        read = _reader(tensors, origin, nodes.get(origin))
+        read = _make_reader(tensors, origin, nodes.get(origin))
         files.setdefault(tensors.file(key), {})[key] = LazyTensor(entry.shape, entry.dtype, read)
     return files
 
 
-def _reader(tensors: Tensors, key: str, node: Any) -> Callable[[], np.ndarray]:
+def _make_reader(tensors: Tensors, key: str, node: Any) -> Callable[[], np.ndarray]:
     if node is None:
         return functools.partial(tensors.__getitem__, key)
-    return lambda: np.asarray(_merge(tensors[key], node))
+    return lambda: np.asarray(_merge_tensor(tensors[key], node))
 
 
 @jax.jit
-def _merge(leaf: Any, node: Any) -> jax.Array:
+def _merge_tensor(leaf: Any, node: Any) -> jax.Array:
     """One tensor with its adapter folded in: one program for all of its shape."""
     return merge(leaf, node)

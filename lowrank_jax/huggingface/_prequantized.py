@@ -45,10 +45,10 @@ def find_prequantized(
         return {}
     readers, problems = {}, []
     packing = "uint4" if quant is None else quant.packing
-    for path, lying in leaves.items():
-        if tensors.weights.keys() & {*lying.keys.values()}:
-            readers[path] = functools.partial(_read, tensors, lying, packing)
-            if problem := _misfit(lying, tensors, quant if path in chosen else None):
+    for path, mapping in leaves.items():
+        if tensors.weights.keys() & {*mapping.keys.values()}:
+            readers[path] = functools.partial(_read_leaf, tensors, mapping, packing)
+            if problem := _describe_misfit(mapping, tensors, quant if path in chosen else None):
                 problems.append(f"{path!r}: {problem}")
     if problems:
         raise CheckpointError(
@@ -57,17 +57,19 @@ def find_prequantized(
     return readers
 
 
-def _misfit(lying: TensorMapping, tensors: StateTensors, quant: QuantConfig | None) -> str:
+def _describe_misfit(
+    mapping: TensorMapping, tensors: StateTensors, quant: QuantConfig | None
+) -> str:
     """What is wrong with a leaf, if anything."""
-    keys = list(lying.keys.values())
+    keys = list(mapping.keys.values())
     if dense := [key for key in keys if key not in tensors.weights]:
         return f"{dense[0]} is dense, and other layers are not; load it with unrolled layers"
-    kinds = {_kind(tensors.weights[key]) for key in keys}
+    kinds = {_get_settings(tensors.weights[key]) for key in keys}
     if len(kinds) > 1:
         return f"its layers are of several kinds, {sorted(kinds)}; load it with unrolled layers"
-    if lying.layout.stack != tuple(range(len(lying.layout.stack))):
-        return f"its layers are stacked along axes {lying.layout.stack}; in 4 bits they must lead"
-    if lying.layout.kind != "dot":
+    if mapping.layout.stack != tuple(range(len(mapping.layout.stack))):
+        return f"its layers are stacked along axes {mapping.layout.stack}; in 4 bits they must lead"
+    if mapping.layout.kind != "dot":
         return f"{keys[0]} is in 4 bits, and the leaf is no product's weight"
     if quant is not None and kinds != {(quant.format, quant.block_size, quant.double_quant)}:
         format, block_size, double_quant = kinds.pop()
@@ -78,18 +80,18 @@ def _misfit(lying: TensorMapping, tensors: StateTensors, quant: QuantConfig | No
     return ""
 
 
-def _kind(header: dict[str, Any]) -> tuple[str, int, bool]:
+def _get_settings(header: dict[str, Any]) -> tuple[str, int, bool]:
     """format, block_size and double_quant of a weight in 4 bits."""
     return header["quant_type"], header["blocksize"], "nested_offset" in header
 
 
-def _read(
-    tensors: StateTensors, lying: TensorMapping, packing: str, dtype: Any, sharding: Any
+def _read_leaf(
+    tensors: StateTensors, mapping: TensorMapping, packing: str, dtype: Any, sharding: Any
 ) -> Quantized:
     """A leaf of codes, read layer by layer."""
-    layer, layout = lying.layer, lying.layout
+    layer, layout = mapping.layer, mapping.layout
     whole, stack = None, tuple(layout.shape[axis] for axis in layout.stack)
-    for index, key in lying.keys.items():
+    for index, key in mapping.keys.items():
         state = tensors.state(key)
         node = to_quantized(state, layer.shape, layer.fan_in, packing)
         node = dataclasses.replace(node, weight_dtype=jnp.dtype(dtype).name)
@@ -99,11 +101,11 @@ def _read(
             )
         if jax.tree.structure(node) != jax.tree.structure(whole):
             raise CheckpointError(
-                f"{key} has another nested_quant_map than other layers of {lying.path!r}: load it "
+                f"{key} has another nested_quant_map than other layers of {mapping.path!r}: load it "
                 "with unrolled layers"
             )
         for place, part in zip(jax.tree.leaves(whole), jax.tree.leaves(node), strict=True):
             place[(*index, ...)] = np.asarray(part)
     assert whole is not None
     assert whole.shape == layout.shape
-    return place_leaf(whole, lying.path, sharding)
+    return place_leaf(whole, mapping.path, sharding)

@@ -51,7 +51,7 @@ def collect_tensors(
         leaf, use = leaves[path], find_use(plan, path)
         try:
             validate_name(path, name)
-            _check(path, leaf, dequantize)
+            _check_leaf(path, leaf, dequantize)
             shape = tuple(leaf.shape)
             keys = name_tensors(path, shape, name, use)
             first = keys[min(keys)]
@@ -62,18 +62,18 @@ def collect_tensors(
             continue
         for index, key in place.keys.items():
             tensors[key] = LazyTensor(
-                place.shape, leaf.dtype, functools.partial(_read, leaf, place, index)
+                place.shape, leaf.dtype, functools.partial(_read_tensor, leaf, place, index)
             )
         if original and name.tied is not None and (copy := f"{name.tied}.weight") in original:
             tensors[copy] = tensors[first]
     if original is not None:
-        problems += _differences(tensors, original)
+        problems += _compare_with_original(tensors, original)
     if problems:
         raise CheckpointError(f"nothing was written:\n{list_problems(problems)}")
     return tensors
 
 
-def _check(path: str, leaf: Any, dequantize: bool) -> None:
+def _check_leaf(path: str, leaf: Any, dequantize: bool) -> None:
     """Refuse a leaf that has no place in a file."""
     if not hasattr(leaf, "dtype") or isinstance(leaf, jax.ShapeDtypeStruct):
         raise CheckpointError(f"{path!r} is a {type(leaf).__name__}, no array with values")
@@ -86,7 +86,7 @@ def _check(path: str, leaf: Any, dequantize: bool) -> None:
         raise CheckpointError(f"{path!r} is {leaf.dtype}, which the files have no dtype for")
 
 
-def _differences(tensors: Mapping[str, LazyTensor], original: Tensors) -> list[str]:
+def _compare_with_original(tensors: Mapping[str, LazyTensor], original: Tensors) -> list[str]:
     """What the original has, and the tree not, and the other way round."""
     shape = lambda key: original.entry(key).shape
     lost = [key for key in original if key not in tensors and not is_buffer(key, shape(key))]
@@ -95,21 +95,21 @@ def _differences(tensors: Mapping[str, LazyTensor], original: Tensors) -> list[s
     ]
 
 
-def _read(leaf: Any, place: TensorMapping, index: tuple[int, ...]) -> np.ndarray:
+def _read_tensor(leaf: Any, place: TensorMapping, index: tuple[int, ...]) -> np.ndarray:
     """One tensor: one layer goes to the host."""
     if isinstance(leaf, Quantized) and place.layout.stack != tuple(range(leaf.stacked)):
         leaf = as_dense(leaf)
     if isinstance(leaf, Quantized):
-        layer = as_dense(_layer(leaf, index, ()))
+        layer = as_dense(_take_layer(leaf, index, ()))
     elif isinstance(leaf, jax.Array):
-        layer = _layer(leaf, index, place.layout.stack) if index else leaf
+        layer = _take_layer(leaf, index, place.layout.stack) if index else leaf
     else:
         layer = place.by_layers(np.asarray(leaf))[index]
     return place.to_tensor(to_numpy(place.path, layer))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _layer(leaf: Any, index: tuple[int, ...], stack: tuple[int, ...]) -> Any:
+def _take_layer(leaf: Any, index: tuple[int, ...], stack: tuple[int, ...]) -> Any:
     """A layer of an array along stack axes, or of a node whose arrays these lead."""
     first = lambda x: x.transpose(stack + tuple(a for a in range(x.ndim) if a not in stack))
     return jax.tree.map(lambda x: first(x)[index], leaf)
@@ -119,7 +119,7 @@ def split_shards(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, dic
     """File -> tensors, layers in their order, each file as full as the limit lets it be."""
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
-    for name in sorted(tensors, key=_numerically):
+    for name in sorted(tensors, key=_natural_key):
         if shards[-1] and size + tensors[name].nbytes > limit:
             shards.append({})
             size = 0
@@ -133,6 +133,6 @@ def split_shards(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, dic
     }
 
 
-def _numerically(name: str) -> list[tuple[bool, int, str]]:
+def _natural_key(name: str) -> list[tuple[bool, int, str]]:
     parts = re.split(r"(\d+)", name)
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

@@ -123,9 +123,9 @@ def _build_node(
     factors = {i: layout.from_factors(read(a), read(b)) for i, (a, b, _) in keys.items()}
     rank = max(a.shape[-1] for a, _ in factors.values())
     scale = max(scales.values())
-    sizes, fan_out = layout.sizes(layout.stack), layout.sizes(layout.fan_out)
+    sizes, fan_out = layout.get_sizes(layout.stack), layout.get_sizes(layout.fan_out)
     dtypes = [jnp.result_type(*(f[i].dtype for f in factors.values())) for i in (0, 1)]
-    a = np.zeros((*sizes, *layout.sizes(layout.fan_in), rank), dtypes[0])
+    a = np.zeros((*sizes, *layout.get_sizes(layout.fan_in), rank), dtypes[0])
     b = np.zeros((*sizes, rank, *fan_out), dtypes[1])
     for index, (part_a, part_b) in factors.items():
         r, ratio = part_a.shape[-1], b.dtype.type(scales[index] / scale)

@@ -94,7 +94,7 @@ def _build_full(
     if len(keys) < len(place.modules) or folds:
         weights = layout.to_weights(to_numpy(place.path, place.leaf)).astype(trained)
     else:
-        weights = np.empty((*layout.sizes(layout.stack), *shape), trained)
+        weights = np.empty((*layout.get_sizes(layout.stack), *shape), trained)
     for index, key in keys.items():
         weights[index] = matching.read(key).reshape(shape)
     for index, (key, scale) in folds.items():

@@ -80,7 +80,7 @@ class _AdapterContents:
     def _add_whole(
         self, weights: np.ndarray, name: Parameter, layout: TorchLayout, tied: str | None
     ) -> None:
-        for index in layout.indices:
+        for index in layout.stack_indices:
             module, value = fill_indices(name.module, index), weights[index]
             if name.kind == "bias":
                 value = value.reshape(-1)
@@ -110,7 +110,7 @@ class _AdapterContents:
         a, b = _to_host(path, node.a), _to_host(path, node.b)
         magnitude = None if node.magnitude is None else _to_host(path, node.magnitude)
         alpha = compute_alpha(node.scale, node.rank, self.rslora)
-        for index in layout.indices:
+        for index in layout.stack_indices:
             module = fill_indices(name.module, index)
             parts = layout.to_factors(a[index], b[index])
             if magnitude is not None:
