@@ -481,11 +481,11 @@ FOLDERS = {
     "a config that is none": (lambda p: copy(p, [1]), r"config\.json holds list, not an"),
     "a missing shard": (
         lambda p: without(copy(p), SECOND),
-        rf"(?s)shards are missing of .*model; fetch them again\n  - {SECOND}",
+        rf"(?s)model lacks shards that its index names; fetch them again\n  - {SECOND}",
     ),
     "a damaged shard": (
         lambda p: truncated(copy(p)),
-        rf"{FIRST} is no safetensors file, or damaged: it holds \d+ bytes of data",
+        rf"{FIRST} is not a safetensors file, or is damaged: it holds \d+ bytes of data",
     ),
     "an index of other shards": (
         lambda p: spoiled(copy(p), INDEX, lambda text: text.replace('"lm_head', '"other_head')),
@@ -497,7 +497,7 @@ FOLDERS = {
     ),
     "an index that is none": (
         lambda p: spoiled(copy(p), INDEX, lambda text: "{}"),
-        r"is no index of shards: expected a weight_map",
+        r"is not an index of shards: expected a weight_map",
     ),
     "a tensor twice": (lambda p: twice(copy(p)), r"two shards hold '.*'; the second is .*00002"),
     "side tensors are missing": (

@@ -160,7 +160,7 @@ def test_nothing_is_removed_before_the_names_are_surely_on_disk(old, monkeypatch
 
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "replace", late)
-    text = "as it was.*Input/output error" if undone else "holds the new checkpoint, whole.*Input"
+    text = "unchanged.*Input/output error" if undone else "the new checkpoint, complete.*Input"
     with pytest.raises(CheckpointError, match=text):
         checkpoint.save(old / "checkpoint", **forms.contents(2))
     assert forms.whole(old / "checkpoint") == (1 if undone else 2)

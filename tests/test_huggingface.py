@@ -383,7 +383,7 @@ MISTAKES = {
     ),
     "axes": (
         lambda p: save(p, {"w": {"kernel": jnp.ones((2, 3, 4))}}),
-        r"which of its axes are contracted cannot be told",
+        r"which of its axes are contracted is ambiguous",
     ),
     "no shard": (lambda p: save(p, {"w": {"kernel": jnp.ones(2)}}, max_shard=0), r"max_shard is 0"),
     "another model": (
@@ -668,7 +668,7 @@ def test_gguf_files_that_are_refused(tmp_path):
     path = tmp_path / "model.gguf"
     like = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
     path.write_bytes(b"GGUF" + bytes(range(60)))
-    with pytest.raises(lowrank.CheckpointError, match="is no GGUF file, or damaged"):
+    with pytest.raises(lowrank.CheckpointError, match="is not a GGUF file, or is damaged"):
         lowrank.huggingface.load(path, like)
     write_gguf(path, architecture="gemma")
     with pytest.raises(lowrank.CheckpointError, match="is a model of 'gemma'.*'llama', 'qwen2'"):

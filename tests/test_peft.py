@@ -796,7 +796,7 @@ def one(**fields):
 CANNOT = {
     "a stack of layers without a number": (
         one(a=ones(5, 4, 2), b=ones(5, 2, 3), stack=(0,), fan_in=(1,), fan_out=(2,)),
-        "has 1 stack axes, and its module's name 'layers.q' 0 times '{}'",
+        "has 1 stack axes, and its module's name 'layers.q' has 0 times '{}'",
     ),
     "several adapters in one": (
         one(a=ones(5, 4, 2), b=ones(5, 2, 3)),
@@ -827,7 +827,7 @@ CANNOT = {
     "nothing": ({"layers": None}, "lora holds no adapter"),
     "a whole kernel of many axes": (
         {"q": {"kernel": lowrank.Full(ones(4, 2, 3))}},
-        "which of its axes are contracted cannot be told",
+        "which of its axes are contracted is ambiguous",
     ),
     "a part of a module": (
         {"norm": {"scale": lowrank.Full(ones(3)), "bias": None}},
@@ -864,7 +864,7 @@ def test_names_decide_or_refuse(tmp_path):
         with pytest.raises(lowrank.CheckpointError, match=said):
             save(tmp_path, one(), config, names=names)
     twice = {"layers/q/kernel": "q", "p/layers/q/kernel": "q"}
-    with pytest.raises(lowrank.CheckpointError, match=r"names calls both .* 'q.weight'"):
+    with pytest.raises(lowrank.CheckpointError, match=r"names gives both .* 'q.weight'"):
         save(tmp_path, {**one(), "p": one()}, config, names=twice)
     with pytest.raises(lowrank.ConfigError, match=r"extras has \['r'\]"):
         save(tmp_path, one(), lowrank.LoraConfig(extras={"r": 4}))

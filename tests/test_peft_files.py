@@ -171,7 +171,7 @@ def test_pickles_pipes_and_what_is_not_there(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
     refused(tmp_path, "adapter_model.bin is a pickle, which is not read for safety")
     os.mkfifo(tmp_path / TENSORS)
-    refused(tmp_path, "is no regular file")
+    refused(tmp_path, "is not a regular file")
 
 
 # Files of tensors
@@ -181,20 +181,20 @@ HEADERS = {
     "a long header": (struct.pack("<Q", 1 << 60) + b"{}", "too few or too many"),
     "no JSON": (b"{'a': 1}", "is not JSON"),
     "deep JSON": (b"[" * 200_000, "is not JSON"),
-    "a list": (b"[]", "is not JSON"),
-    "a key twice": (b'{"a":1,"a":1}', "a key stands twice"),
-    "no entry": (b'{"a":{"dtype":"F32"}}', "its header says"),
+    "a list": (b"[]", "is not a JSON object"),
+    "a key twice": (b'{"a":1,"a":1}', "a key is repeated"),
+    "no entry": (b'{"a":{"dtype":"F32"}}', "its header has"),
     "a dtype": (b'{"a":{"dtype":"F7","shape":[],"data_offsets":[0,0]}}', "of dtype 'F7'"),
     "a listed dtype": (b'{"a":{"dtype":["F32"],"shape":[],"data_offsets":[0,4]}}', "of dtype"),
-    "a negative size": (b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', "no natural"),
+    "a negative size": (b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', "natural numbers"),
     "a huge size": (
         b'{"a":{"dtype":"F32","shape":[4611686018427387903],"data_offsets":[0,4]}}',
-        "another size than its shape",
+        "does not match its shape",
     ),
     "many huge sizes": (
         b'{"a":{"dtype":"F32","shape":[4611686018427387903,4611686018427387903],'
         b'"data_offsets":[0,4]}}',
-        "another size than its shape",
+        "does not match its shape",
     ),
     "more than there is": (
         b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}',
@@ -206,7 +206,7 @@ HEADERS = {
         b'"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}',
         "a gap or an overlap",
     ),
-    "true for one": (b'{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', "no natural"),
+    "true for one": (b'{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', "natural numbers"),
 }
 
 

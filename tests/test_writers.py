@@ -129,7 +129,7 @@ def circle(base, secret):
 
 def pipe(base, secret):
     os.mkfifo(base / "tokenizer.json")
-    return "is no regular file"
+    return "is not a regular file"
 
 
 def device(base, secret):
@@ -200,7 +200,7 @@ def test_an_index_names_plain_files_of_its_folder(name, tmp_path):
     index = json.loads((base / "model.safetensors.index.json").read_text())
     index["weight_map"][next(iter(index["weight_map"]))] = name
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"outside its folder|shards are missing"):
+    with pytest.raises(CheckpointError, match=r"outside its folder|lacks shards"):
         merged(base, tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -366,7 +366,7 @@ def test_each_call_that_fails_leaves_the_old_or_the_new():
         if "full disks" not in line:
             assert ", 0 torn, 0 orphans after the next save" in line
         outcomes = {*re.findall(r"'([^']+)': \d+", line.split("}: ")[-1].split("}")[0])}
-        # where renames fail for good, nothing can be put back: the error says so
+        # where renames fail for good, nothing can be restored: the error says so
         last = {"set aside"} if "all calls" in line else set()
         assert outcomes <= {"CheckpointError", "saved", "in place", *last}
 
@@ -405,7 +405,7 @@ def test_one_failing_call_leaves_the_old_or_the_new(form, number, tmp_path, monk
             except CheckpointError as error:
                 assert os.strerror(number) in str(error)  # noqa: PT017
                 said = "new" if "holds the new" in str(error) else "kept"
-                assert said == "new" or "as it was" in str(error)  # noqa: PT017
+                assert said == "new" or "unchanged" in str(error)  # noqa: PT017
         outcomes[said] += 1
         assert form.whole(turn) == (1 if said == "kept" else 2)
         form.save(turn, 3)
@@ -450,7 +450,7 @@ def test_folders_that_cannot_be_flushed_are_written_all_the_same(
     assert form.whole(tmp_path / "x") == 2
     assert form.orphans(tmp_path / "x") == 0
     on_folders = False  # a file that cannot be flushed is another matter
-    with pytest.raises(CheckpointError, match="as it was"):
+    with pytest.raises(CheckpointError, match="unchanged"):
         form.save(tmp_path / "x", 3)
     assert form.whole(tmp_path / "x") == 2
 
@@ -498,7 +498,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:
     save(sys.argv[1])
 except lowrank.CheckpointError as error:
-    print("refused", "as it was" in str(error))
+    print("refused", "unchanged" in str(error))
 logging.getLogger("absl").error("the user's own")
 """
 
@@ -732,7 +732,7 @@ def test_names_that_torch_has_not_are_not_written(case, tmp_path):
             lambda names=names: peft.save(tmp_path / "x", lora, lowrank.LoraConfig(), names=names),
             lambda names=names: huggingface.save(tmp_path / "x", params, names=names),
         ):
-            with pytest.raises(CheckpointError, match="is to be called") as error:
+            with pytest.raises(CheckpointError, match="would be named") as error:
                 write()
             assert fit(str(error.value))
             assert not (tmp_path / "x").exists()

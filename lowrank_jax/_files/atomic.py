@@ -1,9 +1,9 @@
-"""Files that are whole on disk before they take their names, and several that change together.
+"""Atomic file replacement: write a temporary file, fsync, rename.
 
-A file is written under another name and flushed, and one rename puts it in place. Several files
-have no rename in common: the old ones are set aside first, those without which nothing loads before
-the others, and the new ones come in the opposite order. An error puts the old ones back; a kill in
-between leaves a folder that nothing loads, never a mixture.
+One rename cannot replace several files. Their old versions are therefore renamed to backups first,
+entry points (files without which nothing loads) before the others, and the new ones are renamed in
+the opposite order. After an error the backups are restored. A process killed in between leaves a
+folder that does not load, never a mixture of two versions.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lowrank_jax._files.locks import lock_folder
 
 _NEW = ".lowrank-"
 _OLD = f"{_NEW}old-"
-# what a file system says that cannot flush a directory: there is nothing to wait for
+# errors of file systems that do not support fsync of a directory: there is nothing to wait for
 _UNSUPPORTED_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
-# files above this size are taken for changed: comparing them costs more than replacing them
+# larger files count as changed without a comparison: reading both costs more than a rename
 _COMPARE_LIMIT = 1 << 25
 
 Write = Callable[[BinaryIO], object]
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on disk.
+    """Wait until the content of a file, or the names in a directory, are on disk.
 
-    A directory that the file system cannot flush, or that may not be opened, is passed over.
+    Directories are skipped where the file system does not support it or denies opening them.
     """
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:
@@ -54,7 +54,7 @@ def fsync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it where they are missing, and let their names last."""
+    """Make a folder and its missing parents, and fsync the directories that name them."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
@@ -62,7 +62,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_temporary(folder: Path, write: Write) -> Path:
-    """A file of another name, whole on disk; `clear` removes it unless it is renamed."""
+    """Write a temporary file and fsync it; `remove_temporary` deletes it unless it is renamed."""
     path = folder / f"{_NEW}{uuid.uuid4().hex}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags, 0o666), "wb") as file:
@@ -73,7 +73,7 @@ def write_temporary(folder: Path, write: Write) -> Path:
 
 
 def remove_temporary(folder: Path, old: bool = True) -> None:
-    """Remove the files that killed or failed writers left; old: those that were set aside, too."""
+    """Remove the temporary files of killed or failed writers; with `old`, their backups too."""
     for path in folder.glob(f"{_NEW}*"):
         if (old or not path.name.startswith(_OLD)) and not (
             path.is_dir() and not path.is_symlink()
@@ -82,7 +82,7 @@ def remove_temporary(folder: Path, old: bool = True) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file; what a file system did although it reported an error, is done."""
+    """Rename a file; an error is ignored if the rename took place all the same (as on NFS)."""
     own = _identify(source)
     try:
         os.replace(source, target)
@@ -101,17 +101,17 @@ def replace_files(
     entry_points: Sequence[str],
     obsolete: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Replace files of a folder together, and leave its others alone.
+    """Replace several files of a folder as one, leaving its other files alone.
 
     Args:
-      folder: made where missing.
-      writes: name -> what writes its content. A file that is there already stays.
-      what: what the files are, for errors.
-      entry_points: the names without which nothing loads, in the order in which they go.
-      obsolete: whether a name that is there, and not written, goes as well.
+      folder: created if missing.
+      writes: name -> function that writes the content. A file whose content is unchanged is kept.
+      what: what the files are, for error messages.
+      entry_points: the names without which nothing loads, in the order of their removal.
+      obsolete: whether an existing file that is not in `writes` is removed, given its name.
 
     Raises:
-      CheckpointError: another process is writing there, or the file system refused.
+      CheckpointError: another process is writing to the folder, or the file system failed.
     """
     try:
         make_folder(folder)
@@ -132,7 +132,7 @@ def replace_files(
                     remove_temporary(folder, old=False)
     except OSError as error:
         raise CheckpointError(
-            f"{folder} could not be written; what was there is as it was ({error})"
+            f"{folder} could not be written; its previous files are unchanged ({error})"
         ) from error
 
 
@@ -144,18 +144,24 @@ def commit_files(
     entry_points: Sequence[str] = (),
     obsolete_names: Iterable[str] = (),
 ) -> None:
-    """Let files, whole on disk, take their names; where that fails, put back what was there.
+    """Rename temporary files to their final names; after an error, restore the previous files.
 
     Args:
-      folder: where they are.
-      new: name -> the file that is to be called so.
-      what: what they are, for errors.
-      entry_points: as of replace_files.
-      obsolete_names: names that are to go.
+      folder: the folder of both.
+      new: final name -> temporary file, already on disk.
+      what: what the files are, for error messages.
+      entry_points: see replace_files.
+      obsolete_names: names to remove.
 
     Raises:
-      CheckpointError: the file system refused. What it says of the folder was looked up.
+      CheckpointError: the file system failed. The message states what the folder holds now.
     """
+    # With entry points (config.json, index.json) and one shard s1, the order of operations is:
+    #   rename config.json -> backup, index.json -> backup, fsync, s1 -> backup    (removal order)
+    #   rename new s1, fsync, new index.json, fsync, new config.json, fsync        (install order)
+    # The fsync after the entry points are gone keeps a crash from showing an old entry point with
+    # new shards; the fsync before each new entry point keeps one from naming shards that a crash
+    # has lost. A single file needs no backup rename: os.replace swaps it in one step.
     names = [*new, *obsolete_names]
     removal_order = sorted(
         names, key=lambda name: (name not in entry_points, *_order_key(name, entry_points))
@@ -186,13 +192,13 @@ def commit_files(
 
 
 def _order_key(name: str, entry_points: Iterable[str]) -> tuple[int, str]:
-    """Where a name stands among the entry_points, or after them."""
+    """Sort key: entry points in their order, then the other names."""
     order = [*entry_points]
     return order.index(name) if name in order else len(order), name
 
 
 def _move_aside(folder: Path, names: list[str], entry_points: Sequence[str]) -> None:
-    """Take the names from old files, those of entry_points first and for good."""
+    """Rename files to backups; fsync as soon as the last of the entry points is renamed."""
     for number, name in enumerate(names, start=1):
         rename(folder / name, folder / f"{_OLD}{name}")
         if name in entry_points and not {*names[number:]} & {*entry_points}:
@@ -200,7 +206,7 @@ def _move_aside(folder: Path, names: list[str], entry_points: Sequence[str]) -> 
 
 
 def _link_backup(folder: Path, name: str) -> None:
-    """Give a file that is to be replaced a second name, where the file system has links."""
+    """Back up a file that is about to be replaced by a hard link, where links are supported."""
     with contextlib.suppress(OSError, NotImplementedError):
         os.link(folder / name, folder / f"{_OLD}{name}", follow_symlinks=False)
 
@@ -212,7 +218,9 @@ def _roll_back(
     before: Mapping[str, object],
     after: Mapping[str, object],
 ) -> None:
-    """Undo a replacement: new files go, the entry_points first, and old ones get their names back."""
+    """Undo a replacement: remove new files, entry points first, and rename backups back."""
+    # A file replaced alone (one name, which existed) is not unlinked: its backup, a hard link,
+    # replaces it below, so that the name never disappears.
     for name in reversed(install_order):
         is_new = _identify(folder / name) == after[name]
         if is_new and (len(removal_order) > 1 or before[name] is None):
@@ -233,28 +241,28 @@ def _make_error(
     after: Mapping[str, object],
     error: OSError,
 ) -> CheckpointError:
-    """The error of a replacement, by what the folder holds now."""
+    """Return the error of a failed replacement, which states what the folder holds now."""
     try:
         now = {name: _identify(folder / name) for name in before}
     except OSError:
         now = None
     if now == before:
         return CheckpointError(
-            f"{folder} could not be written; what was there is as it was ({error})"
+            f"{folder} could not be written; its previous files are unchanged ({error})"
         )
     if now == after:
         return CheckpointError(
-            f"{folder} holds the new {what}, whole, but the file system cannot confirm that it "
-            f"will last ({error}): save again, or elsewhere"
+            f"{folder} holds the new {what}, complete, but the file system could not confirm that "
+            f"it is on disk ({error}): save again, or elsewhere"
         )
     return CheckpointError(
-        f"{folder} could not be written, and what was there could not be put back ({error}): save "
-        f"again, or elsewhere; files that were set aside are called {_OLD}NAME"
+        f"{folder} could not be written, and its previous files could not be restored ({error}): "
+        f"save again, or elsewhere; the backups are called {_OLD}NAME"
     )
 
 
 def _identify(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from others, whatever it is called; None where there is none."""
+    """Return what identifies a file regardless of its name; None if it does not exist."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -268,7 +276,7 @@ def _select_changed(
     obsolete_names: Sequence[str],
     entry_points: Sequence[str],
 ) -> dict[str, Path]:
-    """The new files that are not there already; entry_points too, unless one rename is all there is."""
+    """Return the files whose content changed, with all entry points if one rename is not enough."""
     changed = {name: path for name, path in new.items() if not _is_unchanged(folder / name, path)}
     if len(changed) + len(obsolete_names) > 1:
         changed |= {name: new[name] for name in entry_points if name in new}
@@ -276,7 +284,7 @@ def _select_changed(
 
 
 def _is_unchanged(old: Path, new: Path) -> bool:
-    """Whether a plain file is there already, on disk, with the content of a new one."""
+    """Whether a regular file exists on disk with the content of the new one."""
     try:
         found, size = os.lstat(old), new.stat().st_size
         if not stat.S_ISREG(found.st_mode) or found.st_size != size or size > _COMPARE_LIMIT:

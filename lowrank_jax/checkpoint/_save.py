@@ -166,5 +166,5 @@ def _build_contents(
 
 def _write(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Replace the checkpoint at a directory."""
-    with checkpoint_errors(f"{directory} could not be written; an older checkpoint is as it was"):
+    with checkpoint_errors(f"{directory} could not be written; an older checkpoint is unchanged"):
         write_archive(directory, body, arrays)

@@ -117,7 +117,7 @@ def _open_model(folder: Path) -> Iterator[tuple[Tensors, bool]]:
     """The tensors of a folder or a GGUF file, and whether a projection may be its look-up table."""
     if folder.suffix == SUFFIX and not folder.is_dir():
         if not folder.is_file():  # opening a pipe would wait for ever
-            raise CheckpointError(f"{folder} does not exist, or is no regular file")
+            raise CheckpointError(f"{folder} does not exist, or is not a regular file")
         tensors = GgufTensors(folder)
         yield tensors, tensors.is_tied
         return

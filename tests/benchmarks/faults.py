@@ -120,7 +120,7 @@ def attempt(
             form.save(directory, 2, rows=512)
             outcome = "saved"
         except CheckpointError as error:
-            said = {"holds the new": "in place", "could not be put back": "set aside"}
+            said = {"holds the new": "in place", "could not be restored": "set aside"}
             outcome = next((v for k, v in said.items() if k in str(error)), "CheckpointError")
         except BaseException as error:
             outcome = repr(error)
