@@ -205,7 +205,7 @@ def test_a_flip_that_leaves_the_content_is_caught_too(tmp_path):
     save(tmp_path, lora={"w": lowrank.LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)), scale=1e-7)})
     path = tmp_path / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b"1e-07", b"1E-07"))
-    with pytest.raises(CheckpointError, match="its text is not what its sha256 says"):
+    with pytest.raises(CheckpointError, match="its text does not match its sha256"):
         checkpoint.restore(tmp_path)
 
 

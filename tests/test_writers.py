@@ -140,7 +140,7 @@ def device(base, secret):
 def large(base, secret):
     with (base / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 40)  # sparse
-    return "a file of its kind at most"
+    return "bytes; expected at most"
 
 
 ATTACKS = [

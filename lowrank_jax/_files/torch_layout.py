@@ -153,7 +153,7 @@ class TorchLayout:
     @property
     def _torch_order(self) -> tuple[int, ...]:
         """The leaf's axes in torch's order, stack axes first."""
-        # A "dot" kernel [layers, in, heads, dim] with stack (0,), fan_in (1,) and fan_out (2, 3) has
+        # A "dot" kernel [layers, in, heads, dim] of stack (0,), fan_in (1,), fan_out (2, 3) has
         # the order (0, 2, 3, 1): [layers, heads, dim, in], then reshaped to [layers, out, in].
         if self.kind in ("vector", "lookup"):
             return self.stack + self._inner_axes

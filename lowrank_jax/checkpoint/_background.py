@@ -14,14 +14,14 @@ from lowrank_jax._errors import CheckpointError
 
 
 class Saving:
-    """A save that goes on in a thread: what `checkpoint.save_async` returns.
+    """A save that is running in a thread, returned by `checkpoint.save_async`.
 
-    Its error is raised by `wait`, or by the next save to the same path, whichever comes first. A
-    program that ends waits for it, and prints an error that nobody has seen.
+    Its error is raised by `wait`, or by the next save to the same path, whichever comes first. At
+    exit the program waits for it, and prints an error that has not been raised.
 
     Args:
       directory: where it writes.
-      write: what it does.
+      write: the function that writes the checkpoint.
     """
 
     def __init__(self, directory: os.PathLike, write: Callable[[], None]):
@@ -41,14 +41,14 @@ class Saving:
         self._write = None  # it holds the arrays
 
     def done(self) -> bool:
-        """Whether it has come to its end, well or not."""
+        """Whether the save has ended, with or without an error."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return once the checkpoint is whole on disk.
+        """Wait until the checkpoint is complete on disk.
 
         Raises:
-          CheckpointError: it could not be written; an older checkpoint is as it was.
+          CheckpointError: it could not be written; an older checkpoint is unchanged.
         """
         self._thread.join()
         if _pending.get(self._directory) is self:
@@ -61,14 +61,14 @@ _pending: dict[Path, Saving] = {}
 
 
 def finish_pending_save(directory: Path) -> None:
-    """Wait for a save that was begun earlier at this path, and raise its error."""
+    """Wait for an earlier save to this path, and raise its error."""
     saving = _pending.get(directory.resolve())
     if saving is not None:
         try:
             saving.wait()
         except CheckpointError as error:
             raise CheckpointError(
-                f"an earlier save_async failed, and this save was not begun: {error}"
+                f"an earlier save_async failed, and this save was not started: {error}"
             ) from error
 
 
