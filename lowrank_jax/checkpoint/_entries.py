@@ -12,11 +12,13 @@ from urllib.parse import quote
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._jax.paths import MAX_KEYS, flatten
 from lowrank_jax._jax.processes import gather_shards, place_array
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3
 from lowrank_jax._nodes.methods import ADAPTER_METHODS
@@ -27,8 +29,6 @@ from lowrank_jax._trees.fingerprint import Fingerprint, to_numpy
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}
 _PRNGS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
-# static fields of nodes that older releases wrote under another name
-_RENAMED = {"moved": "base_modified"}
 # keys of the body that `_save` writes, and those that `_archive` adds
 _KEYS = {"step", "config", "base", "lora", "opt_state", "extra"}
 _ARCHIVE = {"format", "version", "arrays", "folder", "files"}
@@ -59,7 +59,7 @@ def collect_arrays(nodes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_entry(name: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, str]:
+def write_entry(name: str, leaf: ArrayLike, arrays: dict[str, np.ndarray]) -> dict[str, str]:
     """Add a leaf's values to `arrays`; return its entry."""
     name = quote(name, errors="surrogatepass")
     form = classify_leaf(leaf)
@@ -67,7 +67,7 @@ def write_entry(name: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str
     return {"name": name, "form": form}
 
 
-def write_entries(what: str, tree: Any, arrays: dict[str, np.ndarray]) -> list[dict] | None:
+def write_entries(what: str, tree: PyTree, arrays: dict[str, np.ndarray]) -> list[dict] | None:
     """Return the entries of a tree's leaves, with their paths; None if there is no tree."""
     if tree is None:
         return None
@@ -190,7 +190,7 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
     return kind(**arrays, **static)
 
 
-def _upgrade_node(node: Any) -> Any:
+def _upgrade_node(node: LowRank | Full) -> Any:
     """Convert a node of older releases, where (IA)^3 was a LowRank with factors of rank 0."""
     if type(node) is not LowRank or not node.folded or node.magnitude is None:
         return node
@@ -209,7 +209,7 @@ def _is_floating_dtype(name: str) -> bool:
         return False
 
 
-def _are_axes(value: Any) -> bool:
+def _are_axes(value: object) -> bool:
     """Whether a value is a tuple of ints, or not a tuple."""
     return not isinstance(value, tuple) or all(type(axis) is int for axis in value)
 
@@ -227,7 +227,9 @@ def get_static_fields(kind: type, values: Mapping) -> dict[str, Any]:
     return plain
 
 
-def build_leaf(entry: _SavedArray, array: np.ndarray, sharding: Any) -> Any:
+def build_leaf(
+    entry: _SavedArray, array: np.ndarray, sharding: jax.sharding.Sharding | None
+) -> Any:
     """Make the leaf of an array: a number, PRNG key or array, placed by a sharding if given."""
     if entry.form in _SCALARS:
         return _SCALARS[entry.form](array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.paths import flatten
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint, list_differences
@@ -71,7 +73,7 @@ def _is_well_formed(node: LowRank) -> bool:
     )
 
 
-def refuse_misshapen(nodes: dict[str, Any], base: Any) -> None:
+def refuse_misshapen(nodes: dict[str, Any], base: PyTree) -> None:
     """Check that the adapter's leaves are in the base, with the same shapes."""
     leaves = dict(flatten(base, is_leaf=is_node)[0])
     if adapted := [p for p, leaf in leaves.items() if isinstance(leaf, LowRank | Full | Adapted)]:
@@ -88,7 +90,9 @@ def refuse_misshapen(nodes: dict[str, Any], base: Any) -> None:
     )
 
 
-def refuse_other_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: bool) -> None:
+def refuse_other_base(
+    nodes: dict[str, Any], trained_on: Fingerprint | None, base: PyTree, check: bool
+) -> None:
     """Check that the base is the one trained on, if its fingerprint is known."""
     if check and trained_on is not None:
         own = base if isinstance(base, Fingerprint) else fingerprint(base)
@@ -113,7 +117,9 @@ def compare_static_fields(wanted: dict[str, Any], saved: dict[str, Any]) -> list
     return list_differences(show(wanted), show(saved))
 
 
-def match_leaves(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
+def match_leaves(
+    what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Iterable[str] = ()
+) -> dict:
     """Check that saved leaves match the wanted ones; return the latter's shardings, by name."""
     wanted = {p: v if hasattr(v, "dtype") else np.asarray(v) for p, v in wanted.items()}
     # arrays without elements, which older releases saved, are ignored
@@ -139,7 +145,7 @@ def match_leaves(what: str, wanted: dict[str, Any], saved: dict[str, Any], more:
     return {saved[path].name: sharding for path, sharding in placed.items()}
 
 
-def _can_divide(sharding: Any, shape: tuple[int, ...]) -> bool:
+def _can_divide(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
     """Whether a sharding can split an array of the given shape."""
     try:
         sharding.shard_shape(shape)

@@ -81,7 +81,7 @@ class _UnraisableHook:
     def __init__(self, before: Callable[[Any], object]):
         self.before = before
 
-    def __call__(self, unraisable: Any) -> None:
+    def __call__(self, unraisable: sys.UnraisableHookArgs) -> None:
         last = unraisable.exc_traceback
         while last is not None and last.tb_next is not None:
             last = last.tb_next

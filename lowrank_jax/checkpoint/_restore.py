@@ -14,6 +14,7 @@ import numpy as np
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.paths import flatten, rename_legacy_paths, to_nested_dict, unflatten_by_path
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import collect_adapters, is_node
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint
@@ -51,12 +52,12 @@ class Checkpoint:
     7
     """
 
-    lora: Any
+    lora: PyTree
     config: LoraConfig
-    opt_state: Any = None
+    opt_state: PyTree = None
     step: int | None = None
     fingerprint: Fingerprint | None = None
-    extra: Any = None
+    extra: PyTree = None
 
 
 @check_arguments(CheckpointError)
@@ -81,7 +82,11 @@ def exists(directory: str | os.PathLike) -> bool:
 
 @check_arguments(CheckpointError)
 def restore(
-    directory: str | os.PathLike, *, base: Any = None, like: Any = None, check_base: bool = True
+    directory: str | os.PathLike,
+    *,
+    base: PyTree = None,
+    like: object = None,
+    check_base: bool = True,
 ) -> Checkpoint:
     """Restore a checkpoint; every byte is verified before it is used, and nothing is unpickled.
 
@@ -132,7 +137,7 @@ def restore(
 
 
 def _restore_body(
-    directory: Path, body: dict, base: Any, like: Any, check_base: bool
+    directory: Path, body: dict, base: PyTree, like: object, check_base: bool
 ) -> Checkpoint:
     """Match the manifest's entries with base and like, then read the arrays."""
     where = f"the manifest in {directory}"

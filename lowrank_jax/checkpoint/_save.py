@@ -13,6 +13,7 @@ import numpy as np
 from lowrank_jax._checks.arguments import check_arguments, integer_like
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.processes import write_on_first_process
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import collect_adapters
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
@@ -33,12 +34,12 @@ from lowrank_jax.checkpoint._paths import checkpoint_errors, resolve_directory
 def save(
     directory: str | os.PathLike,
     *,
-    lora: Any,
+    lora: PyTree,
     config: LoraConfig,
-    base: Any = None,
-    opt_state: Any = None,
+    base: PyTree = None,
+    opt_state: PyTree = None,
     step: int | None = None,
-    extra: Any = None,
+    extra: PyTree = None,
 ) -> None:
     """Save an adapter (not the base) with Orbax, replacing an older checkpoint atomically.
 
@@ -90,12 +91,12 @@ def save(
 def save_async(
     directory: str | os.PathLike,
     *,
-    lora: Any,
+    lora: PyTree,
     config: LoraConfig,
-    base: Any = None,
-    opt_state: Any = None,
+    base: PyTree = None,
+    opt_state: PyTree = None,
     step: int | None = None,
-    extra: Any = None,
+    extra: PyTree = None,
 ) -> Saving:
     """Like `save`, but write in a background thread while training continues.
 
@@ -143,7 +144,12 @@ def save_async(
 
 
 def _build_contents(
-    lora: Any, config: LoraConfig, base: Any, opt_state: Any, step: int | None, extra: Any
+    lora: PyTree,
+    config: LoraConfig,
+    base: PyTree,
+    opt_state: PyTree,
+    step: int | None,
+    extra: PyTree,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Validate what is saved; return the manifest's body, and the arrays on the host."""
     arrays: dict[str, np.ndarray] = {}
