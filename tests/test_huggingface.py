@@ -306,11 +306,11 @@ def test_all_that_is_wrong_is_in_one_error_and_nothing_was_read(tmp_path, monkey
         "the folder has no tensor for",
         "  - model.layers.1.mlp.up_proj.bias ('params/layers_1/mlp/up_proj/bias')",
         "  - model.norm.weight ('params/norm/scale')",
-        "no leaf takes",
+        "the tree has no leaf for",
         "  - model.extra [2, 3]",
         "these do not fit",
         "  - model.layers.0.mlp.up_proj.weight: shape [32, 48], expected [48, 32] for "
-        "'params/layers_0/mlp/up_proj/kernel' of shape (32, 48); if it is no kernel [in, out], "
+        "'params/layers_0/mlp/up_proj/kernel' of shape (32, 48); if it is not a kernel [in, out], "
         "pass plan=lowrank.plan(fn, params, *args)",
         "  - model.layers.0.self_attn.q_proj.weight: dtype int32, expected float32 for "
         "'params/layers_0/self_attn/q_proj/kernel'",
@@ -329,7 +329,7 @@ MISTAKES = {
             names=LLAMA,
             ignore="*",
         ),
-        r"stacks no layers",
+        r"stacks 0 layers",
     ),
     "no names": (lambda p: load(FOLDERS / "llama", shapes(True)), r"pass names=lowrank\.names\.LL"),
     "a leaf without a name": (
@@ -347,7 +347,7 @@ MISTAKES = {
     ),
     "nodes": (
         lambda p: load(FOLDERS / "llama", {"w": lowrank.Full(jnp.ones(2))}),
-        r"like holds Full at 'w': give the dense tree",
+        r"like holds Full at 'w': pass the dense tree",
     ),
     "a number": (lambda p: load(FOLDERS / "llama", {"w": 3}), r"like holds int at 'w'"),
     "quant of another kind": (
@@ -367,7 +367,7 @@ MISTAKES = {
     ),
     "an adapter": (
         lambda p: save(p, lowrank.combine(*adapted())),
-        r"'w' is an adapter: merge first, lowrank\.merge\(base, lora\)",
+        r"'w' is an adapter: merge it first with lowrank\.merge\(base, lora\)",
     ),
     "a quantized leaf": (
         lambda p: save(p, {"w": {"kernel": quantized()}}),
@@ -375,11 +375,11 @@ MISTAKES = {
     ),
     "a shape": (
         lambda p: save(p, {"w": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}),
-        r"'w/kernel' is a ShapeDtypeStruct, no array with values",
+        r"'w/kernel' is a ShapeDtypeStruct, not an array with values",
     ),
     "a dtype": (
         lambda p: save(p, {"w": {"kernel": jnp.ones((2, 3), jnp.float8_e4m3fn)}}),
-        r"'w/kernel' is float8_e4m3fn, which the files have no dtype for",
+        r"'w/kernel' is float8_e4m3fn, a dtype that safetensors does not have",
     ),
     "axes": (
         lambda p: save(p, {"w": {"kernel": jnp.ones((2, 3, 4))}}),
@@ -392,11 +392,11 @@ MISTAKES = {
             names=LLAMA, like_folder=FOLDERS / "llama",
         ),
         r"(?s)norm\.weight: shape \[32\], expected \[31\].*lm_head\.bias: not in like_folder"
-        r".*embed_tokens\.weight: in like_folder, and no leaf is called so.* \d+ more",
+        r".*embed_tokens\.weight: in like_folder, but the tree has no leaf.* \d+ more",
     ),
     "merged into itself": (
         lambda p: merge(FOLDERS / "llama", PEFT / "lora", FOLDERS / "llama"),
-        r"llama is one of the folders to read",
+        r"llama is base or adapter",
     ),
     "merged into codes": (
         lambda p: merge(GOLDEN / "bitsandbytes_files" / "llama", PEFT / "lora", p),

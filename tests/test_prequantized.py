@@ -153,7 +153,7 @@ def state(**fields):
             {"format": "fp4"},
             r"up_proj/kernel': the file has format='nf4', block_size=64, doubl",
         ),
-        ({}, {"double_quant": False}, "double_quant=True; say the same in quant, or leave"),
+        ({}, {"double_quant": False}, "double_quant=True; pass the same in quant, or leave"),
         (DENSE, {}, f"{UP} is dense, and other layers are not; load it with unrolled layers"),
         ({f"{UP}.absmax": None}, {}, f"{UP}.absmax is missing"),
         (
@@ -252,7 +252,7 @@ def test_other_shapes_and_tables_are_refused(tmp_path):
     ):
         load(FOLDER, small, names={"w/kernel": name}, ignore=["*"])
     table = {"w": {"embedding": jax.ShapeDtypeStruct((64, 64), np.float32)}}
-    with pytest.raises(lowrank.CheckpointError, match="the leaf is no product's weight"):
+    with pytest.raises(lowrank.CheckpointError, match="the leaf is not the weight of a product"):
         load(FOLDER, table, names={"w/embedding": name}, ignore=["*"])
 
 
