@@ -467,7 +467,7 @@ FOLDERS = {
         lambda p: pickled(without(copy(p), INDEX)),
         r"pytorch_model\.bin is a pickle, and nothing here unpickles: save the model again, as",
     ),
-    "not quantized": (lambda p: copy(p, {}), r"says quant_method None; load reads 'bitsandbytes'"),
+    "not quantized": (lambda p: copy(p, {}), r"has quant_method None, but only 'bitsandbytes'"),
     "another method": (
         lambda p: copy(p, {"quantization_config": {"quant_method": "gptq"}}),
         r"says quant_method 'gptq'; .* lowrank\.quantize them",
@@ -476,7 +476,7 @@ FOLDERS = {
         lambda p: copy(
             p, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
         ),
-        r"does not say load_in_4bit: 8-bit models \(LLM\.int8\) are not read",
+        r"does not have load_in_4bit: 8-bit models \(LLM\.int8\) are not supported",
     ),
     "a config that is none": (lambda p: copy(p, [1]), r"config\.json holds list, not an"),
     "a missing shard": (
@@ -504,10 +504,10 @@ FOLDERS = {
         lambda p: copy(p, drop=(f"{Q}.absmax", f"{K}.nested_absmax")),
         rf"(?s)is damaged:.*{Q}\.absmax is missing.*{K}\.nested_absmax is missing",
     ),
-    "a weight is missing": (lambda p: copy(p, drop=(Q,)), rf"there is no tensor '{Q}'"),
+    "a weight is missing": (lambda p: copy(p, drop=(Q,)), rf"but no tensor '{Q}'"),
     "side tensors are left over": (
         lambda p: copy(p, add={"x.weight.absmax": np.zeros(1, np.float32)}),
-        r"x\.weight\.absmax belongs to no weight in 4 bits",
+        r"x\.weight\.absmax does not belong to a 4-bit weight",
     ),
     "an unknown format": (
         lambda p: copy(p, drop=(STATE,), add={f"{Q}.quant_state.bitsandbytes__nf3": LLAMA[STATE]}),
@@ -578,7 +578,7 @@ READS = {
     ),
     "a dense weight": (
         lambda: from_state_dict(LLAMA, "lm_head.weight"),
-        r"'lm_head\.weight' needs one of .*; there is none: it is no weight that bitsandbytes",
+        r"'lm_head\.weight' needs one of .*; there is none: it is not a 4-bit weight of bitsandbytes",
     ),
     "two formats": (
         lambda: from_state_dict(
@@ -606,7 +606,7 @@ READS = {
     ),
     "JSON of no shape": (
         lambda: from_state_dict(changed(header={"shape": None}), "weight"),
-        r"holds no quant state of bitsandbytes \(KeyError\('shape'\)\)",
+        r"is not a quant state of bitsandbytes \(KeyError\('shape'\)\)",
     ),
     "a shape of nothing": (
         lambda: from_state_dict(changed(header={"shape": [0, 64]}), "weight"),
@@ -616,11 +616,11 @@ READS = {
         lambda: from_state_dict(
             changed(**{"quant_state.bitsandbytes__nf4": np.arange(9, dtype=np.uint8)}), "weight"
         ),
-        r"holds no quant state of bitsandbytes \(JSONDecodeError",
+        r"is not a quant state of bitsandbytes \(JSONDecodeError",
     ),
     "another shape": (
         lambda: from_state_dict(changed(header={"shape": [128, 64]}), "weight"),
-        r"(?s)weight is of 12288 bytes; \[128, 64\] needs 4096.*absmax is uint8 \[384\]; expected "
+        r"(?s)weight has 12288 bytes; \[128, 64\] needs 4096.*absmax is uint8 \[384\]; expected "
         r"uint8 \[128\].*nested_absmax is float32 \[2\]; expected float32 \[1\]",
     ),
     "scales in half precision": (
@@ -637,11 +637,11 @@ READS = {
     ),
     "an array that is none": (
         lambda: from_state_dict(changed(absmax=Foreign()), "weight"),
-        r"weight\.absmax, a Foreign, is no NumPy array \(unsupported ScalarType BFloat16\): pass",
+        r"weight\.absmax, a Foreign, is not a NumPy array \(unsupported ScalarType BFloat16\): pass",
     ),
     "no layers": (
         lambda: from_state_dict(LLAMA, "model.layers.{}.q_proj.weight"),
-        r"no tensor is called 'model\.layers\.\{\}\.q_proj\.weight' with numbers",
+        r"no tensor matches 'model\.layers\.\{\}\.q_proj\.weight' with numbers",
     ),
     "a layer is missing": (
         lambda: from_state_dict({"0.w": 0, "2.w": 0, "4.w": 0}, "{}.w"),
@@ -698,7 +698,7 @@ WRITES = {
     "another shape": (
         lambda: to_state_dict(node(), "w", shape=(3, 65)),
         lowrank.ConfigError,
-        r"w: shape \[3, 65\] is not of the leaf's 192 elements",
+        r"w: shape \[3, 65\] does not have the leaf's 192 elements",
     ),
     "an unknown storage": (
         lambda: to_state_dict(node(), "w", quant_storage="int4"),
@@ -708,7 +708,7 @@ WRITES = {
     "bytes that are no whole number": (
         lambda: to_state_dict(node((5, 2)), "w", quant_storage="float32"),
         lowrank.ConfigError,
-        r"w: 5 bytes are no whole number of float32",
+        r"w: 5 bytes are not a multiple of float32",
     ),
     "an unknown dtype": (
         lambda: to_state_dict(dataclasses.replace(node(), weight_dtype="float64"), "w"),

@@ -196,8 +196,8 @@ def pickled(folder):
 
 
 MISTAKES = {
-    "nothing there": (lambda p: ["inspect", p / "none"], r"none is no folder"),
-    "nothing known": (lambda p: ["inspect", p], r"no adapter, checkpoint or model"),
+    "nothing there": (lambda p: ["inspect", p / "none"], r"none is not a folder"),
+    "nothing known": (lambda p: ["inspect", p], r"not an adapter, checkpoint or model"),
     "a pickle": (
         lambda p: ["inspect", pickled(p)],
         r"pytorch_model\.bin is a pickle, and nothing here unpickles",
@@ -274,4 +274,4 @@ def test_the_module_runs():
     assert good.stdout.startswith("a PEFT adapter\n")
     bad = subprocess.run([*command, "/none"], capture_output=True, text=True, env=environment)
     assert (bad.returncode, bad.stdout) == (1, "")
-    assert bad.stderr == "lowrank_jax: /none is no folder\n"
+    assert bad.stderr == "lowrank_jax: /none is not a folder\n"

@@ -186,7 +186,10 @@ HEADERS = {
     "no entry": (b'{"a":{"dtype":"F32"}}', "its header has"),
     "a dtype": (b'{"a":{"dtype":"F7","shape":[],"data_offsets":[0,0]}}', "of dtype 'F7'"),
     "a listed dtype": (b'{"a":{"dtype":["F32"],"shape":[],"data_offsets":[0,4]}}', "of dtype"),
-    "a negative size": (b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', "natural numbers"),
+    "a negative size": (
+        b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+        "natural numbers",
+    ),
     "a huge size": (
         b'{"a":{"dtype":"F32","shape":[4611686018427387903],"data_offsets":[0,4]}}',
         "does not match its shape",
@@ -206,7 +209,10 @@ HEADERS = {
         b'"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}',
         "a gap or an overlap",
     ),
-    "true for one": (b'{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', "natural numbers"),
+    "true for one": (
+        b'{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}',
+        "natural numbers",
+    ),
 }
 
 

@@ -159,12 +159,12 @@ def state(**fields):
         (
             {f"{UP}.absmax": np.zeros(3, np.uint8)},
             {},
-            r"absmax is of 3 bytes; \[128, 64\] needs 12",
+            r"absmax has 3 bytes; \[128, 64\] needs 12",
         ),
         (
             {UP: np.zeros((9, 1), np.uint8)},
             {},
-            r"up_proj.weight is of 9 bytes; \[128, 64\] needs 4",
+            r"up_proj.weight has 9 bytes; \[128, 64\] needs 4",
         ),
         (
             {f"{UP}.nested_absmax": np.array([np.nan], np.float32)},
@@ -175,10 +175,14 @@ def state(**fields):
         ({f"{UP}.{STATE}": state(shape="48")}, {}, "no quant state .*shape is '48'"),
         ({f"{UP}.{STATE}": state(blocksize=64.0)}, {}, "blocksize is 64.0; expected"),
         ({f"{UP}.{STATE}": state(nested_offset=float("nan"))}, {}, "nested_offset is nan"),
-        ({f"{UP}.{STATE}": state(nested_offset="0.5")}, {}, "holds no quant state"),
-        ({f"{UP}.{STATE}": letters("[" * 60_000)}, {}, "holds no quant state .*too deep"),
-        ({f"{UP}.{STATE}": letters('{"shape": [Infinity, 2]}')}, {}, "holds no quant state"),
-        ({"other.weight.absmax": np.zeros(3)}, {}, "other.weight.absmax belongs to no weight in 4"),
+        ({f"{UP}.{STATE}": state(nested_offset="0.5")}, {}, "is not a quant state"),
+        ({f"{UP}.{STATE}": letters("[" * 60_000)}, {}, "is not a quant state .*too deep"),
+        ({f"{UP}.{STATE}": letters('{"shape": [Infinity, 2]}')}, {}, "is not a quant state"),
+        (
+            {"other.weight.absmax": np.zeros(3)},
+            {},
+            "other.weight.absmax does not belong to a 4-bit",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(tensors, quant, said, tmp_path):
@@ -237,7 +241,7 @@ def test_quant_of_other_leaves_may_be_of_another_kind():
 
 def test_a_folder_in_4_bits_is_no_folder_to_write_like(tmp_path):
     params = lowrank.dequantize(load(FOLDER, like(True), names=LLAMA))
-    with pytest.raises(lowrank.CheckpointError, match="whose weights are in 4 bits, and what is"):
+    with pytest.raises(lowrank.CheckpointError, match="whose weights are in 4 bits, but dense"):
         lowrank.huggingface.save(tmp_path / "out", params, names=LLAMA, like_folder=FOLDER)
     lowrank.huggingface.save(tmp_path / "out", params, names=LLAMA)
     again = load(tmp_path / "out", like(True), names=LLAMA)

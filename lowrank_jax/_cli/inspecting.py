@@ -1,4 +1,4 @@
-"""What a folder is: an adapter of PEFT's, a checkpoint, or a model, told from its headers."""
+"""Describe what a folder holds: a PEFT adapter, a checkpoint, or a model."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _LIST_LIMIT = 10
 
 @check_arguments(CheckpointError, folder=path_like)
 def describe(folder: Path) -> list[str]:
-    """Lines about a folder; those that say what is odd begin with "odd: ".
+    """Return lines that describe a folder; lines with problems start with "odd: ".
 
     Raises:
-      CheckpointError: it is none of what is known, or is damaged.
+      CheckpointError: the folder is not one of the known kinds, or is damaged.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder")
+        raise CheckpointError(f"{folder} is not a folder")
     if (folder / CONFIG).exists():
         return _describe_adapter(folder)
     if checkpoint.exists(folder):
@@ -48,14 +48,14 @@ def describe(folder: Path) -> list[str]:
         path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
     )
     raise CheckpointError(
-        f"{folder} holds no {CONFIG}, no manifest.json, no {SINGLE} and no {INDEX}: no adapter, "
-        "checkpoint or model"
+        f"{folder} holds no {CONFIG}, no manifest.json, no {SINGLE} and no {INDEX}: it is not an "
+        "adapter, checkpoint or model"
         + (f"; {pickles[0]} is a pickle, and nothing here unpickles" if pickles else "")
     )
 
 
 def _describe_adapter(folder: Path) -> list[str]:
-    """An adapter of PEFT's."""
+    """Describe a PEFT adapter; its tensors are read to find zero factors, infinities and NaNs."""
     config = parse_config(read_adapter(folder), str(folder / CONFIG))
     lines = [
         "a PEFT adapter" + (" with DoRA" if config["use_dora"] else ""),
@@ -102,7 +102,7 @@ def _describe_adapter(folder: Path) -> list[str]:
 
 
 def _describe_checkpoint(folder: Path) -> list[str]:
-    """One of ours; restoring it verifies every byte."""
+    """Describe a checkpoint; restoring it verifies every byte."""
     found = checkpoint.restore(folder)
     nodes = dict(flatten(found.lora, is_leaf=is_node)[0])
     ranks, odd = Counter(), []
@@ -128,7 +128,7 @@ def _describe_checkpoint(folder: Path) -> list[str]:
 
 
 def _describe_model(folder: Path) -> list[str]:
-    """A model of Hugging Face's, dense or quantized."""
+    """Describe a Hugging Face model, dense or quantized, by its headers only."""
     config = read_model_config(folder)
     quantization = config.get("quantization_config")
     kind = "a dense model"
@@ -160,7 +160,7 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _format_sizes(arrays: Iterable[Any]) -> str:
-    """Counts, dtypes and bytes of what has shapes and dtypes."""
+    """Format the count, dtypes and bytes of arrays, or of entries with shape and dtype."""
     sizes: Counter = Counter()
     count = number = total = 0
     for array in arrays:

@@ -119,8 +119,8 @@ def match_tensors(
             taken.add(copy)
             if not tensors.are_equal(copy, name.key):
                 found.misfits.append(
-                    f"{copy}: differs from {name.key}, but both are the leaf {path!r}: the "
-                    "model's embeddings are not tied"
+                    f"{copy}: not {name.key}, but both are the leaf {path!r}: the model's "
+                    "embeddings are not tied"
                 )
     found.unexpected += [
         f"{key} {list(tensors.entry(key).shape)}"
