@@ -1,4 +1,4 @@
-"""Work that goes on in a thread, and whose error is not lost."""
+"""Run a save in a background thread, and raise its error later."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def finish_pending_save(directory: Path) -> None:
 
 
 def _finish_all() -> None:
-    """Wait for all, at the end of the program."""
+    """Wait for all saves at exit, and print their errors."""
     for saving in list(_pending.values()):
         try:
             saving.wait()
@@ -81,10 +81,9 @@ def _finish_all() -> None:
             traceback.print_exception(error)
 
 
-# Orbax takes each step of a save to an executor (asyncio.to_thread), and no executor takes work
-# once concurrent.futures has seen the program's end. Python joins threads that are no daemons, and
-# calls what atexit holds, only after that; executors close for work before they are joined. No
-# public hook comes earlier. This one, private to `threading`, does: the last registered is called
-# first, so before that of concurrent.futures. A Python without it ends with the older checkpoint
-# whole and the error of the save printed.
+# Orbax runs each step of a save in an executor (asyncio.to_thread), and executors accept no work
+# once concurrent.futures has noticed the program's exit. Python joins non-daemon threads and runs
+# atexit functions only after that, and no public hook is called earlier. This private one of
+# `threading` is: the last hook registered is the first called, before that of concurrent.futures.
+# On a Python without it, exit leaves the older checkpoint complete, and prints the save's error.
 getattr(threading, "_register_atexit", atexit.register)(_finish_all)
