@@ -470,7 +470,7 @@ FOLDERS = {
     "not quantized": (lambda p: copy(p, {}), r"has quant_method None, but only 'bitsandbytes'"),
     "another method": (
         lambda p: copy(p, {"quantization_config": {"quant_method": "gptq"}}),
-        r"says quant_method 'gptq'; .* lowrank\.quantize them",
+        r"has quant_method 'gptq', .* lowrank\.quantize it",
     ),
     "8 bits": (
         lambda p: copy(
@@ -683,7 +683,7 @@ WRITES = {
     "int8": (
         lambda: to_state_dict(node(format="int8"), "w"),
         lowrank.ConfigError,
-        r'w is in int8 blocks, which .*: quantize the dense weight with format="nf4"',
+        r"w is in format 'int8', which .*: quantize the dense weight with format=\"nf4\"",
     ),
     "a stack under one name": (
         lambda: to_state_dict(node((2, 64, 3)), "layers.weight"),

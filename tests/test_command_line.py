@@ -212,7 +212,7 @@ MISTAKES = {
     ),
     "the output is an input": (
         lambda p: ["merge", MODELS / "llama", PEFT / "lora", MODELS / "llama"],
-        r"name another to write to",
+        r"pass another folder to write to",
     ),
     "another adapter": (
         lambda p: ["merge", MODELS / "llama", PEFT / "gpt2", p / "out"],
