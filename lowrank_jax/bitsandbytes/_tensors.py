@@ -39,12 +39,12 @@ class StateTensors(Tensors):
         for key in tensors:
             if ".quant_state." in key:
                 states.setdefault(key.partition(".quant_state.")[0], []).append(key)
-        beside = {f"{name}.{side}" for name in states for side in SIDES}
+        state_keys = {f"{name}.{side}" for name in states for side in SIDES}
         ends = tuple(f".{side}" for side in SIDES)
         problems = [
             f"{key} does not belong to a 4-bit weight"
             for key in tensors
-            if key.endswith(ends) and key not in beside
+            if key.endswith(ends) and key not in state_keys
         ]
         self.weights: dict[str, dict[str, Any]] = {}
         for name, keys in sorted(states.items()):
@@ -61,7 +61,7 @@ class StateTensors(Tensors):
                 problems.append(str(error))
         if problems:
             raise CheckpointError(f"{folder} is damaged:\n{list_problems(problems)}")
-        own = [key for key in tensors if key not in beside and ".quant_state." not in key]
+        own = [key for key in tensors if key not in state_keys and ".quant_state." not in key]
         self._names = dict.fromkeys(own)
 
     def is_coded(self, name: str) -> bool:

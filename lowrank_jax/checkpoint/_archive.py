@@ -79,12 +79,12 @@ def _commit(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]
         files = dict(zip(found, pool.map(_fsync_and_hash, found.values()), strict=True))
         for parent, _, _ in os.walk(folder):
             fsync(Path(parent))
-        described = {
+        entries = {
             name: [list(array.shape), array.dtype.name, sha]
             for (name, array), sha in zip(arrays.items(), hashes, strict=True)
         }
     head = {"format": _FORMAT, "version": _VERSION}
-    body = {**head, **body, "arrays": described, "folder": folder.name, "files": files}
+    body = {**head, **body, "arrays": entries, "folder": folder.name, "files": files}
     fsync(directory)
     text = serialize_manifest(body)
     manifest = write_temporary(directory, lambda file: file.write(text))
@@ -141,12 +141,12 @@ def read_archive(
       CheckpointError: files or arrays are missing, left over, or not the ones of the manifest.
     """
     folder, sizes = verify_files(directory, body)
-    described = {
+    entries = {
         name: (tuple(shape), jnp.dtype(dtype), expected)
         for name, (shape, dtype, expected) in body["arrays"].items()
     }
     plain = lambda dtype: jnp.dtype(np.uint8) if dtype.itemsize == 1 else dtype
-    claimed = {n: (s, plain(dtype)) for n, (s, dtype, _) in described.items() if 0 not in s}
+    claimed = {n: (s, plain(dtype)) for n, (s, dtype, _) in entries.items() if 0 not in s}
     claims = sum(math.prod(shape) * dtype.itemsize for shape, dtype in claimed.values())
     with silence_orbax(folder.name), make_checkpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
@@ -163,7 +163,7 @@ def read_archive(
         def receive(read: dict[str, np.ndarray]) -> None:
             hashes = pool.map(sha256, read.values())
             for name, sha in zip(list(read), hashes, strict=True):
-                _, dtype, expected = described[name]
+                _, dtype, expected = entries[name]
                 array = read.pop(name)
                 if sha != expected:
                     problems.append(f"{name}: its SHA-256 is not the one in the manifest")
@@ -171,7 +171,7 @@ def read_archive(
                     found[name] = make(name, array.view(dtype))
 
         receive(
-            {n: np.zeros(shape, dtype) for n, (shape, dtype, _) in described.items() if 0 in shape}
+            {n: np.zeros(shape, dtype) for n, (shape, dtype, _) in entries.items() if 0 in shape}
         )
         nbytes = {name: math.prod(s) * dtype.itemsize for name, (s, dtype) in claimed.items()}
         read_arrays(folder, nbytes, receive)

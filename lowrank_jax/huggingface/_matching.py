@@ -70,7 +70,7 @@ def match_tensors(
     names: Names,
     plan: Plan | None,
     ignore: Sequence[str],
-    ties: bool,
+    tied: bool,
 ) -> Match:
     """Match tensors with leaves; no tensor is read, except to compare two that are tied.
 
@@ -80,11 +80,11 @@ def match_tensors(
       names: see load.
       plan: see load.
       ignore: see load.
-      ties: whether the configuration ties the embedding and the output projection.
+      tied: whether the configuration ties the embedding and the output projection.
     """
     found, taken = Match(), set()
     named = _strip_missing_prefix(resolve_names(leaves, names), tensors)
-    shared = _find_shared(leaves, names, named) if ties else {}
+    shared = _find_shared(leaves, names, named) if tied else {}
     for path, leaf in leaves.items():
         shape = tuple(leaf.shape)
         if path not in named:

@@ -65,8 +65,8 @@ def _read_adapter(folder: Path) -> _Adapter:
     return _Adapter(config, parts)
 
 
-def flatten_model(tensors: Tensors, adapter_folder: Path, ties: bool) -> FlatModel:
-    """Return the tensors that an adapter may change; ties: see match_tensors."""
+def flatten_model(tensors: Tensors, adapter_folder: Path, tied: bool) -> FlatModel:
+    """Return the tensors that an adapter may change; tied: see match_tensors."""
     adapter = _read_adapter(adapter_folder)
     prefix = _find_prefix(tensors, adapter)
     found = FlatModel({}, {}, {}, {})
@@ -81,7 +81,7 @@ def flatten_model(tensors: Tensors, adapter_folder: Path, ties: bool) -> FlatMod
         whole = TOKENS in parts or len(entry.shape) < 2
         leaf = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
         found.leaves[key] = tensors[key] if whole else leaf
-    _tie_embeddings(found, tensors, adapter, ties)
+    _tie_embeddings(found, tensors, adapter, tied)
     return found
 
 
@@ -120,11 +120,11 @@ def _infer_use(
     return name, use
 
 
-def _tie_embeddings(found: FlatModel, tensors: Tensors, adapter: _Adapter, ties: bool) -> None:
+def _tie_embeddings(found: FlatModel, tensors: Tensors, adapter: _Adapter, tied: bool) -> None:
     """Merge an embedding and the output projection that shares its weight into one leaf."""
     # The projection is the one module of the adapter that the model has no tensor for, or else
     # "lm_head". A file may hold the weight twice: the second is written as a copy of the first.
-    if not ties:
+    if not tied:
         return
     unknown = sorted(adapter.parts.keys() - {name.module for name in found.names.values()})
     head = unknown[0] if len(unknown) == 1 else "lm_head"
