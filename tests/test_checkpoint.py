@@ -748,3 +748,15 @@ def test_checkpoints_with_paths_of_older_releases_come_back(tmp_path, monkeypatc
     other = {**base, "attn": Attention(base["attn"].query, base["attn"].query)}
     with pytest.raises(CheckpointError, match="not the one the adapter was trained on"):
         checkpoint.restore(tmp_path, base=other)
+
+
+def test_a_static_field_under_its_older_name_is_read(tmp_path):
+    lora = {"w": lowrank.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), base_modified=True)}
+    checkpoint.save(tmp_path, lora=lora, config=CONFIG)
+
+    def rename_field(body):
+        static = body["lora"][0]["static"]
+        static["moved"] = static.pop("base_modified")
+
+    edit(tmp_path, rename_field)
+    assert checkpoint.restore(tmp_path).lora["w"].base_modified
