@@ -135,7 +135,7 @@ def test_inspect_says_what_is_odd(tmp_path, capsys):
     shutil.copy(MODELS / "tied" / "model.safetensors", folder / "model.safetensors")
     odd = said(capsys, "inspect", folder)
     assert "odd: there is no config.json" in odd
-    assert "odd: model.safetensors.index.json stands beside model.safetensors" in odd
+    assert "odd: there are both model.safetensors.index.json and model.safetensors" in odd
     assert "odd: model-00001-of-00003.safetensors: of no file of this model" in odd
 
 

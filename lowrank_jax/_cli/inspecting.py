@@ -146,7 +146,7 @@ def _describe_model(folder: Path) -> list[str]:
     lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
     odd = [] if config else ["there is no config.json: transformers will not load it"]
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
-        odd.append(f"{INDEX} stands beside {SINGLE}, which is the one that is read")
+        odd.append(f"there are both {INDEX} and {SINGLE}; only the latter is read")
     odd += [
         f"{to_printable(p.name)}: of no file of this model"
         for p in folder.glob("*.safetensors")

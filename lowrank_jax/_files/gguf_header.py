@@ -64,10 +64,8 @@ def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> Header:
     magic, version = bytes(reader.take(4)), reader.read_number("I")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError("it has no GGUF header of version 2 or 3, little-endian")
-    tensor_count, field_count = (
-        reader.read_count(_MIN_TENSOR_BYTES),
-        reader.read_count(_MIN_FIELD_BYTES),
-    )
+    tensor_count = reader.read_count(_MIN_TENSOR_BYTES)
+    field_count = reader.read_count(_MIN_FIELD_BYTES)
     fields = {}
     for _ in range(field_count):
         key = reader.read_text(_KEY_LIMIT)

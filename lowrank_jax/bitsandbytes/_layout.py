@@ -47,10 +47,10 @@ def to_quantized(
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _arrange(
-    packed: Any,
-    scales: Any,
+    packed: jax.Array,
+    scales: jax.Array,
     second: dict[str, Any],
-    leaf: Any,
+    leaf: jax.ShapeDtypeStruct,
     fan_in: tuple[int, ...],
     quant: QuantConfig,
 ) -> Quantized:

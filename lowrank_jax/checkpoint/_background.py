@@ -22,6 +22,16 @@ class Saving:
     Args:
       directory: where it writes.
       write: the function that writes the checkpoint.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> lora = {"w": lowrank.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)))}
+    >>> config = lowrank.LoraConfig()
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     saving = lowrank.checkpoint.save_async(directory, lora=lora, config=config)
+    ...     saving.wait()
+    >>> saving.done()
+    True
     """
 
     def __init__(self, directory: os.PathLike, write: Callable[[], None]):
