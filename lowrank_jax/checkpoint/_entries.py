@@ -12,7 +12,6 @@ from urllib.parse import quote
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import CheckpointError, list_problems
@@ -59,7 +58,9 @@ def collect_arrays(nodes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_entry(name: str, leaf: ArrayLike, arrays: dict[str, np.ndarray]) -> dict[str, str]:
+def write_entry(
+    name: str, leaf: jax.typing.ArrayLike, arrays: dict[str, np.ndarray]
+) -> dict[str, str]:
     """Add a leaf's values to `arrays`; return its entry."""
     name = quote(name, errors="surrogatepass")
     form = classify_leaf(leaf)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.typing import DTypeLike
+from numpy.typing import DTypeLike
 
 from lowrank_jax._checks.arguments import check_arguments, floating_dtype
 from lowrank_jax._errors import CheckpointError, TreeError

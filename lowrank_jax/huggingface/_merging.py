@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from lowrank_jax._files.safetensors import Entry, TensorFile
 from lowrank_jax._files.shards import Tensors
@@ -166,6 +165,6 @@ def _make_reader(tensors: Tensors, key: str, node: Node | None) -> Callable[[], 
 
 
 @jax.jit
-def _merge_tensor(leaf: ArrayLike, node: Node) -> jax.Array:
+def _merge_tensor(leaf: jax.typing.ArrayLike, node: Node) -> jax.Array:
     """Merge one tensor with its node; tensors of one shape share a compiled program."""
     return merge(leaf, node)

@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
-from jax.typing import DTypeLike
+from numpy.typing import DTypeLike
 
 from lowrank_jax._files.shards import Tensors
 from lowrank_jax._jax.processes import place_array
@@ -24,7 +23,10 @@ from lowrank_jax.huggingface._leaves import TensorMapping
 
 
 def read_leaf(
-    tensors: Tensors, mapping: TensorMapping, dtype: DTypeLike, sharding: Sharding | None
+    tensors: Tensors,
+    mapping: TensorMapping,
+    dtype: DTypeLike,
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     """Read a dense leaf."""
     return place_leaf(_read_host(tensors, mapping, dtype), mapping.path, sharding)
@@ -36,7 +38,7 @@ def read_quantized(
     dtype: DTypeLike,
     axes: tuple[Axes, Axes],
     quant: QuantConfig,
-    sharding: Sharding | None,
+    sharding: jax.sharding.Sharding | None,
 ) -> tuple[Any, Any]:
     """Read and quantize a leaf; return it, and the flag for `check_quantized`."""
     # If the first axis is a stack axis of the tensors and of the blocks, layers are encoded one by
@@ -96,7 +98,7 @@ def _fill_layers(
             view[index[len(first) :]] = mapping.from_tensor(tensors[key])
 
 
-def place_leaf(leaf: PyTree, path: str, sharding: Sharding | None) -> Any:
+def place_leaf(leaf: PyTree, path: str, sharding: jax.sharding.Sharding | None) -> Any:
     """Put a leaf of NumPy arrays on the default device, or place it by like's sharding."""
     if sharding is None:
         return jax.device_put(leaf)  # on CPU without a copy
