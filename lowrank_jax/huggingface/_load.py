@@ -43,7 +43,7 @@ def load(
     names: Names = None,
     quant: QuantConfig | None = None,
     plan: Plan | None = None,
-    dtype: DTypeLike | None = None,
+    dtype: Any = None,
     ignore: str | Sequence[str] = (),
 ) -> Any:
     """Load a model's folder into a tree of parameters, optionally quantizing it on the way.
