@@ -171,7 +171,7 @@ def state(**fields):
             {},
             "nested_absmax holds values that",
         ),
-        ({f"{UP}.{STATE}": state(shape=[32.5, 64])}, {}, r"not a quant state .*shape is \[32.5, 64\]"),
+        ({f"{UP}.{STATE}": state(shape=[32.5, 64])}, {}, r"a quant state .*shape is \[32.5, 64\]"),
         ({f"{UP}.{STATE}": state(shape="48")}, {}, "not a quant state .*shape is '48'"),
         ({f"{UP}.{STATE}": state(blocksize=64.0)}, {}, "blocksize is 64.0; expected"),
         ({f"{UP}.{STATE}": state(nested_offset=float("nan"))}, {}, "nested_offset is nan"),
