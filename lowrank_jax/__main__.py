@@ -1,4 +1,4 @@
-"""`python -m lowrank_jax`: the command line, on the CPU whatever devices there are."""
+"""The command line, `python -m lowrank_jax`; runs on the CPU even if there are other devices."""
 
 import sys
 

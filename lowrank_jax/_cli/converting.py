@@ -1,4 +1,4 @@
-"""An adapter in its other form: a checkpoint of this library's <-> a folder of PEFT's."""
+"""Convert an adapter between a checkpoint of this library and a PEFT folder."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ from lowrank_jax.peft._tensors import split_key
 
 @check_arguments(CheckpointError, source=path_like, target=path_like)
 def convert(source: Path, target: Path, names: Names = None) -> str:
-    """Write the adapter at source in its other form at target; returns what that form is.
+    """Convert the adapter in source, and write it to target; return the kind of the result.
 
     Args:
-      source: a folder.
-      target: a folder.
-      names: leaf -> module, of a checkpoint, as of peft.save. An adapter of PEFT's becomes one of
-        leaves called after the modules: `model/layers/0/self_attn/q_proj/kernel`.
+      source: the folder to read, a checkpoint or a PEFT adapter.
+      target: the folder to write.
+      names: leaf -> module, for a checkpoint, see peft.save. The leaves of a converted PEFT adapter
+        are named after its modules: `model/layers/0/self_attn/q_proj/kernel`.
+
+    Raises:
+      CheckpointError: source is neither, is damaged, or cannot be converted.
     """
     if source.resolve() == target.resolve():
-        raise CheckpointError(f"{target} is the folder to read: name another to write to")
+        raise CheckpointError(f"{target} is the folder to read: pass another to write to")
     if checkpoint.exists(source):
         saved = checkpoint.restore(source)
         try:
@@ -42,24 +45,31 @@ def convert(source: Path, target: Path, names: Names = None) -> str:
         raise CheckpointError(f"{source} holds neither a checkpoint nor {CONFIG}")
     if names is not None:
         raise CheckpointError(
-            "names is for a checkpoint's leaves: those of a PEFT adapter are called as its modules"
+            "names is for a checkpoint's leaves; those of a PEFT adapter are named by its modules"
         )
-    _, lora, config = peft.load(source, _params(source))
+    _, lora, config = peft.load(source, _build_params(source))
     checkpoint.save(target, lora=lora, config=config)
     return "a checkpoint of lowrank_jax"
 
 
-def _params(folder: Path) -> Any:
-    """The tree that an adapter is for, as far as its file tells."""
+def _build_params(folder: Path) -> Any:
+    """Return the tree that a PEFT adapter is for, with the leaves that its file has tensors for."""
+    # lora_A [r, in], lora_B [out, r]              -> kernel [in, out]
+    # lora_embedding_A [r, rows], _B [features, r] -> embedding [rows, features]
+    # weight [out, in], fully trained              -> kernel [in, out], or an embedding as it is
+    # weight [features], of a norm                 -> scale [features]
     leaves: dict[str, Any] = {}
     with TensorFile(find_tensors(folder)) as file:
         entries = {split: e for key, e in file.entries.items() if (split := split_key(key))}
     for (module, part), entry in entries.items():
         last, shape = "bias", entry.shape
         if part == "lora_A.weight":
-            last, shape = "kernel", _ends(folder, entries, module, part, "lora_B.weight")
+            last, shape = "kernel", _find_in_out(folder, entries, module, part, "lora_B.weight")
         elif part == "lora_embedding_A":
-            last, shape = "embedding", _ends(folder, entries, module, part, "lora_embedding_B")
+            last, shape = (
+                "embedding",
+                _find_in_out(folder, entries, module, part, "lora_embedding_B"),
+            )
         elif part == "weight" and len(shape) == 2:
             table = "embed" in module.rpartition(".")[2]
             last, shape = ("embedding", shape) if table else ("kernel", shape[::-1])
@@ -72,17 +82,17 @@ def _params(folder: Path) -> Any:
     try:
         return to_nested_dict(leaves)
     except CheckpointError as error:
-        raise CheckpointError(f"the tensors at {folder} make no tree: {error}") from error
+        raise CheckpointError(f"the tensors in {folder} do not form a tree: {error}") from error
 
 
-def _ends(
+def _find_in_out(
     folder: Path, entries: Mapping[tuple[str, str], Any], module: str, a: str, b: str
 ) -> tuple[int, ...]:
-    """[in, out] of a pair of factors."""
+    """Return the (in, out) sizes of a pair of factors."""
     first, second = (getattr(entries.get((module, part)), "shape", ()) for part in (a, b))
     if len(first) > 2:
         raise CheckpointError(
-            f"{folder} holds factors of a convolution for {module!r}, whose axes the file does not "
-            "tell: load them by lowrank.peft.load(directory, params, plan=plan)"
+            f"{folder} holds factors of a convolution for {module!r}, whose axes are not in the "
+            "file: load them with lowrank.peft.load(directory, params, plan=plan)"
         )
     return (*first[1:], *second[:1])

@@ -1,4 +1,4 @@
-"""What a folder is: an adapter of PEFT's, a checkpoint, or a model, told from its headers."""
+"""Describe what a folder holds: a PEFT adapter, a checkpoint, or a model."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ from lowrank_jax.peft._folder import read_config_bytes as read_adapter
 from lowrank_jax.peft._parsing import parse_config
 from lowrank_jax.peft._tensors import split_key
 
-_FIRST = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
-_SHOWN = 10
+_FACTOR_PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+_LIST_LIMIT = 10
 
 
 @check_arguments(CheckpointError, folder=path_like)
 def describe(folder: Path) -> list[str]:
-    """Lines about a folder; those that say what is odd begin with "odd: ".
+    """Return lines that describe a folder; lines with problems start with "odd: ".
 
     Raises:
-      CheckpointError: it is none of what is known, or is damaged.
+      CheckpointError: the folder is not one of the known kinds, or is damaged.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder")
+        raise CheckpointError(f"{folder} is not a folder")
     if (folder / CONFIG).exists():
-        return _adapter(folder)
+        return _describe_adapter(folder)
     if checkpoint.exists(folder):
-        return _checkpoint(folder)
+        return _describe_checkpoint(folder)
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
-        return _model(folder)
+        return _describe_model(folder)
     pickles = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
     )
     raise CheckpointError(
-        f"{folder} holds no {CONFIG}, no manifest.json, no {SINGLE} and no {INDEX}: no adapter, "
-        "checkpoint or model"
+        f"{folder} holds no {CONFIG}, no manifest.json, no {SINGLE} and no {INDEX}: it is not an "
+        "adapter, checkpoint or model"
         + (f"; {pickles[0]} is a pickle, and nothing here unpickles" if pickles else "")
     )
 
 
-def _adapter(folder: Path) -> list[str]:
-    """An adapter of PEFT's."""
+def _describe_adapter(folder: Path) -> list[str]:
+    """Describe a PEFT adapter; its tensors are read to find zero factors, infinities and NaNs."""
     config = parse_config(read_adapter(folder), str(folder / CONFIG))
     lines = [
         "a PEFT adapter" + (" with DoRA" if config["use_dora"] else ""),
         f"base model: {to_printable(config['base_model_name_or_path'] or 'not named')}",
     ]
     with TensorFile(find_tensors(folder)) as file:
-        lines.append(_sizes(file.entries.values()))
+        lines.append(_format_sizes(file.entries.values()))
         split = {key: split_key(key) for key in file.entries}
         parts: dict[str, dict[str, str]] = {}
         for key, of in split.items():
@@ -76,7 +76,7 @@ def _adapter(folder: Path) -> list[str]:
         for module, named in parts.items():
             if not any(part.startswith("lora_") for part in named):
                 whole.append(module)
-            for first, second in _FIRST.items():
+            for first, second in _FACTOR_PAIRS.items():
                 if (first in named) != (second in named):
                     odd.append(f"{to_printable(module)}: has one of {first} and {second}")
                 elif first in named:
@@ -96,13 +96,13 @@ def _adapter(folder: Path) -> list[str]:
         odd += [
             f"{to_printable(key)}: not finite" for key in split if not _is_finite(file.read(key))
         ]
-    lines += _ranks(ranks)
-    lines += [f"other modules saved: {len(whole)}, {_some(whole)}"] if whole else []
-    return lines + _odd(odd)
+    lines += _format_ranks(ranks)
+    lines += [f"other modules saved: {len(whole)}, {_join_names(whole)}"] if whole else []
+    return lines + _format_problems(odd)
 
 
-def _checkpoint(folder: Path) -> list[str]:
-    """One of ours; restoring it verifies every byte."""
+def _describe_checkpoint(folder: Path) -> list[str]:
+    """Describe a checkpoint; restoring it verifies every byte."""
     found = checkpoint.restore(folder)
     nodes = dict(flatten(found.lora, is_leaf=is_node)[0])
     ranks, odd = Counter(), []
@@ -120,15 +120,15 @@ def _checkpoint(folder: Path) -> list[str]:
     lines = [
         f"a checkpoint of lowrank_jax{' with DoRA' if dora else ''}, {step}, {state} an optimizer",
         f"base: {base}",
-        _sizes(arrays),
-        *_ranks(ranks),
+        _format_sizes(arrays),
+        *_format_ranks(ranks),
     ]
-    lines += [f"leaves trained whole: {len(whole)}, {_some(whole)}"] if whole else []
-    return lines + _odd(odd)
+    lines += [f"leaves trained whole: {len(whole)}, {_join_names(whole)}"] if whole else []
+    return lines + _format_problems(odd)
 
 
-def _model(folder: Path) -> list[str]:
-    """A model of Hugging Face's, dense or quantized."""
+def _describe_model(folder: Path) -> list[str]:
+    """Describe a Hugging Face model, dense or quantized, by its headers only."""
     config = read_model_config(folder)
     quantization = config.get("quantization_config")
     kind = "a dense model"
@@ -139,25 +139,28 @@ def _model(folder: Path) -> list[str]:
     with open_folder(folder) as tensors:
         entries = {key: tensors.entry(key) for key in tensors}
         files = {tensors.file(key) for key in tensors}
-    lines = [f"{kind}: {', '.join(map(to_printable, names[:_SHOWN]))}", _sizes(entries.values())]
+    lines = [
+        f"{kind}: {', '.join(map(to_printable, names[:_LIST_LIMIT]))}",
+        _format_sizes(entries.values()),
+    ]
     lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
     odd = [] if config else ["there is no config.json: transformers will not load it"]
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
-        odd.append(f"{INDEX} stands beside {SINGLE}, which is the one that is read")
+        odd.append(f"there are both {INDEX} and {SINGLE}; only the latter is read")
     odd += [
         f"{to_printable(p.name)}: of no file of this model"
         for p in folder.glob("*.safetensors")
         if p.name not in files
     ]
-    return lines + _odd(odd)
+    return lines + _format_problems(odd)
 
 
 def _is_finite(array: np.ndarray) -> bool:
     return array.dtype.kind in "iub" or bool(np.isfinite(array.astype(np.float32)).all())
 
 
-def _sizes(arrays: Iterable[Any]) -> str:
-    """Counts, dtypes and bytes of what has shapes and dtypes."""
+def _format_sizes(arrays: Iterable[Any]) -> str:
+    """Format the count, dtypes and bytes of arrays, or of entries with shape and dtype."""
     sizes: Counter = Counter()
     count = number = total = 0
     for array in arrays:
@@ -168,20 +171,20 @@ def _sizes(arrays: Iterable[Any]) -> str:
     return f"{count} tensors, {number:,} numbers ({dtypes}), {total:,} bytes"
 
 
-def _ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:
+def _format_ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:
     total = sum(ranks.values())
     pairs = [f"{n} of rank {r}, scale {s:.6g}" for (r, s), n in sorted(ranks.items())]
     return [f"adapted weights: {total}, {'; '.join(pairs)}"] if ranks else []
 
 
-def _some(names: list[str]) -> str:
-    left = len(names) - _SHOWN
-    return ", ".join(map(to_printable, sorted(names)[:_SHOWN])) + (
+def _join_names(names: list[str]) -> str:
+    left = len(names) - _LIST_LIMIT
+    return ", ".join(map(to_printable, sorted(names)[:_LIST_LIMIT])) + (
         f" and {left} more" if left > 0 else ""
     )
 
 
-def _odd(problems: list[str]) -> list[str]:
-    left = len(problems) - _SHOWN
+def _format_problems(problems: list[str]) -> list[str]:
+    left = len(problems) - _LIST_LIMIT
     more = [f"odd: {left} more"] if left > 0 else []
-    return [f"odd: {problem}" for problem in problems[:_SHOWN]] + more
+    return [f"odd: {problem}" for problem in problems[:_LIST_LIMIT]] + more

@@ -16,12 +16,12 @@ from lowrank_jax._errors import LowrankError
 
 TABLES = sorted(name for name, value in vars(names).items() if isinstance(value, names.Table))
 
-# a line names a few things, each of which is cut to a fraction of this
-_LINE = 4000
+# a printed line is cut at this length, for names come from untrusted files
+_LINE_LIMIT = 4000
 
 
-def _table(name: str) -> names.Table:
-    """The table of that name, in any case."""
+def _parse_table(name: str) -> names.Table:
+    """Return the table of names, given its name in any case."""
     if name.upper() not in TABLES:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TABLES)}")
     return getattr(names, name.upper())
@@ -41,45 +41,45 @@ def _convert(options: argparse.Namespace) -> list[str]:
     return [f"{options.out}: {kind}, made of {options.source}"]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lowrank_jax",
-        description="Adapters and models on disk: what they are, merged, converted.",
-        epilog="Only headers and the tensors at hand are in memory. Nothing is unpickled. The exit "
-        "status is 0, or 1 with the reason on standard error.",
+        description="Inspect, merge and convert adapters and models on disk.",
+        epilog="Tensors are read one at a time, and nothing is unpickled. The exit status is 0, or "
+        "1 with the reason on standard error.",
     )
     commands = parser.add_subparsers(title="commands", required=True)
     table = {
-        "type": _table,
+        "type": _parse_table,
         "metavar": "TABLE",
-        "help": "what torch calls the leaves of a checkpoint: "
-        f"{', '.join(t.lower() for t in TABLES)}; without it, a leaf's path with dots for slashes",
+        "help": "torch's names of a checkpoint's leaves: "
+        f"{', '.join(t.lower() for t in TABLES)}; the default is a leaf's path with dots",
     }
 
-    what = "say what a folder holds: a PEFT adapter, a checkpoint, a model"
+    what = "describe what a folder holds: a PEFT adapter, a checkpoint, or a model"
     command = commands.add_parser("inspect", help=what, description=f"{what.capitalize()}.")
     command.add_argument("folder", type=Path)
     command.set_defaults(run=_inspect)
 
-    what = "fold an adapter into a model's safetensors, tensor by tensor"
+    what = "merge an adapter into a model's safetensors, tensor by tensor"
     command = commands.add_parser(
         "merge",
         help=what,
-        description=f"{what.capitalize()}: W + s B A in float32, cast once to W's dtype. No code "
-        "of the model is needed. That the adapter was trained on this model is not checked.",
+        description=f"{what.capitalize()}: W + s B A in float32, cast once to W's dtype. The "
+        "model's code is not needed. Whether the adapter was trained on this model is not checked.",
     )
     command.add_argument("base", type=Path, help="folder of the model")
     command.add_argument("adapter", type=Path, help="folder of a PEFT adapter, or a checkpoint")
-    command.add_argument("out", type=Path, help="folder to write; a model in it is replaced")
+    command.add_argument("out", type=Path, help="folder to write to; a model in it is replaced")
     command.add_argument("--names", **table)
     command.set_defaults(run=_merge)
 
-    what = "turn a checkpoint of lowrank_jax into a PEFT adapter, or the other way round"
+    what = "convert a checkpoint of lowrank_jax to a PEFT adapter, or vice versa"
     command = commands.add_parser(
         "convert",
         help=what,
-        description=f"{what.capitalize()}. A checkpoint made of a PEFT adapter calls its leaves as "
-        "PEFT calls the modules: model/layers/0/self_attn/q_proj/kernel.",
+        description=f"{what.capitalize()}. The leaves of a checkpoint made from a PEFT adapter "
+        "are named after its modules: model/layers/0/self_attn/q_proj/kernel.",
     )
     command.add_argument("source", type=Path, help="folder of either kind")
     command.add_argument("out", type=Path, help="folder to write")
@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _build_parser().parse_args(arguments)
     try:
-        _print([to_printable(line, _LINE) for line in options.run(options)], sys.stdout)
+        _print([to_printable(line, _LINE_LIMIT) for line in options.run(options)], sys.stdout)
     except (LowrankError, OSError) as error:
         _print([to_printable_lines(f"lowrank_jax: {error}")], sys.stderr)
         return 1
@@ -100,6 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(lines: list[str], stream: TextIO) -> None:
-    """Print lines; characters that the stream has no bytes for are escaped."""
+    """Print lines; characters that the stream cannot encode are escaped."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), file=stream)

@@ -1,4 +1,4 @@
-"""Blockwise codecs on bare arrays, bit for bit those of bitsandbytes."""
+"""Blockwise 4- and 8-bit codecs on plain arrays, bit-compatible with bitsandbytes."""
 
 from lowrank_jax._codecs.blockwise import compute_absmax as compute_absmax
 from lowrank_jax._codecs.blockwise import decode_blocks as decode_blocks

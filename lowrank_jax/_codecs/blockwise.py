@@ -1,16 +1,17 @@
-"""Blockwise codecs on bare arrays, bit for bit those of bitsandbytes.
+"""Blockwise quantization of plain arrays, bit-compatible with bitsandbytes.
 
-A block of B elements is kept as B small codes and one float32, its largest magnitude:
+A block of B elements is stored as B small codes and one float32 scale, its largest magnitude:
 
     absmax = max |x|,    code = nearest(x / absmax),    decoded = value[code] * absmax
 
-A block with a NaN or an infinity has absmax NaN, so that all of it, and no other block, decodes to
-NaN; its codes are those of 0.
+A block that holds a NaN or an infinity gets absmax NaN, so the whole block decodes to NaN and no
+other block is affected. Its codes are those of 0.
 
-Codes are the same eager, under jit and under vmap, and equal bitsandbytes' wherever absmax is 0 or
-in [2e-35, 8e37]. What that takes: XLA reads float32 below 2**-126 as 0, so a block with such an
-absmax is a block of zeros; divisions are `_divide`; what follows is products, comparisons and
-selects, which XLA leaves as they are (run on CPU; H100's PTX has only mul.rn).
+Codes are the same eagerly, under jit and under vmap, and equal those of bitsandbytes where absmax
+is 0 or in [2e-35, 8e37]. Three measures ensure this. XLA flushes float32 below 2**-126 to 0, so a
+block with such an absmax counts as a block of zeros. Division is done by `_divide`. All other
+operations are products, comparisons and selects, which XLA does not rewrite (tested on CPU; the
+PTX compiled for an H100 contains only mul.rn).
 
 Sources: QLoRA, arXiv 2305.14314, section 3; bitsandbytes 0.50.2.
 """
@@ -31,23 +32,24 @@ _TINY = np.finfo(np.float32).tiny
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def encode_blocks(x: jax.Array, format: str, axis: int = -1) -> tuple[jax.Array, jax.Array]:
-    r"""Codes of whole blocks.
+    r"""Encode whole blocks.
 
-    $c_i = \operatorname{nearest}(x_i \cdot \frac{1}{m})$, $m = \max_i |x_i|$: multiplied by the
-    rounded reciprocal, as bitsandbytes does, not divided. Ties go to the lower value. int8 rounds
-    $127\, x_i \cdot \frac{1}{m}$ half to even, so that no element is off by more than m / 254.
+    $c_i = \operatorname{nearest}(x_i \cdot \frac{1}{m})$, $m = \max_i |x_i|$. As in bitsandbytes,
+    elements are multiplied by the rounded reciprocal, not divided. Ties go to the lower value. int8
+    rounds $127\, x_i \cdot \frac{1}{m}$ half to even, so the error is at most m / 254.
 
     Args:
-      x: floating-point array, computed in float32.
+      x: floating-point array; the computation is in float32.
       format: a name in FORMATS.
-      axis: the axis that is a block.
+      axis: the axis of the elements of a block; its size is the block size.
 
     Returns:
-      Codes of x's shape, uint8 (int8 for "int8"), and absmax, float32, without the axis.
-      A block of zeros has absmax 0, one with a value that is not finite NaN.
+      Codes with the shape of x, uint8 (int8 for "int8"), and absmax, float32, with the shape of x
+      without the axis. absmax is 0 for a block of zeros and NaN for a block with a value that is
+      not finite.
 
     Raises:
-      ConfigError: the format is unknown, or the axis is not of a block's size.
+      ConfigError: the format is unknown, or the size of the axis is not one of BLOCK_SIZES.
 
     >>> codes, absmax = encode_blocks(jnp.linspace(-2.0, 2.0, 64), "nf4")
     >>> codes[::9], absmax
@@ -60,20 +62,20 @@ def encode_blocks(x: jax.Array, format: str, axis: int = -1) -> tuple[jax.Array,
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def encode_flat(x: jax.Array, format: str, block_size: int) -> tuple[jax.Array, jax.Array]:
-    """Codes of a flat array, whose last block may be short.
+    """Encode a flat array whose last block may be short.
 
     Args:
-      x: floating-point [n], a torch weight [out, in] in its own order.
+      x: floating-point [n], for example a torch weight [out, in] in row-major order.
       format: a name in FORMATS.
       block_size: one of BLOCK_SIZES.
 
     Returns:
       Codes [blocks * block_size], padded with the code of 0, and absmax float32 [blocks]. As in
-      bitsandbytes a short block is divided by its absmax. (If that is 0, bitsandbytes stores 1e-38,
-      which XLA takes for 0: here it is 0.)
+      bitsandbytes, the elements of a short block are divided by absmax. (For a short block of zeros
+      bitsandbytes stores 1e-38, which XLA flushes to 0; here absmax is 0.)
 
     Raises:
-      ConfigError: the format is unknown or the block size impossible.
+      ConfigError: the format is unknown, or block_size is not one of BLOCK_SIZES.
 
     >>> codes, absmax = encode_flat(jnp.ones(70), "fp4", 64)
     >>> codes[64:72], absmax
@@ -86,29 +88,31 @@ def encode_flat(x: jax.Array, format: str, block_size: int) -> tuple[jax.Array, 
 
 
 def mask_with_nan(condition: jax.Array, x: jax.Array) -> jax.Array:
-    """x where the condition holds, else NaN; float32.
-
-    The NaN is a product, for `jax_debug_nans` refuses one that is a constant, used or not.
-    """
+    """Keep x where the condition holds and replace it by NaN elsewhere; float32."""
+    # The NaN is computed as inf * 0: `jax_debug_nans` raises for a NaN constant even if unused.
     return x + jnp.where(condition, np.float32(0), np.float32(np.inf)) * np.float32(0)
 
 
 def compute_absmax(x: jax.Array, axis: int) -> jax.Array:
-    """max |x| along an axis, which is kept; NaN where a value is not finite. float32.
+    """Compute max |x| along an axis, which is kept with size 1; NaN if a value is not finite.
 
-    XLA's vectorized maximum and minimum on CPU drop NaN, so it is looked for beside them. They are
-    of x itself, for magnitudes would be written to memory first.
+    The result is float32.
 
     >>> compute_absmax(jnp.array([[1.0, -2.0], [jnp.nan, 3.0], [-jnp.inf, 0.0]]), 1)
     Array([[ 2.], [nan], [nan]], dtype=float32)
     """
+    # XLA's vectorized maximum and minimum on CPU drop NaN, hence the separate isfinite. They reduce
+    # x itself and not |x|, since XLA would write |x|, an array of x's size, to memory first.
     over = {"axis": axis, "keepdims": True}
     largest = jnp.abs(jnp.maximum(jnp.max(x, **over), -jnp.min(x, **over)))
     return mask_with_nan(jnp.all(jnp.isfinite(x), **over), largest)
 
 
 def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Array]:
-    """x / absmax in [-1, 1], 0 in a block that has no scale, and absmax."""
+    """Return x / absmax in [-1, 1], which is 0 in a block without a scale, and absmax.
+
+    x: [..., block, ...], the ratios too, with the block along `axis`; absmax lacks that axis.
+    """
     x = x.astype(jnp.float32)
     absmax = compute_absmax(x, axis)
     scaled = absmax >= _TINY  # False of a NaN
@@ -117,8 +121,9 @@ def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Arr
         ratios = _divide(jnp.abs(x), divisor)
         ratios = jnp.where(x < 0, -ratios, ratios)
     else:
-        # Quarters are exact, and keep the reciprocal of a huge absmax above 2**-126. The clip
-        # changes nothing, but XLA cannot multiply the reciprocal by the quarter first.
+        # Multiplying by a quarter is exact and keeps the reciprocal of a huge absmax above 2**-126:
+        # 1 / 3e38 would be flushed to 0, 1 / (3e38 / 4) is not. The clip changes no value, but it
+        # keeps XLA from multiplying the reciprocal by the quarter first.
         divisor = divisor * np.float32(0.25)
         quarters = jnp.clip(x * np.float32(0.25), -divisor, divisor)
         ratios = quarters * _divide(np.float32(1), divisor)
@@ -128,11 +133,11 @@ def _normalize(x: jax.Array, axis: int, short: bool) -> tuple[jax.Array, jax.Arr
 
 
 def _divide(x: jax.Array | np.float32, y: jax.Array) -> jax.Array:
-    """x / y, x >= 0 and y >= 2**-126, rounded as IEEE 754 says; 0 where below 2**-126.
-
-    XLA's division does not: it is off by an ulp or two on GPUs (rcp.approx, div.full), and on
-    CPU by whether it becomes a product. This is long division of the mantissas, in integers.
-    """
+    """Divide with IEEE 754 rounding, x >= 0 and y >= 2**-126; quotients below 2**-126 become 0."""
+    # XLA's own division is not exact: on GPUs it is off by an ulp or two (rcp.approx, div.full), on
+    # CPU it may become a product. This is long division of the 24-bit mantissas in int32. For 1 / 3
+    # they are 2**23 and 3 * 2**22, so a is shifted left once, to be at least b, and the exponent
+    # lowered by one; 25 steps then give 24 bits of the quotient and one rounding bit.
     x, y = jnp.broadcast_arrays(x, y)
     a, b = lax.bitcast_convert_type(x, jnp.int32), lax.bitcast_convert_type(y, jnp.int32)
     exponent = (a >> 23) - (b >> 23)
@@ -145,16 +150,20 @@ def _divide(x: jax.Array | np.float32, y: jax.Array) -> jax.Array:
         bit = (rest >= b).astype(jnp.int32)
         return (rest - bit * b) << 1, (quotient << 1) | bit
 
-    none = a & b & 0  # not a constant: inside shard_map a loop's carry must vary as its result does
-    _, quotient = lax.fori_loop(0, 25, step, (a | none, none))
-    # The 25th bit rounds; a quotient of two 24-bit numbers never lies half way.
+    # Not a constant: inside shard_map a loop's carry must vary over the same axes as its result.
+    zero = a & b & 0
+    _, quotient = lax.fori_loop(0, 25, step, (a | zero, zero))
+    # The 25th bit rounds to nearest: the quotient of two 24-bit numbers is never a tie.
     bits = ((exponent + 126) << 23) + ((quotient + 1) >> 1)
     normal = (exponent > -127) & (x >= _TINY)
     return jnp.where(normal, lax.bitcast_convert_type(bits, jnp.float32), np.float32(0))
 
 
 def normalize_flat(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """Both of a flat array: whole blocks, then a short one."""
+    """Return x / absmax, [n], and absmax, [ceil(n / block)], of a flat array x, [n]."""
+    # n = 70 and block = 64: the first 64 elements are reshaped to [1, 64], the remaining 6 are a
+    # short block of their own. bitsandbytes multiplies by the reciprocal in the former and divides
+    # in the latter; the ratios are joined to [70], absmax is [2].
     n = x.size
     full = n - n % block
     ratios, absmax = _normalize(x[:full].reshape(-1, block), 1, short=False)
@@ -173,15 +182,15 @@ def decode_blocks(
     dtype: jax.typing.DTypeLike = jnp.float32,
     table: jax.Array | None = None,
 ) -> jax.Array:
-    """value[codes] * absmax: one rounding in float32, then the cast.
+    """Decode blocks: value[codes] * absmax, one rounding in float32 and then the cast.
 
     Args:
-      codes: of any integer dtype.
-      absmax: of codes' shape without axis.
+      codes: integers of any dtype, as returned by `encode_blocks`.
+      absmax: shape of codes without the axis.
       format: a name in FORMATS.
-      axis: the axis that is a block.
-      dtype: of the result.
-      table: the format's own as a traced array, for `lookup`.
+      axis: the axis of the elements of a block.
+      dtype: dtype of the result.
+      table: the format's table as a traced array, for `select_from_table`.
 
     >>> x = jnp.array([[0.0, -0.5, 1.0, 0.25] * 8])
     >>> decode_blocks(*encode_blocks(x, "fp4"), "fp4")[0, :4]
@@ -192,7 +201,7 @@ def decode_blocks(
 
 
 def to_code_scale(absmax: jax.Array, format: str) -> jax.Array:
-    """What numbers of codes are multiplied by: absmax, of integers absmax * (1 / limit)."""
+    """The factor from decoded codes to weights: absmax, or absmax * (1 / limit) for integers."""
     spec = get_format(format)
     absmax = absmax.astype(jnp.float32)
     return absmax * (np.float32(1) / np.float32(spec.limit)) if spec.table is None else absmax

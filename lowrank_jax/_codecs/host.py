@@ -1,12 +1,10 @@
-"""The codecs of NumPy arrays, on the host: nothing is compiled, and a piece is worked on at a time.
+"""The blockwise codecs for NumPy arrays, computed on the host without compilation.
 
-Codes and scales are those of the JAX codecs bit for bit. NumPy divides as IEEE 754 says; but XLA
-takes float32 below 2**-126 for 0, and so does `_flush_subnormals` here.
+Codes and scales equal those of the JAX codecs bit for bit. NumPy divides with IEEE 754 rounding.
+XLA flushes float32 below 2**-126 to 0, which `_flush_subnormals` does here.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,16 +13,16 @@ from lowrank_jax._codecs.formats import check_block_size, compute_midpoints, get
 from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK
 
 _TINY = np.finfo(np.float32).tiny
-_SMALL = np.float32(2.0**-100)  # of a larger absmax, what is flushed is nearest to 0 anyway
+_SMALL = np.float32(2.0**-100)  # above this absmax, numbers that are flushed get 0's code anyway
 _QUARTER = np.float32(0.25)
-_PIECE = 1 << 18  # numbers whose places, eight bytes each, are found at a time
+_PIECE = 1 << 18  # numbers searched at a time: searchsorted returns eight bytes for each
 
 
 def encode_blocks(x: np.ndarray, format: str, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of whole blocks, and absmax: `lowrank_jax._codecs.encode_blocks` of a NumPy array.
+    """Encode whole blocks of a NumPy array, as `lowrank_jax._codecs.encode_blocks` does.
 
     Raises:
-      ConfigError: the format is unknown, or the axis is not of a block's size.
+      ConfigError: the format is unknown, or the size of the axis is not one of BLOCK_SIZES.
     """
     check_block_size(x.shape[axis])
     row = get_format(format)
@@ -33,7 +31,7 @@ def encode_blocks(x: np.ndarray, format: str, axis: int = -1) -> tuple[np.ndarra
 
 
 def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of a flat array, whose last block may be short; as of `lowrank_jax._codecs`."""
+    """Encode a flat array [n], as `lowrank_jax._codecs.encode_flat` does."""
     check_block_size(block_size)
     full = x.size - x.size % block_size
     codes, absmax = encode_blocks(x[:full].reshape(-1, block_size), format)
@@ -49,7 +47,9 @@ def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray
 def encode_scales(
     absmax: np.ndarray, dtype: jax.typing.DTypeLike = np.float32
 ) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """Double quantization of scales float32 [n]; as of `lowrank_jax._codecs.scales`."""
+    """Double quantization of scales float32 [n], as `_codecs.scales.encode_scales` does."""
+    # The order of operations is that of the JAX codec: mean, differences, absmax of their blocks,
+    # codes, and last the test whether the largest decoded scale of each block fits `dtype`.
     with np.errstate(over="ignore"):  # an infinite offset makes every scale NaN
         offset = _pairwise_mean(np.where(np.isnan(absmax), np.float32(0), absmax))
     x = _flush_subnormals(absmax - offset)
@@ -71,7 +71,7 @@ def encode_scales(
 
 
 def pack(codes: np.ndarray, axis: int, packing: str) -> np.ndarray:
-    """4-bit codes as stored, bytes; as of `lowrank_jax._codecs.packing`."""
+    """Pack 4-bit codes as `lowrank_jax._codecs.packing.pack` does; "uint4" codes stay bytes."""
     if packing == "uint4":
         return codes
     high, low = np.split(codes, 2, axis)
@@ -79,12 +79,13 @@ def pack(codes: np.ndarray, axis: int, packing: str) -> np.ndarray:
 
 
 def _normalize(x: np.ndarray, axis: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
-    """x / absmax to an ulp, in an array of its own, and absmax with the axis kept.
+    """Return x / absmax in a new array, and absmax with the axis kept.
 
-    A block with a value that is not finite has ratios 0 and absmax NaN.
-
-    exact: flush even where what comes is nearest to 0 all the same.
+    A block with a value that is not finite gets ratios 0 and absmax NaN. With `exact`, subnormal
+    numbers are flushed even where they would get the code of 0 in any case.
     """
+    # In place as far as possible: besides x, one array of its size is allocated (`ratios`). As in
+    # the JAX codec, x and absmax are quartered so that 1 / absmax does not become subnormal.
     ratios = np.abs(x)
     absmax = ratios.max(axis, keepdims=True, initial=0)
     bad = ~np.isfinite(absmax)
@@ -107,8 +108,8 @@ def _normalize(x: np.ndarray, axis: int, exact: bool) -> tuple[np.ndarray, np.nd
     return ratios, absmax
 
 
-def _normalize_short(x: np.ndarray) -> tuple[np.ndarray, Any]:
-    """x / absmax of a short block, divided and not multiplied, and its absmax."""
+def _normalize_short(x: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """Return x / absmax of a short block [n], by division as in bitsandbytes, and absmax."""
     absmax = np.abs(x).max()
     if not np.isfinite(absmax):
         return np.zeros_like(x), np.float32(np.nan)
@@ -118,13 +119,13 @@ def _normalize_short(x: np.ndarray) -> tuple[np.ndarray, Any]:
 
 
 def _flush_subnormals(x: np.ndarray) -> np.ndarray:
-    """The array itself, what XLA takes for 0 set to 0."""
+    """Set to 0, in place, the numbers that XLA flushes to 0; return the array."""
     x[np.abs(x) < _TINY] = 0
     return x
 
 
 def _pairwise_mean(x: np.ndarray) -> np.float32:
-    """Mean of non-negative numbers, by halves."""
+    """Mean of non-negative numbers [n], summed pairwise in the order of the JAX codec."""
     n = x.size
     while x.size > 1:
         half = x.size // 2

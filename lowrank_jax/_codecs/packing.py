@@ -1,4 +1,4 @@
-"""How 4-bit codes lie in memory: ours along the axis of a block, and bitsandbytes' bytes."""
+"""Packing of 4-bit codes: along the axis of a block, or in the byte order of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ PACKINGS = ("uint4", "uint8")
 
 
 def pack(codes: jax.Array, axis: int, packing: str) -> jax.Array:
-    """4-bit codes as stored.
+    """Pack 4-bit codes.
 
     Args:
-      codes: uint8 below 16.
-      axis: the axis that is a block; its size is even.
-      packing: "uint4", an array of that dtype, or "uint8", two codes a byte: code j of the axis in
-        the high nibble, code j + half of it in the low one, so that nothing is interleaved.
+      codes: uint8, values below 16.
+      axis: the axis of the elements of a block, of even size.
+      packing: "uint4", an array of that dtype, or "uint8", two codes a byte.
 
     Returns:
-      uint4 of the same shape, or uint8 with the axis halved.
+      uint4 with the same shape, or uint8 with half the size along the axis.
 
     Raises:
-      ConfigError: the packing is unknown, or the axis odd.
+      ConfigError: the packing is unknown, or packing is "uint8" and the axis has odd size.
 
     >>> pack(jnp.array([1, 2, 3, 4], jnp.uint8), 0, "uint8")
     Array([19, 36], dtype=uint8)
@@ -35,12 +34,15 @@ def pack(codes: jax.Array, axis: int, packing: str) -> jax.Array:
         return codes.astype(jnp.uint4)
     if codes.shape[axis] % 2:
         raise ConfigError(f'packing "uint8" halves axis {axis}, of odd size {codes.shape[axis]}')
+    # [blocks, 64, out] -> [blocks, 32, out]: byte j holds code j in the high and code j + 32 in the
+    # low nibble. Unpacking is then a concatenation of two contiguous halves; adjacent codes in a
+    # byte, the order of bitsandbytes, would have to be interleaved.
     high, low = jnp.split(codes, 2, axis)
     return (high << 4) | low
 
 
 def unpack(packed: jax.Array, axis: int, packing: str) -> jax.Array:
-    """The codes, uint8, of what `pack` made."""
+    """Undo `pack`: return the codes, uint8, along the axis."""
     if packing not in PACKINGS:
         raise ConfigError(f"packing must be one of {PACKINGS}, not {packing!r}")
     if packing == "uint4":
@@ -49,15 +51,14 @@ def unpack(packed: jax.Array, axis: int, packing: str) -> jax.Array:
 
 
 def to_bnb_bytes(codes: jax.Array, format: str) -> jax.Array:
-    """Flat codes [n] as bitsandbytes' bytes [(n + 1) // 2]: the first of a pair in the high nibble.
-
-    An odd count is filled up with the format's code of 0.
-    """
+    """Pack flat codes [n] into the bytes of bitsandbytes, [(n + 1) // 2]."""
+    # (1, 2, 3) -> 0x12, 0x3z: the first code of a pair is the high nibble, and an odd number of
+    # codes is padded with the format's code of 0, z.
     codes = jnp.pad(codes, (0, codes.size % 2), constant_values=get_format(format).zero)
     return (codes[::2] << 4) | codes[1::2]
 
 
 def from_bnb_bytes(packed: jax.Array, n: int) -> jax.Array:
-    """The first n codes, uint8 [n], of bitsandbytes' bytes of any shape."""
+    """Unpack the first n codes, uint8 [n], from bytes of bitsandbytes of any shape."""
     packed = packed.reshape(-1)
     return jnp.stack([packed >> 4, packed & 15], 1).reshape(-1)[:n]

@@ -1,24 +1,22 @@
-"""Rounding to a narrower dtype within a wider one, where a compiler cannot leave it out."""
+"""Rounding to the values of a narrower dtype, in a way that XLA does not optimize away."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def is_narrower(dtype: jax.typing.DTypeLike, other: Any) -> bool:
-    """Whether values of `other` are rounded in `dtype`."""
+def is_narrower(dtype: jax.typing.DTypeLike, other: jax.typing.DTypeLike) -> bool:
+    """Whether a cast from `other` to `dtype` rounds."""
     return jnp.promote_types(dtype, other) != jnp.dtype(dtype)
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """x rounded to the nearest values of another floating dtype, in its own dtype.
+    """Round x to the nearest values of another floating dtype, but keep its own dtype.
 
-    A cast there and back will not do: XLA may drop the pair (xla_allow_excess_precision), and then
-    what was to be the rounded value is not. Casting the result to `dtype` is exact.
+    Casting the result to `dtype` is exact. A cast to `dtype` and back is no substitute: XLA may
+    drop the pair (xla_allow_excess_precision), and the value stays unrounded.
 
     >>> round_to(jnp.float32([1.001, 1e-6]), "float16")
     Array([1.0009766e+00, 1.0132790e-06], dtype=float32)
@@ -29,7 +27,8 @@ def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     rounded = lax.reduce_precision(x, to.nexp, to.nmant)
     if to.nexp == own.nexp:
         return rounded
-    # reduce_precision has no subnormal numbers; those of float16 are multiples of 2^-24
+    # reduce_precision flushes numbers below the smallest normal one to 0. A narrower exponent, such
+    # as float16's, has subnormal numbers there: multiples of one step, 2^-24 for float16.
     step = jnp.asarray(to.smallest_subnormal, x.dtype)
     return jnp.where(
         jnp.abs(x) < jnp.asarray(to.tiny, x.dtype), jnp.round(x / step) * step, rounded

@@ -1,1 +1,1 @@
-"""Files of tensors, and how torch's parameters lie in them."""
+"""File formats: safetensors, GGUF, shards, torch's weight layout, and atomic file replacement."""

@@ -1,9 +1,9 @@
-"""Files that are whole on disk before they take their names, and several that change together.
+"""Atomic file replacement: write a temporary file, fsync, rename.
 
-A file is written under another name and flushed, and one rename puts it in place. Several files
-have no rename in common: the old ones are set aside first, those without which nothing loads before
-the others, and the new ones come in the opposite order. An error puts the old ones back; a kill in
-between leaves a folder that nothing loads, never a mixture.
+One rename cannot replace several files. Their old versions are therefore renamed to backups first,
+entry points (files without which nothing loads) before the others, and the new ones are renamed in
+the opposite order. After an error the backups are restored. A process killed in between leaves a
+folder that does not load, never a mixture of two versions.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lowrank_jax._files.locks import lock_folder
 
 _NEW = ".lowrank-"
 _OLD = f"{_NEW}old-"
-# what a file system says that cannot flush a directory: there is nothing to wait for
-_NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
-# files above this size are taken for changed: comparing them costs more than replacing them
-_COMPARED = 1 << 25
+# errors of file systems that do not support fsync of a directory: there is nothing to wait for
+_UNSUPPORTED_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
+# larger files count as changed without a comparison: reading both costs more than a rename
+_COMPARE_LIMIT = 1 << 25
 
 Write = Callable[[BinaryIO], object]
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on disk.
+    """Wait until the content of a file, or the names in a directory, are on disk.
 
-    A directory that the file system cannot flush, or that may not be opened, is passed over.
+    Directories are skipped where the file system does not support it or denies opening them.
     """
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:
@@ -47,14 +47,14 @@ def fsync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if not is_folder or error.errno not in _NO_FLUSH:
+        if not is_folder or error.errno not in _UNSUPPORTED_FSYNC:
             raise
     finally:
         os.close(handle)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it where they are missing, and let their names last."""
+    """Make a folder and its missing parents, and fsync the directories that name them."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
@@ -62,7 +62,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_temporary(folder: Path, write: Write) -> Path:
-    """A file of another name, whole on disk; `clear` removes it unless it is renamed."""
+    """Write a temporary file and fsync it; `remove_temporary` deletes it unless it is renamed."""
     path = folder / f"{_NEW}{uuid.uuid4().hex}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags, 0o666), "wb") as file:
@@ -73,7 +73,7 @@ def write_temporary(folder: Path, write: Write) -> Path:
 
 
 def remove_temporary(folder: Path, old: bool = True) -> None:
-    """Remove the files that killed or failed writers left; old: those that were set aside, too."""
+    """Remove the temporary files of killed or failed writers; with `old`, their backups too."""
     for path in folder.glob(f"{_NEW}*"):
         if (old or not path.name.startswith(_OLD)) and not (
             path.is_dir() and not path.is_symlink()
@@ -82,13 +82,13 @@ def remove_temporary(folder: Path, old: bool = True) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file; what a file system did although it reported an error, is done."""
-    own = _identity(source)
+    """Rename a file; an error is ignored if the rename took place all the same (as on NFS)."""
+    own = _identify(source)
     try:
         os.replace(source, target)
     except OSError:
         with contextlib.suppress(OSError):
-            if own is not None and _identity(target) == own and _identity(source) is None:
+            if own is not None and _identify(target) == own and _identify(source) is None:
                 return
         raise
 
@@ -101,17 +101,17 @@ def replace_files(
     entry_points: Sequence[str],
     obsolete: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Replace files of a folder together, and leave its others alone.
+    """Replace several files of a folder as one, leaving its other files alone.
 
     Args:
-      folder: made where missing.
-      writes: name -> what writes its content. A file that is there already stays.
-      what: what the files are, for errors.
-      entry_points: the names without which nothing loads, in the order in which they go.
-      obsolete: whether a name that is there, and not written, goes as well.
+      folder: created if missing.
+      writes: name -> function that writes the content. A file whose content is unchanged is kept.
+      what: what the files are, for error messages.
+      entry_points: the names without which nothing loads, in the order of their removal.
+      obsolete: whether an existing file that is not in `writes` is removed, given its name.
 
     Raises:
-      CheckpointError: another process is writing there, or the file system refused.
+      CheckpointError: another process is writing to the folder, or the file system failed.
     """
     try:
         make_folder(folder)
@@ -122,15 +122,17 @@ def replace_files(
                 if blocked := [name for name in writes if (folder / name).is_dir()]:
                     raise CheckpointError(f"{folder / blocked[0]} is a folder: remove it")
                 new = {name: write_temporary(folder, write) for name, write in writes.items()}
-                gone = [name for name in there if name not in writes and obsolete(name)]
-                new = _changed(folder, new, gone, entry_points)
-                commit_files(folder, new, what, entry_points=entry_points, gone=gone)
+                obsolete_names = [name for name in there if name not in writes and obsolete(name)]
+                new = _select_changed(folder, new, obsolete_names, entry_points)
+                commit_files(
+                    folder, new, what, entry_points=entry_points, obsolete_names=obsolete_names
+                )
             finally:
                 with contextlib.suppress(OSError):
                     remove_temporary(folder, old=False)
     except OSError as error:
         raise CheckpointError(
-            f"{folder} could not be written; what was there is as it was ({error})"
+            f"{folder} could not be written; its previous files are unchanged ({error})"
         ) from error
 
 
@@ -140,117 +142,127 @@ def commit_files(
     what: str,
     *,
     entry_points: Sequence[str] = (),
-    gone: Iterable[str] = (),
+    obsolete_names: Iterable[str] = (),
 ) -> None:
-    """Let files, whole on disk, take their names; where that fails, put back what was there.
+    """Rename temporary files to their final names; after an error, restore the previous files.
 
     Args:
-      folder: where they are.
-      new: name -> the file that is to be called so.
-      what: what they are, for errors.
-      entry_points: as of replace_files.
-      gone: names that are to go.
+      folder: the folder of both.
+      new: final name -> temporary file, already on disk.
+      what: what the files are, for error messages.
+      entry_points: see replace_files.
+      obsolete_names: names to remove.
 
     Raises:
-      CheckpointError: the file system refused. What it says of the folder was looked up.
+      CheckpointError: the file system failed. The message states what the folder holds now.
     """
-    names = [*new, *gone]
-    going = sorted(names, key=lambda name: (name not in entry_points, *_place(name, entry_points)))
-    coming = sorted(
-        new, key=lambda name: (name in entry_points, *_place(name, reversed(entry_points)))
+    # With entry points (config.json, index.json) and one shard s1, the order of operations is:
+    #   rename config.json -> backup, index.json -> backup, fsync, s1 -> backup    (removal order)
+    #   rename new s1, fsync, new index.json, fsync, new config.json, fsync        (install order)
+    # The fsync after the entry points are gone keeps a crash from showing an old entry point with
+    # new shards; the fsync before each new entry point keeps one from naming shards that a crash
+    # has lost. A single file needs no backup rename: os.replace swaps it in one step.
+    names = [*new, *obsolete_names]
+    removal_order = sorted(
+        names, key=lambda name: (name not in entry_points, *_order_key(name, entry_points))
     )
-    before = {name: _identity(folder / name) for name in names}
-    after = {name: _identity(new[name]) if name in new else None for name in names}
+    install_order = sorted(
+        new, key=lambda name: (name in entry_points, *_order_key(name, reversed(entry_points)))
+    )
+    before = {name: _identify(folder / name) for name in names}
+    after = {name: _identify(new[name]) if name in new else None for name in names}
     try:
         if len(names) == 1 and new:
-            _keep(folder, names[0])
+            _link_backup(folder, names[0])
         else:
-            _set_aside(folder, [name for name in going if before[name]], entry_points)
-        for name in coming:
+            _move_aside(folder, [name for name in removal_order if before[name]], entry_points)
+        for name in install_order:
             if name in entry_points:
                 fsync(folder)
             rename(new[name], folder / name)
         fsync(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            _put_back(folder, coming, going, before, after)
+            _roll_back(folder, install_order, removal_order, before, after)
         if isinstance(error, OSError):
-            raise _failure(folder, what, before, after, error) from error
+            raise _make_error(folder, what, before, after, error) from error
         raise
     with contextlib.suppress(OSError):
         remove_temporary(folder)
 
 
-def _place(name: str, entry_points: Iterable[str]) -> tuple[int, str]:
-    """Where a name stands among the entry_points, or after them."""
+def _order_key(name: str, entry_points: Iterable[str]) -> tuple[int, str]:
+    """Sort key: entry points in their order, then the other names."""
     order = [*entry_points]
     return order.index(name) if name in order else len(order), name
 
 
-def _set_aside(folder: Path, names: list[str], entry_points: Sequence[str]) -> None:
-    """Take the names from old files, those of entry_points first and for good."""
+def _move_aside(folder: Path, names: list[str], entry_points: Sequence[str]) -> None:
+    """Rename files to backups; fsync as soon as the last of the entry points is renamed."""
     for number, name in enumerate(names, start=1):
         rename(folder / name, folder / f"{_OLD}{name}")
         if name in entry_points and not {*names[number:]} & {*entry_points}:
             fsync(folder)
 
 
-def _keep(folder: Path, name: str) -> None:
-    """Give a file that is to be replaced a second name, where the file system has links."""
+def _link_backup(folder: Path, name: str) -> None:
+    """Back up a file that is about to be replaced by a hard link, where links are supported."""
     with contextlib.suppress(OSError, NotImplementedError):
         os.link(folder / name, folder / f"{_OLD}{name}", follow_symlinks=False)
 
 
-def _put_back(
+def _roll_back(
     folder: Path,
-    coming: list[str],
-    going: list[str],
+    install_order: list[str],
+    removal_order: list[str],
     before: Mapping[str, object],
     after: Mapping[str, object],
 ) -> None:
-    """Undo a replacement: new files go, the entry_points first, and old ones get their names back."""
-    for name in reversed(coming):
-        is_new = _identity(folder / name) == after[name]
-        if is_new and (len(going) > 1 or before[name] is None):
+    """Undo a replacement: remove new files, entry points first, and rename backups back."""
+    # A file replaced alone (one name, which existed) is not unlinked: its backup, a hard link,
+    # replaces it below, so that the name never disappears.
+    for name in reversed(install_order):
+        is_new = _identify(folder / name) == after[name]
+        if is_new and (len(removal_order) > 1 or before[name] is None):
             (folder / name).unlink()
-    for name in reversed(going):
-        if _identity(folder / f"{_OLD}{name}") is not None:
+    for name in reversed(removal_order):
+        if _identify(folder / f"{_OLD}{name}") is not None:
             rename(folder / f"{_OLD}{name}", folder / name)
     with contextlib.suppress(OSError):
         fsync(folder)
-    if all(_identity(folder / name) == was for name, was in before.items()):
+    if all(_identify(folder / name) == was for name, was in before.items()):
         remove_temporary(folder)
 
 
-def _failure(
+def _make_error(
     folder: Path,
     what: str,
     before: Mapping[str, object],
     after: Mapping[str, object],
     error: OSError,
 ) -> CheckpointError:
-    """The error of a replacement, by what the folder holds now."""
+    """Return the error of a failed replacement, which states what the folder holds now."""
     try:
-        now = {name: _identity(folder / name) for name in before}
+        now = {name: _identify(folder / name) for name in before}
     except OSError:
         now = None
     if now == before:
         return CheckpointError(
-            f"{folder} could not be written; what was there is as it was ({error})"
+            f"{folder} could not be written; its previous files are unchanged ({error})"
         )
     if now == after:
         return CheckpointError(
-            f"{folder} holds the new {what}, whole, but the file system cannot confirm that it "
-            f"will last ({error}): save again, or elsewhere"
+            f"{folder} holds the new {what}, complete, but the file system could not confirm that "
+            f"it is on disk ({error}): save again, or elsewhere"
         )
     return CheckpointError(
-        f"{folder} could not be written, and what was there could not be put back ({error}): save "
-        f"again, or elsewhere; files that were set aside are called {_OLD}NAME"
+        f"{folder} could not be written, and its previous files could not be restored ({error}): "
+        f"save again, or elsewhere; the backups are called {_OLD}NAME"
     )
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from others, whatever it is called; None where there is none."""
+def _identify(path: Path) -> tuple[int, ...] | None:
+    """Return what identifies a file regardless of its name; None if it does not exist."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -258,21 +270,24 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _changed(
-    folder: Path, new: Mapping[str, Path], gone: Sequence[str], entry_points: Sequence[str]
+def _select_changed(
+    folder: Path,
+    new: Mapping[str, Path],
+    obsolete_names: Sequence[str],
+    entry_points: Sequence[str],
 ) -> dict[str, Path]:
-    """The new files that are not there already; entry_points too, unless one rename is all there is."""
-    changed = {name: path for name, path in new.items() if not _is_there(folder / name, path)}
-    if len(changed) + len(gone) > 1:
+    """Return the files whose content changed, with all entry points if one rename is not enough."""
+    changed = {name: path for name, path in new.items() if not _is_unchanged(folder / name, path)}
+    if len(changed) + len(obsolete_names) > 1:
         changed |= {name: new[name] for name in entry_points if name in new}
     return changed
 
 
-def _is_there(old: Path, new: Path) -> bool:
-    """Whether a plain file is there already, on disk, with the content of a new one."""
+def _is_unchanged(old: Path, new: Path) -> bool:
+    """Whether a regular file exists on disk with the content of the new one."""
     try:
         found, size = os.lstat(old), new.stat().st_size
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size or size > _COMPARED:
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size or size > _COMPARE_LIMIT:
             return False
         if old.read_bytes() != new.read_bytes():
             return False

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: its fields and tensors, each claim checked against the file's size.
+"""Parse the header of a GGUF file; each count and offset is validated against the file's size.
 
 Source: ggml, docs/gguf.md, versions 2 and 3.
 """
@@ -15,15 +15,22 @@ import numpy as np
 
 from lowrank_jax._files.safetensors import NAME_LIMIT
 
+# A file is, all little-endian:
+#   "GGUF"  version  tensor count  field count
+#   per field:   key  type  value           (general.architecture: "llama", ..)
+#   per tensor:  name  axis count  sizes  type  offset
+#   padding to general.alignment, then the tensors; offsets count from there
+# Sizes are fastest axis first: torch's [out, in] is stored as in, out, hence the [::-1] below.
+# A row is encoded in blocks: for Q4_0 (32 elements, 18 bytes) a row of 64 takes 36 bytes.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type -> code of struct
 _STRING, _ARRAY = 8, 9
-_MOST_AXES, _KEY_LIMIT, _TEXT_LIMIT = 4, 1000, 1 << 16
-# the fewest bytes of a field and of a tensor's description
-_FIELD, _TENSOR = 13, 24
+_MAX_AXES, _KEY_LIMIT, _TEXT_LIMIT = 4, 1000, 1 << 16
+# the minimal bytes of one field and of one tensor's description, which bound their counts
+_MIN_FIELD_BYTES, _MIN_TENSOR_BYTES = 13, 24
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies in the file, and what it is; the shape is NumPy's, rows first."""
+    """A tensor's shape (in NumPy's order), ggml type, and byte range [start, stop) in the file."""
 
     shape: tuple[int, ...]
     type: int
@@ -32,7 +39,7 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file says: fields that are numbers or texts (None for lists), tensors, all bytes."""
+    """A file's scalar and string fields (lists are None), tensors, and bytes (memory-mapped)."""
 
     fields: dict[str, Any]
     tensors: dict[str, TensorInfo]
@@ -40,117 +47,123 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> Header:
-    """The header of a file, of which only that is read.
+    """Read the header of a file, and nothing else.
 
     Args:
       path: the file.
-      sizes: type of a tensor -> elements and bytes of a block.
+      sizes: ggml type -> elements and bytes of a block.
 
     Raises:
-      ValueError, OSError: the file is damaged, or of a kind that is not read.
+      ValueError: the file is damaged, or holds a type that is not supported.
+      OSError: the file cannot be read.
     """
     if not path.is_file():
         raise ValueError("it is not a regular file")
     data = np.memmap(path, mode="r")
-    at = _Reader(data.data)
-    magic, version = bytes(at.take(4)), at.number("I")
+    reader = _Reader(data.data)
+    magic, version = bytes(reader.take(4)), reader.read_number("I")
     if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError("it does not begin as one, of version 2 or 3, little-endian")
-    tensor_count, field_count = at.count(_TENSOR), at.count(_FIELD)
+        raise ValueError("it has no GGUF header of version 2 or 3, little-endian")
+    tensor_count = reader.read_count(_MIN_TENSOR_BYTES)
+    field_count = reader.read_count(_MIN_FIELD_BYTES)
     fields = {}
     for _ in range(field_count):
-        key = at.text(_KEY_LIMIT)
+        key = reader.read_text(_KEY_LIMIT)
         if key in fields:
-            raise ValueError(f"the field {key!r} stands twice")
-        fields[key] = at.value(at.number("I"))
-    described = [_described(at) for _ in range(tensor_count)]
+            raise ValueError(f"the field {key!r} is repeated")
+        fields[key] = reader.read_value(reader.read_number("I"))
+    infos = [_read_tensor_info(reader) for _ in range(tensor_count)]
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"its alignment is {alignment!r}, expected a power of two")
-    start = -(-at.at // alignment) * alignment
+    start = -(-reader.offset // alignment) * alignment
     tensors, end = {}, start
-    for name, shape, kind, offset in sorted(described, key=lambda tensor: tensor[3]):
+    for name, shape, kind, offset in sorted(infos, key=lambda tensor: tensor[3]):
         if kind not in sizes:
-            raise ValueError(f"{name!r} is of type {kind}, which is not read")
+            raise ValueError(f"{name!r} is of type {kind}, which is not supported")
         elements, width = sizes[kind]
         if name in tensors:
-            raise ValueError(f"the tensor {name!r} stands twice")
+            raise ValueError(f"the tensor {name!r} is repeated")
         if shape[-1] % elements:
-            raise ValueError(f"{name!r} of shape {list(shape)} is no whole number of blocks")
+            raise ValueError(
+                f"{name!r} of shape {list(shape)} does not have rows of a whole number of blocks"
+            )
         place = TensorInfo(
             shape, kind, start + offset, start + offset + math.prod(shape) // elements * width
         )
         if place.start < end or place.stop > data.size:
             raise ValueError(
-                f"{name!r} of shape {list(shape)} does not fit in what the file has for it"
+                f"{name!r} of shape {list(shape)} overlaps another tensor, or the file's end"
             )
         tensors[name], end = place, place.stop
     return Header(fields, tensors, data)
 
 
-def _described(at: _Reader) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, shape, type and offset of the tensor described at this place."""
-    name, ndim = at.text(NAME_LIMIT), at.number("I")
-    if not 1 <= ndim <= _MOST_AXES:
-        raise ValueError(f"{name!r} has {ndim} axes, expected 1 to {_MOST_AXES}")
-    shape = tuple(at.number("Q") for _ in range(ndim))[::-1]
+def _read_tensor_info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+    """Read a tensor's name, shape, ggml type and offset."""
+    name, ndim = reader.read_text(NAME_LIMIT), reader.read_number("I")
+    if not 1 <= ndim <= _MAX_AXES:
+        raise ValueError(f"{name!r} has {ndim} axes, expected 1 to {_MAX_AXES}")
+    shape = tuple(reader.read_number("Q") for _ in range(ndim))[::-1]
     if 0 in shape:
         raise ValueError(f"{name!r} of shape {list(shape)} has no elements")
-    return name, shape, at.number("I"), at.number("Q")
+    return name, shape, reader.read_number("I"), reader.read_number("Q")
 
 
 class _Reader:
-    """A place in the bytes of a file."""
+    """A cursor in the bytes of a file."""
 
     def __init__(self, data: memoryview):
-        self._data, self.at = data, 0
+        self._data, self.offset = data, 0
 
     def take(self, count: int) -> memoryview:
-        """The next bytes, passed over."""
-        if count > len(self._data) - self.at:
-            raise ValueError(f"it claims {count} bytes at {self.at}, more than it has")
-        self.at += count
-        return self._data[self.at - count : self.at]
+        """Return the next bytes and advance."""
+        if count > len(self._data) - self.offset:
+            raise ValueError(f"it claims {count} bytes at {self.offset}, more than it has")
+        self.offset += count
+        return self._data[self.offset - count : self.offset]
 
-    def number(self, code: str) -> Any:
-        """The next number, of a code of `struct`."""
+    def read_number(self, code: str) -> Any:
+        """Read a number, given its format character of `struct`."""
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
-    def count(self, least: int) -> int:
-        """The next number, which counts things of at least so many bytes."""
-        count = self.number("Q")
-        if count * least > len(self._data) - self.at:
-            raise ValueError(f"it claims {count} items at {self.at}, more than it has bytes for")
+    def read_count(self, least: int) -> int:
+        """Read a count of items of at least `least` bytes; ValueError if they exceed the file."""
+        count = self.read_number("Q")
+        if count * least > len(self._data) - self.offset:
+            raise ValueError(
+                f"it claims {count} items at {self.offset}, more than it has bytes for"
+            )
         return count
 
-    def text(self, limit: int) -> str:
-        """The next text, of printable characters."""
-        size = self.count(1)
+    def read_text(self, limit: int) -> str:
+        """Read a printable string."""
+        size = self.read_count(1)
         if size > limit:
             raise ValueError(
-                f"it has a name of {size} bytes at {self.at}, expected at most {limit}"
+                f"it has a name of {size} bytes at {self.offset}, expected at most {limit}"
             )
         text = bytes(self.take(size)).decode()
         if not text.isprintable():
             raise ValueError(f"it has the name {text!r}, which is not printable")
         return text
 
-    def value(self, kind: int) -> Any:
-        """The next value; None for a list, or a text that is long, both passed over."""
+    def read_value(self, kind: int) -> Any:
+        """Read a value; lists and long strings are skipped and returned as None."""
         if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
+            return self.read_number(_SCALARS[kind])
         if kind == _STRING:
-            text = self.take(self.count(1))
+            text = self.take(self.read_count(1))
             return None if len(text) > _TEXT_LIMIT else bytes(text).decode(errors="replace")
         if kind != _ARRAY:
-            raise ValueError(f"it has a field of type {kind}, which is not read")
-        item = self.number("I")
+            raise ValueError(f"it has a field of type {kind}, which is not supported")
+        item = self.read_number("I")
         if item == _STRING:
-            for _ in range(self.count(8)):
-                self.take(self.count(1))
+            for _ in range(self.read_count(8)):
+                self.take(self.read_count(1))
         elif item in _SCALARS:
             width = struct.calcsize(f"<{_SCALARS[item]}")
-            self.take(width * self.count(width))
+            self.take(width * self.read_count(width))
         else:
-            raise ValueError(f"it has a list of type {item}, which is not read")
+            raise ValueError(f"it has a list of type {item}, which is not supported")
         return None

@@ -1,4 +1,4 @@
-"""JSON that anyone may have sent: read within a limit of bytes, as UTF-8, each key once."""
+"""Parse untrusted JSON: limited in size, strictly UTF-8, without duplicate keys."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from lowrank_jax._errors import CheckpointError
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-      ValueError: it is not UTF-8 without a byte order mark, is not JSON, has a key twice in one
+      ValueError: the text is not JSON, is not UTF-8 without a byte order mark, repeats a key in an
         object, or is nested too deeply.
     """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_unique)
+        return json.loads(data.decode(), object_pairs_hook=_reject_duplicates)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of a folder.
+    """Read a regular file.
 
     Raises:
-      CheckpointError: it cannot be read, or has more bytes than the limit.
+      CheckpointError: the file cannot be read, or is larger than `limit` bytes.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe, say, which would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would block
             raise CheckpointError(f"{path} could not be read (it is not a regular file)")
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -39,16 +39,16 @@ def read_file(path: Path, limit: int) -> bytes:
         raise CheckpointError(f"{path} could not be read ({error!r})") from error
     if len(data) > limit:
         raise CheckpointError(
-            f"{path} has more than {limit} bytes, too many for a file of its kind"
+            f"{path} is larger than {limit} bytes, the limit for a file of this kind"
         )
     return data
 
 
 def read_json_object(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object that a file of a folder holds.
+    """Read a file that holds a JSON object.
 
     Raises:
-      CheckpointError: the file cannot be read, is not JSON, or holds another value.
+      CheckpointError: the file cannot be read, is not JSON, or holds a value of another type.
     """
     try:
         value = parse_json(read_file(path, limit))
@@ -61,9 +61,9 @@ def read_json_object(path: Path, limit: int) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ."""
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict from a JSON object's pairs; ValueError if a key is repeated."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key is repeated in an object")
     return found

@@ -1,4 +1,4 @@
-"""A folder held against other writers."""
+"""An exclusive lock on a folder, against concurrent writers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lowrank_jax._errors import CheckpointError
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder against other writers; the kernel lets go when the process dies.
+    """Hold an exclusive lock on the folder; the kernel releases it when the process dies.
 
-    Windows and some network file systems have no such locks: there nothing is held.
+    Windows and some network file systems have no such locks. Nothing is locked there.
 
     Raises:
-      CheckpointError: another process or thread holds it.
+      CheckpointError: another process or thread holds the lock.
     """
     try:
         import fcntl

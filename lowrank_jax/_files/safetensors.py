@@ -1,6 +1,5 @@
-"""One safetensors file: its header checked before a byte of a tensor is read, and written back.
+"""Read and write one safetensors file; the header is validated before any tensor is read.
 
-Eight bytes hold the header's length, then comes the header, JSON, then the tensors without a gap.
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
 
@@ -22,8 +21,12 @@ from numpy.typing import ArrayLike
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.json_text import parse_json
 
+# Layout of a file with one tensor "w", float32 [2, 3]:
+#   bytes 0..7     the header's length n, little-endian uint64
+#   bytes 8..8+n   {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, JSON
+#   the rest       the tensors, contiguous, without gaps; offsets count from 8 + n
 HEADER_LIMIT, CHUNK = 1 << 24, 1 << 22
-NAME_LIMIT, AXES_LIMIT, _LIMIT = 1000, 32, 1 << 62
+NAME_LIMIT, AXES_LIMIT, _OFFSET_LIMIT = 1000, 32, 1 << 62
 _FIELDS = {"dtype", "shape", "data_offsets"}
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -37,11 +40,11 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(bool),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies in the file's data, and what it is."""
+    """A tensor's shape, dtype, and byte range [start, stop) in the file's data section."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -50,7 +53,7 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """An open file; `entries` tell of every tensor, and `read` brings one of them."""
+    """An open file: `entries` describes all tensors, `read` returns one."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,7 +62,7 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError(f"{path} could not be read ({error})") from error
         try:
-            self.entries, self._data = self._header()
+            self.entries, self._data = self._read_header()
         except BaseException:
             self._file.close()
             raise
@@ -70,73 +73,87 @@ class TensorFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _header(self) -> tuple[dict[str, Entry], int]:
-        """The entries, and where the data begin."""
+    def _read_header(self) -> tuple[dict[str, Entry], int]:
+        """Return the entries, validated, and the offset of the data section."""
         size = os.fstat(self._file.fileno()).st_size
         head = self._file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > min(size - 8, HEADER_LIMIT):
-            raise self._damaged(f"it has {size} bytes, too few or too many for its header")
+            raise self._make_error(f"it has {size} bytes, too few or too many for its header")
         try:
             header = parse_json(self._file.read(length))
         except ValueError as error:
-            raise self._damaged(f"its header is not JSON as the format has it: {error}") from error
+            raise self._make_error(f"its header is not JSON: {error}") from error
         if not isinstance(header, dict):
             kind = type(header).__name__
-            raise self._damaged(f"its header is not JSON as the format has it: a {kind}")
+            raise self._make_error(f"its header is not a JSON object: a {kind}")
         self._check_metadata(header.pop("__metadata__", {}))
-        entries = {name: self._entry(name, value) for name, value in header.items()}
+        entries = {name: self._parse_entry(name, value) for name, value in header.items()}
+        # Sorted by offset, each tensor must start where the last one stopped. This rules out
+        # overlaps, so that the arrays together are never larger than the file.
         at = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != at:
-                raise self._damaged(f"there is a gap or an overlap before {_short(name)}")
+                raise self._make_error(f"there is a gap or an overlap before {_abbreviate(name)}")
             at = entry.stop
         if at != size - 8 - length:
-            raise self._damaged(f"it holds {size - 8 - length} bytes of data, its header says {at}")
+            raise self._make_error(
+                f"it holds {size - 8 - length} bytes of data, its header says {at}"
+            )
         return entries, 8 + length
 
-    def _check_metadata(self, values: Any) -> None:
-        """Refuse what is not a mapping of texts."""
+    def _check_metadata(self, values: object) -> None:
+        """Raise unless the metadata is an object of strings."""
         if not isinstance(values, dict) or any(type(value) is not str for value in values.values()):
-            raise self._damaged("its __metadata__ is not an object of texts")
+            raise self._make_error("its __metadata__ is not an object of strings")
 
-    def _entry(self, name: str, value: Any) -> Entry:
-        """One tensor's entry, checked."""
+    def _parse_entry(self, name: str, value: Any) -> Entry:
+        """Validate one tensor's description."""
         if len(name) > NAME_LIMIT or not name.isprintable():
-            raise self._damaged(
-                f"it names a tensor {_short(name)}, of {len(name)} characters: expected at most "
-                f"{NAME_LIMIT}, all of them printable"
+            raise self._make_error(
+                f"it names a tensor {_abbreviate(name)}, of {len(name)} characters: expected at "
+                f"most {NAME_LIMIT}, all of them printable"
             )
         if type(value) is not dict or value.keys() != _FIELDS:
-            raise self._damaged(f"its header says {_short(value)} of {_short(name)}")
+            raise self._make_error(f"its header has {_abbreviate(value)} for {_abbreviate(name)}")
         dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
         known = DTYPES.get(dtype) if type(dtype) is str else None
         if known is None:
-            raise self._damaged(f"{_short(name)} is of dtype {_short(dtype)}, which is not read")
+            raise self._make_error(
+                f"{_abbreviate(name)} is of dtype {_abbreviate(dtype)}, which is not supported"
+            )
         lists = type(shape) is list and type(place) is list and len(place) == 2
         if not lists or len(shape) > AXES_LIMIT or not _are_natural((*shape, *place)):
-            raise self._damaged(f"shape or place of {_short(name)} are no natural numbers")
+            raise self._make_error(
+                f"shape or data_offsets of {_abbreviate(name)} are not lists of natural numbers"
+            )
         start, stop = place
         if math.prod(shape) * known.itemsize != stop - start:
-            raise self._damaged(f"{_short(name)} has another size than its shape {shape} says")
-        if start == stop and math.prod(size or 1 for size in shape) * known.itemsize >= _LIMIT:
-            raise self._damaged(f"{_short(name)} has the shape {shape}, which no array has")
+            raise self._make_error(
+                f"the size of {_abbreviate(name)} does not match its shape {shape}"
+            )
+        # [2**62, 0] has no bytes in the file, but NumPy refuses it: zeros count as 1 here
+        if (
+            start == stop
+            and math.prod(size or 1 for size in shape) * known.itemsize >= _OFFSET_LIMIT
+        ):
+            raise self._make_error(f"{_abbreviate(name)} has the shape {shape}, too large an array")
         return Entry(tuple(shape), known, start, stop)
 
-    def _damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is no safetensors file, or damaged: {why}")
+    def _make_error(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is not a safetensors file, or is damaged: {why}")
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of that name, a copy."""
+        """Read a tensor into a new array."""
         entry = self.entries[name]
         data = np.empty(entry.stop - entry.start, np.uint8)
         self._file.seek(self._data + entry.start)
         if self._file.readinto(data.data) != data.size:
-            raise self._damaged("it became shorter while it was read")
+            raise self._make_error("it became shorter while it was read")
         return data.view(entry.dtype).reshape(entry.shape)
 
     def iter_chunks(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, a few at a time."""
+        """Yield a tensor's bytes in chunks."""
         entry = self.entries[name]
         for start in range(entry.start, entry.stop, CHUNK):
             self._file.seek(self._data + start)
@@ -144,17 +161,20 @@ class TensorFile:
 
 
 def _are_natural(values: tuple[Any, ...]) -> bool:
-    """Whether all are integers from 0 up that an offset may be."""
-    return {*map(type, values)} == {int} and min(values) >= 0 and max(values) < _LIMIT
+    """Whether all values are integers in [0, _OFFSET_LIMIT); bool is rejected."""
+    return {*map(type, values)} == {int} and min(values) >= 0 and max(values) < _OFFSET_LIMIT
 
 
-def _short(value: Any) -> str:
-    """The beginning of a value's text, as Python writes it."""
+def _abbreviate(value: object) -> str:
+    """Return the beginning of a value's repr."""
     return repr(value[:200]) if isinstance(value, str) else repr(str(value)[:80])
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a file as safetensors does for torch: wide dtypes first, then by name."""
+    """Write tensors in the order of safetensors.torch: by descending item size, then by name.
+
+    Item sizes are powers of two, so that each tensor is aligned to its own item size.
+    """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -162,19 +182,19 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
         tensor = tensors[name]
         place = [at, at + tensor.nbytes]
         shape = list(tensor.shape)
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": place}
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": place}
         at = place[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for name in order:
-        file.write(_contiguous(tensors[name]).reshape(-1).view(np.uint8).data)
+        file.write(_to_contiguous(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
-def _contiguous(tensor: ArrayLike) -> np.ndarray:
-    """The tensor in C order; a transposed matrix is copied in blocks.
+def _to_contiguous(tensor: ArrayLike) -> np.ndarray:
+    """Return the tensor in C order; the transpose of a matrix is copied in blocks.
 
-    NumPy copies a whole transpose with one cache miss a number: blocks take a third of the time.
+    NumPy copies a whole transpose with one cache miss per element. Blocks take a third of the time.
     """
     tensor = np.asarray(tensor)
     if tensor.ndim != 2 or tensor.flags.c_contiguous or not tensor.flags.f_contiguous:

@@ -1,7 +1,4 @@
-"""The tensors of a model's folder: safetensors files, of which each tensor is read when asked for.
-
-Nothing is unpickled.
-"""
+"""Read the tensors of a model's folder, one safetensors file or several shards, on demand."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _INDEX_LIMIT = 1 << 26
 
 
 class Tensors(Mapping):
-    """name -> NumPy array, a copy of what the file holds, made at each look-up."""
+    """Mapping of tensor names to NumPy arrays, each read from its file at every look-up."""
 
     def __init__(self, files: Mapping[str, TensorFile]):
         self._files = files
@@ -38,34 +35,34 @@ class Tensors(Mapping):
         return len(self._files)
 
     def entry(self, name: str) -> Entry:
-        """Shape and dtype of a tensor, of which nothing is read."""
+        """Return the shape and dtype of a tensor without reading it."""
         return self._files[name].entries[name]
 
     def is_coded(self, name: str) -> bool:
-        """Whether a tensor is a weight in 4 bits, which lies [out, in] whatever its module."""
+        """Whether a tensor is a 4-bit weight; those are [out, in] even in a Conv1D module."""
         return False
 
     def file(self, name: str) -> str:
-        """The name of the file that a tensor is in."""
+        """Return the name of the file that holds a tensor."""
         return self._files[name].path.name
 
     def are_equal(self, name: str, other: str) -> bool:
-        """Whether two tensors are the same to the last bit."""
+        """Whether two tensors are equal bit for bit."""
         one, two = self.entry(name), self.entry(other)
-        iter_chunks = (self._files[key].iter_chunks(key) for key in (name, other))
+        chunks = (self._files[key].iter_chunks(key) for key in (name, other))
         same = (one.shape, one.dtype) == (two.shape, two.dtype)
-        return same and all(a == b for a, b in zip(*iter_chunks, strict=True))
+        return same and all(a == b for a, b in zip(*chunks, strict=True))
 
 
 @contextlib.contextmanager
 def open_folder(folder: Path) -> Iterator[Tensors]:
-    """The tensors of model.safetensors, or of the shards that its index names.
+    """Open model.safetensors, or the shards that the index names.
 
     Raises:
-      CheckpointError: there is no such file, a shard or one of its tensors is missing, or a file is
+      CheckpointError: neither exists, a shard or one of its tensors is missing, or a file is
         damaged.
     """
-    paths, promised = _files(folder)
+    paths, promised = _locate_files(folder)
     with contextlib.ExitStack() as stack:
         files: dict[str, TensorFile] = {}
         for path in paths:
@@ -81,8 +78,8 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
         yield Tensors(files)
 
 
-def _files(folder: Path) -> tuple[list[Path], set[str]]:
-    """The files of a folder, and the names of tensors that its index promises."""
+def _locate_files(folder: Path) -> tuple[list[Path], set[str]]:
+    """Return the paths of a folder's files, and the tensor names that the index lists."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], set()
     if not (folder / INDEX).is_file():
@@ -95,8 +92,8 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
     where = read_json_object(folder / INDEX, _INDEX_LIMIT).get("weight_map")
     if not isinstance(where, dict) or not all(type(name) is str for name in where.values()):
         raise CheckpointError(
-            f"{folder / INDEX} is no index of shards: expected a weight_map, an object that gives "
-            "each tensor the name of a file"
+            f"{folder / INDEX} is not an index of shards: expected a weight_map, an object that "
+            "maps tensor names to file names"
         )
     names = sorted({*where.values()})
     if outside := [name for name in names if Path(name).name != name or name == ".."]:
@@ -104,14 +101,15 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
             f"{folder / INDEX} names files outside its folder:\n{list_problems(outside)}"
         )
     if strange := [name for name in names if not _is_file_name(name)]:
-        raise CheckpointError(f"{folder / INDEX} names what is no file:\n{list_problems(strange)}")
+        raise CheckpointError(f"{folder / INDEX} has invalid file names:\n{list_problems(strange)}")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"shards are missing of {folder}; fetch them again\n{list_problems(missing)}"
+            f"{folder} lacks shards that its index names; fetch them again\n"
+            f"{list_problems(missing)}"
         )
     return [folder / name for name in names], {*where}
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether a file may be called so: in printable characters, and in bytes that systems take."""
+    """Whether a name is printable and short enough for a file system (255 bytes)."""
     return name.isprintable() and len(name.encode()) < 256

@@ -1,4 +1,4 @@
-"""The nodes that stand where an array stood: what they hold, and the dense weight they mean."""
+"""The nodes that take the place of an array: adapters, adapted and quantized leaves."""
 
 from lowrank_jax._nodes.adapted import Adapted as Adapted
 from lowrank_jax._nodes.adapted import Normed as Normed

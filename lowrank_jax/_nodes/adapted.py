@@ -1,10 +1,10 @@
-"""The nodes that hold a frozen leaf: with its adapter, or with the norms that DoRA needs."""
+"""Nodes around a frozen leaf: Adapted adds its adapter, Normed the norms that DoRA needs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,28 @@ from lowrank_jax._nodes.norms import compute_squared_norm
 from lowrank_jax._nodes.quantized import Quantized, dequantize_node
 from lowrank_jax._nodes.serialization import Wrapper
 
+Leaf: TypeAlias = "jax.Array | Quantized | Normed"  # a frozen leaf
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Normed(Wrapper):
-    r"""A frozen leaf and the squared norm of each output feature, which DoRA needs at every step.
+    r"""A frozen leaf with the squared norm of each output feature, which DoRA needs at every step.
 
     Args:
       value: the leaf, an array or Quantized.
-      squares: $\sum_i W_{io}^2$, float32 [*stack, *fan_out].
-      axes: the leaf's axes that squares runs along.
+      squares: $\sum_i W_{io}^2$, float32 [*stack, *fan_out] (float64 for a float64 leaf).
+      axes: the axes of the leaf that correspond to those of squares.
       terms: number of weights in each sum.
 
     Source: DoRA, arXiv 2402.09353, section 4.3; factored in arXiv 2603.22276.
+
+    >>> import lowrank_jax as lowrank
+    >>> config = lowrank.LoraConfig(rank=2, targets="w", dora=True)
+    >>> base, lora = lowrank.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, config)
+    >>> base["w"], base["w"].squares
+    (Normed(value=float32[4, 3], squares=float32[3], axes=(1,), terms=4),
+     Array([4., 4., 4.], dtype=float32))
     """
 
     value: Any
@@ -41,7 +50,7 @@ class Normed(Wrapper):
     terms: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def inner(self) -> Any:
+    def inner(self) -> jax.Array | Quantized:
         """The leaf."""
         return self.value
 
@@ -49,23 +58,23 @@ class Normed(Wrapper):
         raise make_not_lifted_error("a leaf with DoRA's norms")
 
 
-def attach_norms(leaf: Any, node: LowRank) -> Normed:
-    """The leaf with its squared norms, along the axes of an adapter."""
+def attach_norms(leaf: Leaf, node: LowRank) -> Normed:
+    """Compute the squared norms of a leaf along the output features of its adapter."""
     fan_in, fan_out, stack = node.for_shape(leaf.shape).axes(leaf.ndim)
     terms = math.prod(leaf.shape[axis] for axis in fan_in)
     squares = lax.stop_gradient(compute_squared_norm(strip_norms(leaf), stack, fan_out))
     return Normed(strip_norms(leaf), squares, (*stack, *fan_out), terms)
 
 
-def init_full(leaf: Any) -> Full:
-    """The node that trains a leaf whole, in arrays of its own: it may be donated."""
+def init_full(leaf: Leaf | Full) -> Full:
+    """Make the node that trains a leaf whole; its array is a copy, so that it may be donated."""
     dense = jnp.asarray(as_dense(leaf))
     dtype = jnp.promote_types(dense.dtype, jnp.float32)
     return make_full(jnp.array(dense, dtype, copy=True), dense.dtype)
 
 
-def strip_norms(leaf: Any) -> Any:
-    """The leaf itself."""
+def strip_norms(leaf: object) -> Any:
+    """Return the leaf inside a Normed node, and any other leaf as it is."""
     return leaf.value if isinstance(leaf, Normed) else leaf
 
 
@@ -75,11 +84,18 @@ class Adapted(Wrapper):
     r"""A frozen leaf and its adapter: $W_\text{eff} = W + m\,(W' - W)$.
 
     Args:
-      base: the frozen leaf.
+      base: the frozen leaf: an array, Quantized or Normed.
       delta: LowRank (W' = W + s a b) or Full (W' = its value).
-      multiplier: m, a scalar array, or None for 1.
-      key: dropout key (data of shape [*stack]), or None.
-      rate: dropout rate on the adapter branch's input, static.
+      multiplier: m, a float32 scalar, or None for 1.
+      key: typed PRNG keys [*stack] for dropout, or None.
+      rate: dropout rate of the input of the adapter branch, static.
+
+    >>> import lowrank_jax as lowrank
+    >>> params = {"w": jnp.ones((4, 3))}
+    >>> config = lowrank.LoraConfig(rank=2, targets="w")
+    >>> base, lora = lowrank.init(jax.random.key(0), params, config)
+    >>> lowrank.combine(base, lora)["w"]
+    Adapted(base=float32[4, 3], delta=LowRank(a=float32[4, 2], b=float32[2, 3], scale=2.0, rank=2))
     """
 
     base: Any
@@ -89,7 +105,7 @@ class Adapted(Wrapper):
     rate: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
-    def inner(self) -> Any:
+    def inner(self) -> Leaf:
         """The frozen leaf."""
         return self.base
 
@@ -97,21 +113,21 @@ class Adapted(Wrapper):
         raise make_not_lifted_error("an adapted weight")
 
 
-def is_node(value: Any) -> bool:
-    """Whether a value is one of the library's nodes: the `is_leaf` for trees that hold them."""
-    return isinstance(value, _NODES)
-
-
 _NODES = LowRank, Full, Adapted, Normed, Quantized
 
 
-def is_adapter(value: Any) -> bool:
-    """Whether a value is a node that has to do with an adapter."""
+def is_node(value: object) -> bool:
+    """Whether a value is a node of this library; the `is_leaf` for trees that hold nodes."""
+    return isinstance(value, _NODES)
+
+
+def is_adapter(value: object) -> bool:
+    """Whether a value is an adapter (LowRank or Full) or holds one (Adapted)."""
     return isinstance(value, LowRank | Full | Adapted)
 
 
-def as_dense(leaf: Any) -> Any:
-    """The dense array of a leaf that has no adapter: quantized, trained whole, or an array."""
+def as_dense(leaf: Leaf | Full) -> Any:
+    """Return the dense array of a leaf without an adapter: Quantized, Full, or an array."""
     if isinstance(leaf, Quantized):
         return dequantize_node(jaxprs.to_device(leaf))
     if isinstance(leaf, Normed):
@@ -120,7 +136,7 @@ def as_dense(leaf: Any) -> Any:
 
 
 def collect_adapters(lora: PyTree) -> dict[str, Any]:
-    """The nodes of an adapter by path."""
+    """Return path -> LowRank or Full of an adapter; raises CheckpointError for other trees."""
     nodes = dict(flatten(lora, is_leaf=is_node)[0])
     for path, node in nodes.items():
         if not isinstance(node, LowRank | Full):

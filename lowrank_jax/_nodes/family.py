@@ -1,7 +1,7 @@
-"""Adapters that are low-rank products by another way: LoHa, VeRA, (IA)^3, and rows of a table.
+"""Adapters that reduce to low-rank products: LoHa, VeRA, (IA)^3, and trained rows of a table.
 
-Each is a LowRank node that says what its factors are; all else (merging, dropout, DoRA, sharding,
-checkpoints, quantized bases) is LowRank's own.
+Each is a LowRank node that computes the factors from other arrays. Merging, dropout, DoRA,
+sharding, checkpoints and quantized bases work as for LowRank.
 """
 
 from __future__ import annotations
@@ -26,20 +26,28 @@ class LoHa(LowRank):
     r"""A Hadamard product: $\Delta W = s\,(a_1 b_1) \odot (a_2 b_2)$, of rank $r^2$.
 
     Args:
-      a: [*stack, *fan_in, 2 r], a_1 and a_2 side by side.
-      b: [*stack, 2 r, *fan_out], likewise.
-      magnitude, fan_in, fan_out, stack, scale, kind, folded, base_modified: as of LowRank.
+      a: [*stack, *fan_in, 2 r], a_1 and a_2 concatenated.
+      b: [*stack, 2 r, *fan_out], b_1 and b_2 concatenated.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded, base_modified: as for LowRank.
 
     Source: FedPara, arXiv 2108.06098, proposition 1; LyCORIS, arXiv 2309.14859, section 3.
+
+    >>> node = LoHa(jnp.ones((4, 4)), jnp.ones((4, 3)))
+    >>> node.rank, [factor.shape for factor in node.factors()]
+    (2, [(4, 4), (4, 3)])
     """
 
     @property
     def rank(self) -> int:
-        """r, of each of the two products."""
+        """r, the rank of each of the two products."""
         return self.a.shape[-1] // 2
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """The products of columns, and of rows, by pairs: row-wise Kronecker products."""
+        """Return factors of rank r^2: all products of pairs of columns, and of pairs of rows."""
+        # The Hadamard product of two low-rank products is a low-rank product of row-wise Kronecker
+        # products: sum_pq (a_p c_q)(b_p d_q). With r = 2: a_1 [4, 2] and a_2 [4, 2] are multiplied
+        # as [4, 2, 1] * [4, 1, 2] and reshaped to [4, 4]; b_1 and b_2, [2, 3], as [2, 1, 3] *
+        # [1, 2, 3], reshaped to [4, 3] with p outer and q inner, as in a.
         at = self.b.ndim - 1 - len(self.fan_out)
         (a, c), (b, d) = jnp.split(self.a, 2, -1), jnp.split(self.b, 2, at)
         a = (a[..., :, None] * c[..., None, :]).reshape(*a.shape[:-1], -1)
@@ -50,20 +58,24 @@ class LoHa(LowRank):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class VeRA(LowRank):
-    r"""Two vectors between fixed random matrices: $\Delta W = s\,A\,\Lambda_d\,B\,\Lambda_e$.
+    r"""Two trained vectors and fixed random matrices: $\Delta W = s\,A\,\Lambda_d\,B\,\Lambda_e$.
 
-    r + o numbers are trained. A [*fan_in, r] and B [r, *fan_out] are drawn anew from the seed
-    whenever they are needed, and kept by nobody: the same numbers in every process, whatever PRNG
-    it uses. Leaves of one shape, and all layers of a stack, share them.
+    r + o numbers are trained. A [*fan_in, r] and B [r, *fan_out] are not stored: they are generated
+    from the seed at each use, with the same numbers in every process, whatever its PRNG. Leaves of
+    the same shape, and all layers of a stack, share them.
 
     Args:
       a: d, [*stack, r].
       b: e, [*stack, *fan_out].
-      magnitude, fan_in, fan_out, stack, scale, kind, folded, base_modified: as of LowRank.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded, base_modified: as for LowRank.
       inputs: sizes of the fan-in axes.
-      seed: of A and B.
+      seed: seed of A and B.
 
     Source: VeRA, arXiv 2310.11454, equation 2.
+
+    >>> node = VeRA(jnp.ones(2), jnp.ones(3), inputs=(4,))
+    >>> node.shape, [factor.shape for factor in node.factors()]
+    ((4, 3), [(4, 2), (2, 3)])
     """
 
     inputs: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
@@ -71,25 +83,27 @@ class VeRA(LowRank):
 
     @property
     def labels(self) -> tuple[Labels, Labels]:
-        """d runs along the rank, e along the output features."""
+        """Labels of d, along the rank, and of e, along the output features."""
         return (*self.stack, RANK), (*self.stack, *self.fan_out)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense delta."""
+        """Shape of the dense ΔW."""
         stack = self.a.shape[:-1]
         return _assemble_shape(self, stack, self.inputs, self.b.shape[len(stack) :])
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """The random matrices, each column of A times d, each output feature of B times e."""
+        """Return A with its columns multiplied by d, and B with its output features by e."""
         stacked = self.a.ndim - 1
         outputs = self.b.shape[stacked:]
-        # Kaiming's uniform distribution: of variance 2 / fan_in
+        # Kaiming's uniform distribution, of variance 2 / fan_in
         draw = lambda stream, shape, fan_in: seeded_uniform(
             self.seed, stream, shape, math.sqrt(6 / fan_in)
         )
         fixed_a = draw(0, (*self.inputs, self.rank), math.prod(self.inputs))
         fixed_b = draw(1, (self.rank, *outputs), self.rank)
+        # d [12, r] of a stack of 12 and fan_in [4, 8] becomes [12, 1, 1, r] and broadcasts with A
+        # [4, 8, r] to [12, 4, 8, r]; e [12, o] becomes [12, 1, o] and broadcasts with B [r, o].
         d = self.a.reshape(*self.a.shape[:-1], *(1,) * len(self.inputs), self.rank)
         e = jnp.expand_dims(self.b, stacked)
         return fixed_a.astype(d.dtype) * d, fixed_b.astype(e.dtype) * e
@@ -98,17 +112,21 @@ class VeRA(LowRank):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class IA3(LowRank):
-    r"""One number for each output feature: $W_\text{eff} = W\,\Lambda_l$.
+    r"""A trained factor for each output feature: $W_\text{eff} = W\,\Lambda_l$.
 
-    As a LowRank node: one of rank 0 whose folded magnitude is l.
+    It is a LowRank node of rank 0 whose folded magnitude is l.
 
     Args:
       a, b: None.
       magnitude: l, [*stack, *fan_out].
-      fan_in, fan_out, stack, scale, kind, folded, base_modified: as of LowRank.
+      fan_in, fan_out, stack, scale, kind, folded, base_modified: as for LowRank.
       inputs: sizes of the fan-in axes.
 
     Source: (IA)^3, arXiv 2205.05638, section 3.3.
+
+    >>> node = IA3(magnitude=jnp.ones(3), inputs=(4,))
+    >>> node, node.shape
+    (IA3(magnitude=float32[3], inputs=(4,), rank=0), (4, 3))
     """
 
     a: Any = None
@@ -138,14 +156,14 @@ class IA3(LowRank):
         )
 
     def for_shape(self, shape: Sequence[int]) -> LowRank:
-        """The adapter of a weight of this shape: a part of the fan-in has the same l."""
+        """Return the adapter of a weight of this shape; a part of the fan-in has the same l."""
         if len(shape) != self.ndim:
             return super().for_shape(shape)
         fan_in, _, _ = self.axes(len(shape))
         return dataclasses.replace(self, inputs=tuple(shape[axis] for axis in fan_in))
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """None: arrays without elements."""
+        """Return factors of rank 0: arrays without elements."""
         at = self.magnitude.ndim - len(self.fan_out)
         stack, outputs = self.magnitude.shape[:at], self.magnitude.shape[at:]
         make = lambda shape: jnp.zeros(shape, self.magnitude.dtype)
@@ -155,16 +173,18 @@ class IA3(LowRank):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Rows(LowRank):
-    r"""Some rows of a table: $\Delta W_{row_k} = b_k$, and nothing elsewhere.
+    r"""Trained rows of a table: $\Delta W_{row_k} = b_k$, and 0 in all other rows.
 
     Args:
       a: None.
       b: [rows, *features].
-      magnitude, fan_in, fan_out, stack, scale, kind, folded, base_modified: as of LowRank.
-      rows: their numbers along the table's first axis.
-      size: how many rows the table has.
+      magnitude, fan_in, fan_out, stack, scale, kind, folded, base_modified: as for LowRank.
+      rows: their indices along the first axis of the table.
+      size: number of rows of the table.
 
-    Source: a product with the unit vectors of the rows.
+    >>> node = Rows(b=jnp.ones((2, 3)), rows=(1, 7), size=9)
+    >>> node.shape, node.factors()[0].shape
+    ((9, 3), (9, 2))
     """
 
     a: Any = None
@@ -181,12 +201,12 @@ class Rows(LowRank):
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the changes."""
+        """Dtype of b."""
         return self.b.dtype
 
     @property
     def labels(self) -> tuple[Labels, Labels]:
-        """The rows themselves run along no axis."""
+        """Labels of a, which is absent, and of b, whose first axis is no axis of the table."""
         return (None,), (None, *self.fan_out)
 
     @property
@@ -196,7 +216,7 @@ class Rows(LowRank):
         return (self.size, *self.b.shape[1:])
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """Unit vectors, and the changes of their rows."""
+        """Return one-hot vectors of the rows, [size, rows], and b."""
         rows = jnp.asarray(self.rows)
         return (jnp.arange(self.size)[:, None] == rows).astype(self.b.dtype), self.b
 
@@ -204,7 +224,7 @@ class Rows(LowRank):
 def _assemble_shape(
     node: LowRank, stack: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]
 ) -> tuple[int, ...]:
-    """Shape of the weight whose axes of each kind have these sizes."""
+    """Assemble the shape of the weight from the sizes of its stack, fan-in and fan-out axes."""
     ndim = len(stack) + len(inputs) + len(outputs)
     fan_in, fan_out, stacked = node.axes(ndim)
     sizes = (*inputs, *outputs, *stack)
@@ -212,20 +232,20 @@ def _assemble_shape(
     return tuple(placed[axis] for axis in range(ndim))
 
 
-def init_rows(path: str, leaf: Any, rows: tuple[int, ...], dtype: str) -> Rows:
-    """No change at first."""
+def init_rows(path: str, leaf: jax.Array, rows: tuple[int, ...], dtype: str) -> Rows:
+    """Make the initial node of trained rows; its changes b are 0."""
     if wrong := [row for row in rows if not 0 <= row < leaf.shape[0]]:
         raise ConfigError(f"train_rows names row {wrong[0]} of {path!r}, which has {leaf.shape[0]}")
     if leaf.ndim < 2:
-        raise ConfigError(f"train_rows names {path!r} of shape {leaf.shape}, which is no table")
+        raise ConfigError(f"train_rows names {path!r} of shape {leaf.shape}, which is not a table")
     changes = jnp.zeros((len(rows), *leaf.shape[1:]), dtype)
     fan_out = tuple(range(1, leaf.ndim))
     options = {"kind": "lookup", "rows": rows, "size": leaf.shape[0]}
     return Rows(b=changes, fan_in=(0,), fan_out=fan_out, **options)
 
 
-def init_loha(key: Any, leaf: Any, target: Any, config: Any) -> LoHa:
-    """a_2 = 0, so that nothing changes at first; the rest as in LyCORIS."""
+def init_loha(key: jax.Array, leaf: jax.Array, target: Any, config: Any) -> LoHa:
+    """Make the initial LoHa node: a_2 = 0, so that ΔW = 0, and the rest as in LyCORIS."""
     stack, fan_in, fan_out = get_sizes(leaf, target)
     one, two, three = jax.random.split(key, 3)
     rank = target.rank
@@ -238,26 +258,28 @@ def init_loha(key: Any, leaf: Any, target: Any, config: Any) -> LoHa:
     )
 
 
-def init_vera(key: Any, leaf: Any, target: Any, config: Any) -> VeRA:
-    """d = 0.1 and e = 0, as in the paper."""
+def init_vera(key: jax.Array, leaf: jax.Array, target: Any, config: Any) -> VeRA:
+    """Make the initial VeRA node: d = 0.1 and e = 0, as in the paper."""
     stack, fan_in, fan_out = get_sizes(leaf, target)
     d = jnp.full((*stack, target.rank), 0.1, config.factor_dtype)
     e = jnp.zeros((*stack, *fan_out), config.factor_dtype)
     return VeRA(d, e, **get_target_fields(target), inputs=fan_in, seed=config.projection_seed)
 
 
-def init_ia3(key: Any, leaf: Any, target: Any, config: Any) -> IA3:
-    r"""l = 1, so that nothing changes at first."""
+def init_ia3(key: jax.Array, leaf: jax.Array, target: Any, config: Any) -> IA3:
+    """Make the initial (IA)^3 node: l = 1, so that ΔW = 0."""
     stack, fan_in, fan_out = get_sizes(leaf, target)
     return IA3(magnitude=jnp.ones((*stack, *fan_out)), **get_target_fields(target), inputs=fan_in)
 
 
-def get_sizes(leaf: Any, target: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Sizes of a leaf's stack, fan-in and fan-out axes."""
-    of = lambda get_target_fields: tuple(leaf.shape[axis] for axis in get_target_fields)
+def get_sizes(
+    leaf: jax.Array, target: Any
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes of the stack, fan-in and fan-out axes of a leaf."""
+    of = lambda axes: tuple(leaf.shape[axis] for axis in axes)
     return of(target.stack), of(target.fan_in), of(target.fan_out)
 
 
 def get_target_fields(target: Any) -> dict[str, Any]:
-    """The static fields of a target's node."""
+    """Return the static fields of LowRank that a Target determines."""
     return {name: getattr(target, name) for name in ("fan_in", "fan_out", "stack", "scale", "kind")}

@@ -1,4 +1,4 @@
-"""The node of a leaf that is trained whole."""
+"""The node of a leaf that is trained whole, without a low-rank adapter."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from lowrank_jax._nodes.serialization import Wrapper
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Full(Wrapper):
-    r"""A leaf trained whole beside the adapters.
+    r"""A leaf that is trained whole, beside the low-rank adapters.
 
-    It is trained in float32 where the leaf is narrower, for bfloat16 has no room for the steps of
-    an optimizer; what uses the leaf, merges it or writes it for others has the leaf's own dtype.
+    A leaf narrower than float32 is trained in float32, because bfloat16 would round small updates
+    away. The leaf is used, merged and saved in its original dtype.
 
     Args:
-      value: of the leaf's shape, in promote_types(the leaf's dtype, float32).
-      weight_dtype: name of the leaf's dtype where that is another than value's; else "".
+      value: shape of the leaf, dtype promote_types(dtype of the leaf, float32).
+      weight_dtype: name of the dtype of the leaf if it differs from that of value, else "".
+
+    >>> import lowrank_jax as lowrank
+    >>> params = {"w": jnp.ones((4, 3)), "bias": jnp.zeros(3, jnp.bfloat16)}
+    >>> config = lowrank.LoraConfig(rank=2, targets="w", train="bias")
+    >>> _, lora = lowrank.init(jax.random.key(0), params, config)
+    >>> lora["bias"]
+    Full(value=float32[3], weight_dtype='bfloat16')
     """
 
     value: Any
@@ -31,22 +38,22 @@ class Full(Wrapper):
 
     @property
     def inner(self) -> Any:
-        """The leaf as it is trained."""
+        """The leaf in the dtype it is trained in."""
         return self.value
 
     @property
     def weight(self) -> Any:
-        """The leaf: value in the leaf's dtype."""
+        """The leaf in its original dtype."""
         return self.value.astype(self.weight_dtype) if self.weight_dtype else self.value
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it is of a leaf of this shape."""
+        """Whether the node belongs to a leaf of this shape."""
         return tuple(self.shape) == tuple(shape)
 
     def __jax_array__(self):
         raise make_not_lifted_error("a Full leaf")
 
 
-def make_full(value: Any, dtype: jax.typing.DTypeLike) -> Full:
-    """The node of a leaf of this dtype, which is trained as value is."""
+def make_full(value: jax.Array, dtype: jax.typing.DTypeLike) -> Full:
+    """Make the node of a leaf of the given dtype that is trained as value."""
     return Full(value, "" if value.dtype == dtype else jnp.dtype(dtype).name)

@@ -1,6 +1,6 @@
-"""Quantized leaves made on the host, in pieces, of NumPy arrays.
+"""Quantization of NumPy arrays on the host, in pieces and by several threads.
 
-What it takes beside the codes is some megabytes for each core, whatever the leaf's size.
+Besides the codes it needs a few megabytes of memory for each core, whatever the size of the leaf.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,22 +16,25 @@ import jax
 import numpy as np
 
 from lowrank_jax._codecs import get_format, host
-from lowrank_jax._nodes.quantized import Quantized, get_flat_order
+from lowrank_jax._nodes.decoding import get_flat_order
+from lowrank_jax._nodes.quantized import Quantized
 
-PIECE = 1 << 18  # values that a thread works on
-_ALIGNED = 64  # bytes; what JAX asks of a buffer that it takes over without a copy
+PIECE = 1 << 18  # number of values that a thread encodes at a time
+_ALIGNED = 64  # alignment in bytes that JAX requires of a NumPy buffer to use it without a copy
 
 
-def quantize_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, tuple[int, int]]:
-    """Quantize a leaf; the same as `quantized` makes on a device.
+def quantize_on_host(
+    leaf: np.ndarray | Iterable[np.ndarray], shapes: Quantized
+) -> tuple[Quantized, tuple[int, int]]:
+    """Quantize a leaf on the host, with the result of `quantize_array` on a device.
 
     Args:
-      leaf: NumPy array; where the leaf is a stack, an iterable of its layers will do.
-      shapes: what is to be made, without values.
+      leaf: a NumPy array, or for a stack an iterable of its layers.
+      shapes: the node to make, with shapes in place of arrays.
 
     Returns:
-      The leaf with NumPy arrays, and how many values are not finite, and how many blocks of scales
-      are too large to be quantized in their turn.
+      The node with NumPy arrays, and two counts: of values that are not finite, and of blocks of
+      scales that are too large for double quantization.
     """
     node = jax.tree.map(lambda part: allocate_aligned(part.shape, part.dtype), shapes)
     bad = _fill(node, np.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf)
@@ -38,24 +42,29 @@ def quantize_on_host(leaf: Any, shapes: Quantized) -> tuple[Quantized, tuple[int
 
 
 def count_nonfinite(array: np.ndarray) -> int:
-    """How many values are not finite."""
+    """Count the values that are not finite, piece by piece."""
     return _sum_over(
         _cut_into_pieces(array, ()), lambda cut: _count_nonfinite_in(_to_float32(array[cut]))
     )
 
 
 def _to_float32(piece: np.ndarray) -> np.ndarray:
-    """A piece as it is computed with, in an order of its own; beyond float32 it is infinite."""
+    """Convert a piece to contiguous float32; values that overflow become infinite."""
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(piece, np.float32)
 
 
 def _count_nonfinite_in(piece: np.ndarray) -> int:
+    """Count the values of one piece that are not finite."""
     return int(np.sum(~np.isfinite(piece)))
 
 
 def _fill(node: Quantized, leaf: Any) -> int:
-    """Write codes and scales into a node's arrays."""
+    """Write codes and scales into the arrays of a node; return the count of nonfinite values."""
+    # A stack is filled layer by layer: the arrays of `_get_layer` are views. With double
+    # quantization, the float32 scales of a layer go to a temporary array. Once all are known, they
+    # are encoded in their flat order and the codes are written through the transposed view: scales
+    # [2, 6] with strides (1, 2) have the order (1, 0), so that flat is [6, 2].
     if node.stacked:
         layers = enumerate(leaf)
         return sum(_fill(_get_layer(node, number), layer) for number, layer in layers)
@@ -71,12 +80,14 @@ def _fill(node: Quantized, leaf: Any) -> int:
 
 
 def _get_layer(node: Quantized, number: int) -> Quantized:
-    """The node of one layer; views."""
+    """Get the node of one layer of a stack; its arrays are views."""
     return jax.tree.map(lambda array: array[(number, ...)], node)
 
 
 def _fill_blocked(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
-    """A leaf whose axes whole blocks fill; in pieces, between blocks."""
+    """Fill a node whose codes keep the axes of the leaf, cutting pieces along axes of blocks."""
+    # A leaf [128, 6] in blocks of 64: blocks is the view [2, 64, 6], axis at = 1 is never cut. A
+    # piece is, say, [2, 64, 0:3], its scales [2, 0:3]: the same cut without that axis.
     at = node.leading + 1
     shape = (*node.codes.shape[:at], node.block_size, *node.codes.shape[at + 1 :])
     blocks = leaf.reshape(shape)
@@ -92,7 +103,11 @@ def _fill_blocked(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
 
 
 def _fill_flat(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
-    """A leaf in torch's order, in pieces of whole blocks; the last one may be short."""
+    """Fill a node kept flat, in torch's order, in pieces of whole blocks; the last may be short."""
+    # The flat order is that of the transposed leaf `rows`, which is not contiguous. A piece is a
+    # range start:stop of it, so the rows that cover the range are copied, and the range is cut out
+    # of the copy. For rows of width 10 and the range 32:64: rows 3:7 are copied, and of these 40
+    # values 2:34 are the piece.
     rows, size = leaf.transpose(node.order), node.block_size
     width, per_piece = math.prod(rows.shape[1:]), max(1, PIECE // size)
 
@@ -111,14 +126,14 @@ def _fill_flat(node: Quantized, leaf: np.ndarray, scales: np.ndarray) -> int:
 
 
 def _store_codes(node: Quantized, cut: tuple[slice, ...], codes: np.ndarray, axis: int) -> None:
-    """Write codes into their place; an integer of 4 bits has a byte of its own."""
+    """Write codes into the node; a NumPy uint4 takes a byte, so bytes are written as such."""
     if get_format(node.format).is_packed:
         codes = host.pack(codes, axis, node.packing)
     node.codes.view(codes.dtype)[cut] = codes
 
 
 def _cut_into_pieces(array: np.ndarray, whole: tuple[int, ...]) -> list[tuple[slice, ...]]:
-    """Where to cut an array: along its longest axis, but for those to leave whole."""
+    """Cut an array into pieces of about PIECE values along its longest axis not in `whole`."""
     cuttable = [axis for axis in range(array.ndim) if axis not in whole]
     axis = max(cuttable, key=array.shape.__getitem__, default=None)
     if axis is None or not array.size:
@@ -133,8 +148,8 @@ def _cut_into_pieces(array: np.ndarray, whole: tuple[int, ...]) -> list[tuple[sl
     ]
 
 
-def _sum_over(cuts: list[Any], one: Any) -> int:
-    """The sum of a function over pieces, by as many threads as there are cores."""
+def _sum_over(cuts: list[tuple[slice, ...]], one: Callable[[tuple[slice, ...]], int]) -> int:
+    """Sum the results of a function over pieces, with one thread for each core."""
     if len(cuts) == 1:
         return int(one(cuts[0]))
     with ThreadPoolExecutor(min(len(cuts), _count_cores())) as pool:
@@ -142,13 +157,13 @@ def _sum_over(cuts: list[Any], one: Any) -> int:
 
 
 def _count_cores() -> int:
-    """How many cores this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # not everywhere
+    """Count the cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # only on some systems
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def allocate_aligned(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> np.ndarray:
-    """An array that JAX can take over; a uint4 takes a byte."""
+    """Allocate an array whose alignment lets JAX use it without a copy; a uint4 takes a byte."""
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     room = np.empty(size + _ALIGNED, np.uint8)
     start = -room.ctypes.data % _ALIGNED

@@ -1,4 +1,4 @@
-"""The node of low-rank factors."""
+"""The LowRank node: the factors a and b of one adapted leaf."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from lowrank_jax._primitives.contract import RANK, Labels
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LowRank(Node):
-    r"""Factors of one leaf: $\Delta W = s\,a\,b$, transposed back to the kernel's layout.
+    r"""The factors of one leaf: $\Delta W = s\,a\,b$, transposed to the axes of the weight.
 
     Args:
-      a: [*stack, *fan_in, r].
-      b: [*stack, r, *fan_out].
+      a: [*stack, *fan_in, r], floating.
+      b: [*stack, r, *fan_out], dtype of a.
       magnitude: DoRA's magnitude m, [*stack, *fan_out], or None. With it
-        $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b\rVert$, the norm of each output
-        feature, constant to every derivative.
-      fan_in, fan_out, stack: the kernel's axes, by number, in the kernel's own order.
-      scale: s, a static number: it is never trained.
-      kind: "dot", "conv" or "lookup", the use that decided the axes.
-      folded: whether magnitude is already divided by the norm, as fold_norms leaves it.
-      moved: whether an initializer moved weight out of the base (PiSSA and its like): the change is
-        then of the base that init returned, and not of the parameters it was given.
+        $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b\rVert$, with the norm of each output
+        feature, which is held constant in derivatives.
+      fan_in, fan_out, stack: axis numbers of the weight, each in ascending order.
+      scale: s, static; it is never trained.
+      kind: "dot", "conv" or "lookup", the use that determined the axes.
+      folded: whether magnitude is already divided by the norm, as by fold_norms.
+      base_modified: whether the initializer changed the base, as PiSSA does. The adapter then
+        applies to the base that init returned, not to the parameters that were passed to it.
 
     Source: LoRA, arXiv 2106.09685, equation 3; DoRA, arXiv 2402.09353, equation 5.
+
+    >>> import jax.numpy as jnp
+    >>> node = LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), scale=0.5)
+    >>> node, node.rank, node.shape
+    (LowRank(a=float32[4, 2], b=float32[2, 3], scale=0.5, rank=2), 2, (4, 3))
     """
 
     a: Any
@@ -47,7 +52,7 @@ class LowRank(Node):
     folded: bool = dataclasses.field(default=False, metadata={"static": True})
     base_modified: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    required: ClassVar[tuple[str, ...]] = ("a", "b")  # the arrays that it always has
+    required: ClassVar[tuple[str, ...]] = ("a", "b")  # array fields that are never None
 
     @property
     def rank(self) -> int:
@@ -56,7 +61,7 @@ class LowRank(Node):
 
     @property
     def is_full(self) -> bool:
-        """Whether a and b have the largest rank that the weight can have."""
+        """Whether the rank is the largest one possible, the smaller of fan-in and fan-out."""
         if self.a is None or any(RANK not in labels for labels in self.labels):
             return False
         at, columns = len(self.stacked), self.a.shape[-1]
@@ -68,41 +73,44 @@ class LowRank(Node):
 
     @property
     def labels(self) -> tuple[Labels, Labels]:
-        """For each axis of a and of b the axis of the weight that it runs along, or RANK."""
+        """For each axis of a and of b, the axis of the weight it corresponds to, or RANK."""
         return (*self.stack, *self.fan_in, RANK), (*self.stack, RANK, *self.fan_out)
 
     @property
     def array_labels(self) -> dict[str, Labels]:
-        """For each array that there is, by its field, the axes of the weight that it runs along."""
+        """Field -> labels for each array field that is not None: axes of the weight, or RANK."""
         a, b = self.labels
         labels = {"a": a, "b": b, "magnitude": (*self.stack, *self.fan_out)}
         return {name: own for name, own in labels.items() if getattr(self, name) is not None}
 
     @property
     def stacked(self) -> tuple[int, ...]:
-        """Sizes of the axes that every array has: of stacked adapters, then of stacked weights."""
+        """Sizes of the axes that lead every array: first of stacked adapters, then of the stack."""
         name, labels = next(iter(self.array_labels.items()))
         shape = getattr(self, name).shape
         return shape[: len(shape) - len(labels) + len(self.stack)]
 
     @property
     def adapters(self) -> int:
-        """Number of axes of stacked adapters, which lead every array."""
+        """Number of leading axes that enumerate adapters stacked into one node."""
         return len(self.stacked) - len(self.stack)
 
     def factors(self) -> tuple[Any, Any]:
-        """Arrays [*stack, *fan_in, r] and [*stack, r, *fan_out], whose product times s is added."""
+        """Return arrays [*stack, *fan_in, r] and [*stack, r, *fan_out] whose product is ΔW / s."""
         return self.a, self.b
 
     def for_shape(self, shape: Sequence[int]) -> LowRank:
-        """The adapter of a weight of this shape, which inside shard_map is a part of the whole.
+        """Return the adapter of a weight of this shape, without stack axes that a loop removed.
 
-        Which stack axes a loop or vmap took away its sizes tell: an adapter of [3, 4, 2, 5] with
-        stack axes 0 and 2 stands at [4, 2, 5] without axis 0, at [3, 4, 5] without axis 2.
+        Inside shard_map the shape is that of one device's part.
 
         Raises:
-          AxesError: they do not tell.
+          AxesError: the shape does not determine which stack axes were removed.
         """
+        # A loop or vmap over a stack axis leaves arrays without it, while the static fields still
+        # number the axes of the whole weight. The sizes identify the removed axis: an adapter of
+        # [3, 4, 2, 5] with stack (0, 2) meets [4, 2, 5] without axis 0, where fan_in (1,) becomes
+        # (0,), and [3, 4, 5] without axis 2.
         gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - len(shape)
         if not 0 < gone <= len(self.stack):
             return self
@@ -118,7 +126,7 @@ class LowRank(Node):
         return next(iter(found.values()), self)
 
     def _drop_stack_axes(self, lost: Sequence[int]) -> LowRank:
-        """The adapter whose arrays have lost these stack axes."""
+        """Renumber the axes for arrays from which these stack axes were removed."""
         shift = lambda axes: tuple(
             axis - sum(axis > other for other in lost) for axis in axes if axis not in lost
         )
@@ -126,12 +134,14 @@ class LowRank(Node):
         return dataclasses.replace(self, **axes)
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it is the adapter of a weight of this shape."""
+        """Whether the adapter belongs to a weight of this shape."""
         return tuple(self.for_shape(shape).shape) == tuple(shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense delta; stack axes that a loop or vmap took away are left out."""
+        """Shape of the dense ΔW, without stack axes that a loop or vmap removed."""
+        # a [5, 8, 2] and b [5, 2, 6] with stack (1,), fan_in (0,), fan_out (2,): axes 1 and 0 get
+        # the sizes (5, 8) of a, axis 2 the size 6 of b, so that the shape is (8, 5, 6).
         fan_in, fan_out, stack = self.axes(self.a.ndim - 1 + len(self.fan_out))
         shape = [0] * (len(fan_in) + len(fan_out) + len(stack))
         for axis, size in zip(stack + fan_in, self.a.shape[:-1], strict=True):
@@ -142,7 +152,7 @@ class LowRank(Node):
 
     @property
     def ndim(self) -> int:
-        """Number of axes of the dense delta."""
+        """Number of axes of the dense ΔW."""
         return len(self.shape)
 
     @property
@@ -151,7 +161,13 @@ class LowRank(Node):
         return self.a.dtype
 
     def axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """fan_in, fan_out and stack axes of a leaf of ndim axes, leading stack ones mapped away."""
+        """Return fan_in, fan_out and stack for a weight of ndim axes.
+
+        If axes are missing, the first stack axes are taken to be those that a loop removed.
+
+        Raises:
+          AxesError: ndim is not possible for this adapter.
+        """
         gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - ndim
         if not 0 <= gone <= len(self.stack):
             raise AxesError(

@@ -1,4 +1,4 @@
-"""The table of methods: what a kind of adapter is called, how it starts, who can take it."""
+"""The table of adapter methods: LoRA, LoHa, VeRA, (IA)^3 and trained rows of a table."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ class Method:
     """One kind of adapter.
 
     Args:
-      node: the class of its nodes.
-      label: what people call it.
-      name: in `LoraConfig.method`; "" where that does not choose it.
-      start: (key, leaf, target, config) -> node that changes nothing; None: LoRA's a and b, by an
-        initializer.
-      scale: s where alpha is not given; None: alpha is twice the rank.
-      rank_is_bounded: whether fan-in and fan-out bound the rank.
-      is_seeded: whether random matrices are remade from `LoraConfig.projection_seed`.
-      has_norm: whether DoRA's magnitude and rank-stabilized scales are for it.
-      is_direct: whether its arrays are weights themselves, and not factors of a product.
-      in_peft: whether a LoRA file of PEFT holds it.
+      node: class of its nodes.
+      label: display name.
+      name: its name in `LoraConfig.method`, or "" if it is selected otherwise.
+      start: (key, leaf, target, config) -> initial node, which changes nothing. None if an
+        initializer makes a and b, as for LoRA.
+      scale: s if alpha is not given; None if alpha then is twice the rank.
+      rank_is_bounded: whether the rank is at most fan-in and fan-out.
+      is_seeded: whether random matrices are regenerated from `LoraConfig.projection_seed`.
+      has_norm: whether DoRA and rank-stabilized scales apply to it.
+      is_direct: whether its arrays are weights, not factors of a product.
+      in_peft: whether a LoRA file of PEFT can hold it.
+
+    >>> find_method("vera").label, find_method("vera").scale, method_names()
+    ('VeRA', 1.0, ('lora', 'loha', 'vera', 'ia3'))
     """
 
     node: type[LowRank]
@@ -57,17 +60,17 @@ ADAPTER_METHODS = [
 
 
 def method_names() -> tuple[str, ...]:
-    """What `LoraConfig.method` may be."""
+    """The values of `LoraConfig.method`."""
     return tuple(row.name for row in ADAPTER_METHODS if row.name)
 
 
 def find_method(name: str) -> Method:
-    """The method of a name."""
+    """Find a method by its name in `LoraConfig.method`."""
     return next(row for row in ADAPTER_METHODS if row.name == name)
 
 
 def get_method(node: LowRank) -> Method:
-    """The method of an adapter; factors of rank 0 are how (IA)^3 was once written."""
+    """Get the method of an adapter node; a LowRank node of rank 0 is an (IA)^3 of old files."""
     kind = (
         IA3 if type(node) is LowRank and getattr(node.a, "shape", ())[-1:] == (0,) else type(node)
     )
@@ -75,7 +78,7 @@ def get_method(node: LowRank) -> Method:
 
 
 def get_label(node: LowRank) -> str:
-    """What people call an adapter: "LoRA", "DoRA", "DoRA of LoHa", ..."""
+    """Get the display name of an adapter node: "LoRA", "DoRA" or "DoRA of LoHa"."""
     method = get_method(node)
     if node.magnitude is None or not method.has_norm:
         return method.label

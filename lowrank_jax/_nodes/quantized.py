@@ -1,9 +1,9 @@
-r"""A leaf kept as small integers: how its blocks lie, and the dense weight it stands for.
+r"""The Quantized node: a leaf stored as blocks of 4- or 8-bit codes with their scales.
 
-A kernel's codes keep the kernel's own axes, so that its PartitionSpec carries over and stacked
-layers slice; only the contracted axes that hold the blocks are cut in two, [.., blocks, block, ..].
-A product then contracts over both, and nothing is ever reshaped on the weight's side. A leaf whose
-contracted axes cannot be cut evenly is kept flat, [stack, blocks, block], in bitsandbytes' order.
+Codes keep the axes of the weight, so its PartitionSpec carries over and stacked layers can be
+sliced. Only the contracted axes that hold the blocks are replaced by two, [.., blocks, block, ..]:
+a product contracts over both, and the weight is never reshaped. A leaf whose contracted axes do not
+divide into whole blocks is stored flat, [stack, blocks, block], in the order of bitsandbytes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import _codecs
-from lowrank_jax._codecs.packing import pack, unpack
-from lowrank_jax._codecs.scales import DYNAMIC_MAP, SCALE_BLOCK, decode_scales, encode_scales
-from lowrank_jax._errors import AxesError, LowrankError, TreeError
+from lowrank_jax._codecs.packing import pack
+from lowrank_jax._codecs.scales import DYNAMIC_MAP, encode_scales
+from lowrank_jax._errors import AxesError, LowrankError
 from lowrank_jax._jax import jaxprs
+from lowrank_jax._nodes.decoding import Decoding as Decoding
+from lowrank_jax._nodes.decoding import get_flat_order as get_flat_order
 from lowrank_jax._nodes.serialization import Node
-from lowrank_jax._primitives.quantized_dot import PlatformFn
 
 Axes = tuple[int, ...]
 
@@ -41,20 +42,26 @@ class Quantized(Node):
 
     Args:
       codes: uint4, or uint8 with two codes a byte, or int8: [*leading, blocks, block, *trailing].
-      scales: float32 (absmax of each block), or uint8 codes of it: codes' shape without the block.
-      nested: float32 [*stack, ceil(blocks of one / 256)], or None.
+      scales: float32 (absmax of each block) or uint8 codes of it: shape of codes without the block.
+      nested: float32 [*stack, ceil(blocks of one leaf / 256)], or None.
       offset: float32 [*stack], or None.
-      nested_map: float32 [*stack, 256], the map of a file that brings its own; None: the usual one.
+      nested_map: float32 [*stack, 256], the map found in a file; None for the standard map.
       format: "nf4", "fp4" or "int8".
-      block_size: elements that share a scale.
-      packing: "uint4" or "uint8"; of 4-bit codes.
-      blocked: sizes of the leaf's axes that the two axes of blocks stand for, in order.
-      trailing: number of axes after them.
-      order: for a leaf kept flat, the place in the leaf of each of `blocked`'s axes; else None.
-      strides: for each axis of scales that is no stack axis, its step in the flat order of blocks.
-      weight_dtype: name of the dense leaf's dtype.
+      block_size: number of elements that share a scale.
+      packing: "uint4" or "uint8", for 4-bit codes.
+      blocked: sizes of the axes of the leaf that the two block axes replace.
+      trailing: number of axes after the block axes.
+      order: for a leaf stored flat, the axis of the leaf of each entry of `blocked`; else None.
+      strides: for each axis of scales that is not a stack axis, its stride in the flat order.
+      weight_dtype: name of the dtype of the dense leaf.
 
     Source: QLoRA, arXiv 2305.14314, section 3.
+
+    >>> import lowrank_jax as lowrank
+    >>> quant = lowrank.QuantConfig(targets="w", double_quant=False)
+    >>> node = lowrank.quantize({"w": jnp.ones((128, 6))}, quant)["w"]
+    >>> node.codes.shape, node.codes.dtype.name, node.scales.shape, node.shape
+    ((2, 64, 6), 'uint4', (2, 6), (128, 6))
     """
 
     codes: Any
@@ -73,23 +80,27 @@ class Quantized(Node):
 
     @property
     def leading(self) -> int:
-        """Number of axes before those of the blocks."""
+        """Number of axes before the block axes."""
         return self.codes.ndim - 2 - self.trailing
 
     @property
     def stacked(self) -> int:
-        """Number of leading axes that every array has: those that enumerate whole leaves."""
+        """Number of stack axes, which lead every array."""
         return self.scales.ndim - len(self.strides)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense leaf; stack axes that a loop or vmap took away are left out."""
+        """Shape of the dense leaf, without stack axes that a loop or vmap removed."""
+        # Codes [2, 64, 6] with blocked (128,): [2 * 64 / 1, 6]; codes [4, 2, 64, 6] with blocked
+        # (16, 8): [4, 2 * 64 / 8, 8, 6]. The first size is computed from the codes, since inside
+        # shard_map a device has only some of the blocks. Flat codes [2, 64] with blocked (7, 10)
+        # and order (1, 0) are of a leaf [10, 7].
         lead, codes = self.leading, self.codes.shape
         if self.order is not None:
             inner = tuple(self.blocked[i] for i in np.argsort(self.order))
             return (*codes[:lead], *inner)
         rest = self.blocked[1:]
-        first = codes[lead] * self.block_size // math.prod(rest)  # a part, inside shard_map
+        first = codes[lead] * self.block_size // math.prod(rest)
         return (*codes[:lead], first, *rest, *codes[lead + 2 :])
 
     @property
@@ -109,7 +120,7 @@ class Quantized(Node):
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        """What `decoding` takes: codes, scales, the table, and the second level if there is one."""
+        """Arguments of `decoding`: codes, scales, table, and the second level if there is one."""
         table = _codecs.get_format(self.format).table
         table = jnp.zeros(1, jnp.float32) if table is None else jnp.asarray(table)
         if self.nested is None:
@@ -122,25 +133,27 @@ class Quantized(Node):
 
     @property
     def decoding(self) -> Any:
-        """How the parts become codes' axes of floating-point numbers."""
+        """A Decoding: the function from `parts` to floating-point blocks with the axes of codes."""
         return Decoding(
             self.format, self.packing, self.trailing, self.strides, (self.weight_dtype,)
         )
 
     @property
     def labels(self) -> tuple[int | None, ...]:
-        """For each axis of codes the axis of the leaf that it runs along, or None."""
+        """For each axis of codes, the axis of the leaf it corresponds to, or None."""
         lead, run = self.leading, len(self.blocked)
         if self.order is not None:
             return (*range(lead), None, None)
         return (*range(lead), lead, None, *range(lead + run, self.ndim))
 
     def map_axes(self, make: Callable[[tuple[Any, ...]], Any]) -> Quantized:
-        """The same node with make(axes of the leaf, or None) at each array: a spec, say.
+        """Replace each array by make(labels), for example by a PartitionSpec.
 
-        The axis of blocks is the first axis of the run that was cut; an axis of elements, of a
-        second level or of a leaf kept flat is None.
+        A label is the axis of the leaf that an axis of the array corresponds to. The axis of blocks
+        has the first of the axes it replaces; axes of the elements of a block, of the second level
+        and of a leaf stored flat have None.
         """
+        # Codes [4, 2, 64, 6] of a leaf [4, 16, 8, 6]: labels (0, 1, None, 3), scales (0, 1, 3).
         codes, lead = self.labels, self.leading
         scales = [*codes[: lead + 1], *codes[lead + 2 :]]
         second: dict[str, Any] = {}
@@ -159,60 +172,8 @@ class Quantized(Node):
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoding(PlatformFn):
-    """Decodes parts of a Quantized leaf into its blocks, [*leading, blocks, block, *trailing].
-
-    Args:
-      format, packing, trailing, strides: as of Quantized.
-      casts: dtypes that the float32 numbers go through, in order.
-      tree: whether scales are looked up by selects.
-    """
-
-    format: str
-    packing: str
-    trailing: int
-    strides: tuple[int, ...]
-    casts: tuple[str, ...]
-    tree: bool = False
-
-    @property
-    def on_tpu(self) -> Decoding:
-        """The same without gathers."""
-        return dataclasses.replace(self, tree=True)
-
-    def __call__(self, codes: Any, scales: Any, table: Any, *second: Any) -> jax.Array:
-        axis = codes.ndim - 1 - self.trailing
-        if second:
-            scales = self.scales(scales, *second)
-        if _codecs.get_format(self.format).is_packed:
-            codes = unpack(codes, axis, self.packing)
-        out = _codecs.decode_blocks(codes, scales, self.format, axis, table=table)
-        for dtype in self.casts:
-            out = out.astype(dtype)
-        return out
-
-    def scales(self, scales: Any, nested: Any, offset: Any, table: Any) -> jax.Array:
-        """Scales of each stacked leaf from their codes, by its second level."""
-        count = math.prod(scales.shape[nested.ndim - 1 :])
-        if -(-count // SCALE_BLOCK) != nested.shape[-1]:
-            raise TreeError(
-                f"{count} doubly quantized scales, but {nested.shape[-1]} scales of those: inside "
-                "shard_map they cannot tell their places in the whole leaf. Split it along stack "
-                "axes alone, quantize it with double_quant=False, or lift the function that "
-                "shard_map returned"
-            )
-        order = get_flat_order(self.strides)
-        one = lambda scales, nested, offset, table: decode_scales(
-            scales, nested, offset, order, table, self.tree
-        )
-        for _ in range(nested.ndim - 1):
-            one = jax.vmap(one)
-        return one(scales, nested, offset, table)
-
-
 def dequantize_node(node: Quantized) -> jax.Array:
-    """The dense leaf: decoded in float32, cast once to its dtype; split as its type says."""
+    """Decode the dense leaf in float32, cast it once to its dtype, and keep its sharding."""
     sharding = dense_sharding_of(node)
     if sharding is None:
         return _dequantize_node(node)
@@ -222,15 +183,15 @@ def dequantize_node(node: Quantized) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def _dequantize_node(node: Quantized) -> jax.Array:
-    """The same; one program, for op by op a look-up takes the memory of eight dense leaves."""
+    """Decode the dense leaf in one program; op by op the lookup needs the memory of eight."""
     blocks = node.decoding(*node.parts)
     if node.order is None:
         return blocks.reshape(node.shape)
     return unflatten_blocks(blocks, node.blocked, node.order)
 
 
-def dense_sharding_of(node: Quantized) -> Any:
-    """How the dense leaf lies where the node's types say that it is split, or None."""
+def dense_sharding_of(node: Quantized) -> jax.NamedSharding | None:
+    """Get the sharding of the dense leaf if the types of the arrays split them, else None."""
     if not any(map(jaxprs.is_split, jax.tree.leaves(node))):
         return None
     sharding = jax.typeof(node.codes).sharding
@@ -242,7 +203,10 @@ def dense_sharding_of(node: Quantized) -> Any:
 def unflatten_blocks(
     blocks: jax.Array, blocked: tuple[int, ...], order: tuple[int, ...]
 ) -> jax.Array:
-    """The dense leaf of blocks that straddle its rows: [stack, blocks, block] of a flat leaf."""
+    """Restore the dense leaf from flat blocks, [*stack, blocks, block]."""
+    # A leaf [10, 7] with fan-in 0 was transposed to [7, 10] and cut into 2 blocks of 64. The blocks
+    # [2, 64] are flattened to [128], cut to 70 = 7 * 10, reshaped to `blocked` (7, 10) and
+    # transposed by the inverse of `order` (1, 0) to [10, 7].
     before = blocks.shape[:-2]
     flat = blocks.reshape(*before, -1)[..., : math.prod(blocked)]
     axes = [len(before) + int(place) for place in np.argsort(order)]
@@ -250,18 +214,21 @@ def unflatten_blocks(
 
 
 def quantize_array(
-    leaf: Any, fan_in: Axes, stack: Axes, *, together: bool = False, **options: Any
+    leaf: jax.Array, fan_in: Axes, stack: Axes, *, together: bool = False, **options: Any
 ) -> Quantized:
     """Quantize a leaf in blocks along its fan-in axes.
 
     Args:
       leaf: floating-point array.
-      fan_in: the axes blocks run along (the feature axes of a look-up table).
-      stack: axes that enumerate independent weights. Those that lead have second levels of their
-        own.
-      together: whether the first of those is mapped at once, as one that is split over devices
-        must be; else it is looped over, and temporaries are those of one layer.
-      **options: format, block_size, double_quant and packing, as of QuantConfig.
+      fan_in: the axes along which blocks run (the feature axes of a lookup table).
+      stack: axes that enumerate independent weights. Each weight of the leading ones gets its own
+        second level.
+      together: whether the first stack axis is vmapped, as needed if it is sharded. Otherwise it is
+        looped over, with temporaries of one layer only.
+      **options: format, block_size, double_quant and packing, as for QuantConfig.
+
+    Raises:
+      AxesError: the leaf has no elements.
     """
     if not leaf.size:
         raise AxesError(f"a leaf of shape {leaf.shape} has no values to quantize: exclude it")
@@ -276,7 +243,7 @@ def quantize_array(
 
 
 def _quantize_unstacked(
-    leaf: Any,
+    leaf: jax.Array,
     fan_in: Axes,
     *,
     format: str = "nf4",
@@ -284,7 +251,10 @@ def _quantize_unstacked(
     double_quant: bool = True,
     packing: str = "uint4",
 ) -> Quantized:
-    """A leaf that no stack axis leads."""
+    """Quantize a leaf without leading stack axes."""
+    # [128, 6] with fan-in 0, blocks of 64: cut to [2, 64, 6]; codes [2, 64, 6], scales [2, 6].
+    # [10, 7] with fan-in 0: 10 does not divide into blocks, so the leaf is transposed to [7, 10],
+    # fan-in last as in a torch weight [out, in], and flattened: codes [2, 64], scales [2].
     options = {"format": format, "block_size": block_size, "packing": packing}
     shape = leaf.shape
     group = _find_blocked_axes(shape, fan_in, block_size)
@@ -314,7 +284,10 @@ def _quantize_unstacked(
 def _find_blocked_axes(
     shape: tuple[int, ...], fan_in: tuple[int, ...], block: int
 ) -> tuple[int, int] | None:
-    """First and last of the adjacent fan-in axes, the last of all, that whole blocks fill."""
+    """Find the first and last of adjacent fan-in axes that divide into whole blocks, or None."""
+    # From the last fan-in axis, preceding ones are added until the product of their sizes is a
+    # multiple of the block: in [4, 16, 8, 6] with fan-in (1, 2) and blocks of 64, 8 is not, and
+    # 16 * 8 = 128 is, so the result is (1, 2).
     last = max(fan_in)
     first, size = last, shape[last]
     while size % block and first - 1 in fan_in:
@@ -326,7 +299,11 @@ def _find_blocked_axes(
 def _compute_strides(
     shape: tuple[int, ...], blocks: int, fan_in_before: list[int]
 ) -> tuple[int, ...]:
-    """Steps of the axes of scales in bitsandbytes' order: fan-out, then fan-in, then blocks."""
+    """Compute the strides of the axes of scales in the flat order of bitsandbytes."""
+    # bitsandbytes flattens a torch weight [out, in], so the blocks of one output feature are
+    # adjacent: fan-out axes are outermost, then other fan-in axes, then the axis of blocks. Scales
+    # [3, 2, 5] (fan-in 3, blocks 2, out 5) are in the order out, fan-in, blocks: strides (2, 1, 6).
+    # Double quantization groups scales by 256 in this order.
     inner = [*fan_in_before, blocks]
     ordered = [axis for axis in range(len(shape)) if axis not in inner] + inner
     step, strides = 1, {}
@@ -336,13 +313,10 @@ def _compute_strides(
     return tuple(strides[axis] for axis in range(len(shape)))
 
 
-def get_flat_order(strides: tuple[int, ...]) -> list[int]:
-    """The axes that have these steps in a flat order, outermost first."""
-    return np.argsort([-stride for stride in strides], stable=True).tolist()
-
-
 def quantize_scales(node: Quantized) -> Quantized:
-    """The same leaf, one that nothing stacks, with its scales quantized in their flat order."""
+    """Quantize the scales of a leaf without stack axes, in their flat order."""
+    # Scales [2, 6] with strides (1, 2) are transposed to [6, 2] and flattened to [12] for the
+    # codec; the codes are put back into the axes of the scales, [2, 6].
     order = get_flat_order(node.strides)
     flat = jnp.transpose(node.scales, order)
     codes, nested, offset = encode_scales(flat.reshape(-1), node.weight_dtype)

@@ -1,9 +1,10 @@
-"""Nodes in `flax.serialization`: each as a plain dict of its arrays, and back."""
+"""The base class of nodes: registration with `flax.serialization`, pickling, repr."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,43 +12,46 @@ import jax.numpy as jnp
 import numpy as np
 
 _FLAX = "flax.serialization"
-_WIDE = {"uint4": np.uint8, "int4": np.int8}  # what Flax's msgpack has no dtype for
+_RENAMED_FIELDS = {"moved": "base_modified"}  # old name -> name today
+_WIDE = {"uint4": np.uint8, "int4": np.int8}  # dtypes that Flax's msgpack cannot hold -> wider ones
 
 
 class Node:
-    """What all nodes are; the static fields say what it is, and the others hold arrays.
+    """Base class of all nodes: static fields describe the node, the other fields hold arrays."""
 
-    Flax looks a type up in a registry, which is the only way in, and this library does not import
-    Flax. So the first node of a type that is made once Flax is imported enters the type. (Every
-    operation on a tree makes its nodes anew, so only a tree that is older than the import of Flax,
-    and not touched since, is unknown to Flax.)
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any):
+    def __new__(cls, *args: object, **kwargs: object):
+        # Flax serializes types in its registry only, and this library does not import Flax. So the
+        # first node of a type that is created after Flax was imported registers the type. Every
+        # operation on a tree creates new nodes; only a tree that is older than the import of Flax,
+        # and not mapped over since, is unknown to Flax.
         flax = sys.modules.get(_FLAX)
-        # Flax may be in the middle of its own import
+        # None while Flax itself is being imported
         register = getattr(flax, "register_serialization_state", None)
         if register is not None and not flax.is_serializable(cls):  # type: ignore[union-attr]
             register(cls, to_state, from_state)
         return super().__new__(cls)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle or copy the node; a pickle of an older release has the old field names."""
+        vars(self).update(with_current_names(state))
+
     def __repr__(self) -> str:
-        """The shapes and dtypes of its arrays, and what differs from the defaults."""
+        """Show dtypes and shapes of arrays, and static fields that differ from the default."""
         fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore
-        said = [f"{f.name}={_summarize(v)}" for f, v in fields if v is not None and v != f.default]
-        return f"{type(self).__name__}({', '.join([*said, *self._extra_repr()])})"
+        shown = [f"{f.name}={_summarize(v)}" for f, v in fields if v is not None and v != f.default]
+        return f"{type(self).__name__}({', '.join([*shown, *self._extra_repr()])})"
 
     def _extra_repr(self) -> list[str]:
-        """What else its repr says."""
+        """Further entries of the repr."""
         return []
 
 
 class Wrapper(Node):
-    """A node around one array, or another node, whose shape and dtype it has."""
+    """A node around an array or another node; it has the shape and dtype of that."""
 
     @property
     def inner(self) -> Any:
-        """What it is around."""
+        """The wrapped array or node."""
         raise NotImplementedError
 
     @property
@@ -67,30 +71,48 @@ class Wrapper(Node):
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the leaf, as it is held."""
+        """Dtype of the wrapped array or node."""
         return self.inner.dtype
 
 
 def _summarize(value: Any) -> str:
-    """An array as its dtype and shape: float32[4, 2]."""
+    """Format an array as its dtype and shape, float32[4, 2], and any other value by repr."""
     if isinstance(value, Node) or not hasattr(value, "dtype"):
         return repr(value)
     return f"{value.dtype}{[*value.shape]}"
 
 
-def list_array_fields(node: Any) -> list[str]:
-    """Names of the fields that hold arrays, or trees of them."""
-    return [field.name for field in dataclasses.fields(node) if not field.metadata.get("static")]
+def with_current_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a node with the names of an older release replaced by the current ones.
+
+    >>> with_current_names({"kind": "dot", "moved": True})
+    {'kind': 'dot', 'base_modified': True}
+    """
+    current = dict(fields)
+    for old, new in _RENAMED_FIELDS.items():
+        if old in current and new not in current:  # no release wrote both
+            current[new] = current.pop(old)
+    return current
 
 
-def to_state(node: Any) -> dict[str, Any]:
-    """The arrays of a node by field, as flax.serialization.to_state_dict wants them."""
+def list_array_fields(node: Node) -> list[str]:
+    """List the names of the fields that hold arrays or trees of arrays."""
+    fields = dataclasses.fields(node)  # type: ignore[arg-type]
+    return [field.name for field in fields if not field.metadata.get("static")]
+
+
+def to_state(node: Node) -> dict[str, Any]:
+    """Convert a node to a dict of its arrays by field, for flax.serialization.to_state_dict."""
     convert = sys.modules[_FLAX].to_state_dict
     return {name: convert(_to_plain(getattr(node, name))) for name in list_array_fields(node)}
 
 
-def from_state(node: Any, state: dict[str, Any]) -> Any:
-    """The node with the arrays of such a dict; the static fields are its own."""
+def from_state(node: Node, state: dict[str, Any]) -> Any:
+    """Return the node with the arrays of a dict by `to_state`; it keeps its static fields.
+
+    Raises:
+      ValueError: state does not hold the arrays that the node has.
+    """
     names = list_array_fields(node)
     held = lambda values: {name for name in names if values[name] is not None}
     own = {name: getattr(node, name) for name in names}
@@ -105,11 +127,11 @@ def from_state(node: Any, state: dict[str, Any]) -> Any:
         name: _restore_dtype(own[name], convert(own[name], state[name], name=name))
         for name in names
     }
-    return dataclasses.replace(node, **parts)
+    return dataclasses.replace(node, **parts)  # type: ignore[type-var]
 
 
 def _to_plain(value: Any) -> Any:
-    """A typed key as its data, 4-bit integers in a byte each; all else as it is."""
+    """Convert typed PRNG keys to their data and 4-bit integers to bytes, as msgpack requires."""
     dtype = getattr(value, "dtype", None)
     if dtype is None or isinstance(value, Node):
         return value
@@ -119,7 +141,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def _restore_dtype(own: Any, value: Any) -> Any:
-    """What `_to_plain` made, as the target has it."""
+    """Undo `_to_plain`: convert value to the dtype of the target's array."""
     dtype = getattr(own, "dtype", None)
     if dtype is None or isinstance(own, Node):
         return value

@@ -1,49 +1,55 @@
-"""Numbers of elements, and bytes, of arrays and nodes."""
+"""Counts of elements and bytes of arrays and nodes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from lowrank_jax._jax.types import PyTree
 
+if TYPE_CHECKING:
+    from lowrank_jax._nodes.quantized import Quantized
 
-def count_bits(leaf: Any) -> float:
-    """Bits of each value of an array or a quantized leaf, scales included."""
+
+def count_bits(leaf: jax.Array | Quantized) -> float:
+    """Average bits per value of an array or a quantized leaf, scales included."""
     return 8 * sum_leaves(count_bytes, leaf) / max(1, math.prod(leaf.shape))
 
 
 def sum_leaves(size: Callable[[Any], int], tree: PyTree) -> int:
+    """Sum size(leaf) over the arrays of a tree."""
     return sum(size(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 
-def count_elements(leaf: Any) -> int:
+def count_elements(leaf: jax.Array) -> int:
+    """Count the elements of an array."""
     return math.prod(leaf.shape)
 
 
-def count_bytes(leaf: Any) -> int:
-    """Bytes as devices hold them: accelerators pack two 4-bit integers, a CPU gives each a byte."""
+def count_bytes(leaf: jax.Array) -> int:
+    """Count bytes in memory: accelerators pack two 4-bit integers into one, a CPU does not."""
     return _count_bytes_of_shape(leaf, leaf.shape)
 
 
-def count_device_bytes(leaf: Any) -> int:
-    """Bytes on the device that holds most; an array without a sharding is whole on one."""
+def count_device_bytes(leaf: jax.Array) -> int:
+    """Count bytes of the largest shard; an array without a sharding is one shard."""
     sharding = getattr(leaf, "sharding", None)
     return _count_bytes_of_shape(
         leaf, leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     )
 
 
-def _count_bytes_of_shape(leaf: Any, shape: tuple[int, ...]) -> int:
+def _count_bytes_of_shape(leaf: jax.Array, shape: tuple[int, ...]) -> int:
+    """Count bytes of an array of this shape with the dtype and devices of leaf."""
     count = math.prod(shape)
     return (count + 1) // 2 if _is_packed(leaf) else count * leaf.dtype.itemsize
 
 
-def _is_packed(leaf: Any) -> bool:
-    """Whether an array of 4-bit integers is, or would be, on something that packs them."""
+def _is_packed(leaf: jax.Array) -> bool:
+    """Whether the array is of 4-bit integers, on devices (or the default one) that pack them."""
     if leaf.dtype.name not in ("uint4", "int4"):
         return False
     devices = getattr(getattr(leaf, "sharding", None), "device_set", None)

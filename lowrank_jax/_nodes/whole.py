@@ -1,9 +1,8 @@
-"""Whether a node is whole: it has a base, and arrays that fit it and each other."""
+"""Checks of a node before use: it has a base, and arrays that fit the base and each other."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from lowrank_jax import _codecs
 from lowrank_jax._errors import TreeError
@@ -11,11 +10,12 @@ from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, strip_norms
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._primitives.contract import RANK
 
 
-def check_node(node: Any, path: str) -> None:
-    """A node is whole: it has a base, and factors that fit it and each other."""
+def check_node(node: Node, path: str) -> None:
+    """Raise TreeError if a node has no base or its arrays do not fit the base or each other."""
     if isinstance(node, LowRank):
         raise TreeError(
             f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
@@ -41,12 +41,15 @@ def check_node(node: Any, path: str) -> None:
 
 
 def _check_codes(leaf: Quantized, path: str) -> None:
-    """The blocks are where the leaf says: no axis but leading ones was taken from its codes."""
+    """Raise TreeError if a loop or vmap removed an axis of the codes that is not a leading one."""
+    # Codes [12, 2, 64, 6] with one trailing axis have the elements of a block, 64, at axis 2.
+    # Looped over axis 0 they are [2, 64, 6], with the elements at axis 1 as computed from the
+    # number of axes. Looped over the last axis they are [12, 2, 64], where axis 1 has size 2.
     halved = _codecs.get_format(leaf.format).is_packed and leaf.packing == "uint8"
     place, elements = leaf.leading + 1, leaf.block_size // (2 if halved else 1)
     codes, blocks = tuple(leaf.codes.shape), -(-math.prod(leaf.blocked) // leaf.block_size)
     fits = place > 0 and codes[place] == elements
-    if fits and not jaxprs.is_manual():  # else a device has a part of the blocks
+    if fits and not jaxprs.is_manual():  # inside shard_map a device has only some of the blocks
         fits = codes[place - 1] == blocks
     if not fits or tuple(leaf.scales.shape) != codes[:place] + codes[place + 1 :]:
         raise TreeError(
@@ -57,7 +60,7 @@ def _check_codes(leaf: Quantized, path: str) -> None:
 
 
 def _check_ranks(delta: LowRank, path: str) -> None:
-    """a and b are of one adapter, and of a table's rows each has its change."""
+    """Raise TreeError if the ranks of a and b differ, or trained rows and their changes do."""
     if isinstance(delta, Rows) and delta.b.shape[0] != delta.rank:
         raise TreeError(
             f"{path!r}: changes of shape {delta.b.shape} for {delta.rank} rows of a table; they "
@@ -76,7 +79,7 @@ def _check_ranks(delta: LowRank, path: str) -> None:
 
 
 def _check_magnitude(node: Adapted, delta: LowRank, path: str) -> None:
-    """The magnitude is one number for each output feature, and the norm is of whole features."""
+    """Raise TreeError if the magnitude or the stored norm does not fit the output features."""
     fan_in, fan_out, stack = delta.for_shape(node.base.shape).axes(node.base.ndim)
     sizes = lambda axes: tuple(node.base.shape[axis] for axis in axes)
     if tuple(delta.magnitude.shape) != sizes((*stack, *fan_out)):

@@ -1,1 +1,1 @@
-"""Which leaves: patterns, configurations, plans, and the targets they resolve to."""
+"""Selection of leaves: patterns, configurations, plans, and the targets they resolve to."""

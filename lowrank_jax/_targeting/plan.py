@@ -1,4 +1,4 @@
-"""What a plan says: how a function uses each of its parameters."""
+"""Plan: a table of how a function uses each of its parameters."""
 
 from __future__ import annotations
 
@@ -22,21 +22,30 @@ class Use:
 
     Args:
       op: "dot", "conv", "lookup", "other" or "unused": the first product, else the first use.
-      fan_in, fan_out, stack: axes of the leaf that are contracted, kept, and that enumerate
-        independent weights; empty where op is "other" or "unused".
-      shape, dtype: of the leaf.
-      uses: number of equations that take it.
-      tied: it is used in two ways: two products over different axes, or a product and a look-up.
-      final: an unstacked weight one of whose products reaches a result through bias, scale, cast,
-        soft-cap, structural operations or the ys of loops alone, while no product with another leaf
-        depends on it (by its numbers: that a sampled token is fed back does not count).
-      lookup: it is read by rows somewhere.
-      router: a choice of the largest (top_k) is made from one of its products.
-      shared: fan-out axes that the next product's weight has as stack axes, and that weight's path:
-        one a serves all that these axes enumerate; `LoraConfig.stack` gives each its own.
-      reason: the equation by which it reaches the weight side of a product, or an opaque call,
-        while no rule follows it; else empty.
-      equations: one line for each use: the primitive and the user's source line.
+      fan_in, fan_out, stack: axes of the leaf that are contracted, that are kept, and that
+        enumerate independent weights; empty if op is "other" or "unused".
+      shape, dtype: shape and dtype of the leaf.
+      uses: number of equations that take the leaf as an operand.
+      tied: whether its weights are tied: it is used in two products over different axes, or in a
+        product and a lookup.
+      final: whether it is a final projection: an unstacked weight with a product that reaches a
+        result through bias, scale, cast, soft-cap, structural operations or the ys of loops only,
+        while no product with another leaf depends on it numerically (feeding back a sampled token
+        does not count).
+      lookup: whether it is read by rows somewhere.
+      router: whether one of its products selects experts, by top_k.
+      shared: pairs of a fan-out axis and a path: the weight of the next product, at this path, has
+        the axis as a stack axis. One factor a serves all members of the axis, unless
+        `LoraConfig.stack` gives each its own.
+      reason: the equation through which it reaches the weight side of a product, or an opaque call,
+        if no rule follows that equation; else empty.
+      equations: one line for each use: the primitive and the line of the user's source.
+
+    >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> params = {"w": jnp.ones((4, 3)), "v": jnp.ones((3, 2))}
+    >>> plan = lowrank.plan(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], params, jnp.ones((5, 4)))
+    >>> plan["w"].op, plan["w"].fan_in, plan["w"].fan_out, plan["w"].linear, plan["v"].final
+    ('dot', (0,), (1,), True, True)
     """
 
     op: str
@@ -56,33 +65,39 @@ class Use:
 
     @property
     def linear(self) -> bool:
-        """Whether "all-linear" takes it: products only, never read by rows, not the last."""
+        """Whether "all-linear" selects it: used in products, not read by rows, not final."""
         matrix = self.op in PRODUCTS and bool(self.fan_in) and bool(self.fan_out)
         return matrix and not self.lookup and not self.final
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank that an adapter can have, the smaller of fan-in and fan-out; else 0."""
+        """The largest rank of an adapter, the smaller of fan-in and fan-out; 0 without either."""
         sizes = [math.prod(self.shape[a] for a in axes) for axes in (self.fan_in, self.fan_out)]
         return min(sizes) if self.fan_in and self.fan_out else 0
 
     @property
     def passed_over(self) -> bool:
-        """Whether it reaches a product or an opaque call, but by operations no rule follows."""
+        """Whether "all-linear" skips it because no rule follows how it reaches a product."""
         return bool(self.reason) and not (self.linear or self.lookup or self.final)
 
 
 class Plan(TableMapping):
     """A mapping of path -> Use; `str`, rich and notebooks show it as a table.
 
-    Leaves that differ only in the number of their layer share a row, `layers_{0..29}/w`. Under
-    "all-linear" is "yes" where that word in `LoraConfig.targets` adapts the leaf. The notes name
-    leaves that reach a product, or an opaque call, by an operation that no rule follows, and the
-    largest rank of those that are too narrow for `LoraConfig`'s own default.
+    Leaves that differ only in the number of their layer share a row, `layers_{0..29}/w`. The column
+    "all-linear" says "yes" for leaves that this value of `LoraConfig.targets` selects. Notes report
+    leaves that reach a product or an opaque call through an operation that no rule follows, and the
+    largest rank of leaves too narrow for the default rank of `LoraConfig`.
 
     Args:
       leaves: path -> Use.
-      note: a line under the table.
+      note: a line printed under the table.
+
+    >>> use = Use("dot", (0,), (1,), (), (64, 32), "float32", 1)
+    >>> print(Plan({"w": use}))
+    path  shape  op   fan_in  fan_out  stack  uses  all-linear  notes
+    -----------------------------------------------------------------
+    w     64×32  dot  64      32       -         1  yes
     """
 
     def __init__(self, leaves: Mapping[str, Use], note: str = ""):
@@ -90,7 +105,7 @@ class Plan(TableMapping):
         self.note = note
 
     def _table(self) -> Table:
-        """One row for each leaf, or for leaves that differ only in the number of a layer."""
+        """Build the table, with one row for leaves that differ only in the number of a layer."""
         rows = []
         for path, use in self.items():
             names = ("tied", "final", "lookup", "router")

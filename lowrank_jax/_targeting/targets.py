@@ -1,4 +1,4 @@
-"""Which leaves get an adapter, and of which axes, rank and scale."""
+"""Resolution of a configuration and a plan to targets: leaves with axes, rank and scale."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lowrank_jax._errors import (
@@ -19,7 +20,7 @@ from lowrank_jax._errors import (
     TreeError,
     list_problems,
 )
-from lowrank_jax._jax.paths import ALL_LINEAR, make_no_match_error, matches, select
+from lowrank_jax._jax.paths import ALL_LINEAR, Pattern, make_no_match_error, matches, select
 from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import PRODUCTS, Plan, Use
@@ -29,7 +30,12 @@ KINDS = (*PRODUCTS, "lookup")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One leaf to adapt: its axes, rank, scale and kind."""
+    """A leaf to adapt: its axes (as in LowRank), rank, scale and kind.
+
+    >>> config = LoraConfig(rank=2, targets="w")
+    >>> resolve_targets({"w": jnp.ones((4, 3))}, config, None)["w"]
+    Target(fan_in=(0,), fan_out=(1,), stack=(), rank=2, scale=2.0, kind='dot')
+    """
 
     fan_in: tuple[int, ...]
     fan_out: tuple[int, ...]
@@ -42,7 +48,14 @@ class Target:
 def resolve_targets(
     leaves: Mapping[str, Any], config: LoraConfig, plan: Plan | None
 ) -> dict[str, Target]:
-    """Map the path of each leaf to adapt to its Target; every bad leaf is listed in one error."""
+    """Map the path of each leaf to adapt to its Target; one error lists all leaves that cannot be.
+
+    Raises:
+      PatternError: a pattern matches no leaf, or no leaf is selected.
+      ConfigError: a leaf is selected twice (targets, train, train_rows), or is too narrow.
+      AxesError: the axes of a leaf are not known or not possible.
+      TreeError: the plan belongs to another tree.
+    """
     chosen, linear = choose_paths(leaves, config.targets, config.exclude, plan, [*config.axes])
     ways = [{*chosen}, select_full(leaves, config), {*select_rows(leaves, config)}]
     if clash := sorted(path for path in set().union(*ways) if sum(path in way for way in ways) > 1):
@@ -75,7 +88,7 @@ def resolve_targets(
 
 
 def _check_plan(leaves: Mapping[str, Any], plan: Plan) -> None:
-    """A plan is of one tree."""
+    """Raise TreeError if the plan was made for another tree."""
     problems = [f"{path}: in the plan, not in params" for path in plan if path not in leaves]
     problems += [f"{path}: in params, not in the plan" for path in leaves if path not in plan]
     problems += [
@@ -92,14 +105,14 @@ def _check_plan(leaves: Mapping[str, Any], plan: Plan) -> None:
 
 def choose_paths(
     leaves: Mapping[str, Any],
-    targets: Sequence[Any],
-    exclude: Sequence[Any],
+    targets: Sequence[Pattern],
+    exclude: Sequence[Pattern],
     plan: Plan | None,
-    axes: Sequence[Any] = (),
+    axes: Sequence[Pattern] = (),
 ) -> tuple[list[str], bool]:
-    """Paths of the targets in the tree's order, and whether "all-linear" was among them.
+    """Return the selected paths, in the order of the tree, and whether targets has "all-linear".
 
-    Patterns of `axes` choose leaves beside those of targets.
+    Leaves that match a pattern of `axes` are selected in addition to those of targets.
     """
     if plan is not None:
         _check_plan(leaves, plan)
@@ -120,11 +133,11 @@ def choose_paths(
 
 
 def warn_skipped(
-    plan: Plan | None, targets: Sequence[Any], chosen: Collection[str], known: Sequence[Any]
+    plan: Plan | None, targets: Sequence[Pattern], chosen: Collection[str], known: Sequence[Pattern]
 ) -> None:
-    """Name the leaves that "all-linear" passes over though a product takes what is made of them.
+    """Warn of leaves that "all-linear" skips although they reach a product or an opaque call.
 
-    Not those that a pattern of `known` names: the user knows of them.
+    Leaves that match a pattern of `known` are not reported.
     """
     names = [
         f"{path!r} ({use.reason})"
@@ -139,16 +152,16 @@ def warn_skipped(
         warnings.warn(
             '"all-linear" passes over leaves that reach a product, or an opaque call, by operations'
             f" that no rule follows: {', '.join(names[:5])}{more}. Name a matrix in targets to have"
-            " it adapted (and built densely at each use); exclude the leaves to end this warning",
+            " it adapted (and materialized at each use); exclude the leaves to end this warning",
             PlanWarning,
-            stacklevel=4,  # past the wrapper that checks the arguments of init
+            stacklevel=4,  # the caller of init, beyond the wrapper that checks its arguments
         )
 
 
 def _select(
-    patterns: Sequence[Any], floating: Sequence[str], leaves: Mapping[str, Any], what: str
+    patterns: Sequence[Pattern], floating: Sequence[str], leaves: Mapping[str, Any], what: str
 ) -> dict[str, Any]:
-    """paths.select over the floating leaves, saying when a pattern names only others."""
+    """Select floating leaves by patterns; a pattern that matches only other leaves is an error."""
     for pattern in patterns:
         hits = [path for path in leaves if matches(pattern, path)]
         if hits and not any(path in floating for path in hits):
@@ -161,13 +174,14 @@ def _select(
 
 
 def select_full(leaves: Mapping[str, Any], config: LoraConfig) -> set[str]:
-    """Paths of the leaves that are trained whole."""
+    """Select the paths of leaves that are trained whole, by `LoraConfig.train`."""
     floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return set(_select(config.train, floating, leaves, "train"))
 
 
 def select_rows(leaves: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """The rows to train of each table, by path."""
+    """Return path -> rows of the tables with trained rows, by `LoraConfig.train_rows`."""
+    # The first pattern that matches a path wins, so patterns are applied in reverse order.
     floating = [path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return {
         path: tuple(sorted({*rows}))
@@ -177,7 +191,7 @@ def select_rows(leaves: Mapping[str, Any], config: LoraConfig) -> dict[str, tupl
 
 
 def explain_no_target(plan: Plan | None, linear: bool) -> str:
-    """Why no target was found."""
+    """Explain why no target was found, for an error message."""
     if not linear:
         return "exclude removes every leaf that targets names"
     finals = [path for path, use in (plan or {}).items() if use.final]
@@ -189,19 +203,23 @@ def explain_no_target(plan: Plan | None, linear: bool) -> str:
     return '"all-linear" found no leaf that a matrix product or convolution consumes:\n' + str(plan)
 
 
-def _find_first(patterns: Mapping, path: str, default: Any) -> Any:
-    """The value of the first pattern that matches."""
+def _find_first(patterns: Mapping, path: str, default: object) -> Any:
+    """Return the value of the first pattern that matches the path, else the default."""
     return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
 
 
 def _make_target(
-    path: str, leaf: Any, config: LoraConfig, plan: Plan | None, by_name: bool
+    path: str, leaf: jax.Array, config: LoraConfig, plan: Plan | None, by_name: bool
 ) -> Target:
-    """Axes from the plan (or [i, o] for a matrix), rank and scale from the configuration.
+    """Make the Target of a leaf: axes from the plan (or [i, o] for a matrix), the rest from config.
 
-    A leaf that no pattern names, chosen by "all-linear" alone, takes at most the rank it can have;
-    its scale stays that of the rank asked for.
+    A leaf selected by "all-linear" only gets at most its largest possible rank, with the scale of
+    the configured rank.
     """
+    # Precedence of the axes: config.axes, then the plan, then (0,) and (1,) for a matrix.
+    # config.stack is applied last: fan_in (1,), fan_out (0, 2, 3) with the stack override (0,)
+    # become fan_in (1,), fan_out (2, 3). Axes of the plan's stack that the override omits
+    # join fan_out.
     use = plan[path] if plan is not None else None
     if jnp.finfo(leaf.dtype).bits < 16:
         raise AxesError(
@@ -216,7 +234,7 @@ def _make_target(
         remedy = f"say which by LoraConfig(axes={{{path!r}: (fan_in, fan_out)}}), "
         fan_in, fan_out, stack, kind = resolve_axes(path, tuple(leaf.shape), use, why, remedy)
         if by_name and leaf.ndim == 2 and not (fan_in and fan_out):
-            fan_in, fan_out, stack = (0,), (1,), ()  # built densely where it is used
+            fan_in, fan_out, stack = (0,), (1,), ()  # no product follows: materialized at each use
     if (override := _find_first(config.stack, path, None)) is not None:
         stack = _normalize_stack(path, leaf.ndim, override)
         fan_in = tuple(axis for axis in fan_in if axis not in stack)
@@ -248,7 +266,7 @@ def _make_target(
 def _normalize_axes(
     path: str, ndim: int, fan_in: Sequence[int], fan_out: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """fan_in and fan_out as they are given, and the axes that are left."""
+    """Normalize fan_in and fan_out of `LoraConfig.axes`; the remaining axes are the stack."""
     both = [*fan_in, *fan_out]
     inside = [axis % ndim for axis in both if -ndim <= axis < ndim]
     if len({*inside}) < len(both) or not fan_in or not fan_out:
@@ -263,7 +281,10 @@ def _normalize_axes(
 def resolve_axes(
     path: str, shape: tuple[int, ...], use: Use | None, why: str, remedy: str = ""
 ) -> tuple[Any, Any, Any, str]:
-    """fan_in, fan_out, stack and kind of one leaf; why they are needed, for messages."""
+    """Return fan_in, fan_out, stack and kind of a leaf, from its use or, for a matrix, its shape.
+
+    why and remedy are parts of the error message: why axes are needed, and how to name them.
+    """
     if use is not None and (use.fan_in or use.fan_out):
         return use.fan_in, use.fan_out, use.stack, use.op
     if len(shape) == 2:
@@ -281,7 +302,7 @@ def resolve_axes(
 
 
 def _normalize_stack(path: str, ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
-    """Normalized stack axes of an override."""
+    """Normalize the stack axes of `LoraConfig.stack`: non-negative, sorted."""
     if any(not -ndim <= axis < ndim for axis in axes):
         raise AxesError(f"stack={tuple(axes)} for {path!r}: the leaf has {ndim} axes")
     return tuple(sorted({axis % ndim for axis in axes}))

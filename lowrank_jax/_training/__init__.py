@@ -1,1 +1,1 @@
-"""Optax over adapters: what is trained, and states that take little memory."""
+"""Optax over adapters: what is trained, and optimizer states that need little memory."""

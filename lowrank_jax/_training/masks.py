@@ -1,10 +1,10 @@
-"""Optax over adapters: what is trained, what it is called, and nothing for the rest."""
+"""Optax over adapters: masks and labels of what is trained, and no updates for the rest."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,10 @@ from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
 from lowrank_jax._nodes.methods import get_method
 
-if TYPE_CHECKING:  # imported where it is used: importing the library costs what importing jax does
+if TYPE_CHECKING:  # imported in functions: importing the library should only cost importing jax
     import optax
+
+T = TypeVar("T")
 
 
 @check_arguments(tree=tree_of_arrays)
@@ -36,10 +38,10 @@ def trainable_mask(tree: PyTree) -> Any:
       tree: a combined tree, an adapter, or a parameter tree (all False).
 
     Returns:
-      A tree of the same structure with a bool at each leaf: what optax.masked and
-      optax.partition want.
+      A tree of the same structure with a bool at each leaf: a mask for optax.masked, or labels
+      for optax.partition.
 
-    Source: optax.masked, whose frozen leaves need zeroed updates too: see only_adapters.
+    Source: optax.masked. It passes gradients of frozen leaves through; only_adapters zeroes them.
 
     >>> import lowrank_jax as lowrank
     >>> config = lowrank.LoraConfig(rank=1, targets="w")
@@ -50,7 +52,7 @@ def trainable_mask(tree: PyTree) -> Any:
     (False, True, False)
     """
 
-    def mark(node: Any) -> Any:
+    def mark(node: object) -> Any:
         if isinstance(node, Adapted):
             frozen = jax.tree.map(lambda _: False, node)
             return Adapted(
@@ -68,11 +70,11 @@ def trainable_mask(tree: PyTree) -> Any:
 
 @check_arguments()
 def factor_labels(lora: PyTree) -> Any:
-    """Name what is trained: "a", "b", "magnitude" or "full", for optax.partition.
+    """Label what is trained: "a", "b", "magnitude" or "full", for optax.partition.
 
-    Give optax.partition this function itself: labels in the form of an nnx.Module can be called,
-    and optax would call them. "full" is what is trained itself and by no product: Full leaves, and
-    rows of a table.
+    Pass this function itself to optax.partition: if labels were an nnx.Module, which is callable,
+    optax would call them. "full" labels arrays that are trained directly and not as factors: Full
+    leaves and rows of a table.
 
     Args:
       lora: an adapter.
@@ -81,7 +83,7 @@ def factor_labels(lora: PyTree) -> Any:
       A tree of the same structure with a label at each leaf.
 
     Raises:
-      TreeError: a leaf is no adapter node.
+      TreeError: a leaf is not LowRank or Full.
 
     Source: LoRA+, arXiv 2402.12354, which gives a and b their own learning rates.
 
@@ -92,7 +94,7 @@ def factor_labels(lora: PyTree) -> Any:
     ('a', 'b')
     """
 
-    def label(node: Any) -> Any:
+    def label(node: object) -> LowRank | Full:
         if isinstance(node, LowRank):
             whole = get_method(node).is_direct
             return dataclasses.replace(
@@ -101,7 +103,7 @@ def factor_labels(lora: PyTree) -> Any:
         if isinstance(node, Full):
             return dataclasses.replace(node, value="full")
         raise TreeError(
-            "factor_labels takes an adapter (the second result of init); it met "
+            "factor_labels takes an adapter (the second result of init); it got "
             f"{type(node).__name__}"
         )
 
@@ -111,20 +113,22 @@ def factor_labels(lora: PyTree) -> Any:
 
 @check_arguments(tx=transformation)
 def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Train the adapters of a combined tree and leave the rest alone.
+    """Train only the adapters of a combined tree.
 
-    It goes outermost: around optax.MultiSteps and clipping, which are then of the adapters alone.
-    Donate the old parameters to a jitted step, or the base is copied at each.
+    Use it as the outermost transformation, around optax.MultiSteps and clipping, so that these see
+    the adapters only. Donate the old parameters to a jitted step; otherwise each step copies the
+    base.
 
     Args:
       tx: any optax transformation; it sees the trainable leaves only.
 
     Returns:
-      A transformation for combined trees (in a TrainState or an nnx.Optimizer): no state for frozen
-      leaves, an update of zero for them whatever their gradient (float0 too).
+      A transformation for combined trees (in a TrainState or an nnx.Optimizer). Frozen leaves have
+      no state, and their updates are zero for any gradient (also float0).
 
     Raises:
-      TreeError: when initialized on a tree without adapters.
+      TreeError: init is called with a tree without adapters, or update without parameters or with
+        gradients of another tree.
 
     Source: optax.masked passes the raw gradients of masked leaves through; here they are dropped.
 
@@ -149,7 +153,7 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
         return inner.init(nodes)
 
     def update(
-        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: object
     ) -> tuple[Any, Any]:
         if params is None:
             raise TreeError("only_adapters needs the parameters: tx.update(grads, state, params)")
@@ -171,17 +175,18 @@ def only_adapters(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 @check_arguments(fn=function, tree=tree_of_arrays)
 def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -> Any:
-    """Change the adapters of a combined tree: $a_p \\to fn(a)_p$ for each path p.
+    """Apply a function to the adapters of a combined tree: $a_p \\to fn(a)_p$ for each path p.
 
-    They are as the transformation within `only_adapters` has them, so that what optax makes of its
-    state and of parameters can be made of these: the weights that schedule-free evaluates, say.
+    fn gets the adapters in the form in which the transformation inside `only_adapters` sees them.
+    So functions of optax that take a state and parameters apply to them, for example
+    schedule_free_eval_params.
 
     Args:
-      fn: takes a dict of path -> adapter and returns such a dict, of the same paths.
+      fn: takes a dict of path -> adapter and returns such a dict with the same paths.
       tree: a combined tree.
 
     Returns:
-      The tree with these adapters.
+      The tree with the returned adapters.
 
     Raises:
       TreeError: the tree holds no adapters, or fn returns other paths.
@@ -203,12 +208,12 @@ def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -
     changed = fn(nodes)
     if not isinstance(changed, dict) or set(changed) != set(nodes):
         raise TreeError(
-            f"map_adapters takes (fn, tree): fn returned {describe_value(changed)}; expected a dict of the "
-            f"{len(nodes)} paths of adapters it was given"
+            f"map_adapters takes (fn, tree): fn returned {describe_value(changed)}; expected a "
+            f"dict of the {len(nodes)} paths of adapters it was given"
         )
     leaves, treedef = flatten(tree, is_leaf=is_node)
 
-    def put(leaf: Any, node: Any) -> Any:
+    def put(leaf: object, node: LowRank | Full) -> object:
         return dataclasses.replace(leaf, delta=node) if isinstance(leaf, Adapted) else node
 
     return jax.tree.unflatten(
@@ -217,7 +222,7 @@ def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -
 
 
 def _collect_nodes(tree: PyTree) -> dict[str, Any]:
-    """path -> adapter node: a flat dict, which every container of parameters can turn into."""
+    """Return path -> LowRank or Full, a flat dict for any kind of container of parameters."""
     found = {}
     for path, leaf in flatten(tree, is_leaf=is_node)[0]:
         if is_adapter(leaf):
@@ -225,8 +230,8 @@ def _collect_nodes(tree: PyTree) -> dict[str, Any]:
     return found
 
 
-def _make_update(leaf: Any, update: Any) -> Any:
-    """The update of one leaf: that of its adapter, and no change of anything frozen."""
+def _make_update(leaf: object, update: LowRank | Full | None) -> Any:
+    """Make the update of one leaf: that of its adapter, and zero for what is frozen."""
     if update is None:
         return jax.tree.map(_make_zero, leaf)
     if not isinstance(leaf, Adapted):
@@ -237,9 +242,14 @@ def _make_update(leaf: Any, update: Any) -> Any:
 
 @jax.tree_util.register_static
 class Unchanged:
-    """The update of a PRNG key, which has no zero: a key and this are that key."""
+    """The zero update of a PRNG key, whose dtype has no zero: key + Unchanged() is key.
 
-    def __radd__(self, key: Any) -> Any:
+    >>> key = jax.random.key(0)
+    >>> key + Unchanged() is key
+    True
+    """
+
+    def __radd__(self, key: T) -> T:
         return key
 
     def __eq__(self, other: object) -> bool:
@@ -249,8 +259,8 @@ class Unchanged:
         return hash(Unchanged)
 
 
-def _make_zero(leaf: Any) -> Any:
-    """A scalar zero of the leaf's dtype: nothing of the leaf's size is made."""
+def _make_zero(leaf: jax.Array) -> jax.Array | Unchanged:
+    """Make a scalar zero of the leaf's dtype, which broadcasts: no array of its size is needed."""
     dtype = jnp.result_type(leaf)
     return Unchanged() if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.zeros((), dtype)
 
@@ -259,10 +269,10 @@ def _make_zero(leaf: Any) -> Any:
 def lora_plus(
     make_tx: Callable[[Any], optax.GradientTransformation], learning_rate: Any, ratio: float = 16.0
 ) -> optax.GradientTransformation:
-    r"""LoRA+: b and magnitudes learn at $\lambda\eta$, everything else at $\eta$.
+    r"""LoRA+: b and magnitudes have the learning rate $\lambda\eta$, all other arrays $\eta$.
 
     Args:
-      make_tx: learning rate -> optax transformation, optax.adamw say.
+      make_tx: learning rate -> optax transformation, for example optax.adamw.
       learning_rate: eta, a number or a schedule.
       ratio: lambda.
 
@@ -287,6 +297,7 @@ def lora_plus(
     slow, fast = make_tx(learning_rate), make_tx(faster)
     if not transformation.holds(slow):
         raise ConfigError(
-            f"make_tx returned {describe_value(slow)}; expected {transformation.expected}: pass optax.adamw"
+            f"make_tx returned {describe_value(slow)}; expected {transformation.expected}: pass "
+            "optax.adamw"
         )
     return optax.partition({"a": slow, "full": slow, "b": fast, "magnitude": fast}, factor_labels)

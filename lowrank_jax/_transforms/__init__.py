@@ -1,1 +1,1 @@
-"""Functions of functions: lift, plan, report, covariances, functional."""
+"""Transformations of functions: lift, plan, report, covariances, functional."""

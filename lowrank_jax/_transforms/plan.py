@@ -1,4 +1,4 @@
-"""plan: a dry run that learns how a function uses each of its parameters."""
+"""plan: a dry run that finds how a function uses each of its parameters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lowrank_jax._checks.arguments import check_arguments, function_of_params
@@ -22,23 +23,24 @@ from lowrank_jax._transforms.lift import is_array, split_arguments, trace
 
 
 @check_arguments(fn=function_of_params)
-def plan(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> Plan:
-    """Learn, without arithmetic, which equations of fn use each leaf of params, and by which axes.
+def plan(fn: Callable, params: PyTree, *args: PyTree, **kwargs: PyTree) -> Plan:
+    """Find, without computing, which equations of fn use each leaf of params, and on which axes.
 
     Args:
       fn: a pure function fn(params, *args, **kwargs).
       params: any pytree of arrays or jax.ShapeDtypeStruct.
-      *args: other arguments of fn: arrays or jax.ShapeDtypeStruct, or anything static.
-      **kwargs: likewise.
+      *args: the other arguments of fn: arrays, jax.ShapeDtypeStruct or static values.
+      **kwargs: the same, by keyword.
 
     Returns:
-      A Plan: a mapping of the path of every array leaf of params to its Use.
+      A Plan: a mapping from the path of each array leaf of params to its Use.
 
     Raises:
-      TreeError: two leaves share one path.
+      ConfigError: fn is not callable.
+      TreeError: two leaves have the same path.
 
     Source: the targets of LoRA, arXiv 2106.09685 section 4.2, and of "LoRA Learns Less and Forgets
-    Less", arXiv 2405.09673, appendix F ("all" linear layers), found by use and not by name.
+    Less", arXiv 2405.09673, appendix F ("all" linear layers), found by use rather than by name.
 
     >>> import jax.numpy as jnp
     >>> f = lambda p, x: jnp.tanh(x @ p["w"] + p["bias"])
@@ -46,6 +48,12 @@ def plan(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> Plan:
     >>> uses["w"].op, uses["w"].fan_in, uses["w"].fan_out, uses["bias"].op
     ('dot', (0,), (1,), 'other')
     """
+    # Each leaf enters the jaxpr as a View of itself, each other argument as data. The survey
+    # carries views through structural operations up to the equations that consume them. For a
+    # loop over two stacked layers:
+    #   w             [2, 4, 8]   axes 0, 1, 2 of w
+    #   w[0]             [4, 8]   axes 1, 2; axis 0 is selected
+    #   x @ w[0]         [3, 8]   x [3, 4] contracts axis 1: fan_in (1,), fan_out (2,), stack (0,)
     leaves = [(path, leaf) for path, leaf in flatten(params, is_leaf=is_node)[0] if is_array(leaf)]
     call, dynamic, paths = split_arguments((params, *args), kwargs)
     traced = trace(fn, call, dynamic, paths)
@@ -76,20 +84,28 @@ def plan(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> Plan:
 
 
 _SCALAR_RESULT = (
-    "the function returns a scalar, from which no final projection can be told: plan a function "
-    "that returns the model's outputs, or exclude the final projection by name"
+    "the function returns a scalar, so the final projection cannot be found: plan a function that "
+    "returns the model's outputs, or exclude the final projection by name"
 )
 
 
-def _make_value(path: str, aval: Any) -> Value:
-    """What a leaf holds: integers are as constants."""
+def _make_value(path: str, aval: jax.ShapeDtypeStruct) -> Value:
+    """Make the value of a leaf: a view of it, or a constant if it holds integers."""
     if not jnp.issubdtype(aval.dtype, jnp.floating):
         return Value()
     return Value((View.of(path, aval.shape),))
 
 
 def _find_final(survey: Survey, outs: Sequence[Value]) -> dict[str, set[Any]]:
-    """Leaves with a product that reaches a result directly and that no other leaf's depends on."""
+    """Find leaves with a product that reaches a result directly, with no other leaf's after it.
+
+    Returns:
+      path -> its final products.
+    """
+    # tanh(x @ a) @ b + c: the product with b reaches the result directly, for adding c does not
+    # count, and no other product takes it as an input. The product with a reaches the result
+    # through tanh alone, and b's takes it. Only b is final. A leaf may follow itself, as the cell
+    # of a recurrent network does.
     found: dict[str, set[Any]] = {}
     for key in frozenset().union(*(value.direct for value in outs)):
         after = [survey.leaves[k] for k, inputs in survey.inputs.items() if key in inputs]
@@ -101,23 +117,30 @@ def _find_final(survey: Survey, outs: Sequence[Value]) -> dict[str, set[Any]]:
 
 
 def _find_shared(survey: Survey, uses: Mapping[str, Use]) -> dict[str, tuple[tuple[int, str], ...]]:
-    """For each leaf, fan-out axes that are stack axes of a weight that multiplies its product."""
+    """Find, for each leaf, fan-out axes that are stack axes of the next product's weight."""
+    # Axes are matched by size. With x [3, 4]:
+    #   y [3, 2, 8] = x @ a         a [4, 2, 8], fan_out (1, 2)
+    #   einsum("bhd,hdo->bho", y, w)   w [2, 8, 5], stack (0,): one weight for each h
+    # Axis 1 of a, of size 2, enumerates the stack of w: shared is ((1, "w"),) for a. Sizes of
+    # stack axes that both have are left out, since those come from one loop over layers.
     found: dict[str, dict[int, str]] = {}
     for key, before in survey.before.items():
         for other in survey.leaves[key]:
             for path in set().union(*(survey.leaves[k] for k in before)) - {other}:
                 one, next_one = uses[path], uses[other]
                 sizes = Counter(next_one.shape[axis] for axis in next_one.stack)
-                sizes -= Counter(one.shape[axis] for axis in one.stack)  # both are in a loop
+                sizes -= Counter(one.shape[axis] for axis in one.stack)
                 many = one.op in PRODUCTS and len(one.fan_out) > 1
                 axes = [a for a in one.fan_out if sizes[one.shape[a]] and one.shape[a] > 1]
-                if many and len(axes) == 1:  # two of one size cannot be told apart
+                if many and len(axes) == 1:  # several axes of one size are ambiguous
                     found.setdefault(path, {}).setdefault(axes[0], other)
     return {path: tuple(sorted(axes.items())) for path, axes in found.items()}
 
 
-def _summarize_use(path: str, leaf: Any, survey: Survey, final: Mapping[str, set[Any]]) -> Use:
-    """Fold the uses of one leaf: the first product with data decides the axes."""
+def _summarize_use(
+    path: str, leaf: jax.Array, survey: Survey, final: Mapping[str, set[Any]]
+) -> Use:
+    """Combine the uses of one leaf; the first product with data decides the roles of the axes."""
     found, reason = survey.uses.get(path, {}), survey.unfollowed.get(path, "")
     known = [roles for several, _ in found.values() for roles in several]
     if any(roles.op in PRODUCTS and not roles.provisional for roles in known):
@@ -133,11 +156,13 @@ def _summarize_use(path: str, leaf: Any, survey: Survey, final: Mapping[str, set
         return Use(op, (), (), (), final=is_final, **common)
     first = (products or lookups)[0]
     ways = {(roles.op, roles.fan_in, roles.fan_out) for roles in known}
-    # an axis that one use takes an index of and another keeps is no stack axis
+    # An axis that one use indexes and another keeps or contracts is not a stack axis. With
+    # w [2, 4, 8]: x @ w[0] has stack {0}, einsum("bi,nio->bno", x, w) keeps axis 0, so the leaf
+    # has fan_in (1,), fan_out (0, 2) and no stack.
     stack = first.stack - frozenset().union(*(r.fan_in | r.fan_out for r in known))
     axes = frozenset(range(len(shape)))
     fan_in, fan_out = first.fan_in, (first.fan_out | (first.stack - stack)) - first.fan_in
-    stack |= axes - fan_in - fan_out  # axes of size 1 that were dropped
+    stack |= axes - fan_in - fan_out  # axes of size 1 that a reshape dropped
     order = lambda chosen: tuple(sorted(chosen))
     return Use(
         first.op,

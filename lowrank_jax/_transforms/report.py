@@ -1,4 +1,4 @@
-"""report: what is trained, what it costs, and how each adapted weight was used."""
+"""report: count trained and frozen values and their bytes, and list the uses of each adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lowrank_jax._interpreter.interpret import Context, Record
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, Full, is_adapter, is_node, strip_norms
+from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node, strip_norms
 from lowrank_jax._nodes.methods import get_label
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.sizes import (
@@ -44,7 +44,11 @@ from lowrank_jax._transforms.lift import evaluate, split_arguments
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of the frozen base, of the adapters, and of the scales of quantized leaves."""
+    """Bytes of the frozen base, of the adapters, and of the scales of quantized leaves.
+
+    >>> Memory(base=1024, adapters=64, scales=32).total
+    1120
+    """
 
     base: int = 0
     adapters: int = 0
@@ -52,26 +56,29 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of the three."""
         return self.base + self.adapters + self.scales
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafReport:
-    """One adapted or quantized leaf.
+    """The report on one adapted or quantized leaf.
 
     Args:
-      kind: "LoRA", "DoRA", "LoHa", "VeRA", "(IA)^3", "rows" of a table; "whole" for a leaf
-        trained whole, "frozen" for a quantized one alone.
-      shape: of the leaf.
-      rank, scale: of its adapter, if it has one.
-      trainable: number of values trained.
-      format: of a quantized base: "nf4", say; else None.
-      bits: of the base, for each of its values, scales included.
-      uses: one Record for each equation that took it, in order.
-      still: number of output features that are 0 and have DoRA's magnitude, so that nothing moves
-        them; 0 where the values are not at hand.
+      kind: "LoRA", "DoRA", "LoHa", "VeRA", "(IA)^3" or "rows" (of a table); "whole" for a leaf
+        trained whole, "frozen" for a quantized leaf without an adapter.
+      shape: the leaf's shape.
+      rank, scale: the adapter's, or None.
+      trainable: number of trained values.
+      format: the format of a quantized base, such as "nf4"; else None.
+      bits: bits per value of the base, including scales.
+      uses: one Record per equation that uses the leaf, in order.
+      still: number of all-zero output features under a DoRA magnitude, which never learn; 0 if
+        values are not available.
       full: whether rank is the largest that the leaf can have.
+
+    >>> LeafReport("LoRA", (64, 32), rank=2, scale=2.0, trainable=192, format=None, bits=32.0).how
+    'unused'
     """
 
     kind: str
@@ -87,20 +94,27 @@ class LeafReport:
 
     @property
     def how(self) -> str:
-        """How it was used: "factored 2×", "materialized 1×", "dense 1×", "unused"."""
+        """Counts of the uses by kind: "factored 2×", "materialized 1×", "dense 1×" or "unused"."""
         counts = Counter(use.how for use in self.uses)
         return ", ".join(f"{how} {count}×" for how, count in counts.items()) or "unused"
 
 
 class Report(TableMapping):
-    """A mapping of path -> LeafReport, over the adapted leaves; `str` and HTML show all of it.
+    """A mapping from path to LeafReport over the adapted leaves, with totals; prints as tables.
 
     Args:
       leaves: path -> LeafReport.
-      trainable: number of values trained.
-      frozen: number of values that are not.
-      memory: bytes of the arrays, each counted once however many devices hold it.
-      device_memory: bytes on one device, where sharding makes that another number.
+      trainable: number of trained values.
+      frozen: number of frozen values.
+      memory: bytes of the arrays, each counted once, no matter how many devices hold it.
+      device_memory: bytes on one device, which differs from `memory` for sharded arrays.
+
+    >>> memory = Memory(base=8192, adapters=768)
+    >>> print(Report({}, trainable=192, frozen=2048, memory=memory, device_memory=memory))
+             values   share    memory
+    ---------------------------------
+    frozen    2,048  91.43%  8.00 KiB
+    trained     192   8.57%     768 B
     """
 
     def __init__(
@@ -117,28 +131,28 @@ class Report(TableMapping):
 
     @property
     def total(self) -> int:
-        """Number of values, frozen and trained."""
+        """Number of values, frozen plus trained."""
         return self.frozen + self.trainable
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was built densely, never used, or cannot learn; like layers in one sentence."""
+        """Notes on weights that are materialized, unused or cannot learn; like layers share one."""
         found = [
-            (path, f"is built densely at {use.primitive}, {use.source}: {use.reason}")
+            (path, f"is materialized at {use.primitive}, {use.source}: {use.reason}")
             for path, leaf in self.items()
             for use in leaf.uses
             if use.how in ("materialized", "built")
         ]
         found += [
-            (path, "is adapted, but nothing used it: its gradient is zero")
+            (path, "is adapted but unused: its gradient is zero")
             for path, leaf in self.items()
             if leaf.how == "unused"
         ]
         found += [
             (
                 path,
-                f"has {leaf.still} output features of zeros: DoRA gives them no direction, and "
-                "they never learn; adapt the leaf without DoRA, or train it whole",
+                f"has {leaf.still} all-zero output features: under DoRA they have no direction and "
+                "never learn; adapt the leaf without DoRA, or train it whole",
             )
             for path, leaf in self.items()
             if leaf.still
@@ -148,7 +162,7 @@ class Report(TableMapping):
         )
 
     def _summary(self) -> Table:
-        """Counts and bytes, of all devices and, where that differs, of one."""
+        """The table of counts and bytes, over all devices and, if that differs, on one device."""
         places = [self.memory]
         columns = ["", "values", "share", "memory"]
         if self.device_memory != self.memory:
@@ -168,7 +182,11 @@ class Report(TableMapping):
         return Table(tuple(columns), tuple(rows), frozenset(columns[1:]))
 
     def _table(self) -> Table:
-        """One row for each adapted leaf, or for leaves that differ in the number of a layer."""
+        """The table of adapted leaves; leaves that differ only in layer number share a row."""
+        # Rows that agree in all but the layer number become one, and `trained` is their sum:
+        #   layers_0/w       64×32  LoRA r=2 s=2  192  factored 1×
+        #   layers_1/w       64×32  LoRA r=2 s=2  192  factored 1×
+        #   layers_{0..1}/w  64×32  LoRA r=2 s=2  384  factored 1×    their common row
         rows = [
             (path, format_shape(leaf.shape), _format_adapter(leaf), str(leaf.trainable), leaf.how)
             for path, leaf in self.items()
@@ -193,9 +211,10 @@ class Report(TableMapping):
         return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
-        """HTML for a notebook: the tables, and every equation behind a fold."""
+        """HTML for a notebook: the tables, and a collapsed list of all equations."""
         lines = [
-            f"<li><code>{html.escape(to_printable(path))}</code>: {html.escape(_format_use(use))}</li>"
+            f"<li><code>{html.escape(to_printable(path))}</code>: "
+            f"{html.escape(_format_use(use))}</li>"
             for path, leaf in self.items()
             for use in leaf.uses
         ]
@@ -210,7 +229,7 @@ class Report(TableMapping):
         )
 
     def __rich__(self) -> Any:
-        """What rich.print shows."""
+        """The renderable that rich prints."""
         from rich.console import Group
         from rich.text import Text
 
@@ -234,26 +253,27 @@ def _format_use(use: Record) -> str:
 
 
 @check_arguments(fn=function_of_params, tree=tree_of_arrays)
-def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
-    """Count what is trained and what it costs, and say how fn uses every adapted weight.
+def report(fn: Callable, tree: PyTree, *args: PyTree, **kwargs: PyTree) -> Report:
+    """Count trained and frozen values and their bytes, and list how fn uses each adapted weight.
 
-    A dry run on shapes: nothing is computed, save which of DoRA's norms are 0 where values are at
-    hand. Each use of an adapted weight is "factored", $x W + s (x a) b$; "materialized", built
-    densely because no rule covers the equation; or "built", because a product of two weights has to
-    build the smaller. A leaf trained whole is "dense".
+    This is a dry run on shapes: nothing is computed, except which of DoRA's norms are 0 if values
+    are available. A use of an adapted weight is "factored", $x W + s (x a) b$; "materialized" if no
+    rule covers the equation; or "built" if two weights are multiplied and this one, the smaller, is
+    materialized. A leaf trained whole is "dense".
 
     Args:
-      fn: the function, as for lift (a lifted one serves too).
-      tree: its first argument: a combined tree, or parameters without adapters. Arrays, or
+      fn: a function, as for lift; it may also be a lifted function.
+      tree: its first argument: a combined tree, or parameters without adapters, of arrays or
         jax.ShapeDtypeStruct.
-      *args: other arguments of fn: arrays or jax.ShapeDtypeStruct, or anything static.
-      **kwargs: likewise.
+      *args: the other arguments of fn: arrays, jax.ShapeDtypeStruct or static values.
+      **kwargs: the same, by keyword.
 
     Returns:
-      A Report: a mapping of path -> LeafReport over the adapted leaves, with the counts and bytes
-      of all. str(), rich and notebooks show it.
+      A Report: a mapping from path to LeafReport over the adapted leaves, with counts and bytes of
+      the whole tree. str(), rich and notebooks show it as tables.
 
     Raises:
+      ConfigError: fn is not callable.
       TreeError: tree is an adapter without its base.
 
     Source: the counts are those of LoRA, arXiv 2106.09685, section 4.2.
@@ -282,6 +302,9 @@ def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     for record in ctx.records:
         uses.setdefault(record.path, []).append(record)
     leaves = {path: _report_leaf(node, tuple(uses.get(path, ()))) for path, node in nodes.items()}
+    # An Adapted leaf counts twice, its base as frozen and its delta as trained: for float32
+    # [64, 32] and LoRA of rank 2, 2048 values (8192 bytes) are frozen, 2 * (64 + 32) are trained.
+    # The bytes of a Quantized base are split into packed values and scales.
     base_of = lambda leaf: leaf.base if isinstance(leaf, Adapted) else leaf
     frozen = jax.tree.map(base_of, tree, is_leaf=is_node)
     deltas = [
@@ -309,8 +332,10 @@ def report(fn: Callable, tree: PyTree, *args: Any, **kwargs: Any) -> Report:
     )
 
 
-def _report_leaf(node: Any, uses: tuple[Record, ...]) -> LeafReport:
-    """What there is to say of one node."""
+def _report_leaf(
+    node: Adapted | Quantized | Full | LowRank, uses: tuple[Record, ...]
+) -> LeafReport:
+    """Make the report on one node."""
     shape, base = tuple(node.shape), strip_norms(node.base if isinstance(node, Adapted) else node)
     format = base.format if isinstance(base, Quantized) else None
     bits = count_bits(base)

@@ -1,1 +1,1 @@
-"""Functions of trees: init, combine, merge, quantize, specs, fingerprints."""
+"""Functions of parameter trees: init, combine, merge, quantize, specs, fingerprint."""

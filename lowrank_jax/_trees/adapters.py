@@ -1,4 +1,4 @@
-"""combine, partition, merge: a frozen tree and its trainable mirror, put together and apart."""
+"""combine, partition, merge and fold_norms: join a base and an adapter, or take them apart."""
 
 from __future__ import annotations
 
@@ -36,33 +36,35 @@ def combine(
     base: PyTree,
     lora: PyTree,
     *,
-    scale: Any = 1.0,
+    scale: float | jax.Array = 1.0,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> Any:
-    r"""Put base and adapter into one tree of nodes, without arithmetic.
+    r"""Combine base and adapter into one tree of nodes, without arithmetic.
 
     $W_\text{eff} = W + m\,s\,a\,b$ with m the multiplier `scale`.
 
-    The tree shares the buffers of base, and base those of the parameters, on purpose: nothing
-    frozen is held twice. So a jitted step that donates the combined tree consumes the parameters.
+    The result shares its buffers with base, and base shares them with the parameters, so that
+    nothing frozen is stored twice. A jitted step that donates the combined tree therefore consumes
+    the parameters.
 
     Args:
-      base: the frozen tree, as init returns it. Raw parameters will do: with DoRA the norms of
-        their leaves are then computed here, at each call.
-      lora: the adapter, as init returns it.
-      scale: m, a number or a traced scalar; 0 turns the adapter off. It multiplies all that the
-        adapter changes, DoRA's change of magnitude included.
+      base: the frozen tree, as returned by init. Raw parameters work too; with DoRA the norms of
+        their leaves are then computed at each call.
+      lora: the adapter, as returned by init.
+      scale: m, a number or a traced scalar; 0 turns the adapter off. It multiplies the whole change
+        of a weight, including that of DoRA's magnitude.
       dropout: rate in [0, 1) on the input of the adapter branch of matrix products and
-        convolutions, a mask for each leaf, use and layer; look-ups have no input to drop. A weight
-        that a loop uses at every step, without slicing it, has one mask for all steps.
-      key: PRNG key of the masks, needed with dropout.
+        convolutions, with a mask for each leaf, use and layer. Lookups have no input to drop. A
+        weight that a loop uses at every step without slicing has one mask for all steps.
+      key: PRNG key of the masks, required with dropout.
 
     Returns:
       A tree like base with Adapted nodes, for functions made by lift.
 
     Raises:
-      TreeError: lora does not fit base; every path that does not is listed.
+      TreeError: lora does not fit base; all paths that do not fit are listed.
+      ConfigError: scale is not a scalar, dropout is not in [0, 1), or dropout has no key.
 
     Source: LoRA, arXiv 2106.09685, section 4.1.
 
@@ -94,14 +96,15 @@ def combine(
         masks = None
         if dropout and isinstance(node, LowRank):
             masks = _make_mask_keys(key, path, node)
-        own = multiplier if multiplier is None else jnp.array(multiplier)  # it may be donated
+        # a copy for each node: a tree in which one buffer occurs twice cannot be donated
+        own = multiplier if multiplier is None else jnp.array(multiplier)
         rate = float(dropout) if masks is not None else 0.0
         combined.append(Adapted(leaf, node, own, masks, rate))
     return jax.tree.unflatten(treedef, combined)
 
 
-def _to_multiplier(scale: Any) -> jax.Array | None:
-    """The scale as a scalar array, or None for 1."""
+def _to_multiplier(scale: float | jax.Array) -> jax.Array | None:
+    """Convert the scale to a float32 scalar, or to None if it is the number 1."""
     if isinstance(scale, int | float) and scale == 1:
         return None
     scale = scale if hasattr(scale, "dtype") else float(scale)
@@ -114,13 +117,13 @@ def _to_multiplier(scale: Any) -> jax.Array | None:
 
 
 def _make_mask_keys(key: Any, path: str, node: LowRank) -> jax.Array:
-    """One dropout key for each stacked weight of a leaf."""
+    """Make one dropout key for each weight of a stacked leaf: keys [*stack]."""
     leaf_key = jax.random.fold_in(to_typed_key(key), hash_path(path))
     return jax.random.split(leaf_key, node.stacked) if node.stacked else leaf_key
 
 
 def _match_adapters(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, Any]:
-    """Adapter nodes by path, checked against the base."""
+    """Return path -> node of an adapter; raises TreeError if it does not fit the base."""
     nodes = dict(flatten(lora, is_leaf=is_node)[0])
     arrays = dict(leaves)
     swapped = any(isinstance(leaf, LowRank | Full) for leaf in arrays.values())
@@ -158,13 +161,16 @@ def _match_adapters(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, An
 
 @check_arguments(tree=tree_of_arrays)
 def partition(tree: PyTree) -> tuple[Any, Any]:
-    """Take a combined tree apart into (base, lora): the inverse of combine.
+    """Split a combined tree into (base, lora): the inverse of combine.
 
     Args:
-      tree: what combine returned, or a tree like it (after an update, say).
+      tree: a tree as returned by combine, possibly updated.
 
     Returns:
-      (base, lora); scale and dropout, which are of one call, are dropped.
+      (base, lora), without scale and dropout, which belong to one call of combine.
+
+    Raises:
+      TreeError: the tree holds an adapter without its base.
 
     Source: structural only, no arithmetic.
 
@@ -185,8 +191,8 @@ def partition(tree: PyTree) -> tuple[Any, Any]:
 
 
 @check_arguments(scale=number_like)
-def merge(base: PyTree, lora: PyTree, *, scale: Any = 1.0) -> Any:
-    r"""Fold the adapter into dense weights: $W + m\,s\,a\,b$, added in float32 and cast once.
+def merge(base: PyTree, lora: PyTree, *, scale: float | jax.Array = 1.0) -> Any:
+    r"""Merge the adapter into dense weights: $W + m\,s\,a\,b$, added in float32 and cast once.
 
     Args:
       base: the frozen tree; it is not changed.
@@ -194,8 +200,8 @@ def merge(base: PyTree, lora: PyTree, *, scale: Any = 1.0) -> Any:
       scale: m, as in combine.
 
     Returns:
-      A dense tree like the parameters, with their dtypes. Leaves that are not adapted are base's
-      own arrays; none is the adapter's.
+      A dense tree like the parameters, with their dtypes. It shares the leaves that are not adapted
+      with base, and no array with the adapter.
 
     Raises:
       TreeError: lora does not fit base.
@@ -210,9 +216,9 @@ def merge(base: PyTree, lora: PyTree, *, scale: Any = 1.0) -> Any:
     True
     """
 
-    def dense(leaf: Any) -> Any:
+    def dense(leaf: object) -> Any:
         whole = isinstance(leaf, Adapted) and isinstance(leaf.delta, Full)
-        # the adapter may be donated, and what is merged stays
+        # A copy, since the adapter may be donated later and the merged tree must stay valid.
         return jnp.array(materialize(leaf), copy=True) if whole else materialize(leaf)
 
     return jax.tree.map(dense, combine(base, lora, scale=scale), is_leaf=is_node)
@@ -220,20 +226,21 @@ def merge(base: PyTree, lora: PyTree, *, scale: Any = 1.0) -> Any:
 
 @check_arguments()
 def fold_norms(base: PyTree, lora: PyTree) -> Any:
-    r"""Make DoRA as cheap as LoRA for inference: compute its norms once and for all.
+    r"""Compute DoRA's norms once, which makes inference as cheap as with LoRA.
 
-    $y = c \odot (x W + s\,(x a) b)$ with $c = m / \lVert W + s\,a\,b \rVert$ kept in place of m.
+    $y = c \odot (x W + s\,(x a) b)$ with $c = m / \lVert W + s\,a\,b \rVert$ stored in place of m.
 
     Args:
       base: the frozen tree.
       lora: the adapter.
 
     Returns:
-      The adapter with c, [*stack, *fan_out], for magnitude. It gives the same function, takes no
-      norm, and is not for training: a and b no longer change c. Save the adapter before.
+      The adapter with c, [*stack, *fan_out], as its magnitude. It computes the same function
+      without norms. It is not for training, because c no longer depends on a and b: save the
+      adapter first.
 
     Raises:
-      TreeError: lora does not fit base, or has no magnitude to fold.
+      TreeError: lora does not fit base, or has no magnitude.
 
     Source: DoRA, arXiv 2402.09353, equation 5.
 
@@ -250,7 +257,7 @@ def fold_norms(base: PyTree, lora: PyTree) -> Any:
             "the adapter has no magnitude: there is nothing to fold in one without DoRA"
         )
 
-    def fold(path: str, node: Any) -> Any:
+    def fold(path: str, node: LowRank | Full) -> LowRank | Full:
         if not isinstance(node, LowRank) or node.magnitude is None:
             return node
         return dataclasses.replace(node, magnitude=compute_gain(leaves[path], node), folded=True)

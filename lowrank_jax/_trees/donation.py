@@ -1,4 +1,4 @@
-"""Donation of a tree's leaves: which can be deleted when, where leaves may share buffers."""
+"""Donation of the leaves of a tree: deletes each as soon as no other leaf needs its buffer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from lowrank_jax._jax import jaxprs
 
 
 class Donation:
-    """Leaves that are given for good: each is deleted when no other needs its buffer any more.
+    """Donated leaves, each deleted once no other leaf needs its buffer.
 
     Args:
-      leaves: path -> leaf, of a whole tree; those that are not donated keep their buffers.
-      paths: of the leaves that are donated; NumPy arrays among them are nobody's to delete.
+      leaves: path -> leaf of the whole tree; leaves that are not donated keep their buffers.
+      paths: paths of the donated leaves; NumPy arrays among them are not deleted.
+
+    >>> import jax.numpy as jnp
+    >>> leaves = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    >>> Donation(leaves, ["a"]).release("a")
+    >>> leaves["a"].is_deleted(), leaves["b"].is_deleted()
+    (True, False)
     """
 
     def __init__(self, leaves: Mapping[str, Any], paths: Iterable[str]):
@@ -28,7 +34,9 @@ class Donation:
         self._waiting: list[str] = []
 
     def release(self, path: str) -> None:
-        """A leaf was read for the last time: delete it and those that waited for it, or wait."""
+        """Delete a leaf that was read for the last time, or wait for the leaves that share it."""
+        # Two leaves that share a buffer are its two users. After the release of the first there is
+        # one user left, so it waits; the release of the second deletes both.
         if path not in self._arrays:
             return
         self._users.subtract(self._buffers[path])
@@ -39,8 +47,8 @@ class Donation:
             self._arrays[path].delete()
 
 
-def _find_buffers(leaf: Any) -> set[Any]:
-    """What tells which buffers an array has on the devices of this process."""
+def _find_buffers(leaf: object) -> set[Any]:
+    """Identify the buffers of an array on the devices of this process."""
     if not isinstance(leaf, jax.Array) or jaxprs.is_tracer(leaf) or leaf.is_deleted():
         return set()
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -48,5 +56,5 @@ def _find_buffers(leaf: Any) -> set[Any]:
     try:
         parts = [(shard.device, shard.data) for shard in leaf.addressable_shards]
         return {(device, part.unsafe_buffer_pointer()) for device, part in parts}
-    except RuntimeError:  # a runtime that does not say where its buffers are
+    except RuntimeError:  # the runtime does not expose buffer pointers
         return {id(leaf)}

@@ -1,4 +1,4 @@
-"""Initializers applied to leaves: axes grouped, stacks mapped over, factors rounded."""
+"""Application of initializers to leaves: reshapes to matrices, maps over stacks, rounds factors."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lowrank_jax._nodes import (
     as_dense,
 )
 from lowrank_jax._nodes.norms import get_dense_sharding
+from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._primitives.contract import (
     RANK,
     accumulator_dtype,
@@ -37,14 +38,21 @@ Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 
 
 def apply_initializer(
-    key: jax.Array, path: str, leaf: Any, target: Target, initializer: Any, dtype: str
+    key: jax.Array,
+    path: str,
+    leaf: jax.Array | Quantized,
+    target: Target,
+    initializer: Initializer,
+    dtype: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """a, b and the residual (or None) of a leaf, split as its type says on a mesh of explicit axes.
+    """Return a, b and the residual (or None) of a leaf; on explicit mesh axes, sharded as the leaf.
 
-    a: [*stack, *fan_in, r], b: [*stack, r, *fan_out], the residual as the leaf.
+    a: [*stack, *fan_in, r], b: [*stack, r, *fan_out], the residual has the shape of the leaf.
     """
+    # An initializer that is a pytree brings arrays, which lead with the stack axes of the leaf. Its
+    # structure is static and its arrays are traced, so one program serves all leaves of a shape.
     data, form = jax.tree.flatten(initializer)
-    if data == [initializer]:  # a plain function; else a callable tree of arrays
+    if data == [initializer]:  # a plain function
         data, form = [], initializer
     stack = tuple(leaf.shape[axis] for axis in target.stack)
     if wrong := [x.shape for x in data if x.shape[: len(stack)] != stack]:
@@ -73,8 +81,10 @@ _compiled_by_function: weakref.WeakKeyDictionary[Any, Callable] = weakref.WeakKe
 
 
 def _compile_initializer(form: Any) -> Callable:
-    """`_run_initializer` of an initializer; what is compiled for a function is freed with it."""
-    if not isinstance(form, types.FunctionType | functools.partial):  # these are equal to no other
+    """Return the jitted `_run_initializer` of a function, or of the structure of a pytree."""
+    # Structures that are equal share programs. A function is equal only to itself: its program is
+    # stored under a weak reference, so that it is freed with the function.
+    if not isinstance(form, types.FunctionType | functools.partial):
         own = Static(form)
         return lambda *args: _run_pytree(own, *args)
     if form not in _compiled_by_function:
@@ -87,7 +97,11 @@ def _compile_initializer(form: Any) -> Callable:
 def _run_initializer(
     form: Static, key: jax.Array, leaf: jax.Array, data: PyTree, target: Target, dtype: str
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """a, b and the residual in the leaf's own layout: groups flattened, stacks vmapped."""
+    """Return a, b and the residual with the axes of the leaf."""
+    # A leaf [64, 12, 8, 16] with stack (1,), fan_in (0,), fan_out (2, 3) is transposed by order
+    # (1, 0, 2, 3) and reshaped to matrices [12, 64, 128], over which the initializer is vmapped.
+    # a [12, 64, r] and b [12, r, 128] become a [12, 64, r] and b [12, r, 8, 16]; the residual
+    # [12, 64, 128] goes back through [12, 64, 8, 16] to [64, 12, 8, 16].
     order = target.stack + target.fan_in + target.fan_out
     sizes = lambda axes: tuple(leaf.shape[axis] for axis in axes)
     stack, fan_in, fan_out = sizes(target.stack), sizes(target.fan_in), sizes(target.fan_out)
@@ -97,7 +111,7 @@ def _run_initializer(
     keys = jax.random.split(key, weight.shape[0]) if stack else key[None]
     data = [array.reshape(-1, *array.shape[len(stack) :]) for array in data]
 
-    def make(key: Any, weight: Any, data: PyTree) -> Any:
+    def make(key: jax.Array, weight: jax.Array, data: PyTree) -> Any:
         own = form.value if callable(form.value) else jax.tree.unflatten(form.value, data)
         if hasattr(own, "with_factor_dtype"):
             own = own.with_factor_dtype(dtype)
@@ -131,7 +145,7 @@ def _run_initializer(
 
 
 def _check_result(made: Any, name: str) -> None:
-    """An initializer returns two arrays of floats, and a third or None."""
+    """Raise LowrankError unless made is two floating arrays, and a third one or None."""
     parts = made if isinstance(made, tuple | list) and len(made) == 3 else ()
     floating = lambda part: jnp.issubdtype(getattr(part, "dtype", object), jnp.floating)
     if not parts or not all(map(floating, parts[: 2 + (parts[2] is not None)])):
@@ -146,9 +160,15 @@ _run_pytree = jax.jit(_run_initializer, static_argnums=(0, 4, 5))
 
 
 def _compute_rounding_error(
-    a: Any, b: Any, kept_a: Any, kept_b: Any, dtype: jax.typing.DTypeLike
+    a: jax.Array,
+    b: jax.Array,
+    kept_a: jax.Array,
+    kept_b: jax.Array,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """What a @ b loses where its factors are rounded: (a - a') b + a' (b - b'), small products."""
+    """Compute a b - a' b' for factors a' and b' rounded from a and b: [.., i, r], [.., r, o]."""
+    # As (a - a') b + a' (b - b'), a sum of small products: the difference of the two large ones
+    # would lose digits. The sum is one product of [.., i, 2 r] and [.., 2 r, o].
     a, b, kept_a, kept_b = (factor.astype(dtype) for factor in (a, b, kept_a, kept_b))
     left = jnp.concatenate([a - kept_a, kept_a], -1)
     right = jnp.concatenate([b, b - kept_b], -2)

@@ -1,4 +1,4 @@
-"""Content hashes: the fingerprint of a tree of arrays."""
+"""The fingerprint of a tree of arrays: a content hash of each leaf."""
 
 from __future__ import annotations
 
@@ -23,30 +23,38 @@ from lowrank_jax._nodes import Normed, is_adapter, strip_norms
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Fingerprint:
-    """Identity of a tree; equal for trees of equal paths, shapes, dtypes and bytes.
+    """Identity of a tree; equal for trees with equal paths, shapes, dtypes and bytes.
 
     Args:
-      leaves: (path, shape, dtype name, SHA-256 of the bytes in hex) of each leaf, by path.
+      leaves: (path, shape, dtype name, SHA-256 of the bytes in hex) of each leaf, sorted by path.
+
+    >>> one, other = fingerprint({"w": jnp.ones(3)}), fingerprint({"w": jnp.zeros(3)})
+    >>> one.differences(other)
+    ['w: float32[3] of SHA-256 15ec7bf0b507, expected float32[3] of SHA-256 8a31a40ecac0']
     """
 
     leaves: tuple[tuple[str, tuple[int, ...], str, str], ...]
 
     @property
     def digest(self) -> str:
-        """One SHA-256, in hex, of all leaves."""
+        """SHA-256 of all leaves, in hex."""
         return hashlib.sha256(repr(self.leaves).encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"Fingerprint({len(self.leaves)} leaves, {self.digest[:16]})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fingerprint as plain JSON values."""
+        """Convert to plain JSON values."""
         leaves = {path: [list(shape), dtype, sha] for path, shape, dtype, sha in self.leaves}
         return {"algorithm": "sha256", "leaves": leaves}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
-        """The fingerprint of the values of `to_dict`."""
+        """Create the fingerprint from the values of `to_dict`.
+
+        Raises:
+          TreeError: values is not a dictionary of `to_dict`, or is of another hash algorithm.
+        """
         try:
             algorithm = values["algorithm"]
             leaves = [
@@ -63,14 +71,14 @@ class Fingerprint:
         return cls(tuple(sorted(leaves)))
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """One line for each path in which `other` is not this tree."""
+        """List the differences to `other`, one line for each path."""
         show = lambda leaf: f"{leaf[1]}{list(leaf[0])} of SHA-256 {leaf[2][:12]}"
         mine, theirs = ({p: show(rest) for p, *rest in f.leaves} for f in (self, other))
         return list_differences(rename_legacy_paths(mine, theirs), theirs)
 
 
 def list_differences(expected: Mapping[str, str], came: Mapping[str, str]) -> list[str]:
-    """One line for each key that is missing, unexpected, or not what was expected."""
+    """List the differences, one line for each key that is missing, unexpected or unequal."""
     lines = []
     for key in sorted(expected.keys() | came.keys()):
         if key not in came:
@@ -84,18 +92,18 @@ def list_differences(expected: Mapping[str, str], came: Mapping[str, str]) -> li
 
 @check_arguments(tree=tree_of_arrays)
 def fingerprint(tree: PyTree) -> Fingerprint:
-    """Compute the identity of a base: path, shape, dtype and SHA-256 of the bytes of each leaf.
+    """Compute the fingerprint of a base: path, shape, dtype and SHA-256 of the bytes of each leaf.
 
-    Leaf by leaf: at most a few leaves are on the host at once, and none stays there. Neither the
-    order of keys nor sharding nor the kind of container (dict, nnx.State) changes it. Compute it
-    once and hand it to `checkpoint.save` in place of the tree.
+    At most a few leaves are copied to the host at once, and none stays there. The result does not
+    depend on the order of keys, sharding or kind of container (dict, nnx.State). Compute it once
+    and pass it to `checkpoint.save` in place of the tree.
 
     Args:
-      tree: any pytree of arrays, of any dtype; typed PRNG keys count as their data, and the norms
-        that DoRA has a base carry do not count.
+      tree: any pytree of arrays of any dtype. Typed PRNG keys are hashed by their data; the norms
+        that DoRA adds to a base are ignored.
 
     Returns:
-      A small frozen object: compare with ==, store with to_dict / from_dict.
+      A small frozen object: compare it with ==, store it with to_dict and from_dict.
 
     Raises:
       TreeError: a leaf has no values (traced, abstract, deleted, not numeric), or the tree holds
@@ -117,32 +125,36 @@ def fingerprint(tree: PyTree) -> Fingerprint:
             f"a fingerprint is of the frozen base, and {adapted[0]!r} is an adapter: pass the base "
             "(lowrank.partition takes a combined tree apart)"
         )
-    # nodes of other kinds (quantized leaves) count by their parts
+    # other nodes (quantized leaves) are hashed array by array
     leaves = flatten(plain)[0]
     if jax.process_count() > 1:  # leaves are gathered by all processes, in one order
         return Fingerprint(
             tuple(sorted(_describe_leaf(path, gather_shards(leaf)) for path, leaf in leaves))
         )
-    # hashlib releases the GIL: threads read and hash several leaves at once
+    # hashlib releases the GIL, so threads read and hash several leaves at once
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return Fingerprint(
             tuple(sorted(pool.map(_describe_leaf, *zip(*leaves, strict=True)))) if leaves else ()
         )
 
 
-def _describe_leaf(path: str, leaf: Any) -> tuple[str, tuple[int, ...], str, str]:
-    """Path, shape, dtype name and content hash of one leaf."""
+def _describe_leaf(path: str, leaf: object) -> tuple[str, tuple[int, ...], str, str]:
+    """Return path, shape, dtype name and content hash of one leaf."""
     array = to_numpy(path, leaf)
     return path, array.shape, array.dtype.name, sha256(array)
 
 
 def to_numpy(path: str, leaf: Any) -> np.ndarray:
-    """A leaf's values as a contiguous array, which no jax.Array keeps alive; copied if need be."""
+    """Convert a leaf to a contiguous NumPy array that no jax.Array keeps alive.
+
+    Raises:
+      TreeError: the leaf has no values, or is not numeric.
+    """
     try:
         if jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         if isinstance(leaf, jax.Array):
-            # numpy.asarray leaves its host copy in the jax.Array: give it one to throw away
+            # numpy.asarray caches its host copy in the jax.Array: use a new one on the same buffers
             shards = [shard.data for shard in leaf.addressable_shards]
             leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
         array = np.asarray(leaf, order="C")
@@ -159,5 +171,5 @@ def to_numpy(path: str, leaf: Any) -> np.ndarray:
 
 
 def sha256(array: np.ndarray) -> str:
-    """SHA-256 of a contiguous array's bytes, in hex."""
+    """Compute the SHA-256 of the bytes of a contiguous array, in hex."""
     return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()

@@ -1,4 +1,4 @@
-"""init: the adapter of a parameter tree, and the base that is left."""
+"""init: creates the adapter of a parameter tree, and the frozen base that goes with it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ from lowrank_jax._nodes import (
     is_node,
     strip_norms,
 )
+from lowrank_jax._nodes.adapted import Leaf
 from lowrank_jax._nodes.family import init_rows
 from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._operators.dora import compute_norms
-from lowrank_jax._targeting.configs import LoraConfig
+from lowrank_jax._targeting.configs import LoraConfig, QuantConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._targeting.targets import (
     Target,
@@ -57,39 +58,44 @@ def init(
     plan: Plan | None = None,
     initializer: Initializer | str | Mapping[Pattern, Initializer | str] | None = None,
 ) -> tuple[Any, Any]:
-    r"""Make the adapter of a parameter tree.
+    r"""Create the adapter of a parameter tree.
 
-    For each target $W$ of shape [*stack, *i, *o] (in any order of axes): a is [*stack, *i, r], b is
-    [*stack, r, *o], and $W_\text{eff} = W + s\,a\,b$; with `config.dora`
-    $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b \rVert$ for each output feature, m
-    being that norm at first.
+    For each target $W$ with axes [*stack, *i, *o] in any order, a is [*stack, *i, r], b is
+    [*stack, r, *o], and $W_\text{eff} = W + s\,a\,b$. With `config.dora`,
+    $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b \rVert$ for each output feature, where m
+    is initialized to that norm.
 
     Args:
-      key: PRNG key, or an integer seed of one; a leaf's own key is fold_in(key, hash of its path),
-        so that adding a target changes no other adapter.
+      key: PRNG key, or an integer seed. The key of a leaf is fold_in(key, hash of its path), so
+        that adding a target does not change the other adapters.
       params: any pytree of arrays.
-      config: which leaves, of which rank and scale.
-      plan: of the function that uses params; needed for "all-linear" and for leaves of more than
-        two axes. Without it a matrix is taken as [i, o].
+      config: selects the leaves, their rank and scale.
+      plan: plan of the function that uses params; required for "all-linear" and for leaves of more
+        than two axes. Without it a matrix is taken as [i, o].
       initializer: (key, weight [i, o] float32, rank, scale) -> (a, b, residual or None), the name
-        of one ("pissa"), or a mapping of pattern -> either, in which a leaf's own path goes before
-        patterns; None is kaiming, and `lookup` for tables read by rows. A function that brings data
-        is a callable pytree, whose arrays have the leaf's stack axes first. A float64 leaf's weight
-        arrives as float64. What rounding the factors to `factor_dtype` takes from a b is added to
-        the residual, so that the function is kept.
+        of an initializer ("pissa"), or a mapping of pattern -> either, in which the exact path of a
+        leaf precedes patterns. None means kaiming, and `lookup` for tables read by rows. A function
+        with data is a callable pytree whose arrays lead with the stack axes of the leaf. The weight
+        of a float64 leaf is passed as float64. The error of rounding the factors to `factor_dtype`
+        is added to the residual, so that the function is preserved.
 
     Returns:
-      (base, lora). base is params itself, save where an initializer moved weight into the factors,
-      and where config.dora has leaves carry their squared norm (Normed nodes). lora mirrors params:
-      LowRank at the targets, Full at leaves of config.train, None elsewhere. It shares no array
-      with params or base, so it may be donated; base shares those of params.
+      (base, lora). base is params itself, except for leaves whose initializer returned a residual,
+      which replaces them, and with config.dora for targets, which get their squared norms (Normed
+      nodes). lora mirrors params: LowRank at targets, Full at leaves of config.train, None
+      elsewhere. It shares no array with params or base, so it may be donated; base shares its
+      arrays with params.
 
     Raises:
-      PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy.
+      PatternError: a pattern matches no leaf, or no leaf is selected.
+      AxesError: the axes of a leaf are not known or not possible.
+      ConfigError: a leaf is selected twice or too narrow for its rank, or the initializer does not
+        apply to it.
+      TreeError: params holds adapters, or the plan belongs to another tree.
 
     Warns:
-      PlanWarning: naming the leaves that "all-linear" passes over though they reach a product, by
-        operations that no rule follows.
+      PlanWarning: "all-linear" skips leaves that reach a product through operations that no rule
+        follows.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; DoRA, arXiv 2402.09353, section 4.
 
@@ -112,7 +118,7 @@ def init(
     whole, rows = select_full(arrays, config), select_rows(arrays, config)
     warn_skipped(plan, config.targets, targets, (*config.exclude, *whole, *rows))
     if find_method(config.method).start and initializer is not None:
-        raise ConfigError(f"an initializer is of LoRA's a and b; {config.method!r} has its own")
+        raise ConfigError(f"initializer applies to LoRA only; method {config.method!r} has its own")
     chosen = _resolve_initializers(initializer, targets)
     base, lora = [], []
     for path, leaf in leaves:
@@ -129,11 +135,11 @@ def init(
     return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
 
 
-def _resolve_initializers(given: Any, targets: Mapping[str, Target]) -> dict[str, Any]:
-    """The initializer of each target, None where it is the default.
+def _resolve_initializers(given: object, targets: Mapping[str, Target]) -> dict[str, Any]:
+    """Return path -> initializer of each target, None for the default.
 
-    A target's own path goes before patterns, of which the first that matches wins: what is made
-    from data names each leaf, and a path may hold a "*".
+    The exact path of a target precedes patterns, of which the first match wins: initializers made
+    from data name each leaf, and a path may contain a "*".
     """
     if not isinstance(given, Mapping):
         return dict.fromkeys(targets, _resolve_initializer("initializer", given))
@@ -153,8 +159,8 @@ def _resolve_initializers(given: Any, targets: Mapping[str, Target]) -> dict[str
     return {path: found.get(path) for path in targets}
 
 
-def _resolve_initializer(name: str, value: Any) -> Any:
-    """The function of an initializer, which may be given by name."""
+def _resolve_initializer(name: str, value: object) -> Any:
+    """Return the function of an initializer that may be given by name."""
     if value is None or (callable(value) and not isinstance(value, type)):
         return value
     if isinstance(value, str) and value in initializers.BY_NAME:
@@ -167,9 +173,10 @@ def _resolve_initializer(name: str, value: Any) -> Any:
 
 
 def to_typed_key(key: jax.Array) -> jax.Array:
-    """A typed key of an old-style uint32 one, whose words tell what made it.
+    """Convert an old-style uint32 key to a typed key; its number of words determines the PRNG.
 
-    A key of Threefry is one in a process with another default too: a checkpoint may bring it there.
+    The default PRNG of the process is used if its keys have as many words. Otherwise the key, for
+    example a Threefry key restored from a checkpoint, gets the PRNG with that number of words.
     """
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
@@ -185,9 +192,14 @@ _KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
 
 
 def _init_leaf(
-    key: jax.Array, path: str, leaf: Any, target: Target, initializer: Any, config: LoraConfig
-) -> tuple[Any, LowRank]:
-    """The base that is left of one leaf, and its adapter."""
+    key: jax.Array,
+    path: str,
+    leaf: jax.Array | Quantized,
+    target: Target,
+    initializer: Initializer | None,
+    config: LoraConfig,
+) -> tuple[Leaf, LowRank]:
+    """Return the base and the adapter of one leaf."""
     if start := find_method(config.method).start:
         return _add_magnitude(leaf, start(key, leaf, target, config), config)
     if initializer is None:
@@ -213,21 +225,23 @@ def _init_leaf(
     return _add_magnitude(leaf, node, config)
 
 
-def _add_magnitude(leaf: Any, node: LowRank, config: LoraConfig) -> tuple[Any, LowRank]:
-    """With DoRA the leaf carries its squared norms, and the adapter a magnitude."""
+def _add_magnitude(
+    leaf: jax.Array | Quantized, node: LowRank, config: LoraConfig
+) -> tuple[Leaf, LowRank]:
+    """With DoRA, attach squared norms to the leaf and the magnitude to its adapter."""
     if not config.dora:
         return leaf, node
-    leaf = attach_norms(leaf, node)
-    return leaf, dataclasses.replace(node, magnitude=_compute_norms(leaf, node))
+    normed = attach_norms(leaf, node)
+    return normed, dataclasses.replace(node, magnitude=_compute_norms(normed, node))
 
 
 _compute_norms = jax.jit(compute_norms)
 
 
 def _quantize_residual(
-    path: str, residual: Any, leaf: Any, target: Target, quant: Any
+    path: str, residual: jax.Array, leaf: jax.Array, target: Target, quant: QuantConfig
 ) -> Quantized:
-    """The base of an initializer that quantizes it, of the leaf's own dtype."""
+    """Quantize the residual of an initializer that asks for it (LoftQ), with the leaf's dtype."""
     if target.kind == "lookup":
         raise ConfigError(
             f"{path!r} is read by rows: an initializer that quantizes the base is for products; "

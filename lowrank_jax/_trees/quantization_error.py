@@ -1,4 +1,4 @@
-"""quantization_error: how far the leaves of a quantized tree are from the dense ones."""
+"""quantization_error: measures how far quantized leaves are from the dense ones."""
 
 from __future__ import annotations
 
@@ -24,15 +24,21 @@ from lowrank_jax._nodes.sizes import count_bits
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationError:
-    r"""What quantization did to one leaf, W, kept as codes that stand for W'.
+    r"""The error of one quantized leaf: W is the dense leaf, W' the decoded one.
 
     Args:
-      shape: of the leaf.
+      shape: shape of the leaf.
       format: "nf4", "fp4" or "int8".
-      bits: of each of its values, scales included, as this device holds them.
+      bits: average bits per value on this device, scales included.
       relative: $\lVert W' - W \rVert_F / \lVert W \rVert_F$.
-      mean: of $|W' - W|$.
-      largest: of $|W' - W|$.
+      mean: mean of $|W' - W|$.
+      largest: maximum of $|W' - W|$.
+
+    >>> import lowrank_jax as lowrank
+    >>> params = {"w": jnp.ones((64, 4))}
+    >>> frozen = lowrank.quantize(params, lowrank.QuantConfig(targets="w", packing="uint8"))
+    >>> quantization_error(params, frozen)["w"].largest
+    0.0
     """
 
     shape: tuple[int, ...]
@@ -44,10 +50,16 @@ class QuantizationError:
 
 
 class QuantizationErrors(TableMapping):
-    """A mapping of path -> QuantizationError, shown whole by str and in notebooks.
+    """A mapping of path -> QuantizationError; `str`, rich and notebooks show it as a table.
 
     Args:
       leaves: path -> QuantizationError.
+
+    >>> error = QuantizationError((64, 32), "nf4", 4.5, 0.09, 0.01, 0.1)
+    >>> print(QuantizationErrors({"w": error}))
+    leaf  shape  kept as         relative error      mean   largest
+    ---------------------------------------------------------------
+    w     64×32  nf4, 4.50 bits           9.00%  1.00e-02  1.00e-01
     """
 
     def _table(self) -> Table:
@@ -63,30 +75,31 @@ class QuantizationErrors(TableMapping):
             for path, leaf in self.items()
         ]
         columns = ("leaf", "shape", "kept as", "relative error", "mean", "largest")
-        alike = tuple(row for row, _ in collapse_rows(rows))
-        return Table(columns, alike, frozenset(columns[3:]))
+        merged = tuple(row for row, _ in collapse_rows(rows))
+        return Table(columns, merged, frozenset(columns[3:]))
 
 
 @check_arguments()
-def quantization_error(dense: Any, frozen: PyTree) -> QuantizationErrors:
-    r"""Measure what quantization did to each leaf.
+def quantization_error(dense: PyTree, frozen: PyTree) -> QuantizationErrors:
+    r"""Measure the error of each quantized leaf.
 
-    $\lVert W' - W \rVert_F / \lVert W \rVert_F$, with W' what the codes stand for. Leaves, and
-    layers stacked in one, are compared one by one: never are two dense copies of the model there.
+    $\lVert W' - W \rVert_F / \lVert W \rVert_F$, where W' is the decoded leaf. Leaves, and the
+    layers of a stack, are compared one by one, so no second dense copy of the model is needed.
 
-    merge gives dense weights whatever the base was. The way back to a quantized base is explicit,
-    as in the example, and this says what it costs.
+    merge returns dense weights even if the base was quantized. Quantizing them again, as in the
+    example, is explicit, and this function measures its error.
 
     Args:
-      dense: the tree that was quantized; NumPy arrays too (memory-mapped ones are read one by one).
-      frozen: what quantize made of it.
+      dense: the tree that was quantized; it may hold NumPy arrays (memory-mapped ones are read one
+        by one).
+      frozen: the tree that quantize returned for it.
 
     Returns:
       A mapping of path -> QuantizationError over the quantized leaves.
 
     Raises:
-      TreeError: the trees do not fit each other (all that does not is listed), frozen has no
-        quantized leaf, or a tree holds adapters, or no values.
+      TreeError: the trees do not fit each other (all paths that do not are listed), frozen has no
+        quantized leaf, or a tree holds adapters, or shapes instead of values.
 
     Source: QLoRA, arXiv 2305.14314, equation 6, for W'.
 
@@ -114,7 +127,7 @@ def quantization_error(dense: Any, frozen: PyTree) -> QuantizationErrors:
 
 
 def _check_trees(dense: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
-    """Raise where there is nothing to compare."""
+    """Raise TreeError if the trees cannot be compared."""
     order = "the order is (dense, frozen)"
     for name, tree, wrong in (("dense", dense, is_node), ("frozen", frozen, is_adapter)):
         if nodes := [path for path, leaf in tree.items() if wrong(leaf)]:
@@ -147,8 +160,8 @@ def _check_trees(dense: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
         )
 
 
-def _measure_leaf(dense: Any, node: Quantized) -> QuantizationError:
-    """One leaf, stacked layers one by one; sums of rows are added up in float64."""
+def _measure_leaf(dense: jax.Array | np.ndarray, node: Quantized) -> QuantizationError:
+    """Measure one leaf, layer by layer; the sums of rows are added in float64 on the host."""
     squares = norm = total = largest = 0.0
     for index in np.ndindex(node.shape[: node.stacked]):
         layer = jax.tree.map(lambda array, index=index: array[index], node)
@@ -168,10 +181,13 @@ def _measure_leaf(dense: Any, node: Quantized) -> QuantizationError:
 
 @jax.jit
 def _compare(dense: jax.Array, node: Quantized) -> tuple[jax.Array, ...]:
-    """Of each row: error squared, weight squared, error; and the largest error."""
+    """Return squared error, squared weight and error, each summed over rows, and the largest error.
+
+    dense: [*fan_in, o]; the three sums lack its last axis, the largest error is a scalar.
+    """
     weight = dense.astype(jnp.float32)
     error = jnp.abs(dequantize_node(node).astype(jnp.float32) - weight)
     largest = error.max(initial=0)
-    # XLA's vectorized maximum on CPU drops NaN, a sum does not
+    # XLA's vectorized maximum on CPU drops NaN, sums do not
     largest = jnp.where(jnp.isnan(error).any(), jnp.nan, largest)
     return (*(part.sum(-1) for part in (error**2, weight**2, error)), largest)

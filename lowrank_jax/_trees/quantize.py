@@ -1,9 +1,9 @@
-"""quantize and dequantize: leaves of a tree as small integers, and back."""
+"""quantize and dequantize: convert leaves of a tree to blocks of small integers, and back."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,43 +28,49 @@ from lowrank_jax._targeting.targets import (
 from lowrank_jax._trees.donation import Donation
 from lowrank_jax._trees.specs import specs
 
+Array: TypeAlias = jax.Array | np.ndarray
+
 
 @check_arguments()
 def quantize(
     params: PyTree, quant: QuantConfig, *, plan: Plan | None = None, donate: bool = False
 ) -> Any:
-    r"""Keep leaves of a parameter tree as blocks of small integers with a scale each.
+    r"""Quantize leaves of a parameter tree to blocks of small integers with a scale for each block.
 
     $c_i = \operatorname{nearest}(w_i / m)$, $m = \max_i |w_i|$ over a block; blocks run along the
     axes that products contract (along the features of a table that is read by rows).
 
-    It works leaf by leaf: beside the result at most one dense leaf's worth of memory is used. A
-    NumPy array is encoded on the host in small pieces, and its codes alone go to the device. Under
-    jit a stack is looped over layer by layer, and so gathered where its layers are split over
-    devices: call quantize eagerly there.
+    Leaves are quantized one by one, so that besides the result at most one dense leaf of memory is
+    needed. A NumPy array is encoded on the host in small pieces, and only its codes are copied to
+    the device. Under jit a stack is looped over layer by layer, which gathers it if its layers are
+    sharded: call quantize eagerly then.
 
     Args:
-      params: any pytree of arrays, NumPy arrays too (memory-mapped ones are read once, in parts).
-      quant: which leaves, and how.
-      plan: of the function that uses params; needed for "all-linear" and for leaves of more than
-        two axes. Without it a matrix is taken as [i, o].
-      donate: delete each dense leaf as soon as its codes are there, and no other leaf of params
-        that shares its buffer is still to be read or is returned. Nothing is deleted where an error
-        of those below is raised. Under jit it does nothing: give jit itself `donate_argnums`.
+      params: any pytree of arrays; it may hold NumPy arrays (memory-mapped ones are read once, in
+        parts).
+      quant: selects the leaves and the format.
+      plan: plan of the function that uses params; required for "all-linear" and for leaves of more
+        than two axes. Without it a matrix is taken as [i, o].
+      donate: delete each dense leaf once it is encoded and no other leaf of params that shares its
+        buffer is still needed. Nothing is deleted if one of the errors below is raised. It has no
+        effect under jit: use `donate_argnums` of jit.
 
     Returns:
-      The tree with Quantized leaves: for lift, init, plan, dequantize.
+      The tree with Quantized leaves, for lift, init, plan and dequantize.
 
     Raises:
-      PatternError, AxesError, ConfigError, TreeError: naming each leaf, what it is, and the remedy;
-        where values are known, leaves with values that are not finite, or whose scales are too
-        large to be quantized in their turn. Where they are traced, the blocks of such values are
-        decoded to NaN, and no others (with double quantization the 256 blocks whose scales share a
-        scale).
+      PatternError: a pattern matches no leaf, or no leaf is selected.
+      AxesError: the contracted axes of a leaf are not known, or a leaf has no elements.
+      TreeError: params holds nodes or shapes instead of arrays, the plan belongs to another tree,
+        or a leaf has values that are not finite.
+      ConfigError: the scales of a leaf are too large for double quantization.
+
+    Traced values cannot be checked. A block with a value that is not finite then decodes to NaN;
+    with double quantization, so do the 256 blocks whose scales share a scale.
 
     Warns:
-      PlanWarning: naming the leaves that "all-linear" passes over though they reach a product, by
-        operations that no rule follows.
+      PlanWarning: "all-linear" skips leaves that reach a product through operations that no rule
+        follows.
 
     Source: QLoRA, arXiv 2305.14314, section 3.
 
@@ -87,7 +93,7 @@ def quantize(
         )
     axes = {path: resolve_block_axes(path, arrays[path], plan) for path in chosen}
     donation = None
-    if donate:  # nothing is deleted before all is known to be good
+    if donate:  # all leaves are checked before the first one is deleted
         check_quantized(
             {path: _find_bad_values(path, arrays[path], *axes[path], quant) for path in axes},
             arrays,
@@ -98,7 +104,7 @@ def quantize(
         if path in axes:
             leaf, bad[path] = quantize_leaf(path, leaf, *axes[path], quant)
             if not any(map(jaxprs.is_tracer, bad[path])):
-                jax.block_until_ready(leaf)  # one by one, however fast they are asked for
+                jax.block_until_ready(leaf)  # dispatch must not run ahead: one dense leaf at a time
                 if donation is not None:
                     donation.release(path)
         out.append(leaf)
@@ -106,15 +112,17 @@ def quantize(
     return jax.tree.unflatten(treedef, out)
 
 
-def _find_bad_values(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
-    """What `quantize_leaf` would find wrong with a leaf, which is encoded only where it must be."""
-    shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)  # which raises what encoding would
+def _find_bad_values(path: str, leaf: Array, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
+    """Return the counts of `quantize_leaf` without encoding the leaf, unless that is needed."""
+    shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)  # raises the errors of encoding
     on_host = isinstance(leaf, np.ndarray)
     bad = count_nonfinite(leaf) if on_host else _count_nonfinite(leaf)
     if jaxprs.is_tracer(bad) or int(bad) or not quant.double_quant:
         return bad, 0
     largest = max(leaf.max(), -leaf.min()) if on_host else _max_magnitude(leaf)
-    # so that the sum of all scales, and their mean and a difference from it, are within range
+    # Scales are at most the largest magnitude of the leaf. If that is small enough, the sum of all
+    # scales fits float32, and the sum of their mean and a difference from it fits the dtype of the
+    # leaf: double quantization cannot overflow, and nothing need be encoded to know this.
     sums, values = (float(jnp.finfo(dtype).max) for dtype in (jnp.float32, shapes.dtype))
     if float(largest) < 0.99 * min(sums / shapes.scales.size, values / 2):
         return bad, 0
@@ -122,7 +130,7 @@ def _find_bad_values(path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: Qua
 
 
 def choose_targets(arrays: dict[str, Any], quant: QuantConfig, plan: Plan | None) -> list[str]:
-    """The paths to quantize; at least one."""
+    """Select the paths to quantize; raises PatternError if there is none."""
     chosen, linear = choose_paths(arrays, quant.targets, quant.exclude, plan)
     if not chosen:
         raise PatternError(f"no leaf is left to quantize: {explain_no_target(plan, linear)}")
@@ -130,26 +138,30 @@ def choose_targets(arrays: dict[str, Any], quant: QuantConfig, plan: Plan | None
     return chosen
 
 
-def resolve_block_axes(path: str, leaf: Any, plan: Plan | None) -> tuple[Axes, Axes]:
-    """The axes that blocks run along, and the stack axes."""
+def resolve_block_axes(path: str, leaf: Array, plan: Plan | None) -> tuple[Axes, Axes]:
+    """Return the axes along which blocks run, and the stack axes."""
+    # A product contracts its blocks: a weight [i, o] used as x @ w has blocks along i. A table
+    # [rows, features] read by rows has them along features, so that a row is whole blocks, also if
+    # it is tied to an output projection, which contracts the same axis. A stacked table
+    # [12, rows, features] with stack (0,): the rows are the first other axis, 1, and blocks run
+    # along 2.
     use = plan[path] if plan is not None else None
     fan_in, fan_out, stack, kind = resolve_axes(
         path, tuple(leaf.shape), use, "blocks run along the contracted axes"
     )
     if kind != "lookup" and use is not None and use.lookup:
-        kind = "lookup"  # rows are read somewhere: a row must hold whole blocks
         rows = min({*range(leaf.ndim)} - {*stack})
         return tuple(a for a in range(leaf.ndim) if a not in stack and a != rows), stack
     return (fan_out if kind == "lookup" else fan_in), stack
 
 
 def quantize_leaf(
-    path: str, leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig
+    path: str, leaf: Array, fan_in: Axes, stack: Axes, quant: QuantConfig
 ) -> tuple[Any, Any]:
-    """One leaf, and what `check_quantized` takes; a NumPy array is encoded on the host.
+    """Quantize a leaf, a NumPy array on the host; return the node and two counts.
 
-    The latter is two numbers: of values that are not finite, and of blocks of scales that are too
-    large to be quantized in their turn.
+    The counts, for `check_quantized`, are of values that are not finite, and of blocks of scales
+    that are too large for double quantization.
     """
     if isinstance(leaf, np.ndarray):
         node, bad = quantize_on_host(leaf, eval_quantized_shapes(leaf, fan_in, stack, quant))
@@ -166,14 +178,16 @@ def quantize_leaf(
         return jaxprs.call_with_auto_axes(encode, out, leaf)
 
 
-def eval_quantized_shapes(leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig) -> Any:
-    """The node of a leaf of that shape and dtype, without values."""
-    leaf = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-    return jax.eval_shape(lambda leaf: _quantize_on_device(leaf, fan_in, stack, quant)[0], leaf)
+def eval_quantized_shapes(
+    leaf: Array | jax.ShapeDtypeStruct, fan_in: Axes, stack: Axes, quant: QuantConfig
+) -> Any:
+    """Return the node of a quantized leaf with shapes in place of arrays."""
+    shapes = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    return jax.eval_shape(lambda leaf: _quantize_on_device(leaf, fan_in, stack, quant)[0], shapes)
 
 
-def _is_first_axis_split(leaf: Any) -> bool:
-    """Whether the first axis is known to be split over devices."""
+def _is_first_axis_split(leaf: jax.Array) -> bool:
+    """Whether the first axis is known to be sharded."""
     if jaxprs.is_tracer(leaf):
         return jaxprs.is_split(leaf, 0)
     concrete = isinstance(leaf, jax.Array)
@@ -182,9 +196,9 @@ def _is_first_axis_split(leaf: Any) -> bool:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _quantize_on_device(
-    leaf: Any, fan_in: Axes, stack: Axes, quant: QuantConfig, together: bool = False
+    leaf: jax.Array, fan_in: Axes, stack: Axes, quant: QuantConfig, together: bool = False
 ) -> tuple[Any, Any]:
-    """One leaf on a device."""
+    """Quantize a leaf on its device; return the node and the counts of `quantize_leaf`."""
     node = quantize_array(
         leaf,
         fan_in,
@@ -203,19 +217,19 @@ def _quantize_on_device(
 
 @jax.jit
 def _count_nonfinite(leaf: jax.Array) -> jax.Array:
-    """How many values are not finite in float32; a leaf may have more than an integer counts."""
+    """Count the values that are not finite in float32; as float32, since int32 may overflow."""
     finite = jnp.isfinite(leaf.astype(jnp.float32))
     return jnp.sum(~finite, -1, jnp.int32).sum(dtype=jnp.float32)
 
 
 @jax.jit
 def _max_magnitude(leaf: jax.Array) -> jax.Array:
-    """The largest magnitude of a leaf without NaN; of what is written to memory nothing."""
+    """Compute the largest magnitude of a leaf without NaN, without an array of magnitudes."""
     return jnp.maximum(jnp.max(leaf), -jnp.min(leaf)).astype(jnp.float32)
 
 
 def check_quantized(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> None:
-    """Raise where values are known and not finite, or their scales cannot be quantized."""
+    """Raise if known counts are not 0: TreeError for nonfinite values, ConfigError for scales."""
     known = {
         path: tuple(map(int, counts))
         for path, counts in bad.items()
@@ -228,34 +242,34 @@ def check_quantized(bad: dict[str, tuple[Any, Any]], leaves: dict[str, Any]) -> 
     ]
     if problems:
         raise TreeError(
-            "a block with a NaN or an infinity has no scale: mend the weights, or exclude the "
+            "a block with a NaN or an infinity has no scale: repair the weights, or exclude the "
             f"leaf:\n{list_problems(problems)}"
         )
     problems = [
-        f"{path}: its scales, quantized in their turn, are beyond "
+        f"{path}: its scales, after double quantization, are beyond the range of "
         f"{jnp.dtype(leaves[path].dtype).name}"
         for path, (_, count) in known.items()
         if count
     ]
     if problems:
         raise ConfigError(
-            "weights as large cannot be quantized doubly: pass double_quant=False, or exclude the "
-            f"leaf:\n{list_problems(problems)}"
+            "weights are too large for double quantization: pass double_quant=False, or exclude "
+            f"the leaf:\n{list_problems(problems)}"
         )
 
 
 @check_arguments(frozen=tree_of_arrays)
 def dequantize(frozen: PyTree) -> Any:
-    """The dense tree again: each quantized leaf decoded in float32 and cast once to its dtype.
+    """Decode the quantized leaves of a tree in float32, each cast once to its dtype.
 
     Args:
-      frozen: a tree that quantize returned.
+      frozen: a tree as returned by quantize.
 
     Returns:
-      The tree with arrays, rounded to what their codes hold.
+      The tree with dense arrays, rounded to the values of their codes.
 
     Raises:
-      TreeError: the tree holds adapters: merge folds those.
+      TreeError: the tree holds adapters; use merge.
 
     Source: QLoRA, arXiv 2305.14314, equation 6.
 

@@ -1,4 +1,4 @@
-"""specs: how base and adapter lie on a mesh, from how the dense parameters do."""
+"""specs: derives the PartitionSpecs of a base or an adapter from those of the parameters."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ Spec = PartitionSpec | NamedSharding
 
 
 @check_arguments()
-def specs(tree: PyTree, dense_specs: Any) -> Any:
-    """Give every array of a tree the PartitionSpec that follows from the dense parameter's.
+def specs(tree: PyTree, dense_specs: PyTree) -> Any:
+    """Derive the PartitionSpec of every array of a tree from the specs of the dense parameters.
 
-    A factor's axis is split as the axis of the weight that it runs along, and the axis of the rank
-    is not split: a weight [i, o] of P("data", "model") has a: P("data", None), b: P(None, "model").
-    The codes and scales of a quantized leaf are split as its axes are, whole blocks to a device;
-    scales of scales, and a leaf kept flat, along stack axes alone.
+    An axis of a factor is sharded as the corresponding axis of the weight, and the axis of the rank
+    is not sharded: for a weight [i, o] with P("data", "model"), a has P("data", None) and b has
+    P(None, "model"). Codes and scales of a quantized leaf are sharded as its axes, with whole
+    blocks on a device. The second level of scales, and a leaf stored flat, are sharded along stack
+    axes only.
 
     Args:
-      tree: a base, an adapter, or a combined tree; jax.ShapeDtypeStruct will do (jax.eval_shape of
-        init, to make an adapter that is sharded from the start).
-      dense_specs: PartitionSpec, NamedSharding or None (not split) by the leaves of the dense
-        parameters. One at a branch holds for all leaves below it.
+      tree: a base, an adapter, or a combined tree. It may hold jax.ShapeDtypeStruct, for example
+        jax.eval_shape of init, to create an adapter that is sharded from the start.
+      dense_specs: a tree of PartitionSpec, NamedSharding or None (replicated) like the dense
+        parameters. An entry at a branch applies to all leaves below it.
 
     Returns:
-      The tree's own structure with a PartitionSpec at every array, or a NamedSharding where that is
-      what dense_specs has: jax.device_put and jax.jit take those as they are.
+      A tree with the structure of `tree` and a PartitionSpec for every array, or a NamedSharding
+      where dense_specs has one, as accepted by jax.device_put and jax.jit.
 
     Raises:
       TreeError: a leaf has no spec, a spec has no leaf or more entries than its leaf has axes, or
-        would split a block; all are listed.
+        would split a block; all problems are listed.
 
     Source: the layout of Megatron-LM, arXiv 1909.08053 section 3, carried over to the factors.
 
@@ -92,18 +93,23 @@ def specs(tree: PyTree, dense_specs: Any) -> Any:
 
 
 def _find_spec(given: Mapping[str, Any], path: str) -> str | None:
-    """The path of the spec that holds for a leaf: its own, or a branch's above it."""
+    """Find the path of the spec that applies to a leaf: its own path, or a branch above it."""
+    # "a/b/w" looks for "a/b/w", "a/b", "a" and "" (a spec for the whole tree), in this order.
     parts = path.split("/")
     above = ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
     return next((name for name in above if name in given), None)
 
 
 def _get_entries(spec: Spec) -> PartitionSpec:
+    """Get the PartitionSpec of a spec that may be a NamedSharding."""
     return spec.spec if isinstance(spec, NamedSharding) else spec
 
 
-def _explain_indivisible(leaf: Any, spec: Spec) -> str | None:
-    """Why a leaf in blocks cannot be split so, or None."""
+def _explain_indivisible(leaf: object, spec: Spec) -> str | None:
+    """Explain why a quantized leaf cannot be sharded by the spec, or return None if it can."""
+    # Codes [4, 2, 64, 6] of a leaf [4, 16, 8, 6]: the blocks span axes 1 and 2 of the leaf. Axis 2
+    # lies within a block and cannot be split. Axis 1 becomes the axis of 2 blocks, so at most two
+    # devices can share it.
     if not isinstance(leaf, Quantized) or leaf.order is not None:
         return None
     first, entries = leaf.leading, tuple(_get_entries(spec))
@@ -128,19 +134,22 @@ def _explain_indivisible(leaf: Any, spec: Spec) -> str | None:
 
 
 def _count_adapter_axes(leaves: Sequence[Any]) -> int:
-    """How many axes of stacked adapters lead the arrays of an adapter."""
+    """Count the axes of stacked adapters that lead the arrays of an adapter."""
     return max((leaf.adapters for leaf in leaves if isinstance(leaf, LowRank)), default=0)
 
 
-def _count_axes(leaf: Any, many: int) -> int:
-    """Number of axes of the dense leaf, without those of stacked adapters."""
+def _count_axes(leaf: object, many: int) -> int:
+    """Count the axes of the dense leaf, without the `many` axes of stacked adapters."""
     if isinstance(leaf, LowRank):
         return len(leaf.fan_in) + len(leaf.fan_out) + len(leaf.stack)
     return getattr(leaf, "ndim", 0) - (many if isinstance(leaf, Full) else 0)
 
 
-def _make_specs(leaf: Any, spec: Spec, ndim: int, many: int = 0) -> Any:
-    """The leaf with specs in place of its arrays."""
+def _make_specs(leaf: object, spec: Spec, ndim: int, many: int = 0) -> Any:
+    """Return the leaf with specs in place of its arrays."""
+    # Each array's spec is picked from the dense spec by labels, the axes of the weight that the
+    # axes of the array correspond to: with P("data", "model") for a weight [i, o], the labels
+    # (0, RANK) of a give P("data", None). `many` axes of stacked adapters lead, and are not split.
     entries = _get_entries(spec)
     ahead = (RANK,) * many
     wrap = lambda own: (

@@ -1,7 +1,7 @@
-"""4-bit files of bitsandbytes, both ways and byte for byte.
+"""Load and save bitsandbytes' 4-bit weights, byte for byte.
 
-A torch weight [out, in] comes as a Quantized leaf [in, out], Flax's orientation of a kernel; what
-moves is codes, so that nothing is rounded. `load` reads a folder that transformers saved, as it is;
+A torch weight [out, in] becomes a Quantized leaf [in, out], the orientation of a Flax kernel. Codes
+are rearranged, and nothing is rounded. `load` reads a folder saved by transformers into a dict;
 lowrank.huggingface.load reads it into a tree.
 """
 

@@ -1,4 +1,4 @@
-"""The codes of a file, flat in torch's order, laid out as a Quantized leaf of any axes."""
+"""Convert bitsandbytes' codes, which are flat in torch's order, to a Quantized leaf of any axes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lowrank_jax.bitsandbytes._quant_state import QuantState
 def to_quantized(
     state: QuantState, shape: tuple[int, ...], fan_in: tuple[int, ...], packing: str
 ) -> Quantized:
-    """The leaf of one weight, of which torch's order is [*fan_out, *fan_in].
+    """Convert one weight, in torch's order [*fan_out, *fan_in], to a Quantized leaf.
 
     Args:
-      state: of the file.
-      shape: the leaf's.
+      state: the weight's codes and scales.
+      shape: the leaf's shape.
       fan_in: the leaf's axes that blocks run along.
-      packing: of the codes.
+      packing: the packing of the codes, see QuantConfig.
     """
     quant = QuantConfig(
         format=state.format,
@@ -42,19 +42,34 @@ def to_quantized(
         second = {"nested": nested, "offset": offset}
         if own.tobytes() != DYNAMIC_MAP.tobytes():
             second["nested_map"] = own
-    return _arranged(state.packed, state.absmax, second, leaf, fan_in, quant)
+    return _arrange(state.packed, state.absmax, second, leaf, fan_in, quant)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _arranged(
-    packed: Any,
-    scales: Any,
+def _arrange(
+    packed: jax.Array,
+    scales: jax.Array,
     second: dict[str, Any],
-    leaf: Any,
+    leaf: jax.ShapeDtypeStruct,
     fan_in: tuple[int, ...],
     quant: QuantConfig,
 ) -> Quantized:
-    """Codes and scales in the flat order of blocks, laid out as `quantize` lays that leaf out."""
+    """Arrange flat codes and scales as `quantize` does for the leaf.
+
+    Args:
+      packed: uint8 [(n + 1) // 2], two codes a byte, of n elements.
+      scales: float32 or uint8 [blocks].
+      second: fields of the second level of quantization.
+      leaf: shape and dtype of the dense leaf.
+      fan_in: the leaf's axes that blocks run along.
+      quant: the format.
+    """
+    # Leaf [128, 48] (in, out), blocks of 64, flat in torch's order [48, 128]: 96 blocks, of which
+    # number 2 * o + i covers out o, in 64 * i to 64 * i + 63. The scales of the leaf are [2, 48]
+    # with strides (1, 2): the order, outermost first, is (1, 0), sizes (48, 2), and at = 1.
+    #   codes   packed [3072] -> [6144] -> [48, 2, 64] -> transpose (1, 2, 0) -> [2, 64, 48]
+    #   scales  [96]          -> [48, 2]               -> transpose (1, 0)    -> [2, 48]
+    # If n is not a multiple of 64 the last block is padded with the code of 0.
     options = {
         key: getattr(quant, key) for key in ("format", "block_size", "double_quant", "packing")
     }
@@ -76,5 +91,5 @@ def _arranged(
 
 
 def find_block_order(node: Quantized) -> tuple[list[int], int]:
-    """The axes of one leaf's scales, outermost in the flat order first; where codes are cut."""
+    """Return the axes of the scales, outermost in the flat order first, and codes' element axis."""
     return get_flat_order(node.strides), node.codes.ndim - 1 - node.trailing

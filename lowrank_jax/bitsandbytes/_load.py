@@ -1,4 +1,4 @@
-"""Read 4-bit weights that bitsandbytes wrote."""
+"""Load 4-bit weights that bitsandbytes wrote, from a state dict or a folder."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from lowrank_jax.bitsandbytes._tensors import StateTensors, refuse_other_models
 def from_state_dict(
     tensors: Mapping[str, Any], name: str, *, transpose: bool = True, packing: str = "uint4"
 ) -> Quantized:
-    """The quantized leaf that a state dict of bitsandbytes holds.
+    """Convert a weight in a bitsandbytes state dict to a Quantized leaf.
 
     Args:
-      tensors: name -> NumPy or JAX array, the weight and the tensors beside it, and any others.
-      name: the weight tensor's full key, "model.layers.0.self_attn.q_proj.weight". With "{}" for
-        the layer's number, all layers as one stacked leaf [L, in, out]; one "{}" a stack axis.
-      transpose: swap the last two axes, [out, in] -> [in, out]; False for look-up tables, which
-        stay [rows, features].
-      packing: of the codes, as of QuantConfig.
+      tensors: name -> NumPy or JAX array: the weight, its quantization state, and any others.
+      name: the weight tensor's full key, "model.layers.0.self_attn.q_proj.weight". With "{}" in
+        place of the layer's number, all layers become one stacked leaf [L, in, out]; each "{}" is
+        one stack axis.
+      transpose: swap the last two axes, [out, in] -> [in, out]; False for embeddings, which stay
+        [rows, features].
+      packing: the packing of the codes, see QuantConfig.
 
     Returns:
-      The leaf that `quantize` would make, with the file's own codes and scales.
+      The leaf as `quantize` would make it, with the codes and scales of the file.
 
     Raises:
       CheckpointError: a tensor is missing, left over, or not as bitsandbytes writes it.
@@ -56,18 +57,18 @@ def from_state_dict(
     ((64, 3), True)
     """
     if "{}" not in name:
-        return _node(read_state(tensors, name), name, transpose, packing)
+        return _build_node(read_state(tensors, name), name, transpose, packing)
     pattern = re.compile(re.escape(name).replace(r"\{\}", "(0|[1-9][0-9]{0,17})"))
     found = {tuple(map(int, m.groups())) for key in tensors if (m := pattern.fullmatch(key))}
     if not found:
-        raise CheckpointError(f"no tensor is called {name!r} with numbers for '{{}}'")
+        raise CheckpointError(f"no tensor matches {name!r} with numbers for '{{}}'")
     sizes = [1 + max(index) for index in zip(*found, strict=True)]
     if count := math.prod(sizes) - len(found):
-        missing = (fill_indices(name, i) for i in _indices(sizes) if i not in found)
+        missing = (fill_indices(name, i) for i in _iter_indices(sizes) if i not in found)
         raise CheckpointError(
             f"{name!r} cannot be stacked; missing are\n{list_first_problems(missing, count)}"
         )
-    names = [fill_indices(name, index) for index in _indices(sizes)]
+    names = [fill_indices(name, index) for index in _iter_indices(sizes)]
     nodes = {
         key: from_state_dict(tensors, key, transpose=transpose, packing=packing) for key in names
     }
@@ -75,25 +76,25 @@ def from_state_dict(
     if other := [key for key in names if kind(nodes[key]) != kind(nodes[names[0]])]:
         raise CheckpointError(
             f"{name!r} cannot be stacked: {other[0]!r} differs from {names[0]!r} in shape, format "
-            "or nested_quant_map; load them one by one"
+            "or nested_quant_map; load the layers one by one"
         )
     stacked = lambda *leaves: jnp.stack(leaves).reshape(*sizes, *leaves[0].shape)
     return jax.tree.map(stacked, *nodes.values())
 
 
-def _indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The indices of an array in C order, one at a time however many there are."""
+def _iter_indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield the indices of an array in C order, lazily: np.ndindex fails for huge sizes."""
     if not sizes:
         yield ()
         return
     *outer, last = sizes
-    for index in _indices(outer):
+    for index in _iter_indices(outer):
         for number in range(last):
             yield (*index, number)
 
 
-def _node(state: QuantState, name: str, transpose: bool, packing: str) -> Quantized:
-    """The leaf of one weight."""
+def _build_node(state: QuantState, name: str, transpose: bool, packing: str) -> Quantized:
+    """Convert one weight to a leaf."""
     shape, axis = state.shape, len(state.shape) - 1
     if transpose:
         if axis < 1:
@@ -104,21 +105,21 @@ def _node(state: QuantState, name: str, transpose: bool, packing: str) -> Quanti
 
 @check_arguments(CheckpointError)
 def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, Any]:
-    """Every tensor of a prequantized model's folder, as transformers' save_pretrained writes it.
+    """Load all tensors of a prequantized model, written by transformers' save_pretrained.
 
-    Each tensor is read on its own, so that beside the result there is one at a time. Where a device
-    cannot hold the model, load under `jax.default_device` of a CPU and put each leaf in its place.
+    One tensor is read at a time, so that memory holds the result and that tensor. If the model does
+    not fit on a device, load it under `jax.default_device` of a CPU, then place each leaf.
 
     Args:
-      directory: with config.json, and model.safetensors or shards and their index.
-      packing: of the codes, as of QuantConfig.
+      directory: a folder with config.json, and model.safetensors or shards and their index.
+      packing: the packing of the codes, see QuantConfig.
 
     Returns:
-      torch's names -> Quantized [in, out] for the weights in 4 bits; NumPy arrays as they are,
-      [out, in], for the others. The tensors beside a weight are part of it.
+      A dict of torch's names: Quantized leaves [in, out] for 4-bit weights, which include their
+      quantization state; unchanged NumPy arrays, [out, in], for all others.
 
     Raises:
-      CheckpointError: the folder is not of a 4-bit bitsandbytes model, or a file, a shard, or a
+      CheckpointError: the folder does not hold a 4-bit bitsandbytes model, or a file, shard or
         tensor is missing, left over or damaged. Nothing is unpickled.
       ConfigError: the packing is unknown.
 
@@ -147,10 +148,10 @@ def load(directory: str | os.PathLike, *, packing: str = "uint4") -> dict[str, A
         for name in tensors:
             if name in tensors.weights:
                 try:
-                    node = _node(tensors.state(name), name, True, packing)
+                    node = _build_node(tensors.state(name), name, True, packing)
                 except AxesError as error:
                     raise CheckpointError(f"{folder} is damaged: {error}") from error
-                leaves[name] = jax.block_until_ready(node)  # else the files' arrays pile up
+                leaves[name] = jax.block_until_ready(node)  # or the files' arrays pile up
             else:
                 leaves[name] = tensors[name]
         return leaves

@@ -1,7 +1,4 @@
-"""bitsandbytes' state of a 4-bit weight: the tensors it is kept in, and what each must be.
-
-Beside NAME, the packed codes, stand NAME.absmax, NAME.quant_map, for double quantization
-NAME.nested_absmax and NAME.nested_quant_map, and NAME.quant_state.bitsandbytes__FORMAT: JSON.
+"""Read, validate and write the tensors in which bitsandbytes stores one 4-bit weight.
 
 Source: bitsandbytes 0.50.2, functional.QuantState.
 """
@@ -27,6 +24,14 @@ from lowrank_jax._files.json_text import parse_json
 from lowrank_jax._files.safetensors import AXES_LIMIT
 from lowrank_jax._jax.paths import find_nearest_names
 
+# The tensors of a weight [48, 128] in blocks of 64 (n = 6144 elements, 96 blocks):
+#   NAME                     uint8 [3072, 1]   two codes a byte; the first is in the high four bits
+#   NAME.absmax              float32 [96]      with double quantization uint8 [96], codes of it
+#   NAME.quant_map           float32 [16]      the values that the codes stand for
+#   NAME.nested_absmax       float32 [1]       double quantization: absmax of 256 blocks each
+#   NAME.nested_quant_map    float32 [256]     double quantization: what absmax's codes stand for
+#   NAME.quant_state.bitsandbytes__nf4         uint8, JSON: quant_type, blocksize, dtype, shape,
+#                                              and nested_offset with double quantization
 DTYPES = ("bfloat16", "float16", "float32")
 STORAGES = ("uint8", *DTYPES)
 _TEXT_LIMIT = 1 << 16
@@ -39,17 +44,17 @@ STATES = tuple(f"quant_state.bitsandbytes__{format}" for format in _TABLES)
 
 @dataclasses.dataclass(frozen=True)
 class QuantState:
-    """A 4-bit weight as its file has it.
+    """The codes and scales of a 4-bit weight in bitsandbytes' layout.
 
     Args:
       packed: uint8 [(n + 1) // 2], two codes a byte, of n elements in torch's order.
-      absmax: float32 [blocks], or uint8 codes of it.
+      absmax: float32 [blocks], or uint8 [blocks] with double quantization.
       format: "nf4" or "fp4".
       block_size: elements that share a scale.
       dtype: name of the weight's dtype.
-      shape: of the weight.
-      second: the second level, or None: nested_absmax float32 [ceil(blocks / 256)], the offset,
-        a float32 scalar, and nested_quant_map float32 [256].
+      shape: torch's shape of the weight.
+      second: None, or the second level of double quantization: nested_absmax, float32
+        [ceil(blocks / 256)]; the offset, a float32 scalar; nested_quant_map, float32 [256].
     """
 
     packed: np.ndarray
@@ -62,10 +67,10 @@ class QuantState:
 
 
 def check_tensors(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The JSON of a weight, once all its tensors are known to be there, and no other.
+    """Check which tensors of a weight exist; return the header (the JSON of its state), validated.
 
     Raises:
-      CheckpointError: saying what is missing, left over or unknown.
+      CheckpointError: a tensor is missing or left over, or the header is invalid.
     """
     if name not in tensors:
         near = find_nearest_names(name, tensors)
@@ -78,7 +83,7 @@ def check_tensors(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
         start = f"{name}.quant_state."
         others = [keys[format] for format in found]
         raise make_state_error(name, others or [key for key in tensors if key.startswith(start)])
-    header = _header(tensors, keys[found[0]], found[0])
+    header = _parse_header(tensors, keys[found[0]], found[0])
     wanted = {*_SINGLE, *(_DOUBLE if "nested_offset" in header else ())}
     there = {side for side in SIDES if f"{name}.{side}" in tensors}
     problems = [f"{name}.{side} is missing" for side in SIDES if side in wanted - there]
@@ -87,29 +92,29 @@ def check_tensors(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
         for side in SIDES
         if side in there - wanted
     ]
-    _raise(name, problems)
+    _raise_problems(name, problems)
     return header
 
 
 def make_state_error(name: str, others: Sequence[str]) -> CheckpointError:
-    """The error of a weight without one quant state; others: the keys that stand in its place."""
+    """Return the error of a weight without exactly one quant state; others: the keys it has."""
     return CheckpointError(
         f"{name!r} needs one of {[f'{name}.{state}' for state in STATES]}; there is "
         f"{list(others[:3]) or 'none'}"
-        + ("" if others else ": it is no weight that bitsandbytes keeps in 4 bits")
+        + ("" if others else ": it is not a 4-bit weight of bitsandbytes")
     )
 
 
 def check_sizes(header: Mapping[str, Any], name: str, there: Mapping[str, Any]) -> None:
-    """Whether the tensors of a weight are as large as its JSON says, by their shapes alone.
+    """Check that the sizes of a weight's tensors match its header, without reading them.
 
     Args:
-      header: what `check` returned.
-      name: the weight.
-      there: key -> anything with shape and dtype, of the weight and of what stands beside it.
+      header: the result of `check_tensors`.
+      name: the weight's key.
+      there: key -> object with shape and dtype, of the weight's tensors.
 
     Raises:
-      CheckpointError: naming those that are not.
+      CheckpointError: the size of a tensor is wrong.
     """
     n = math.prod(header["shape"])
     blocks = -(-n // header["blocksize"])
@@ -121,20 +126,20 @@ def check_sizes(header: Mapping[str, Any], name: str, there: Mapping[str, Any]) 
     else:
         wanted[f"{name}.absmax"] = 4 * blocks
     found = {key: math.prod(there[key].shape) * there[key].dtype.itemsize for key in wanted}
-    _raise(
+    _raise_problems(
         name,
         [
-            f"{key} is of {found[key]} bytes; {list(header['shape'])} needs {size}"
+            f"{key} has {found[key]} bytes; {list(header['shape'])} needs {size}"
             for key, size in wanted.items()
             if found[key] != size
         ],
     )
 
 
-def _header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]:
-    """The JSON, each of its values of a kind that is known."""
+def _parse_header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]:
+    """Parse the JSON of a quant state, and validate its values."""
     try:
-        text = _array(tensors, key)
+        text = _to_numpy(tensors, key)
         if text.nbytes > _TEXT_LIMIT:
             raise ValueError(f"it has {text.nbytes} bytes")
         header = parse_json(text.tobytes())
@@ -156,7 +161,7 @@ def _header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]
             known["nested_dtype"] = header["nested_dtype"], ("float32",)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         why = shorten(repr(error), 300)
-        raise CheckpointError(f"{key} holds no quant state of bitsandbytes ({why})") from error
+        raise CheckpointError(f"{key} is not a quant state of bitsandbytes ({why})") from error
     problems = [
         f"{field} is {shorten(repr(value), 100)}; expected {' or '.join(map(repr, allowed))}"
         for field, (value, allowed) in known.items()
@@ -164,31 +169,31 @@ def _header(tensors: Mapping[str, Any], key: str, format: str) -> dict[str, Any]
     ]
     if min(shape, default=0) < 1:
         problems.append(f"shape is {list(shape)}; expected sizes of 1 or more")
-    _raise(key, problems)
+    _raise_problems(key, problems)
     return {**header, "shape": shape}
 
 
-def _array(tensors: Mapping[str, Any], key: str) -> np.ndarray:
-    """The tensor as a NumPy array."""
+def _to_numpy(tensors: Mapping[str, Any], key: str) -> np.ndarray:
+    """Convert a tensor to a NumPy array."""
     try:
         return np.asarray(tensors[key])
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{key}, a {type(tensors[key]).__name__}, is no NumPy array ({error}): pass NumPy or "
-            "JAX arrays; torch's bfloat16 may be passed as .view(torch.uint8)"
+            f"{key}, a {type(tensors[key]).__name__}, is not a NumPy array ({error}): pass NumPy "
+            "or JAX arrays; torch's bfloat16 may be passed as .view(torch.uint8)"
         ) from error
 
 
 def read_state(tensors: Mapping[str, Any], name: str) -> QuantState:
-    """The state of one weight.
+    """Read the state of one weight.
 
     Raises:
-      CheckpointError: listing all that is not as bitsandbytes writes it.
+      CheckpointError: tensors differ from what bitsandbytes writes; all differences are listed.
     """
     header, problems = check_tensors(tensors, name), []
 
     def get(side: str, dtype: Any, size: int) -> np.ndarray:
-        array = _array(tensors, f"{name}.{side}")
+        array = _to_numpy(tensors, f"{name}.{side}")
         if array.dtype != dtype or array.size != size:
             problems.append(
                 f"{name}.{side} is {array.dtype} {list(array.shape)}; expected "
@@ -198,10 +203,10 @@ def read_state(tensors: Mapping[str, Any], name: str) -> QuantState:
 
     n, double = math.prod(header["shape"]), "nested_offset" in header
     blocks = -(-n // header["blocksize"])
-    packed = np.ascontiguousarray(_array(tensors, name)).reshape(-1).view(np.uint8)
+    packed = np.ascontiguousarray(_to_numpy(tensors, name)).reshape(-1).view(np.uint8)
     if packed.size != (n + 1) // 2:
         problems.append(
-            f"{name} is of {packed.size} bytes; {list(header['shape'])} needs {(n + 1) // 2}"
+            f"{name} has {packed.size} bytes; {list(header['shape'])} needs {(n + 1) // 2}"
         )
     absmax = get("absmax", np.uint8 if double else np.float32, blocks)
     if not np.array_equal(get("quant_map", np.float32, 16), _TABLES[header["quant_type"]]):
@@ -213,15 +218,15 @@ def read_state(tensors: Mapping[str, Any], name: str) -> QuantState:
         second = nested, np.asarray(header["nested_offset"], np.float32), nested_map
         if not np.all(np.abs(nested_map) <= 1):
             problems.append(f"{name}.nested_quant_map has entries that are not in [-1, 1]")
-    _raise(name, problems)
+    _raise_problems(name, problems)
     return QuantState(
         packed, absmax, header["quant_type"], header["blocksize"], header["dtype"],
         header["shape"], second,
     )  # fmt: skip
 
 
-def _raise(name: str, problems: list[str]) -> None:
-    """Raise if there are problems."""
+def _raise_problems(name: str, problems: list[str]) -> None:
+    """Raise CheckpointError if there are problems."""
     if problems:
         raise CheckpointError(
             f"{name} is not as bitsandbytes writes it:\n{list_problems(problems)}"
@@ -229,17 +234,17 @@ def _raise(name: str, problems: list[str]) -> None:
 
 
 def write_state(state: QuantState, name: str, quant_storage: str) -> dict[str, np.ndarray]:
-    """The tensors of one weight, byte for byte as bitsandbytes writes them.
+    """Return the tensors of one weight, byte for byte as bitsandbytes writes them.
 
     Raises:
-      ConfigError: bitsandbytes has no such dtype, or it does not divide the bytes.
+      ConfigError: a dtype is unknown to bitsandbytes, or its item size does not divide the bytes.
     """
     for dtype, allowed in ((quant_storage, STORAGES), (state.dtype, DTYPES)):
         if dtype not in allowed:
             raise ConfigError(f"{name}: bitsandbytes writes {' or '.join(allowed)}, not {dtype}")
     storage = jnp.dtype(quant_storage)
     if state.packed.size % storage.itemsize:
-        raise ConfigError(f"{name}: {state.packed.size} bytes are no whole number of {storage}")
+        raise ConfigError(f"{name}: {state.packed.size} bytes are not a multiple of {storage}")
     header: dict[str, Any] = {
         "quant_type": state.format,
         "blocksize": state.block_size,

@@ -1,4 +1,4 @@
-"""Write 4-bit weights as bitsandbytes does."""
+"""Convert Quantized leaves to the tensors that bitsandbytes writes."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def to_state_dict(
     shape: tuple[int, ...] | None = None,
     quant_storage: str = "uint8",
 ) -> dict[str, Any]:
-    """The tensors of a quantized leaf, byte for byte as bitsandbytes writes them.
+    """Convert a Quantized leaf to tensors, byte for byte as bitsandbytes writes them.
 
-    What `from_state_dict` read is written as it was; what `quantize` made, as bitsandbytes would
-    write the same codes.
+    It is the inverse of `from_state_dict`. A leaf made by `quantize` is written as bitsandbytes
+    would write the same codes.
 
     Args:
-      node: a leaf in "nf4" or "fp4". A stacked one, [L, in, out], is written layer by layer.
+      node: a leaf in "nf4" or "fp4". A stacked leaf, [L, in, out], is written layer by layer.
       name: the weight tensor's full key, with one "{}" for each stack axis.
-      shape: torch's, if it is not [out, in], the products of the leaf's fan-out and fan-in axes in
-        their order: a kernel [in, heads, dim] is written as [heads * dim, in].
-      quant_storage: the dtype the bytes of codes are kept in: "uint8", "bfloat16", "float16" or
-        "float32".
+      shape: torch's shape. The default is [out, in], the products of the leaf's fan-out and fan-in
+        sizes: a kernel [in, heads, dim] is written as [heads * dim, in].
+      quant_storage: the dtype in which the bytes of codes are stored: "uint8", "bfloat16",
+        "float16" or "float32".
 
     Returns:
-      NumPy arrays: name -> the codes, [(n + 1) // 2, 1] in uint8, and name.absmax, name.quant_map,
-      and so on.
+      A dict of NumPy arrays: `name` holds the codes, [(n + 1) // 2, 1] in uint8; others are
+      name.absmax, name.quant_map, and so on.
 
     Raises:
-      TreeError: node is no Quantized leaf.
-      ConfigError: bitsandbytes has no such format, dtype or shape.
+      TreeError: node is not a Quantized leaf.
+      ConfigError: the format, dtype or shape is not one that bitsandbytes has.
       AxesError: name does not have one "{}" for each stack axis.
 
     Source: bitsandbytes 0.50.2, nn.Linear4bit and functional.QuantState.
@@ -66,29 +66,31 @@ def to_state_dict(
         raise TreeError(f"{name}: to_state_dict takes a Quantized leaf, not {type(node).__name__}")
     if not FORMATS[node.format].bitsandbytes:
         raise ConfigError(
-            f"{name} is in {node.format} blocks, which bitsandbytes has no file for: quantize the "
+            f"{name} is in format {node.format!r}, which bitsandbytes does not have: quantize the "
             'dense weight with format="nf4" or "fp4"'
         )
     stack = node.scales.shape[: node.stacked]
     if name.count("{}") != len(stack):
         raise AxesError(
-            f"the leaf has stack axes of sizes {list(stack)}, a file one weight a layer: {name!r} "
-            f"needs one '{{}}' for each, as in 'layers.{{}}.weight'"
+            f"the leaf has stack axes of sizes {list(stack)}, and each layer is written as one "
+            f"weight: {name!r} needs one '{{}}' for each axis, as in 'layers.{{}}.weight'"
         )
     tensors: dict[str, np.ndarray] = {}
     for index in np.ndindex(*stack):
         one = jax.tree.map(lambda array, index=index: array[index], node)
         key = fill_indices(name, index)
-        tensors |= write_state(_state(one, key, shape), key, quant_storage)
+        tensors |= write_state(_build_state(one, key, shape), key, quant_storage)
     return tensors
 
 
-def _state(node: Quantized, name: str, shape: tuple[int, ...] | None) -> QuantState:
-    """What a file says of one leaf."""
-    shape = _torch_shape(node) if shape is None else tuple(shape)
+def _build_state(node: Quantized, name: str, shape: tuple[int, ...] | None) -> QuantState:
+    """Convert one leaf, without stack axes, to its QuantState."""
+    shape = _infer_torch_shape(node) if shape is None else tuple(shape)
     if math.prod(shape) != node.size:
-        raise ConfigError(f"{name}: shape {list(shape)} is not of the leaf's {node.size} elements")
-    packed, absmax = map(np.asarray, _flattened(node))
+        raise ConfigError(
+            f"{name}: shape {list(shape)} does not have the leaf's {node.size} elements"
+        )
+    packed, absmax = map(np.asarray, _flatten(node))
     second = None
     if node.nested is not None:
         own = DYNAMIC_MAP.copy() if node.nested_map is None else node.nested_map
@@ -99,8 +101,10 @@ def _state(node: Quantized, name: str, shape: tuple[int, ...] | None) -> QuantSt
 
 
 @jax.jit
-def _flattened(node: Quantized) -> tuple[jax.Array, jax.Array]:
-    """bitsandbytes' bytes of the codes, and scales, both in the flat order of blocks."""
+def _flatten(node: Quantized) -> tuple[jax.Array, jax.Array]:
+    """Return codes as packed bytes, and scales, both flat in torch's order; inverse of _arrange."""
+    # codes [2, 64, 48], order (1, 0), at = 1: `place + (place >= at)` turns axes of the scales into
+    # axes of the codes, (2, 0), so that the transpose is (2, 0, 1): [48, 2, 64], then [6144]
     order, at = find_block_order(node)
     codes = unpack(node.codes, at, node.packing)
     codes = jnp.transpose(codes, (*(place + (place >= at) for place in order), at)).reshape(-1)
@@ -108,13 +112,16 @@ def _flattened(node: Quantized) -> tuple[jax.Array, jax.Array]:
     return packed, jnp.transpose(node.scales, order).reshape(-1)
 
 
-def _torch_shape(node: Quantized) -> tuple[int, int]:
-    """[fan-out, fan-in], as the flat order has them."""
+def _infer_torch_shape(node: Quantized) -> tuple[int, int]:
+    """Infer torch's shape, (fan-out size, fan-in size), from the order of blocks."""
     if node.order is not None:
-        # each of the two groups of axes ascends; where nothing tells, the last axis is fan-in
+        # A leaf that is stored flat has its axes in torch's order: fan-out, then fan-in, each
+        # ascending. order (1, 2, 0) descends at index 2: fan-out (1, 2), fan-in (0,). Without a
+        # descent the last axis is fan-in.
         falls = [i for i in range(1, len(node.order)) if node.order[i] < node.order[i - 1]]
         cut = falls[0] if falls else len(node.order) - 1
         return math.prod(node.blocked[:cut]), math.prod(node.blocked[cut:])
-    # the last axis is fan-out, and its step in the order of blocks is a row of blocks
+    # The last axis is fan-out, and its stride is the number of blocks in one row of torch's weight:
+    # 2 for [128, 48], so that fan-in is 2 * 64 = 128, and fan-out 6144 / 128 = 48.
     fan_in = node.strides[-1] * node.block_size if node.trailing else math.prod(node.blocked)
     return node.size // fan_in, fan_in

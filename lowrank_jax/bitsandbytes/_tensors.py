@@ -1,4 +1,4 @@
-"""The tensors of a prequantized model's folder, each weight in 4 bits as the one weight it is."""
+"""Read a prequantized model's folder, with each 4-bit weight and its state as one tensor."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from lowrank_jax.bitsandbytes._quant_state import (
 
 
 class StateTensors(Tensors):
-    """name -> NumPy array of the tensors that are dense; `weights` are those in 4 bits.
+    """Mapping of names to tensors, where a 4-bit weight and its state are one name.
+
+    `weights` maps the names of 4-bit weights to their headers; `state` reads one of them.
 
     Raises:
-      CheckpointError: a weight lacks one of its tensors, or one belongs to no weight.
+      CheckpointError: a weight lacks a tensor, or a tensor of a state belongs to no weight.
     """
 
     def __init__(self, tensors: Tensors, folder: Path):
@@ -37,35 +39,37 @@ class StateTensors(Tensors):
         for key in tensors:
             if ".quant_state." in key:
                 states.setdefault(key.partition(".quant_state.")[0], []).append(key)
-        beside = {f"{name}.{side}" for name in states for side in SIDES}
+        state_keys = {f"{name}.{side}" for name in states for side in SIDES}
         ends = tuple(f".{side}" for side in SIDES)
         problems = [
-            f"{key} belongs to no weight in 4 bits"
+            f"{key} does not belong to a 4-bit weight"
             for key in tensors
-            if key.endswith(ends) and key not in beside
+            if key.endswith(ends) and key not in state_keys
         ]
         self.weights: dict[str, dict[str, Any]] = {}
         for name, keys in sorted(states.items()):
             try:
                 if name not in tensors:
-                    raise CheckpointError(f"there is no tensor {name!r}, and there is {keys[0]}")
+                    raise CheckpointError(f"there is {keys[0]}, but no tensor {name!r}")
                 if not {*keys} & {f"{name}.{state}" for state in STATES}:
                     raise make_state_error(name, keys)
                 self.weights[name] = header = check_tensors(tensors, name)
-                check_sizes(header, name, {key: tensors.entry(key) for key in _own(tensors, name)})
+                check_sizes(
+                    header, name, {key: tensors.entry(key) for key in _list_keys(tensors, name)}
+                )
             except CheckpointError as error:
                 problems.append(str(error))
         if problems:
             raise CheckpointError(f"{folder} is damaged:\n{list_problems(problems)}")
-        own = [key for key in tensors if key not in beside and ".quant_state." not in key]
+        own = [key for key in tensors if key not in state_keys and ".quant_state." not in key]
         self._names = dict.fromkeys(own)
 
     def is_coded(self, name: str) -> bool:
-        """Whether a tensor is a weight in 4 bits."""
+        """Whether a tensor is a 4-bit weight."""
         return name in self.weights
 
     def state(self, name: str) -> QuantState:
-        """Codes and scales of a weight in 4 bits."""
+        """Read the codes and scales of a 4-bit weight; CheckpointError if they are not finite."""
         try:
             state = read_state(self._tensors, name)
         except CheckpointError as error:
@@ -92,43 +96,45 @@ class StateTensors(Tensors):
         return len(self._names)
 
     def entry(self, name: str) -> Entry:
-        """Shape and dtype of a tensor; of a weight in 4 bits those that it stands for."""
+        """Return a tensor's shape and dtype; for a 4-bit weight those of the dense weight."""
         if name not in self.weights:
             return self._tensors.entry(name)
         header = self.weights[name]
         return Entry(header["shape"], jnp.dtype(header["dtype"]), 0, 0)
 
     def file(self, name: str) -> str:
-        """The name of the file that a tensor is in."""
+        """Return the name of the file that holds a tensor."""
         return self._tensors.file(name)
 
     def are_equal(self, name: str, other: str) -> bool:
-        """Whether two tensors are the same to the last bit."""
-        parts, others = ([key[len(x) :] for key in _own(self._tensors, x)] for x in (name, other))
+        """Whether two tensors are equal bit for bit."""
+        parts, others = (
+            [key[len(x) :] for key in _list_keys(self._tensors, x)] for x in (name, other)
+        )
         return parts == others and all(
             self._tensors.are_equal(name + part, other + part) for part in parts
         )
 
 
-def _own(tensors: Tensors, name: str) -> list[str]:
-    """A tensor and those that stand beside it, if it is in 4 bits."""
+def _list_keys(tensors: Tensors, name: str) -> list[str]:
+    """Return the key of a tensor and, for a 4-bit weight, those of its state."""
     sides = [f"{name}.{side}" for side in (*SIDES, *STATES)]
     return [key for key in (name, *sides) if key in tensors]
 
 
 def refuse_other_models(folder: Path) -> None:
-    """Refuse what config.json does not call a 4-bit model of bitsandbytes."""
+    """Raise CheckpointError unless config.json is that of a 4-bit bitsandbytes model."""
     path = folder / "config.json"
     quantization = read_json_object(path, 1 << 24).get("quantization_config")
     quantization = quantization if isinstance(quantization, dict) else {}
     method = quantization.get("quant_method")
     if method != "bitsandbytes":
         raise CheckpointError(
-            f"{path} says quant_method {method!r}; load reads 'bitsandbytes' alone: take dense "
-            "weights, and lowrank.quantize them"
+            f"{path} has quant_method {method!r}, but only 'bitsandbytes' is supported: use the "
+            "dense model, and lowrank.quantize it"
         )
     if not quantization.get("load_in_4bit"):
         raise CheckpointError(
-            f"{path} does not say load_in_4bit: 8-bit models (LLM.int8) are not read; take dense "
-            "weights, and lowrank.quantize them"
+            f"{path} does not have load_in_4bit: 8-bit models (LLM.int8) are not supported; use "
+            "the dense model, and lowrank.quantize it"
         )

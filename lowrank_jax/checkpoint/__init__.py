@@ -1,7 +1,8 @@
-"""Save an adapter, its config and optimizer state; restore them onto the base they belong to.
+"""Save an adapter with its config and optimizer state, and restore it onto the same base.
 
-On disk: `manifest.json` and one Orbax directory of arrays, `arrays-<id>`, which the manifest names,
-with the SHA-256 of each of its files and arrays. The arrays are addressed by the paths of leaves.
+A checkpoint is a directory with `manifest.json` and one Orbax directory, `arrays-<id>`. The
+manifest names that directory, and holds the SHA-256 of each of its files and arrays. Arrays are
+stored under the paths of their leaves.
 """
 
 from lowrank_jax.checkpoint._background import Saving as Saving

@@ -1,9 +1,9 @@
-"""Work that goes on in a thread, and whose error is not lost."""
+"""Run a save in a background thread, and raise its error later."""
 
 from __future__ import annotations
 
 import atexit
-import concurrent.futures.thread  # noqa: F401  so that its hook is there before _finish
+import concurrent.futures.thread  # noqa: F401  so that its hook is there before _finish_all
 import os
 import threading
 import traceback
@@ -14,14 +14,24 @@ from lowrank_jax._errors import CheckpointError
 
 
 class Saving:
-    """A save that goes on in a thread: what `checkpoint.save_async` returns.
+    """A save that is running in a thread, returned by `checkpoint.save_async`.
 
-    Its error is raised by `wait`, or by the next save to the same path, whichever comes first. A
-    program that ends waits for it, and prints an error that nobody has seen.
+    Its error is raised by `wait`, or by the next save to the same path, whichever comes first. At
+    exit the program waits for it, and prints an error that has not been raised.
 
     Args:
       directory: where it writes.
-      write: what it does.
+      write: the function that writes the checkpoint.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> lora = {"w": lowrank.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)))}
+    >>> config = lowrank.LoraConfig()
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     saving = lowrank.checkpoint.save_async(directory, lora=lora, config=config)
+    ...     saving.wait()
+    >>> saving.done()
+    True
     """
 
     def __init__(self, directory: os.PathLike, write: Callable[[], None]):
@@ -30,7 +40,7 @@ class Saving:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"save to {directory}")
         self._thread.start()
-        _under_way[self._directory] = self
+        _pending[self._directory] = self
 
     def _run(self) -> None:
         try:
@@ -41,50 +51,49 @@ class Saving:
         self._write = None  # it holds the arrays
 
     def done(self) -> bool:
-        """Whether it has come to its end, well or not."""
+        """Whether the save has ended, with or without an error."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return once the checkpoint is whole on disk.
+        """Wait until the checkpoint is complete on disk.
 
         Raises:
-          CheckpointError: it could not be written; an older checkpoint is as it was.
+          CheckpointError: it could not be written; an older checkpoint is unchanged.
         """
         self._thread.join()
-        if _under_way.get(self._directory) is self:
-            del _under_way[self._directory]
+        if _pending.get(self._directory) is self:
+            del _pending[self._directory]
         if self._error is not None:
             raise self._error
 
 
-_under_way: dict[Path, Saving] = {}
+_pending: dict[Path, Saving] = {}
 
 
 def finish_pending_save(directory: Path) -> None:
-    """Wait for a save that was begun earlier at this path, and raise its error."""
-    saving = _under_way.get(directory.resolve())
+    """Wait for an earlier save to this path, and raise its error."""
+    saving = _pending.get(directory.resolve())
     if saving is not None:
         try:
             saving.wait()
         except CheckpointError as error:
             raise CheckpointError(
-                f"an earlier save_async failed, and this save was not begun: {error}"
+                f"an earlier save_async failed, and this save was not started: {error}"
             ) from error
 
 
-def _finish() -> None:
-    """Wait for all, at the end of the program."""
-    for saving in list(_under_way.values()):
+def _finish_all() -> None:
+    """Wait for all saves at exit, and print their errors."""
+    for saving in list(_pending.values()):
         try:
             saving.wait()
         except BaseException as error:
             traceback.print_exception(error)
 
 
-# Orbax takes each step of a save to an executor (asyncio.to_thread), and no executor takes work
-# once concurrent.futures has seen the program's end. Python joins threads that are no daemons, and
-# calls what atexit holds, only after that; executors close for work before they are joined. No
-# public hook comes earlier. This one, private to `threading`, does: the last registered is called
-# first, so before that of concurrent.futures. A Python without it ends with the older checkpoint
-# whole and the error of the save printed.
-getattr(threading, "_register_atexit", atexit.register)(_finish)
+# Orbax runs each step of a save in an executor (asyncio.to_thread), and executors accept no work
+# once concurrent.futures has noticed the program's exit. Python joins non-daemon threads and runs
+# atexit functions only after that, and no public hook is called earlier. This private one of
+# `threading` is: the last hook registered is the first called, before that of concurrent.futures.
+# On a Python without it, exit leaves the older checkpoint complete, and prints the save's error.
+getattr(threading, "_register_atexit", atexit.register)(_finish_all)

@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest says: of the whole, and of each leaf."""
+"""Write and parse the entries of a checkpoint's manifest: one for each leaf, and the whole body."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._jax.paths import MAX_KEYS, flatten
 from lowrank_jax._jax.processes import gather_shards, place_array
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3
 from lowrank_jax._nodes.methods import ADAPTER_METHODS
+from lowrank_jax._nodes.serialization import with_current_names
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint, to_numpy
 
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}
 _PRNGS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
-# the manifest's own, and what the archive adds
+# keys of the body that `_save` writes, and those that `_archive` adds
 _KEYS = {"step", "config", "base", "lora", "opt_state", "extra"}
 _ARCHIVE = {"format", "version", "arrays", "folder", "files"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Array:
-    """A saved array, not yet read: its name in the archive, and what it is to become."""
+class _SavedArray:
+    """A saved array that is not read yet: its name in the archive, form, shape and dtype."""
 
     name: str
     form: str
@@ -42,12 +44,12 @@ class _Array:
 
     @property
     def ndim(self) -> int:
-        """Number of axes: a node that holds entries knows its dense shape."""
+        """Number of axes; nodes need it to compute their dense shape."""
         return len(self.shape)
 
 
 def collect_arrays(nodes: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of nodes, by path and field."""
+    """Return "path/field" -> array of nodes, without static and absent fields."""
     return {
         f"{path}/{field.name}": getattr(node, field.name)
         for path, node in nodes.items()
@@ -56,16 +58,18 @@ def collect_arrays(nodes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_entry(name: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, str]:
-    """Put a leaf's values among the arrays; return its entry."""
+def write_entry(
+    name: str, leaf: jax.typing.ArrayLike, arrays: dict[str, np.ndarray]
+) -> dict[str, str]:
+    """Add a leaf's values to `arrays`; return its entry."""
     name = quote(name, errors="surrogatepass")
     form = classify_leaf(leaf)
     arrays[name] = to_numpy(name, gather_shards(leaf))
     return {"name": name, "form": form}
 
 
-def write_entries(what: str, tree: Any, arrays: dict[str, np.ndarray]) -> list[dict] | None:
-    """The entries of a tree's leaves, each with its path; None where there is no tree."""
+def write_entries(what: str, tree: PyTree, arrays: dict[str, np.ndarray]) -> list[dict] | None:
+    """Return the entries of a tree's leaves, with their paths; None if there is no tree."""
     if tree is None:
         return None
     return [
@@ -75,7 +79,7 @@ def write_entries(what: str, tree: Any, arrays: dict[str, np.ndarray]) -> list[d
 
 
 def classify_leaf(leaf: Any) -> str:
-    """What an array is to become again: a JAX array (weakly typed or not), a PRNG key, a number."""
+    """Return a leaf's form: "array", "weak" (typed), a PRNG key's dtype, "bool", "int", "float"."""
     dtype = getattr(leaf, "dtype", None)
     if type(leaf).__name__ in _SCALARS:
         return type(leaf).__name__
@@ -85,7 +89,11 @@ def classify_leaf(leaf: Any) -> str:
 
 
 def read_body(body: Mapping) -> tuple[LoraConfig, Fingerprint | None, int | None, dict, dict]:
-    """Config, fingerprint, step, nodes by path, and the leaves by path of the other trees."""
+    """Parse a body into config, fingerprint, step, nodes by path, and other trees' leaves by path.
+
+    Raises:
+      CheckpointError: an entry is unknown, repeated, or does not match the arrays.
+    """
     if unknown := sorted(body.keys() - _KEYS - _ARCHIVE):
         raise CheckpointError(
             f"the manifest has {unknown}, unknown to this lowrank_jax: use the release that wrote "
@@ -95,7 +103,7 @@ def read_body(body: Mapping) -> tuple[LoraConfig, Fingerprint | None, int | None
     if step is not None and type(step) is not int:
         raise CheckpointError(f"the manifest has the step {step!r}, expected an integer or null")
     nodes = _read_entries(body["lora"], body, read_node)
-    # a file of before there was an extra has none
+    # files of older releases have no "extra"
     trees = {
         what: None if body.get(what) is None else _read_entries(body[what], body, read_entry)
         for what in ("opt_state", "extra")
@@ -109,8 +117,8 @@ def read_body(body: Mapping) -> tuple[LoraConfig, Fingerprint | None, int | None
     return config, None if base is None else Fingerprint.from_dict(base), step, nodes, trees
 
 
-def read_entry(entry: Mapping, body: Mapping) -> _Array:
-    """The array of an entry."""
+def read_entry(entry: Mapping, body: Mapping) -> _SavedArray:
+    """Parse the entry of an array."""
     if entry["form"] not in {"array", "weak", *_SCALARS, *_PRNGS}:
         raise CheckpointError(
             f"{entry['name']!r} is a {entry['form']!r}, unknown to this lowrank_jax"
@@ -118,13 +126,13 @@ def read_entry(entry: Mapping, body: Mapping) -> _Array:
     shape, dtype, _ = body["arrays"][entry["name"]]
     if entry["form"] in _SCALARS and (shape or jnp.dtype(dtype).kind not in _KINDS[entry["form"]]):
         raise CheckpointError(f"{entry['name']!r} is {dtype}{shape}, expected {entry['form']}")
-    if entry["form"] in _PRNGS:  # what it will be, not the words it is stored as
+    if entry["form"] in _PRNGS:  # the shape of the keys, not of their uint32 words
         shape, dtype = shape[:-1], entry["form"]
-    return _Array(entry["name"], entry["form"], tuple(shape), dtype)
+    return _SavedArray(entry["name"], entry["form"], tuple(shape), dtype)
 
 
 def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict[str, Any]:
-    """What `read` makes of each entry, by path; no path stands twice."""
+    """Return path -> read(entry, body); CheckpointError if a path is invalid or repeated."""
     found = {}
     for entry in entries:
         keys = entry["path"]
@@ -138,7 +146,7 @@ def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict
 
 
 def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The entry of a node: its path, type, static fields and arrays."""
+    """Add a node's arrays to `arrays`; return its entry: path, type, static fields, arrays."""
     parts = collect_arrays({"": node}).items()
     return {
         "path": path.split("/"),
@@ -151,17 +159,18 @@ def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str,
 
 
 def get_node_types() -> dict[str, Any]:
-    """The classes of nodes that are saved, by their names in the manifest."""
+    """Return the node classes that are saved, by their names in the manifest."""
     return {kind.__name__: kind for kind in (*(row.node for row in ADAPTER_METHODS), Full)}
 
 
 def read_node(entry: Mapping, body: Mapping) -> Any:
-    """The node of an entry, holding arrays not yet read."""
+    """Parse the entry of a node; its fields are _SavedArrays, which are not read yet."""
     path, kind = "/".join(entry["path"]), get_node_types()[entry["type"]]
     known = {f.name: f.default for f in dataclasses.fields(kind) if f.metadata.get("static")}
-    # a field that a file of before does not have takes its default
+    # a field that older releases did not write takes its default
     static: dict[str, Any] = {
-        n: tuple(v) if type(v) is list else v for n, v in entry["static"].items()
+        n: tuple(v) if type(v) is list else v
+        for n, v in with_current_names(entry["static"]).items()
     }
     if unknown := sorted(static.keys() - known.keys()):
         raise CheckpointError(
@@ -175,15 +184,15 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
             for name, value in static.items()
             if type(value) is not type(known[name])
             or not _are_axes(value)
-            or (name == "weight_dtype" and value and not _is_floating(value))
+            or (name == "weight_dtype" and value and not _is_floating_dtype(value))
         ],
     )
     arrays = {name: read_entry(part, body) for name, part in entry["arrays"].items()}
     return kind(**arrays, **static)
 
 
-def _upgrade_node(node: Any) -> Any:
-    """The node that init makes today: (IA)^3 was a LowRank with factors of rank 0."""
+def _upgrade_node(node: LowRank | Full) -> Any:
+    """Convert a node of older releases, where (IA)^3 was a LowRank with factors of rank 0."""
     if type(node) is not LowRank or not node.folded or node.magnitude is None:
         return node
     if node.a.ndim <= len(node.fan_in) or node.a.shape[-1]:
@@ -193,21 +202,21 @@ def _upgrade_node(node: Any) -> Any:
     return IA3(magnitude=node.magnitude, **static, inputs=inputs)
 
 
-def _is_floating(name: str) -> bool:
-    """Whether it is the name of a floating dtype."""
+def _is_floating_dtype(name: str) -> bool:
+    """Whether a name is that of a floating dtype."""
     try:
         return jnp.issubdtype(jnp.dtype(name), jnp.floating)
     except TypeError:
         return False
 
 
-def _are_axes(value: Any) -> bool:
-    """Whether a value, if a tuple, is one of axes."""
+def _are_axes(value: object) -> bool:
+    """Whether a value is a tuple of ints, or not a tuple."""
     return not isinstance(value, tuple) or all(type(axis) is int for axis in value)
 
 
 def get_static_fields(kind: type, values: Mapping) -> dict[str, Any]:
-    """The static fields of a node, as plain values of the fields' own types."""
+    """Return a node's static fields as plain values, of the types of the fields' defaults."""
     plain = {}
     for field in dataclasses.fields(kind):
         if field.metadata.get("static"):
@@ -219,25 +228,29 @@ def get_static_fields(kind: type, values: Mapping) -> dict[str, Any]:
     return plain
 
 
-def build_leaf(entry: _Array, array: np.ndarray, sharding: Any) -> Any:
-    """The leaf of an array: placed by a sharding if there is one."""
+def build_leaf(
+    entry: _SavedArray, array: np.ndarray, sharding: jax.sharding.Sharding | None
+) -> Any:
+    """Make the leaf of an array: a number, PRNG key or array, placed by a sharding if given."""
     if entry.form in _SCALARS:
         return _SCALARS[entry.form](array)
     if entry.form in _PRNGS:
         leaf = jax.random.wrap_key_data(jnp.array(array), impl=_PRNGS[entry.form])
     elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array  # 64-bit numbers, of NumPy, in a program of 32-bit ones
+        return array  # 64-bit values stay in NumPy unless jax_enable_x64
     else:
-        leaf = jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(_aligned(array))
-        leaf = leaf if leaf.dtype == array.dtype else jnp.array(_aligned(array))
+        leaf = (
+            jnp.asarray(array.item()) if entry.form == "weak" else jnp.array(_copy_aligned(array))
+        )
+        leaf = leaf if leaf.dtype == array.dtype else jnp.array(_copy_aligned(array))
     return leaf if sharding is None else place_array(leaf, sharding)
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """A copy that starts at a multiple of 64 bytes.
+def _copy_aligned(array: np.ndarray) -> np.ndarray:
+    """Copy an array to an address that is a multiple of 64 bytes.
 
-    On CPU, JAX copies any other array twice, and the first copy leaves a hole in the heap: of a
-    restored adapter of 1 MiB leaves, those are an eighth.
+    On CPU, JAX copies any other array twice, and the first copy leaves a hole in the heap. For an
+    adapter of 1 MiB leaves, these holes are an eighth of the heap.
     """
     memory = np.empty(array.nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64

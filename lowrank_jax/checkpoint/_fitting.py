@@ -1,7 +1,8 @@
-"""Whether what a checkpoint holds fits the trees it meets."""
+"""Check that a checkpoint's nodes and arrays fit the base and the trees they are restored to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.paths import flatten
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint, list_differences
@@ -17,17 +19,17 @@ from lowrank_jax.checkpoint._entries import collect_arrays, get_static_fields, r
 
 
 def compute_dense_shapes(nodes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the leaves that nodes are for, without the axis of a stack of adapters."""
+    """Return the dense weights' shapes, without the leading axis of a stack of adapters."""
     extra = max((n.adapters for n in nodes.values() if isinstance(n, LowRank)), default=0)
     cut = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[extra:], jnp.float32)
     return {path: jax.tree.map(cut, node).shape for path, node in nodes.items()}
 
 
-# Checks: all that is wrong, in one error
+# Checks: each lists all problems in one error
 
 
 def refuse_malformed(nodes: dict[str, Any]) -> None:
-    """The arrays of each adapter have the axes that it says, and one size along each."""
+    """Check that the arrays of each adapter match its axes, and agree on their sizes."""
     shown = lambda node: ", ".join(
         f"{name[1:]} {tuple(part.shape)}" for name, part in collect_arrays({"": node}).items()
     )
@@ -37,19 +39,22 @@ def refuse_malformed(nodes: dict[str, Any]) -> None:
             f"{path}: {shown(node)} of {node.kind!r} with stack {node.stack}, fan_in {node.fan_in} "
             f"and fan_out {node.fan_out}"
             for path, node in nodes.items()
-            if isinstance(node, LowRank) and not _well_formed(node)
+            if isinstance(node, LowRank) and not _is_well_formed(node)
         ],
     )
 
 
-def _well_formed(node: LowRank) -> bool:
-    """Whether the arrays of a node are those of one weight."""
+def _is_well_formed(node: LowRank) -> bool:
+    """Whether a node's arrays are the factors of one weight."""
+    # Each axis of an array is labeled by the weight's axis that it is, or by "r" for the rank.
+    # With fan_in (0,) and fan_out (1,), a [4, 2] has the labels (0, "r") and b [2, 3] ("r", 1),
+    # which gives the pairs (0, 4), ("r", 2), (1, 3). No label may have two sizes. Leading axes
+    # without a label are those of a stack of adapters; all arrays have the same number of them.
     axes = node.stack + node.fan_in + node.fan_out
     labeled = node.array_labels
     if not {*node.required} <= labeled.keys() <= {*node.required, "magnitude"}:
         return False
     parts = [(getattr(node, name), labels) for name, labels in labeled.items()]
-    # axes before those of the stack are of a stack of adapters
     many = node.adapters
     fits = all(part.ndim - len(labels) == many >= 0 for part, labels in parts)
     pairs = {
@@ -68,8 +73,8 @@ def _well_formed(node: LowRank) -> bool:
     )
 
 
-def refuse_misshapen(nodes: dict[str, Any], base: Any) -> None:
-    """The adapter's leaves are the base's, and of their shapes."""
+def refuse_misshapen(nodes: dict[str, Any], base: PyTree) -> None:
+    """Check that the adapter's leaves are in the base, with the same shapes."""
     leaves = dict(flatten(base, is_leaf=is_node)[0])
     if adapted := [p for p, leaf in leaves.items() if isinstance(leaf, LowRank | Full | Adapted)]:
         raise CheckpointError(
@@ -85,13 +90,15 @@ def refuse_misshapen(nodes: dict[str, Any], base: Any) -> None:
     )
 
 
-def refuse_other_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: bool) -> None:
-    """The base is the one trained on, as far as that is known."""
+def refuse_other_base(
+    nodes: dict[str, Any], trained_on: Fingerprint | None, base: PyTree, check: bool
+) -> None:
+    """Check that the base is the one trained on, if its fingerprint is known."""
     if check and trained_on is not None:
         own = base if isinstance(base, Fingerprint) else fingerprint(base)
         raise_problems(
             "this base is not the one the adapter was trained on: pass that one, or "
-            "check_base=False to take this one all the same",
+            "check_base=False to use this one anyway",
             trained_on.differences(own),
         )
     if not isinstance(base, Fingerprint):
@@ -99,45 +106,47 @@ def refuse_other_base(nodes: dict[str, Any], trained_on: Any, base: Any, check: 
 
 
 def compare_static_fields(wanted: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """Differences in axes, kind, scale and leaf's dtype of the nodes that both have."""
+    """List the differences in static fields (axes, kind, scale, dtype) of nodes that both have."""
     both = {path for path in wanted if type(saved.get(path)) is type(wanted[path])}
     show = lambda nodes: {
         f"{path}.{name}": repr(value)
         for path in both
         for name, value in get_static_fields(type(nodes[path]), vars(nodes[path])).items()
-        if name != "base_modified"  # which base it is of; the file knows
+        if name != "base_modified"  # a property of the saved base, which a new init cannot know
     }
     return list_differences(show(wanted), show(saved))
 
 
-def match_leaves(what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Any = ()) -> dict:
-    """Refuse saved leaves that are not those wanted; return the shardings wanted, by name."""
+def match_leaves(
+    what: str, wanted: dict[str, Any], saved: dict[str, Any], more: Iterable[str] = ()
+) -> dict:
+    """Check that saved leaves match the wanted ones; return the latter's shardings, by name."""
     wanted = {p: v if hasattr(v, "dtype") else np.asarray(v) for p, v in wanted.items()}
-    # an array without elements says nothing; older releases had some
+    # arrays without elements, which older releases saved, are ignored
     saved = {p: v for p, v in saved.items() if p in wanted or 0 not in v.shape}
     show = lambda leaves: {p: f"{leaf.dtype}{list(leaf.shape)}" for p, leaf in leaves.items()}
     raise_problems(
-        f"the saved {what} is not that of like.{what}: restore without it and convert, or make it "
-        "by the config and optimizer of the checkpoint",
+        f"the saved {what} does not match like.{what}: restore without it and convert, or make it "
+        "with the config and optimizer of the checkpoint",
         list_differences(show(wanted), show(saved)) + list(more),
     )
-    # an uncommitted array is where it is by default only
+    # the sharding of an uncommitted array is only the default: it is not asked for
     placed = {
         p: getattr(v, "sharding", None) for p, v in wanted.items() if getattr(v, "committed", True)
     }
     raise_problems(
-        f"like.{what} asks for shardings that do not fit: give ones that divide the saved shapes",
+        f"like.{what} has shardings that do not fit: give ones that divide the saved shapes",
         [
             f"{path}: {saved[path].dtype}{list(saved[path].shape)} by {sharding}"
             for path, sharding in placed.items()
-            if sharding is not None and not _divides(sharding, saved[path].shape)
+            if sharding is not None and not _can_divide(sharding, saved[path].shape)
         ],
     )
     return {saved[path].name: sharding for path, sharding in placed.items()}
 
 
-def _divides(sharding: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a sharding can split an array of this shape."""
+def _can_divide(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
+    """Whether a sharding can split an array of the given shape."""
     try:
         sharding.shard_shape(shape)
     except ValueError:

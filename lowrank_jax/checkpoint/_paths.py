@@ -1,4 +1,4 @@
-"""Paths of checkpoints, and the errors of reading and writing there."""
+"""Resolve a checkpoint's directory, and convert errors there to CheckpointError."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_jax._errors import AxesError, CheckpointError, TreeError
 
 @contextlib.contextmanager
 def checkpoint_errors(what: str, where: str = "") -> Iterator[None]:
-    """Every error as a CheckpointError; the library's own keep their words, after where it is."""
+    """Reraise errors as CheckpointError; this library's errors keep their text, after `where`."""
     try:
         yield
     except (CheckpointError, TreeError, AxesError) as error:
@@ -24,8 +24,8 @@ def checkpoint_errors(what: str, where: str = "") -> Iterator[None]:
 
 
 def resolve_directory(directory: str | os.PathLike) -> Path:
-    """The directory as an absolute path, which Orbax asks for."""
+    """Return the directory as an absolute path, which Orbax requires."""
     text = os.fspath(directory)
     if not isinstance(text, str) or "://" in text:
-        raise CheckpointError(f"{text!r} is no path on a local or mounted file system")
+        raise CheckpointError(f"{text!r} is not a path on a local or mounted file system")
     return Path(os.path.abspath(text))

@@ -1,4 +1,4 @@
-"""Silence for what Orbax prints of an error that is raised anyway."""
+"""Suppress what Orbax prints about an error that is raised anyway."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _users = 0
 
 @contextlib.contextmanager
 def silence_orbax(name: str) -> Iterator[None]:
-    """Keep from standard error what Orbax logs of an error that comes out of the body.
+    """Keep from standard error what Orbax logs about an error that the body raises.
 
     Orbax logs the tracebacks of its threads, and TensorStore prints one for each write that ends
-    after its event loop. What others log, other users of Orbax among them, is printed as ever.
+    after its event loop. Records of others are not affected, even of other users of Orbax.
 
     Args:
-      name: that of the folder that Orbax writes; no other folder is called so.
+      name: the unique name of the folder that Orbax writes or reads.
     """
-    own, logger = _Own(name), logging.getLogger("absl")
+    own, logger = _ErrorFilter(name), logging.getLogger("absl")
     logger.addFilter(own)
     try:
-        with _without_closed_loops():
+        with _ignore_closed_loops():
             yield
     except BaseException as error:
         own.raised = error
@@ -36,8 +36,8 @@ def silence_orbax(name: str) -> Iterator[None]:
         own.release(logger)
 
 
-class _Own(logging.Filter):
-    """Holds records of exceptions in threads back, until it is known whose they are."""
+class _ErrorFilter(logging.Filter):
+    """A filter that holds back records of threads' exceptions until it is known whose they are."""
 
     def __init__(self, folder: str):
         super().__init__()
@@ -46,7 +46,7 @@ class _Own(logging.Filter):
         self._held: list[logging.LogRecord] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is to be logged now."""
+        """Whether a record is logged now."""
         if not record.exc_info or "_SignalingThread" not in record.getMessage():
             return True
         if self.folder not in record.getMessage():
@@ -54,17 +54,17 @@ class _Own(logging.Filter):
         return False
 
     def release(self, logger: logging.Logger) -> None:
-        """Log those held that are not of what was raised."""
-        own = {id(error) for error in _chain(self.raised)}
+        """Log the held records, except those of the raised exception and its causes."""
+        own = {id(error) for error in _iter_causes(self.raised)}
         for record in self._held:
             exception = record.exc_info[1] if record.exc_info else None
             if id(exception) not in own:
                 logger.handle(record)
-        self.raised, self._held = None, []  # its frames hold arrays, and this filter
+        self.raised, self._held = None, []  # the traceback's frames hold arrays, and this filter
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that it came of."""
+def _iter_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, its cause, the cause's cause, and so on."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -72,16 +72,16 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     yield from seen
 
 
-class _Hook:
-    """A hook of exceptions that nobody can catch, less those of callbacks to a closed event loop.
+class _UnraisableHook:
+    """A sys.unraisablehook that drops the exceptions of callbacks to a closed event loop.
 
-    TensorStore calls the loop of Orbax for each write that ends, after an error too.
+    TensorStore calls Orbax's event loop when a write ends, even if an error has closed the loop.
     """
 
     def __init__(self, before: Callable[[Any], object]):
         self.before = before
 
-    def __call__(self, unraisable: Any) -> None:
+    def __call__(self, unraisable: sys.UnraisableHookArgs) -> None:
         last = unraisable.exc_traceback
         while last is not None and last.tb_next is not None:
             last = last.tb_next
@@ -91,13 +91,13 @@ class _Hook:
 
 
 @contextlib.contextmanager
-def _without_closed_loops() -> Iterator[None]:
-    """Have a _Hook in place; after an error it stays, for writes may still be under way."""
+def _ignore_closed_loops() -> Iterator[None]:
+    """Install an _UnraisableHook; it stays after an error, since writes may still be running."""
     global _users
     with _lock:
         _users += 1
-        if not isinstance(sys.unraisablehook, _Hook):
-            sys.unraisablehook = _Hook(sys.unraisablehook)
+        if not isinstance(sys.unraisablehook, _UnraisableHook):
+            sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
     failed = True
     try:
         yield
@@ -105,5 +105,5 @@ def _without_closed_loops() -> Iterator[None]:
     finally:
         with _lock:
             _users -= 1
-            if not failed and not _users and isinstance(sys.unraisablehook, _Hook):
+            if not failed and not _users and isinstance(sys.unraisablehook, _UnraisableHook):
                 sys.unraisablehook = sys.unraisablehook.before

@@ -1,4 +1,4 @@
-"""Restore a checkpoint, every byte verified."""
+"""Restore a checkpoint and verify every byte of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.paths import flatten, rename_legacy_paths, to_nested_dict, unflatten_by_path
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import collect_adapters, is_node
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint
@@ -35,34 +36,39 @@ from lowrank_jax.checkpoint._paths import checkpoint_errors, resolve_directory
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What restore returns.
+    """The contents of a checkpoint, returned by `restore`.
 
     Args:
-      lora: the adapter.
+      lora: the adapter, a tree of nodes.
       config: its LoraConfig.
-      opt_state: the optimizer's state, or None where none was saved.
+      opt_state: the optimizer's state, or None if none was saved.
       step: the step, or None.
-      fingerprint: of the base it was trained on, or None: pass it to the next save as `base`.
-      extra: what else was saved, or None.
+      fingerprint: the Fingerprint of the base that the adapter was trained on, or None; pass it to
+        the next save as `base`.
+      extra: other state that was saved, or None.
+
+    >>> import lowrank_jax as lowrank
+    >>> Checkpoint(lora={"w": None}, config=lowrank.LoraConfig(rank=2), step=7).step
+    7
     """
 
-    lora: Any
+    lora: PyTree
     config: LoraConfig
-    opt_state: Any = None
+    opt_state: PyTree = None
     step: int | None = None
     fingerprint: Fingerprint | None = None
-    extra: Any = None
+    extra: PyTree = None
 
 
 @check_arguments(CheckpointError)
 def exists(directory: str | os.PathLike) -> bool:
-    """Whether there is a checkpoint: False until the first save there has come to its end.
+    """Whether there is a checkpoint: False until the first save to the directory has finished.
 
     Args:
       directory: the path given to save.
 
     Returns:
-      True where restore finds a checkpoint, though it may find it damaged.
+      True if there is a checkpoint, although restore may find it damaged.
 
     Source: a checkpoint is there when its manifest is, the last file that save writes.
 
@@ -76,28 +82,33 @@ def exists(directory: str | os.PathLike) -> bool:
 
 @check_arguments(CheckpointError)
 def restore(
-    directory: str | os.PathLike, *, base: Any = None, like: Any = None, check_base: bool = True
+    directory: str | os.PathLike,
+    *,
+    base: PyTree = None,
+    like: object = None,
+    check_base: bool = True,
 ) -> Checkpoint:
-    """Restore what save wrote, every byte verified before it is used; nothing is unpickled.
+    """Restore a checkpoint; every byte is verified before it is used, and nothing is unpickled.
 
     Args:
       directory: the path given to save.
-      base: the frozen tree: lora comes in its structure, None where untouched, and another base
-        than the one trained on is refused. Its fingerprint is enough for the check alone.
-      like: a mapping or object with any of `lora`, `opt_state` and `extra`: arrays or
-        ShapeDtypeStructs, whose structure, and sharding where they have one, the result takes;
-        shapes, dtypes, axes and scales must be those saved.
-      check_base: False takes another base, as long as the shapes fit.
+      base: the frozen tree. The restored lora has its structure, with None at leaves without an
+        adapter. A base other than the one trained on is an error. A Fingerprint in place of the
+        tree gives the check without the structure.
+      like: a mapping or object with any of `lora`, `opt_state` and `extra`: trees of arrays or
+        ShapeDtypeStructs. The result has their structure, and their shardings if they have some.
+        Shapes, dtypes, axes and scales must equal the saved ones.
+      check_base: False accepts any base whose shapes fit.
 
     Returns:
       A Checkpoint. Without base and like.lora, lora is nested dicts by path with nodes at the
-      adapted leaves; without like.opt_state, opt_state is nested dicts of arrays; so is extra.
+      adapted leaves. Without like.opt_state, opt_state is nested dicts of arrays; so is extra.
 
     Raises:
-      CheckpointError: there is no checkpoint, it is damaged or of an unknown version, or it does
-        not fit base or like; all that is wrong is listed.
+      CheckpointError: there is no checkpoint; it is damaged, or of an unknown version; or it does
+        not fit base or like. All problems are listed.
 
-    Source: the layout is this library's own; the arrays are Orbax's (PyTreeCheckpointHandler).
+    Source: Orbax, PyTreeCheckpointHandler, for the arrays.
 
     >>> import tempfile
     >>> import jax.numpy as jnp, lowrank_jax as lowrank
@@ -119,14 +130,16 @@ def restore(
     while True:
         body = read_manifest(directory)
         try:
-            return _restored(directory, body, base, like, check_base)
+            return _restore_body(directory, body, base, like, check_base)
         except CheckpointError:
             if body["folder"] == read_manifest(directory)["folder"]:
                 raise
 
 
-def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: bool) -> Checkpoint:
-    """Fit the manifest's entries to base and like; only then read the arrays."""
+def _restore_body(
+    directory: Path, body: dict, base: PyTree, like: object, check_base: bool
+) -> Checkpoint:
+    """Match the manifest's entries with base and like, then read the arrays."""
     where = f"the manifest in {directory}"
     with checkpoint_errors(f"{where} is malformed: not written by save", where):
         config, trained_on, step, nodes, saved = read_body(body)
@@ -174,7 +187,7 @@ def _restored(directory: Path, body: dict, base: Any, like: Any, check_base: boo
 
         def make(name: str, array: np.ndarray) -> Any:
             if name in entries:
-                # once it is ready, nothing holds the array that it was made of
+                # once the leaf is ready, nothing references the NumPy array that it was made from
                 return jax.block_until_ready(build_leaf(entries[name], array, shardings.get(name)))
 
         leaves = read_archive(directory, body, make)

@@ -1,4 +1,4 @@
-"""Save a checkpoint, now or in a thread."""
+"""Save a checkpoint, in the calling thread or in the background."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from lowrank_jax._checks.arguments import check_arguments, integer_like
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.processes import write_on_first_process
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import collect_adapters
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
@@ -33,41 +34,41 @@ from lowrank_jax.checkpoint._paths import checkpoint_errors, resolve_directory
 def save(
     directory: str | os.PathLike,
     *,
-    lora: Any,
+    lora: PyTree,
     config: LoraConfig,
-    base: Any = None,
-    opt_state: Any = None,
+    base: PyTree = None,
+    opt_state: PyTree = None,
     step: int | None = None,
-    extra: Any = None,
+    extra: PyTree = None,
 ) -> None:
-    """Save adapters (not the base) by Orbax, replacing an older checkpoint atomically.
+    """Save an adapter (not the base) with Orbax, replacing an older checkpoint atomically.
 
-    Killed at any instant, one whole checkpoint, the old or the new, is at the path, because one
-    rename decides: (1) the arrays are written into a new directory, beside those in use; (2) they
-    are hashed and flushed to disk; (3) a new manifest, which names that directory, is written
-    under another name and flushed; (4) one rename puts it in the old manifest's place; (5) the
-    arrays that no manifest names are removed. What a killed save leaves, no manifest names: the
-    next save removes it. A failed save leaves the old checkpoint as it was. A lock, which dies with
-    its process, keeps a second writer out; a reader that meets a save reads the new one. In a
-    program of several processes all call save, and process 0 writes.
+    If the process is killed, the directory holds one complete checkpoint, the old or the new:
+    (1) the arrays are written to a new directory beside those in use; (2) they are hashed, and
+    flushed to disk; (3) a new manifest that names this directory is written to a temporary file,
+    and flushed; (4) one rename replaces the old manifest; (5) arrays that the manifest does not
+    name are removed. The next save removes what a killed save left. A failed save leaves the old
+    checkpoint unchanged. A lock, released when its process dies, excludes a second writer. A reader
+    concurrent with a save reads the new checkpoint. With several processes, all of them call save,
+    and process 0 writes.
 
     Args:
-      directory: a path on a local or mounted file system; made where missing. Files in it that are
-        not a checkpoint's are left alone.
+      directory: a path on a local or mounted file system; created if missing. Other files in it are
+        left alone.
       lora: the adapter: LowRank and Full nodes, None elsewhere, in any containers.
       config: its LoraConfig.
-      base: the frozen tree, or `lowrank.fingerprint(base)` computed once; restore then refuses
-        another base. None: restore can check shapes only.
+      base: the frozen tree, or `lowrank.fingerprint(base)` computed once; restore then rejects any
+        other base. None: restore can check shapes only.
       opt_state: the optimizer's state, any pytree of arrays, typed PRNG keys and numbers.
-      step: a number to find again.
-      extra: what else a run goes on from, as the place in its data and its PRNG keys: any pytree
-        as of opt_state.
+      step: the training step, returned by restore.
+      extra: other state needed to continue, such as the data iterator's position and PRNG keys: any
+        pytree of arrays, typed PRNG keys and numbers.
 
     Raises:
-      CheckpointError: lora is no adapter or not one of this base, a leaf has no values, another
-        process is saving there, the file system refused, or an earlier save_async there failed.
+      CheckpointError: lora is not an adapter, or does not fit base; a leaf has no values; another
+        process is saving there; the file system failed; or an earlier save_async there failed.
 
-    Source: the layout is this library's own; the arrays are Orbax's (PyTreeCheckpointHandler).
+    Source: Orbax, PyTreeCheckpointHandler, for the arrays.
 
     >>> import tempfile
     >>> import jax.numpy as jnp, lowrank_jax as lowrank
@@ -82,7 +83,7 @@ def save(
     """
     directory = resolve_directory(directory)
     finish_pending_save(directory)
-    body, arrays = _contents(lora, config, base, opt_state, step, extra)
+    body, arrays = _build_contents(lora, config, base, opt_state, step, extra)
     write_on_first_process(lambda: _write(directory, body, arrays))
 
 
@@ -90,18 +91,18 @@ def save(
 def save_async(
     directory: str | os.PathLike,
     *,
-    lora: Any,
+    lora: PyTree,
     config: LoraConfig,
-    base: Any = None,
-    opt_state: Any = None,
+    base: PyTree = None,
+    opt_state: PyTree = None,
     step: int | None = None,
-    extra: Any = None,
+    extra: PyTree = None,
 ) -> Saving:
-    """Save as `save` does, but write in a thread while training goes on.
+    """Like `save`, but write in a background thread while training continues.
 
-    The values are copied to the host before it returns: what is done to the arrays afterwards
-    (donated, deleted, changed) does not matter. An earlier save_async to the same path comes to
-    its end first. A program that ends finishes its saves.
+    All values are copied to the host before it returns, so that the arrays may be donated, deleted
+    or changed afterwards. An earlier save_async to the same path is waited for first. At exit the
+    program waits for its saves.
 
     Args:
       directory: a path on a local or mounted file system.
@@ -109,17 +110,17 @@ def save_async(
       config: its LoraConfig.
       base: the frozen tree, or `lowrank.fingerprint(base)`: the tree is hashed before this returns.
       opt_state: the optimizer's state.
-      step: a number to find again.
-      extra: what else a run goes on from.
+      step: the training step.
+      extra: other state needed to continue.
 
     Returns:
-      A handle: `wait()` returns once the checkpoint is whole, and raises the error if there was
-      one, as does the next save to the same path.
+      A Saving: `wait()` returns once the checkpoint is complete. It raises the error of a failed
+      save, as does the next save to the same path.
 
     Raises:
-      CheckpointError: what save finds wrong before it writes, or an earlier save_async failed.
+      CheckpointError: an argument is invalid, as in `save`, or an earlier save_async failed.
 
-    Source: the layout is this library's own; the arrays are Orbax's (PyTreeCheckpointHandler).
+    Source: Orbax, PyTreeCheckpointHandler, for the arrays.
 
     >>> import tempfile
     >>> import jax.numpy as jnp, lowrank_jax as lowrank
@@ -135,17 +136,22 @@ def save_async(
     """
     directory = resolve_directory(directory)
     if jax.process_count() > 1:
-        raise CheckpointError("save_async works in a program of one process: call save in all")
+        raise CheckpointError("save_async supports one process only: call save in all processes")
     finish_pending_save(directory)
-    body, arrays = _contents(lora, config, base, opt_state, step, extra)
+    body, arrays = _build_contents(lora, config, base, opt_state, step, extra)
     arrays = {name: array.copy() for name, array in arrays.items()}
     return Saving(directory, lambda: _write(directory, body, arrays))
 
 
-def _contents(
-    lora: Any, config: LoraConfig, base: Any, opt_state: Any, step: int | None, extra: Any
+def _build_contents(
+    lora: PyTree,
+    config: LoraConfig,
+    base: PyTree,
+    opt_state: PyTree,
+    step: int | None,
+    extra: PyTree,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The manifest's body and the arrays of what is to be saved, checked."""
+    """Validate what is saved; return the manifest's body, and the arrays on the host."""
     arrays: dict[str, np.ndarray] = {}
     with checkpoint_errors("nothing was written"):
         nodes = collect_adapters(lora)
@@ -165,6 +171,6 @@ def _contents(
 
 
 def _write(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Replace the checkpoint at a directory."""
-    with checkpoint_errors(f"{directory} could not be written; an older checkpoint is as it was"):
+    """Replace the checkpoint in a directory."""
+    with checkpoint_errors(f"{directory} could not be written; an older checkpoint is unchanged"):
         write_archive(directory, body, arrays)

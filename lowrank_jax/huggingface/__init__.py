@@ -1,6 +1,6 @@
-"""Models as Hugging Face keeps them, both ways: a folder of safetensors files <-> a tree.
+"""Load, save and merge models in Hugging Face's format: a folder of safetensors files.
 
-Source: transformers 5.23 and safetensors 0.8. Nothing is unpickled, and neither is needed.
+Source: transformers 5.23 and safetensors 0.8. Neither is needed, and nothing is unpickled.
 """
 
 from lowrank_jax.huggingface._load import load as load

@@ -1,7 +1,7 @@
-"""The folder of a model: its configuration, the files beside the tensors, and how it is replaced.
+"""Read the configuration and side files of a model's folder, and replace a model's files.
 
-The entry points of the old model go first, and those of the new one come last: a kill leaves the
-old model, the new one, or a folder that nothing loads, never a mixture.
+config.json, the index and model.safetensors are a model's entry points: they are removed first and
+written last, so that a killed process never leaves a mixture of two models that would load.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from lowrank_jax._display.text import to_printable
 from lowrank_jax._errors import CheckpointError
@@ -23,29 +24,29 @@ from lowrank_jax._files.shards import INDEX, SINGLE
 from lowrank_jax._files.within import read_within
 
 CONFIG, CONFIG_LIMIT = "config.json", 1 << 24
-_BESIDE = {".json", ".jinja", ".model", ".txt"}
-_BESIDE_LIMIT = 1 << 28
+_SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
+_SIDE_LIMIT = 1 << 28
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class LazyTensor:
-    """A tensor to be written: its shape and dtype, and how to come by its values."""
+    """A tensor to be written: shape and dtype are known, values are computed on demand."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, read: Callable[[], np.ndarray]):
         self.shape, self.dtype, self._read = shape, np.dtype(dtype), read
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Size in bytes."""
         return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        """The values."""
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        """Compute the values."""
         return self._read()
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json; empty where there is none."""
+    """Read config.json; {} if there is none."""
     path = folder / CONFIG
     if not path.is_file():
         return {}
@@ -53,7 +54,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration lets look-up table and projection share a weight, said or not."""
+    """Whether embedding and output projection share a weight; the default of the key is True."""
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else {}
     return bool(config) and bool(
@@ -62,7 +63,7 @@ def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
 
 
 def is_prequantized(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether linear weights are in 4 bits, by bitsandbytes; what others quantized is refused."""
+    """Whether weights are in bitsandbytes' 4 bits; CheckpointError if quantized otherwise."""
     quantization = config.get("quantization_config")
     if not quantization:
         return False
@@ -78,7 +79,7 @@ def is_prequantized(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a model whose tensors are codes."""
+    """Raise CheckpointError if a model is quantized."""
     if is_prequantized(folder, config):
         raise CheckpointError(
             f"{folder / CONFIG} says that the model is quantized, by 'bitsandbytes': an adapter is "
@@ -87,20 +88,19 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def read_side_files(folder: Path, dtype: Any = None) -> dict[str, bytes]:
-    """Name -> bytes of the files beside the tensors: configuration, tokenizer.
+def read_side_files(folder: Path, dtype: str | None = None) -> dict[str, bytes]:
+    """Return name -> bytes of the files beside the tensors: configuration, tokenizer.
 
-    Folders are passed over; a link out of the folder is refused, for what it leads to would be
-    copied.
+    Folders are skipped. A link out of the folder is an error, since its target would be copied.
 
     Args:
-      folder: the model's.
-      dtype: of the tensors that are to be written, for the configuration to name; None: as it is.
+      folder: the model's folder.
+      dtype: the dtype to write to the configuration, or None to leave it unchanged.
     """
     files = {
-        path.name: read_within(folder, path.name, _BESIDE_LIMIT)
+        path.name: read_within(folder, path.name, _SIDE_LIMIT)
         for path in sorted(folder.iterdir())
-        if path.suffix in _BESIDE and not path.is_dir() and not _is_of_tensors(path.name)
+        if path.suffix in _SIDE_SUFFIXES and not path.is_dir() and not _is_tensor_file(path.name)
     }
     config = read_model_config(folder)
     for key in ("dtype", "torch_dtype"):
@@ -110,27 +110,28 @@ def read_side_files(folder: Path, dtype: Any = None) -> dict[str, bytes]:
     return files
 
 
-def _is_of_tensors(name: str) -> bool:
+def _is_tensor_file(name: str) -> bool:
+    """Whether a side file belongs to the tensors, or to an adapter, and is not copied."""
     return name.endswith(".index.json") or name.startswith(("adapter_", "."))
 
 
 def write_model(
-    folder: Path, files: Mapping[str, Mapping[str, Any]], beside: Mapping[str, bytes]
+    folder: Path, files: Mapping[str, Mapping[str, Any]], side_files: Mapping[str, bytes]
 ) -> None:
-    """Write files of tensors, the index if there are several, and what stands beside them.
+    """Write tensor files, their index if there are several, and side files.
 
     Args:
-      folder: made where missing; other files in it are left alone.
-      files: the file's name -> name -> array, or LazyTensor.
-      beside: the file's name -> its bytes.
+      folder: created if missing; other files in it are left alone.
+      files: file name -> tensor name -> array or LazyTensor.
+      side_files: file name -> bytes.
     """
-    texts = dict(beside)
+    texts = dict(side_files)
     if set(files) != {SINGLE}:
-        texts[INDEX] = _index(files)
-    if taken := sorted(name for name in files if not _is_free(name)):
+        texts[INDEX] = _build_index(files)
+    if taken := sorted(name for name in files if not _is_shard_name(name)):
         raise CheckpointError(
-            f"a file of tensors is to be called '{to_printable(taken[0])}': an index has to name "
-            "files that end with .safetensors"
+            f"a tensor file would be named '{to_printable(taken[0])}': an index must name files "
+            "that end in .safetensors"
         )
     writes: dict[str, Write] = {
         name: lambda file, t=tensors: write_tensors(file, t) for name, tensors in files.items()
@@ -145,13 +146,13 @@ def write_model(
     )
 
 
-def _is_free(name: str) -> bool:
-    """Whether a file of tensors may be called so: no other file of the folder is."""
+def _is_shard_name(name: str) -> bool:
+    """Whether a name is valid for a tensor file, and cannot be that of an adapter's file."""
     return name.endswith(".safetensors") and not name.startswith((".", "adapter_"))
 
 
-def _index(files: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """The index of shards."""
+def _build_index(files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Return the text of the index: tensor name -> file name."""
     where = {key: name for name, tensors in files.items() for key in tensors}
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}

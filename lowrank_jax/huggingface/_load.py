@@ -1,4 +1,4 @@
-"""Read a model of Hugging Face into a tree."""
+"""Load a model in Hugging Face's format into a tree of parameters."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from numpy.typing import DTypeLike
 
 from lowrank_jax._checks.arguments import check_arguments, floating_dtype
 from lowrank_jax._errors import CheckpointError, TreeError
 from lowrank_jax._files.gguf import SUFFIX, GgufTensors
 from lowrank_jax._files.shards import Tensors, open_folder
 from lowrank_jax._jax.paths import flatten, unflatten_by_path
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import is_node
 from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._targeting.configs import QuantConfig
@@ -36,7 +38,7 @@ from lowrank_jax.names import Names
 @check_arguments(CheckpointError, dtype=floating_dtype)
 def load(
     folder: str | os.PathLike,
-    like: Any,
+    like: PyTree,
     *,
     names: Names = None,
     quant: QuantConfig | None = None,
@@ -44,38 +46,40 @@ def load(
     dtype: Any = None,
     ignore: str | Sequence[str] = (),
 ) -> Any:
-    """Read a model's folder into a tree of parameters, quantized as it is read if so wished.
+    """Load a model's folder into a tree of parameters, optionally quantizing it on the way.
 
-    kernel = weight.T, [in, out]; kernels of more axes are reshaped, those of convolutions OIHW ->
-    HWIO; layers that a leaf stacks are stacked; all else is as it is. Where config.json ties the
-    two, a projection that the folder has no tensor for is its look-up table. All is checked before
-    a tensor is read; then one tensor is read at a time, and with quant encoded on the host, so that
-    the peak of memory is the quantized model and that one tensor.
+    A kernel is weight.T, [in, out]. Kernels with more axes are reshaped, those of convolutions
+    transposed from OIHW to HWIO, and layers are stacked where the leaf stacks them. If config.json
+    ties the embeddings, an output projection without a tensor of its own is the embedding. All
+    names and shapes are checked before a tensor is read. Then one tensor is read at a time, and
+    with quant encoded on the host: peak memory is the quantized model and one tensor.
 
     Args:
-      folder: with model.safetensors, or shards and their index; or a GGUF file of a Llama or Qwen2,
-        whose tensors are decoded to float32 and named as Hugging Face names them (names.LLAMA).
-      like: the tree, of arrays or of jax.ShapeDtypeStruct, as jax.eval_shape of a model's init
-        gives it: structure, shapes, dtypes, and shardings where it has them.
-      names: leaf -> module, as of lowrank.names.parameter: LLAMA or another table, say.
-      quant: the leaves to quantize, and how. The result is that of lowrank.quantize. The weights
-        that a folder of bitsandbytes holds in 4 bits come as Quantized leaves with or without it,
-        their codes and scales the file's own, in quant's packing.
-      plan: of the function that uses the parameters; quant with "all-linear" needs it, and so do
-        leaves that are multiplied with from their other side (weights [out, in]).
-      dtype: of the floating leaves, in place of like's.
-      ignore: a glob, or several, of names of tensors that may be left over, "vision_tower.*" say.
-        Buffers, as masks and rotary frequencies are, always may.
+      folder: a folder with model.safetensors, or with shards and their index; or a GGUF file of a
+        Llama or Qwen2, whose tensors are dequantized to float32 and have Hugging Face's names.
+      like: the tree of arrays or jax.ShapeDtypeStructs, such as jax.eval_shape of a model's init.
+        It gives the structure, shapes, dtypes, and shardings if it has some.
+      names: leaf -> module, see lowrank.names.parameter; for example lowrank.names.LLAMA.
+      quant: which leaves to quantize, and how. The result is that of lowrank.quantize. Weights that
+        the folder holds in bitsandbytes' 4 bits are Quantized leaves with or without quant, with
+        the codes and scales of the file, in quant's packing.
+      plan: the plan of the function that uses the parameters. It is needed for quant with
+        "all-linear", and for leaves whose fan-in is not their first axis (weights [out, in]).
+      dtype: the dtype of floating leaves, in place of like's.
+      ignore: a glob, or several, of tensors that may be left over, such as "vision_tower.*".
+        Buffers, such as masks and rotary frequencies, are always ignored.
 
     Returns:
-      The tree with jax.Arrays, and Quantized leaves. A leaf that is not floating and has a value,
-      of which the folder knows nothing, stays as it is.
+      The tree with jax.Arrays, and Quantized leaves. A leaf with a value that is not floating, and
+      not in the folder, is kept.
 
     Raises:
-      CheckpointError: tensors are missing, unexpected, or misshapen: all of them are listed, with
-        the leaves' paths. A file is damaged, or the model quantized by another method than
-        bitsandbytes' in 4 bits, or otherwise than quant says.
-      PatternError, AxesError, TreeError: as of quantize.
+      CheckpointError: tensors are missing, unexpected, or of the wrong shape, all of which are
+        listed; a file is damaged; or the model is quantized by another method than bitsandbytes'
+        in 4 bits, or not as quant says.
+      PatternError: a pattern of quant matches no leaf.
+      AxesError: the axes of a leaf to quantize are unknown.
+      TreeError: like holds a node or a leaf without a dtype.
 
     Source: transformers 5.23, modeling_utils.py and quantizer_bnb_4bit.py; safetensors.
 
@@ -90,34 +94,34 @@ def load(
     (4, 3)
     """
     folder = Path(folder)
-    leaves = _leaves(like, dtype)
-    with _opened(folder) as (tensors, tied):
+    leaves = _collect_leaves(like, dtype)
+    with _open_model(folder) as (tensors, tied):
         ignored = (ignore,) if isinstance(ignore, str) else ignore
         found = match_tensors(tensors, leaves, names, plan, ignored, tied)
         found.refuse(folder, names)
-        blocks = {} if quant is None else _blocks(leaves, found.leaves, quant, plan)
+        blocks = {} if quant is None else _find_block_axes(leaves, found.leaves, quant, plan)
         coded = find_prequantized(found.leaves, tensors, quant, blocks, folder)
         given, bad = dict(flatten(like)[0]), {}
         out = dict(given)
-        for path, lying in found.leaves.items():
-            dtype, sharding = leaves[path].dtype, _sharding(given[path])
+        for path, mapping in found.leaves.items():
+            leaf_dtype, sharding = leaves[path].dtype, _get_sharding(given[path])
             if path in coded:
-                out[path] = coded[path](dtype, sharding)
+                out[path] = coded[path](leaf_dtype, sharding)
             elif quant is not None and path in blocks:
-                args = dtype, blocks[path], quant, sharding
-                out[path], bad[path] = read_quantized(tensors, lying, *args)
+                args = leaf_dtype, blocks[path], quant, sharding
+                out[path], bad[path] = read_quantized(tensors, mapping, *args)
             else:
-                out[path] = read_leaf(tensors, lying, dtype, sharding)
+                out[path] = read_leaf(tensors, mapping, leaf_dtype, sharding)
     check_quantized(bad, leaves)
     return unflatten_by_path(like, out)
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
-    """The tensors of a folder or a GGUF file, and whether a projection may be its look-up table."""
+def _open_model(folder: Path) -> Iterator[tuple[Tensors, bool]]:
+    """Open a folder or a GGUF file; yield its tensors, and whether its embeddings are tied."""
     if folder.suffix == SUFFIX and not folder.is_dir():
-        if not folder.is_file():  # opening a pipe would wait for ever
-            raise CheckpointError(f"{folder} does not exist, or is no regular file")
+        if not folder.is_file():  # opening a pipe would block
+            raise CheckpointError(f"{folder} does not exist, or is not a regular file")
         tensors = GgufTensors(folder)
         yield tensors, tensors.is_tied
         return
@@ -130,14 +134,14 @@ def _opened(folder: Path) -> Iterator[tuple[Tensors, bool]]:
         )
 
 
-def _leaves(like: Any, dtype: Any) -> dict[str, Any]:
-    """Path -> leaf of like, the floating ones without values and of the dtype wished for."""
+def _collect_leaves(like: PyTree, dtype: DTypeLike | None) -> dict[str, Any]:
+    """Return path -> leaf of like; floating leaves as ShapeDtypeStructs of the requested dtype."""
     leaves = {}
     for path, leaf in flatten(like, is_leaf=is_node)[0]:
         if is_node(leaf) or not hasattr(leaf, "dtype"):
             raise TreeError(
-                f"like holds {type(leaf).__name__} at {path!r}: give the dense tree, of arrays or "
-                "of jax.ShapeDtypeStruct (jax.eval_shape of the model's init)"
+                f"like holds {type(leaf).__name__} at {path!r}: pass the dense tree of arrays or "
+                "jax.ShapeDtypeStructs (jax.eval_shape of the model's init)"
             )
         if is_floating(leaf):
             leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype)
@@ -145,20 +149,20 @@ def _leaves(like: Any, dtype: Any) -> dict[str, Any]:
     return leaves
 
 
-def _sharding(leaf: Any) -> Any:
-    """Where a leaf of like is to lie, if it says so."""
+def _get_sharding(leaf: object) -> Any:
+    """Return the sharding of a leaf of like; None if it has none, or is uncommitted."""
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
-def _blocks(
+def _find_block_axes(
     leaves: dict[str, Any], found: dict[str, TensorMapping], quant: QuantConfig, plan: Plan | None
 ) -> dict[str, tuple[Axes, Axes]]:
-    """Path -> the axes that blocks run along and the stack axes, of the leaves to quantize."""
+    """Return path -> (axes that blocks run along, stack axes) of the leaves to quantize."""
     blocks = {}
     for path in choose_targets(leaves, quant, plan):
         layout = found[path].layout
         if plan is None and layout.kind == "dot":
-            blocks[path] = layout.fan_in, layout.stack  # known from the folder and names
+            blocks[path] = layout.fan_in, layout.stack  # inferred from the folder and the names
         else:
             blocks[path] = resolve_block_axes(path, leaves[path], plan)
     return blocks

@@ -1,4 +1,4 @@
-"""The tensors of a model's folder matched with leaves of a tree: all that is wrong is listed."""
+"""Match the tensors of a model's folder with the leaves of a tree, and list all problems."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lowrank_jax._errors import CheckpointError, list_problems
@@ -17,25 +19,26 @@ from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.huggingface._leaves import TensorMapping, map_leaf, name_tensors
 from lowrank_jax.names import Names, Parameter, parameter
 
-# what modules register beside their parameters: masks, positions, frequencies, counters
+# buffers that modules register beside their parameters: masks, positions, frequencies, counters
 _BUFFER = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias|num_batches_tracked)"
 )
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is one that a model computes anew, and no parameter."""
+    """Whether a tensor is a buffer, which a model recomputes, and not a parameter."""
     mask = name.endswith("attn.bias") and len(shape) != 4
     return bool(_BUFFER.fullmatch(name)) and not mask
 
 
 @dataclasses.dataclass
 class Match:
-    """What a folder has for each leaf, and what is wrong.
+    """The matched leaves, and the problems.
 
     Args:
-      leaves: path -> how the leaf lies in the folder's tensors.
-      missing, unexpected, misfits: the problems, by kind.
+      leaves: path -> TensorMapping.
+      missing, unexpected, misfits: the problems by kind: leaves without tensors, tensors without
+        leaves, and tensors of the wrong shape or dtype.
     """
 
     leaves: dict[str, TensorMapping] = dataclasses.field(default_factory=dict)
@@ -43,11 +46,11 @@ class Match:
     unexpected: list[str] = dataclasses.field(default_factory=list)
     misfits: list[str] = dataclasses.field(default_factory=list)
 
-    def refuse(self, folder: Any, names: Names) -> None:
-        """Raise where something is wrong."""
+    def refuse(self, folder: Path, names: Names) -> None:
+        """Raise CheckpointError with all problems, if there are any."""
         kinds = {
             "the folder has no tensor for": self.missing,
-            "no leaf takes": self.unexpected,
+            "the tree has no leaf for": self.unexpected,
             "these do not fit": self.misfits,
         }
         wrong = [f"{kind}\n{list_problems(lines)}" for kind, lines in kinds.items() if lines]
@@ -55,8 +58,8 @@ class Match:
             return
         if names is None and self.missing and self.unexpected:
             wrong.append(
-                "names tells what torch calls the leaves: pass names=lowrank.names.LLAMA, or "
-                "another table, mapping or function"
+                "names maps leaves to torch's names: pass names=lowrank.names.LLAMA, or another "
+                "table, mapping or function"
             )
         raise CheckpointError(f"{folder} does not fit the tree:\n" + "\n".join(wrong))
 
@@ -67,21 +70,21 @@ def match_tensors(
     names: Names,
     plan: Plan | None,
     ignore: Sequence[str],
-    ties: bool,
+    tied: bool,
 ) -> Match:
-    """What a folder has for each leaf; no tensor is read, save to compare two that are tied.
+    """Match tensors with leaves; no tensor is read, except to compare two that are tied.
 
     Args:
-      tensors: the folder's.
-      leaves: path -> anything with shape and dtype.
-      names: as of load.
-      plan: as of load.
-      ignore: as of load.
-      ties: whether the model's configuration lets look-up table and projection share a weight.
+      tensors: the folder's tensors.
+      leaves: path -> array or ShapeDtypeStruct.
+      names: see load.
+      plan: see load.
+      ignore: see load.
+      tied: whether the configuration ties the embedding and the output projection.
     """
     found, taken = Match(), set()
-    named = _as_in_file(resolve_names(leaves, names), tensors)
-    shared = _shared(leaves, names, named) if ties else {}
+    named = _strip_missing_prefix(resolve_names(leaves, names), tensors)
+    shared = _find_shared(leaves, names, named) if tied else {}
     for path, leaf in leaves.items():
         shape = tuple(leaf.shape)
         if path not in named:
@@ -116,7 +119,8 @@ def match_tensors(
             taken.add(copy)
             if not tensors.are_equal(copy, name.key):
                 found.misfits.append(
-                    f"{copy}: not {name.key}, and {path!r} is one leaf: the model ties nothing"
+                    f"{copy}: not {name.key}, but both are the leaf {path!r}: the model's "
+                    "embeddings are not tied"
                 )
     found.unexpected += [
         f"{key} {list(tensors.entry(key).shape)}"
@@ -128,20 +132,20 @@ def match_tensors(
     return found
 
 
-def is_floating(leaf: Any) -> bool:
-    """Whether a leaf, or a tensor to be, is of floating-point numbers."""
+def is_floating(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether a leaf's dtype is floating."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _is_kept(leaf: Any) -> bool:
-    """Whether a leaf that the folder has nothing for stays: a counter or key, with its value."""
+def _is_kept(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether a leaf that is not in the folder is kept: a counter or key that has a value."""
     return not is_floating(leaf) and hasattr(leaf, "__array__")
 
 
-def _shared(
+def _find_shared(
     leaves: Mapping[str, Any], names: Names, named: Mapping[str, Parameter]
 ) -> dict[str, str]:
-    """Projection -> module of the look-up table that has its weight, where each is a leaf."""
+    """Return projection's path -> embedding's module, of tied pairs where both are leaves."""
     tables = {}
     for path in named:
         if (name := parameter(path, names)) is not None and name.tied is not None:
@@ -149,8 +153,10 @@ def _shared(
     return {path: tables[name.module] for path, name in named.items() if name.module in tables}
 
 
-def _as_in_file(named: dict[str, Parameter], tensors: Tensors) -> dict[str, Parameter]:
-    """Names without the first part that a base model's own file leaves out ("transformer.")."""
+def _strip_missing_prefix(named: dict[str, Parameter], tensors: Tensors) -> dict[str, Parameter]:
+    """Remove a prefix of the names ("transformer.") that a base model's file does not have."""
+    # "transformer.h.{}.ln_1" + ".weight": the file has "h.0.ln_1.weight" and no name that starts
+    # with "transformer", so that the prefix is removed from all names that have it.
     heads = {key.partition(".")[0] for key in tensors}
     bare = lambda name: dataclasses.replace(name, module=name.module.partition(".")[2])
     drop = {

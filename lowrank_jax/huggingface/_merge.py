@@ -1,4 +1,4 @@
-"""Merge an adapter into a model, from folder to folder."""
+"""Merge an adapter's folder into a model's folder."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def merge(
     *,
     names: Names = None,
 ) -> list[str]:
-    r"""Fold an adapter into a model's folder, tensor by tensor, without the model's code.
+    r"""Merge an adapter into a model's folder, tensor by tensor, without the model's code.
 
-    $W' = W + s\,B A$ in float32, cast once; with DoRA, patterns of ranks and alphas, modules saved
-    whole, trained biases, rows of tables and weights that two modules share, as peft.load has them.
-    Beside the adapter there is one tensor in memory at a time; the files are those of base, in
-    name, order and dtype. That base is the model that the adapter was trained on is not checked:
-    no file of PEFT's says.
+    Computes $W' = W + s\,B A$ in float32, cast once to the dtype of W. DoRA, rank and alpha
+    patterns, fully trained modules, biases, trained rows of embeddings, and tied weights are
+    supported as in peft.load. Memory holds the adapter and one tensor at a time. The files have the
+    names, order and dtypes of base. Whether the adapter was trained on base is not checked: PEFT
+    does not record it.
 
     Args:
-      base: the model's folder; its tensors may be links, and files beside them must not lead out
-        of it, as like_folder of save says.
-      adapter: a folder that PEFT or peft.save wrote, or one of checkpoint.save.
-      folder: where the merged model comes; made where missing, the model in it is replaced.
-      names: leaf -> module, for a checkpoint, as of peft.save.
+      base: the model's folder. Its tensor files may be links; a side file must not be a link out of
+        the folder, see like_folder of save.
+      adapter: a folder written by PEFT, peft.save or checkpoint.save.
+      folder: the folder of the merged model, created if missing; a model in it is replaced.
+      names: leaf -> module, for a checkpoint, see peft.save.
 
     Returns:
       The names of the tensors that changed.
 
     Raises:
-      CheckpointError: the adapter does not fit the model, or cannot be merged; all that is wrong is
+      CheckpointError: the adapter does not fit the model, or cannot be merged. All problems are
         listed, and nothing is written.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; peft 0.21.2, tuners/lora/layer.py.
@@ -70,10 +70,10 @@ def merge(
     """
     base, adapter, folder = Path(base), Path(adapter), Path(folder)
     if folder.resolve() in (base.resolve(), adapter.resolve()):
-        raise CheckpointError(f"{folder} is one of the folders to read: name another to write to")
+        raise CheckpointError(f"{folder} is base or adapter: pass another folder to write to")
     if names is not None and not checkpoint.exists(adapter):
         raise CheckpointError(
-            f"names is for a checkpoint's leaves: {adapter} is none, and PEFT's modules have names"
+            f"names is for a checkpoint's leaves, but {adapter} is not a checkpoint: leave it out"
         )
     if checkpoint.exists(adapter):
         with tempfile.TemporaryDirectory() as place:

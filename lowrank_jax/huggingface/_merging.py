@@ -1,7 +1,6 @@
-"""An adapter of PEFT's folded into a model's folder, tensor by tensor, without the model's code.
+"""Merge a PEFT adapter into a model's tensors one by one, without the model's code.
 
-Each tensor stands for a leaf of torch's own orientation; what the file of the adapter says of it is
-what the axes are told from.
+Each tensor is a leaf in torch's orientation; its axes are inferred from the adapter's factors.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._files.safetensors import TensorFile
+from lowrank_jax._files.safetensors import Entry, TensorFile
 from lowrank_jax._files.shards import Tensors
+from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._targeting.plan import Use
 from lowrank_jax._trees.adapters import merge
 from lowrank_jax.huggingface._folder import LazyTensor
@@ -31,12 +31,12 @@ _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings
 
 @dataclasses.dataclass
 class FlatModel:
-    """A model's tensors as the leaves of a tree, and what PEFT needs to be told of them.
+    """A model's tensors as the leaves of a flat tree, with the arguments of peft.load.
 
     Args:
-      leaves: name -> shape and dtype; values where a part of them is kept.
-      names, uses: as of peft.load.
-      copies: projection -> the look-up table whose weight it shares.
+      leaves: tensor name -> ShapeDtypeStruct, or values where the adapter keeps part of them.
+      names, uses: tensor name -> Parameter and Use, for `names` and `plan` of peft.load.
+      copies: projection's tensor -> the tied embedding's tensor.
     """
 
     leaves: dict[str, Any]
@@ -47,14 +47,14 @@ class FlatModel:
 
 @dataclasses.dataclass
 class _Adapter:
-    """What a file says: module -> part -> shape."""
+    """An adapter's config and the shapes of its tensors: module -> part -> shape."""
 
     config: AdapterConfig
     parts: dict[str, dict[str, tuple[int, ...]]]
 
 
-def _read(folder: Path) -> _Adapter:
-    """The header of an adapter's file."""
+def _read_adapter(folder: Path) -> _Adapter:
+    """Read the config, and the header of the tensor file."""
     config = parse_config(read_config_bytes(folder), str(folder / CONFIG))
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     with TensorFile(find_tensors(folder)) as file:
@@ -64,10 +64,10 @@ def _read(folder: Path) -> _Adapter:
     return _Adapter(config, parts)
 
 
-def flatten_model(tensors: Tensors, adapter_folder: Path, ties: bool) -> FlatModel:
-    """The leaves that an adapter may change; ties: as of `matched`."""
-    adapter = _read(adapter_folder)
-    prefix = _prefix(tensors, adapter)
+def flatten_model(tensors: Tensors, adapter_folder: Path, tied: bool) -> FlatModel:
+    """Return the tensors that an adapter may change; tied: see match_tensors."""
+    adapter = _read_adapter(adapter_folder)
+    prefix = _find_prefix(tensors, adapter)
     found = FlatModel({}, {}, {}, {})
     for key in tensors:
         entry = tensors.entry(key)
@@ -76,16 +76,16 @@ def flatten_model(tensors: Tensors, adapter_folder: Path, ties: bool) -> FlatMod
         module, _, kind = key.rpartition(".")
         name = Parameter(prefix + module if prefix + module in adapter.parts else module, kind)
         parts = adapter.parts.get(name.module, {})
-        found.names[key], found.uses[key] = _described(name, entry, parts, adapter.config)
+        found.names[key], found.uses[key] = _infer_use(name, entry, parts, adapter.config)
         whole = TOKENS in parts or len(entry.shape) < 2
         leaf = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
         found.leaves[key] = tensors[key] if whole else leaf
-    _tie(found, tensors, adapter, ties)
+    _tie_embeddings(found, tensors, adapter, tied)
     return found
 
 
-def _prefix(tensors: Tensors, adapter: _Adapter) -> str:
-    """What the names of a whole model's modules begin with, and those of its base model do not."""
+def _find_prefix(tensors: Tensors, adapter: _Adapter) -> str:
+    """Return the prefix that the adapter's module names have and the model's do not, or ""."""
     has = lambda module: f"{module}.weight" in tensors
     for module in adapter.parts:
         head, _, rest = module.partition(".")
@@ -94,10 +94,17 @@ def _prefix(tensors: Tensors, adapter: _Adapter) -> str:
     return ""
 
 
-def _described(
-    name: Parameter, entry: Any, parts: Mapping[str, tuple[int, ...]], config: AdapterConfig
+def _infer_use(
+    name: Parameter, entry: Entry, parts: Mapping[str, tuple[int, ...]], config: AdapterConfig
 ) -> tuple[Parameter, Use]:
-    """How PEFT's modules use a tensor, by what the adapter has for it."""
+    """Infer a tensor's name and use from the factors that the adapter has for it."""
+    # Torch's weight is fan_out first. lora_A is [r, in, ..] and lora_B [out, r, ..], so that
+    # (*a[1:], *b[:1]) is [in, out]:
+    #   weight [48, 32], A [8, 32], B [48, 8]   -> nn.Linear: fan_in (1,), fan_out (0,)
+    #   weight [32, 48], A [8, 32], B [48, 8]   -> Conv1D [in, out]: fan_in (0,), fan_out (1,)
+    #   weight [64, 3, 3, 3]                    -> convolution OIHW: fan_in (1, 2, 3), fan_out (0,)
+    #   weight [1000, 32], with an embedding's  -> look-up [rows, features]: fan_in (0,), ..
+    # A square weight matches both first forms: fan_in_fan_out of the adapter's config decides.
     shape, ndim = entry.shape, len(entry.shape)
     op, fan_in, fan_out = "other", (), ()
     if name.kind == "weight" and ndim > 1:
@@ -112,9 +119,11 @@ def _described(
     return name, use
 
 
-def _tie(found: FlatModel, tensors: Tensors, adapter: _Adapter, ties: bool) -> None:
-    """Make one leaf of a look-up table and the projection that shares its weight."""
-    if not ties:
+def _tie_embeddings(found: FlatModel, tensors: Tensors, adapter: _Adapter, tied: bool) -> None:
+    """Merge an embedding and the output projection that shares its weight into one leaf."""
+    # The projection is the one module of the adapter that the model has no tensor for, or else
+    # "lm_head". A file may hold the weight twice: the second is written as a copy of the first.
+    if not tied:
         return
     unknown = sorted(adapter.parts.keys() - {name.module for name in found.names.values()})
     head = unknown[0] if len(unknown) == 1 else "lm_head"
@@ -140,22 +149,22 @@ def _tie(found: FlatModel, tensors: Tensors, adapter: _Adapter, ties: bool) -> N
 def merge_tensors(
     tensors: Tensors, nodes: Mapping[str, Any], found: FlatModel
 ) -> dict[str, dict[str, LazyTensor]]:
-    """File -> name -> tensor, in the files that the model has, each merged when it is asked for."""
+    """Return file name -> tensor name -> LazyTensor in the model's files, merged on demand."""
     files: dict[str, dict[str, LazyTensor]] = {}
     for key in tensors:
         entry, origin = tensors.entry(key), found.copies.get(key, key)
-        read = _reader(tensors, origin, nodes.get(origin))
+        read = _make_reader(tensors, origin, nodes.get(origin))
         files.setdefault(tensors.file(key), {})[key] = LazyTensor(entry.shape, entry.dtype, read)
     return files
 
 
-def _reader(tensors: Tensors, key: str, node: Any) -> Callable[[], np.ndarray]:
+def _make_reader(tensors: Tensors, key: str, node: Node | None) -> Callable[[], np.ndarray]:
     if node is None:
         return functools.partial(tensors.__getitem__, key)
-    return lambda: np.asarray(_merge(tensors[key], node))
+    return lambda: np.asarray(_merge_tensor(tensors[key], node))
 
 
 @jax.jit
-def _merge(leaf: Any, node: Any) -> jax.Array:
-    """One tensor with its adapter folded in: one program for all of its shape."""
+def _merge_tensor(leaf: jax.typing.ArrayLike, node: Node) -> jax.Array:
+    """Merge one tensor with its node; tensors of one shape share a compiled program."""
     return merge(leaf, node)

@@ -1,10 +1,11 @@
-"""Leaves that a model's folder holds in 4 bits already: bitsandbytes' codes, and no arithmetic."""
+"""Load leaves that a model's folder holds in bitsandbytes' 4 bits, without requantizing them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,28 +28,29 @@ def find_prequantized(
     tensors: Tensors,
     quant: QuantConfig | None,
     chosen: Collection[str],
-    folder: Any,
+    folder: Path,
 ) -> dict[str, Callable[[Any, Any], Quantized]]:
-    """Path -> reader (dtype, sharding) of the leaves that are codes in the folder.
+    """Return path -> reader(dtype, sharding) of the leaves that are 4-bit in the folder.
 
     Args:
-      leaves: how each lies in the folder.
-      tensors: the folder's.
-      quant: as of load; its packing is that of the codes.
-      chosen: the leaves that quant is about; of those, the file's kind must be quant's.
-      folder: named in errors.
+      leaves: path -> TensorMapping.
+      tensors: the folder's tensors.
+      quant: see load; gives the packing of the codes.
+      chosen: paths that quant selects; the file's format must be quant's there.
+      folder: the folder, for error messages.
 
     Raises:
-      CheckpointError: a leaf is a table, or stacks layers that are not all so; or quant differs.
+      CheckpointError: a leaf is an embedding, or stacks layers that are not all 4-bit or differ in
+        format; or the file's format is not quant's.
     """
     if not isinstance(tensors, StateTensors):
         return {}
     readers, problems = {}, []
     packing = "uint4" if quant is None else quant.packing
-    for path, lying in leaves.items():
-        if tensors.weights.keys() & {*lying.keys.values()}:
-            readers[path] = functools.partial(_read, tensors, lying, packing)
-            if problem := _misfit(lying, tensors, quant if path in chosen else None):
+    for path, mapping in leaves.items():
+        if tensors.weights.keys() & {*mapping.keys.values()}:
+            readers[path] = functools.partial(_read_leaf, tensors, mapping, packing)
+            if problem := _describe_misfit(mapping, tensors, quant if path in chosen else None):
                 problems.append(f"{path!r}: {problem}")
     if problems:
         raise CheckpointError(
@@ -57,39 +59,48 @@ def find_prequantized(
     return readers
 
 
-def _misfit(lying: TensorMapping, tensors: StateTensors, quant: QuantConfig | None) -> str:
-    """What is wrong with a leaf, if anything."""
-    keys = list(lying.keys.values())
+def _describe_misfit(
+    mapping: TensorMapping, tensors: StateTensors, quant: QuantConfig | None
+) -> str:
+    """Return why a leaf cannot be loaded, or ""."""
+    keys = list(mapping.keys.values())
     if dense := [key for key in keys if key not in tensors.weights]:
         return f"{dense[0]} is dense, and other layers are not; load it with unrolled layers"
-    kinds = {_kind(tensors.weights[key]) for key in keys}
+    kinds = {_get_settings(tensors.weights[key]) for key in keys}
     if len(kinds) > 1:
         return f"its layers are of several kinds, {sorted(kinds)}; load it with unrolled layers"
-    if lying.layout.stack != tuple(range(len(lying.layout.stack))):
-        return f"its layers are stacked along axes {lying.layout.stack}; in 4 bits they must lead"
-    if lying.layout.kind != "dot":
-        return f"{keys[0]} is in 4 bits, and the leaf is no product's weight"
+    if mapping.layout.stack != tuple(range(len(mapping.layout.stack))):
+        return f"its layers are stacked along axes {mapping.layout.stack}; in 4 bits they must lead"
+    if mapping.layout.kind != "dot":
+        return f"{keys[0]} is in 4 bits, and the leaf is not the weight of a product"
     if quant is not None and kinds != {(quant.format, quant.block_size, quant.double_quant)}:
         format, block_size, double_quant = kinds.pop()
         return (
             f"the file has format={format!r}, block_size={block_size}, double_quant={double_quant}"
-            "; say the same in quant, or leave quant out"
+            "; pass the same in quant, or leave quant out"
         )
     return ""
 
 
-def _kind(header: dict[str, Any]) -> tuple[str, int, bool]:
-    """format, block_size and double_quant of a weight in 4 bits."""
+def _get_settings(header: dict[str, Any]) -> tuple[str, int, bool]:
+    """Return format, block_size and double_quant of a 4-bit weight."""
     return header["quant_type"], header["blocksize"], "nested_offset" in header
 
 
-def _read(
-    tensors: StateTensors, lying: TensorMapping, packing: str, dtype: Any, sharding: Any
+def _read_leaf(
+    tensors: StateTensors,
+    mapping: TensorMapping,
+    packing: str,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
 ) -> Quantized:
-    """A leaf of codes, read layer by layer."""
-    layer, layout = lying.layer, lying.layout
+    """Read a Quantized leaf layer by layer."""
+    # Each layer is converted alone, and copied into preallocated arrays: 24 layers [128, 48] have
+    # codes [2, 64, 48] and scales [2, 48] each, and the leaf [24, 2, 64, 48] and [24, 2, 48].
+    # At any time only one layer's arrays are in memory beside the leaf.
+    layer, layout = mapping.layer_layout, mapping.layout
     whole, stack = None, tuple(layout.shape[axis] for axis in layout.stack)
-    for index, key in lying.keys.items():
+    for index, key in mapping.keys.items():
         state = tensors.state(key)
         node = to_quantized(state, layer.shape, layer.fan_in, packing)
         node = dataclasses.replace(node, weight_dtype=jnp.dtype(dtype).name)
@@ -99,11 +110,11 @@ def _read(
             )
         if jax.tree.structure(node) != jax.tree.structure(whole):
             raise CheckpointError(
-                f"{key} has another nested_quant_map than other layers of {lying.path!r}: load it "
-                "with unrolled layers"
+                f"{key} has another nested_quant_map than other layers of {mapping.path!r}: load "
+                "it with unrolled layers"
             )
         for place, part in zip(jax.tree.leaves(whole), jax.tree.leaves(node), strict=True):
             place[(*index, ...)] = np.asarray(part)
     assert whole is not None
     assert whole.shape == layout.shape
-    return place_leaf(whole, lying.path, sharding)
+    return place_leaf(whole, mapping.path, sharding)

@@ -1,11 +1,10 @@
-"""Write a tree as a model of Hugging Face."""
+"""Save a tree of parameters as a model in Hugging Face's format."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.shards import open_folder
 from lowrank_jax._jax.paths import flatten
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import is_node, strip_norms
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.huggingface._folder import (
@@ -29,7 +29,7 @@ from lowrank_jax.names import Names
 @check_arguments(CheckpointError)
 def save(
     folder: str | os.PathLike,
-    params: Any,
+    params: PyTree,
     *,
     names: Names = None,
     plan: Plan | None = None,
@@ -37,31 +37,31 @@ def save(
     max_shard: int = 5 * 10**9,
     dequantize: bool = False,
 ) -> None:
-    """Write a tree of parameters as a folder that transformers loads; `load` brings the same back.
+    """Save a tree of parameters as a folder that transformers loads; `load` is the inverse.
 
-    Names and orientation are torch's, dtypes the leaves' own. What fails leaves the old model; what
-    is killed the old one, the new one, or a folder that nothing loads. A lock, which dies with its
-    process, keeps a second writer out.
+    Names and orientation are torch's; dtypes are those of the leaves. After an error the old model
+    is unchanged. A killed process leaves the old model, the new one, or a folder that does not
+    load. A lock, released when its process dies, excludes a second writer.
 
     Args:
-      folder: made where missing; the model in it is replaced.
-      params: dense leaves; of an adapted model, what lowrank.merge returns.
-      names: leaf -> module, as of lowrank.names.parameter: LLAMA or another table, say.
-      plan: of the function that uses params; tells the axes of kernels of more than two, where
-        like_folder does not.
-      like_folder: the folder that the model came from. Shapes must be its own, and each of its
-        tensors must have a leaf; configuration, tokenizer and the like are copied from it, the
-        dtype in config.json set to that of the leaves. A link among them must lead to a file within
-        like_folder, or, in the cache of huggingface_hub, to the blobs of the same repository.
-        Without like_folder there are tensors alone.
-      max_shard: bytes of tensors in one file; above, there are several and an index.
-      dequantize: write quantized leaves as the dense weights that they stand for.
+      folder: created if missing; a model in it is replaced.
+      params: the tree of dense leaves; for an adapted model, the result of lowrank.merge.
+      names: leaf -> module, see lowrank.names.parameter; for example lowrank.names.LLAMA.
+      plan: the plan of the function that uses params. It gives the axes of kernels with more than
+        two axes, if like_folder does not.
+      like_folder: the folder that the model was loaded from. Its tensors must have the same names
+        and shapes. Configuration, tokenizer and other side files are copied from it, with the dtype
+        in config.json set to that of the leaves. Links among them must point to files within
+        like_folder, or, in the cache of huggingface_hub, to the repository's blobs. Without
+        like_folder only tensors are written.
+      max_shard: maximal bytes of tensors in one file; more are split into shards with an index.
+      dequantize: write quantized leaves as dense weights.
 
     Raises:
-      CheckpointError: leaves are adapted, quantized, without a name or of a dtype that the files
-        have not; or they do not fit like_folder. All of them are listed, and nothing is written.
-        A file beside the tensors of like_folder is a link out of it, another process is saving
-        there, or the file system refused.
+      CheckpointError: leaves are adapted, quantized, unnamed, or of a dtype that safetensors does
+        not have; or they do not fit like_folder. All are listed, and nothing is written. Or a side
+        file of like_folder is a link out of it; another process is saving there; or the file
+        system failed.
 
     Source: transformers 5.23, modeling_utils.py; safetensors.
 
@@ -74,17 +74,17 @@ def save(
     {'head.bias': ((3,), dtype('float32')), 'head.weight': ((3, 4), dtype(bfloat16))}
     """
     if jax.process_count() > 1:
-        raise CheckpointError("save works in a program of one process; this one has several")
+        raise CheckpointError("save supports one process only; this program has several")
     if max_shard < 1:
         raise CheckpointError(f"max_shard is {max_shard} bytes: pass 1 or more")
     leaves = {path: strip_norms(leaf) for path, leaf in flatten(params, is_leaf=is_node)[0]}
     if not leaves:
-        raise CheckpointError("params has no leaves: pass the tree of the model's parameters")
+        raise CheckpointError("params has no leaves: pass the tree of parameters")
     origin = None if like_folder is None else Path(like_folder)
     if origin is not None and is_prequantized(origin, read_model_config(origin)):
         raise CheckpointError(
-            f"like_folder is {origin}, whose weights are in 4 bits, and what is written is dense: "
-            "name the folder of the dense model, or none"
+            f"like_folder is {origin}, whose weights are in 4 bits, but dense weights are written: "
+            "pass the folder of the dense model, or none"
         )
     with contextlib.nullcontext() if origin is None else open_folder(origin) as original:
         tensors = collect_tensors(leaves, names, plan, original, dequantize)

@@ -1,4 +1,4 @@
-"""What a model's folder holds of a tree: each tensor's name, shape and dtype; values come later."""
+"""Map a tree's leaves to the tensors of a model's folder, whose values are computed on demand."""
 
 from __future__ import annotations
 
@@ -31,18 +31,22 @@ def collect_tensors(
     original: Tensors | None,
     dequantize: bool,
 ) -> dict[str, LazyTensor]:
-    """Name -> tensor, of all leaves; all that is wrong is in one error.
+    """Return tensor name -> LazyTensor of all leaves.
 
     Args:
       leaves: path -> array or Quantized.
-      names: as of save.
-      plan: as of save.
-      original: the tensors of the model that they came from.
-      dequantize: as of save.
+      names: see save.
+      plan: see save.
+      original: the tensors of like_folder, or None.
+      dequantize: see save.
+
+    Raises:
+      CheckpointError: leaves have no name or cannot be saved, or do not fit the original; all
+        problems are listed.
     """
     if adapted := [path for path, leaf in leaves.items() if is_adapter(leaf)]:
         raise CheckpointError(
-            f"{adapted[0]!r} is an adapter: merge first, lowrank.merge(base, lora)"
+            f"{adapted[0]!r} is an adapter: merge it first with lowrank.merge(base, lora)"
         )
     named = resolve_names(leaves, names)
     problems = [f"{path!r}: names has no module for it" for path in leaves if path not in named]
@@ -51,75 +55,79 @@ def collect_tensors(
         leaf, use = leaves[path], find_use(plan, path)
         try:
             validate_name(path, name)
-            _check(path, leaf, dequantize)
+            _check_leaf(path, leaf, dequantize)
             shape = tuple(leaf.shape)
             keys = name_tensors(path, shape, name, use)
             first = keys[min(keys)]
             known = original.entry(first).shape if original and first in original else None
-            place = map_leaf(path, shape, name, use, known)
+            mapping = map_leaf(path, shape, name, use, known)
         except CheckpointError as error:
             problems.append(f"{name.key}: {error}")
             continue
-        for index, key in place.keys.items():
+        for index, key in mapping.keys.items():
             tensors[key] = LazyTensor(
-                place.shape, leaf.dtype, functools.partial(_read, leaf, place, index)
+                mapping.shape, leaf.dtype, functools.partial(_read_tensor, leaf, mapping, index)
             )
         if original and name.tied is not None and (copy := f"{name.tied}.weight") in original:
             tensors[copy] = tensors[first]
     if original is not None:
-        problems += _differences(tensors, original)
+        problems += _compare_with_original(tensors, original)
     if problems:
         raise CheckpointError(f"nothing was written:\n{list_problems(problems)}")
     return tensors
 
 
-def _check(path: str, leaf: Any, dequantize: bool) -> None:
-    """Refuse a leaf that has no place in a file."""
+def _check_leaf(path: str, leaf: Any, dequantize: bool) -> None:
+    """Raise CheckpointError if a leaf cannot be written to a file."""
     if not hasattr(leaf, "dtype") or isinstance(leaf, jax.ShapeDtypeStruct):
-        raise CheckpointError(f"{path!r} is a {type(leaf).__name__}, no array with values")
+        raise CheckpointError(f"{path!r} is a {type(leaf).__name__}, not an array with values")
     if isinstance(leaf, Quantized) and not dequantize:
         raise CheckpointError(
             f"{path!r} is quantized: pass dequantize=True to write the dense weight it stands for, "
             "or lowrank.bitsandbytes.to_state_dict to keep its codes"
         )
     if leaf.dtype not in DTYPES.values():
-        raise CheckpointError(f"{path!r} is {leaf.dtype}, which the files have no dtype for")
+        raise CheckpointError(f"{path!r} is {leaf.dtype}, a dtype that safetensors does not have")
 
 
-def _differences(tensors: Mapping[str, LazyTensor], original: Tensors) -> list[str]:
-    """What the original has, and the tree not, and the other way round."""
+def _compare_with_original(tensors: Mapping[str, LazyTensor], original: Tensors) -> list[str]:
+    """List the tensors that only one of the tree and the original has."""
     shape = lambda key: original.entry(key).shape
     lost = [key for key in original if key not in tensors and not is_buffer(key, shape(key))]
     return [f"{key}: not in like_folder" for key in tensors if key not in original] + [
-        f"{key}: in like_folder, and no leaf is called so" for key in lost
+        f"{key}: in like_folder, but the tree has no leaf for it" for key in lost
     ]
 
 
-def _read(leaf: Any, place: TensorMapping, index: tuple[int, ...]) -> np.ndarray:
-    """One tensor: one layer goes to the host."""
-    if isinstance(leaf, Quantized) and place.layout.stack != tuple(range(leaf.stacked)):
+def _read_tensor(
+    leaf: jax.Array | np.ndarray | Quantized, mapping: TensorMapping, index: tuple[int, ...]
+) -> np.ndarray:
+    """Compute one tensor; of a stacked leaf only the layer at `index` is moved to the host."""
+    # A Quantized leaf is dequantized layer by layer if its stack axes are exactly the layers';
+    # otherwise (an axis that one side counts as stack, the other not) as a whole.
+    if isinstance(leaf, Quantized) and mapping.layout.stack != tuple(range(leaf.stacked)):
         leaf = as_dense(leaf)
     if isinstance(leaf, Quantized):
-        layer = as_dense(_layer(leaf, index, ()))
+        layer = as_dense(_take_layer(leaf, index, ()))
     elif isinstance(leaf, jax.Array):
-        layer = _layer(leaf, index, place.layout.stack) if index else leaf
+        layer = _take_layer(leaf, index, mapping.layout.stack) if index else leaf
     else:
-        layer = place.by_layers(np.asarray(leaf))[index]
-    return place.to_tensor(to_numpy(place.path, layer))
+        layer = mapping.layers_first(np.asarray(leaf))[index]
+    return mapping.to_tensor(to_numpy(mapping.path, layer))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _layer(leaf: Any, index: tuple[int, ...], stack: tuple[int, ...]) -> Any:
-    """A layer of an array along stack axes, or of a node whose arrays these lead."""
+def _take_layer(leaf: jax.Array | Quantized, index: tuple[int, ...], stack: tuple[int, ...]) -> Any:
+    """Index an array along its stack axes, or a node whose arrays all start with them."""
     first = lambda x: x.transpose(stack + tuple(a for a in range(x.ndim) if a not in stack))
     return jax.tree.map(lambda x: first(x)[index], leaf)
 
 
 def split_shards(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, dict[str, LazyTensor]]:
-    """File -> tensors, layers in their order, each file as full as the limit lets it be."""
+    """Split tensors into files of at most `limit` bytes, filled in natural order of the names."""
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
-    for name in sorted(tensors, key=_numerically):
+    for name in sorted(tensors, key=_natural_key):
         if shards[-1] and size + tensors[name].nbytes > limit:
             shards.append({})
             size = 0
@@ -133,6 +141,7 @@ def split_shards(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, dic
     }
 
 
-def _numerically(name: str) -> list[tuple[bool, int, str]]:
+def _natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key that compares numbers by value: layers.2 before layers.10."""
     parts = re.split(r"(\d+)", name)
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

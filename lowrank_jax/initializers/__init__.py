@@ -1,10 +1,10 @@
 """Initializers of the factors: functions (key, weight, rank, scale) -> (a, b, residual).
 
-`weight` is float32 [i, o] (float64 of a float64 leaf), axes grouped, stacks vmapped; a is [i, r]
-and b [r, o]; `residual` is the weight that the base keeps where a method moves part of it into the
-factors, else None. What rounding the factors to their dtype takes from a b, `init` adds to it. One
-of your own needs no registration: any pure function will do, and one that brings arrays is a
-callable pytree (`jax.tree_util.Partial`) whose arrays have the leaf's stack axes leading.
+`weight` is float32 [i, o] (float64 for a float64 leaf): its fan-in and fan-out axes are flattened,
+and `init` vmaps over stack axes. a is [i, r] and b is [r, o]. `residual` [i, o] is the weight that
+the base keeps if the method moves part of it into the factors, else None; `init` adds to it what
+rounding the factors to their dtype loses. A custom initializer is any pure function; one that
+carries arrays is a callable pytree (`jax.tree_util.Partial`) whose arrays have leading stack axes.
 """
 
 from lowrank_jax.initializers._by_name import BY_NAME as BY_NAME

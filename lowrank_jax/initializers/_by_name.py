@@ -1,4 +1,4 @@
-"""Initializers that are functions of a leaf alone, by their names."""
+"""The initializers that need no data, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CorDA: the factors take the directions that matter most, or least, to inputs that were seen."""
+"""CorDA: initialize factors along the directions that given inputs use most, or least."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODES = ("ipm", "kpm")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corda:
-    """CorDA of one leaf."""
+    """CorDA for one leaf; covariance is float32 [*stack, i, i]."""
 
     covariance: jax.Array
     mode: str = dataclasses.field(metadata={"static": True})
@@ -29,6 +29,9 @@ class Corda:
     def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
         del key
         check_fan_in(self.covariance, weight)
+        # C [i, i] @ W [i, o] = U S V^T. Both modes cut r of the min(i, o) triples, the singular
+        # values in descending order: u[:, kept] is [i, r], vt[kept] is [r, o]. C^-1 undoes C, so
+        # that C^-1 U S V^T over all triples is W itself.
         covariance, inverse = damp_covariance(self.covariance, self.damping)
         u, sigma, vt = svd(matmul(covariance, weight))
         kept = slice(rank) if self.mode == "ipm" else slice(len(sigma) - rank, None)
@@ -40,24 +43,23 @@ class Corda:
 def corda(
     covariances: Mapping[str, Any], mode: str = "ipm", damping: float = 0.01
 ) -> dict[str, Initializer]:
-    r"""Factors from the weight's decomposition in view of its inputs.
+    r"""Initialize factors from an SVD of the weight that is oriented by its inputs.
 
-    $C W = U S V^\top$ with $C = \sum_x x x^\top$, scaled to a mean of 1 on its diagonal, plus
+    $C W = U S V^\top$, where $C = \sum_x x x^\top$ is scaled to a mean of 1 on its diagonal, plus
     $\lambda I$: $a = C^{-1} U_r \sqrt{S_r / s}$, $b = \sqrt{S_r / s}\,V_r^\top$, and the base
-    becomes $W - s\,a\,b$. $\lambda$ is doubled till C has an inverse in float32.
+    becomes $W - s\,a\,b$. $\lambda$ is doubled until C has an inverse in float32.
 
     Args:
       covariances: path -> sum or mean of x x^T over inputs x of the leaf, [*stack, i, i].
       mode: "ipm" trains the r directions that these inputs use most (collect inputs of the task);
-        "kpm" those they use least (collect inputs of the knowledge to be preserved).
-      damping: lambda to begin with.
+        "kpm" trains those they use least (collect inputs of the knowledge to preserve).
+      damping: the first lambda.
 
     Returns:
       path -> initializer, for `init(..., initializer=...)`.
 
     Raises:
-      ConfigError: an unknown mode, or covariances of the wrong shape or with values that are not
-        finite.
+      ConfigError: mode is unknown, or covariances have a wrong shape or values that are not finite.
 
     Source: CorDA, arXiv 2406.05223, section 3.
 

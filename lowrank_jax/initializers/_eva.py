@@ -1,4 +1,4 @@
-"""EVA: factors that span the inputs' leading directions, and ranks that go where variance is."""
+"""EVA: initialize factors from principal components of inputs, with ranks by variance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lowrank_jax.initializers._random import Factors, Initializer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Eva:
-    """EVA of one leaf; components [*stack, i, c], the leading ones first."""
+    """EVA for one leaf; components are float32 [*stack, i, c], leading ones first."""
 
     components: jax.Array
 
@@ -44,28 +44,28 @@ class Eva:
 def eva(
     covariances: Mapping[str, Any], config: LoraConfig, rho: float = 2.0
 ) -> tuple[dict[str, Initializer], LoraConfig]:
-    r"""Factors from the inputs' principal directions; ranks by the variance these explain.
+    r"""Initialize factors from the inputs' principal directions; set ranks by explained variance.
 
     $C = V \Lambda V^\top$: $a = V_r$, $b = 0$. Component j of a leaf explains the share
-    $\Lambda_j / \operatorname{tr} \Lambda$ of its variance; all ranks together are a budget
-    spent on the largest shares, at most $\rho\,r$ on a leaf. Each alpha follows its rank,
-    $\alpha' = \alpha\,r' / r$. Stacked layers have one rank: their shares are averaged, and one
-    more rank costs as many as there are layers.
+    $\Lambda_j / \operatorname{tr} \Lambda$ of its variance. The sum of all ranks is a budget that
+    is spent on the largest shares, with at most $\rho\,r$ for a leaf. Each alpha follows its rank,
+    $\alpha' = \alpha\,r' / r$. Stacked layers have a common rank: their shares are averaged, and
+    raising it by one costs one unit of the budget per layer.
 
     Args:
-      covariances: path -> sum or mean of x x^T over inputs x of the leaf, [*stack, i, i]; of
-        centered x these are principal components, as in PEFT.
-      config: the ranks and alphas to begin with.
-      rho: how far a rank may grow; 1 keeps them all as they are. init refuses a rank above the
-        leaf's fan-out, which is not known here.
+      covariances: path -> sum or mean of x x^T over inputs x of the leaf, [*stack, i, i]. For
+        centered x the directions are principal components, as in PEFT.
+      config: the initial ranks and alphas.
+      rho: the largest ratio of a new rank to the old one; 1 keeps all ranks. init raises an error
+        for a rank above the leaf's fan-out, which is not known here.
 
     Returns:
       path -> initializer, and the config with the new ranks and alphas, both for `init`. A leaf
-      that is left with rank 0 is excluded.
+      whose rank becomes 0 is excluded.
 
     Raises:
-      ConfigError: covariances of the wrong shape, traced, or with values that are not finite; rho
-        below 1.
+      ConfigError: rho is below 1, or covariances have a wrong shape, are traced, or have values
+        that are not finite.
 
     Source: EVA, arXiv 2410.07170, section 3.
 
@@ -96,7 +96,10 @@ def eva(
 
 
 def _find_components(covariance: jax.Array, most: int) -> tuple[Eva, np.ndarray]:
-    """The leading eigenvectors, and the share of variance that each explains."""
+    """Return the leading eigenvectors, and the share of variance that each explains."""
+    # covariance [L, i, i] (L stacked layers) -> values [L, i], vectors [L, i, i], one per column,
+    # both reversed since eigh sorts in ascending order. Kept: vectors [L, i, most], and shares
+    # [L, most] averaged over the layers, which have a common rank: [most].
     values, vectors = jnp.linalg.eigh(covariance)
     values, vectors = values[..., ::-1], vectors[..., ::-1]
     values = jnp.where(values < 0, 0, values)  # XLA's maximum on CPU drops NaN
@@ -108,11 +111,14 @@ def _find_components(covariance: jax.Array, most: int) -> tuple[Eva, np.ndarray]
 def _allocate_ranks(
     old: dict[str, int], shares: dict[str, np.ndarray], layers: dict[str, int]
 ) -> dict[str, int]:
-    """The ranks that a budget of all old ones buys, the largest shares first."""
+    """Spend the sum of the old ranks on the largest shares; return the new ranks."""
+    # old {"p": 2, "q": 2}, one layer each: a budget of 4. The shares of p are 1/8, 1/8, ..., those
+    # of q 0.28, 0.28, 0.28, 0.03, ...: three go to q and one to p. In descending order a leaf's
+    # component j is bought before its j + 1, so counting them gives the rank.
     budget = sum(rank * layers[path] for path, rank in old.items())
     offers = [(share, path) for path, of_leaf in shares.items() for share in of_leaf]
     new = dict.fromkeys(old, 0)
-    for _, path in sorted(offers, key=lambda offer: -offer[0]):  # stable, and each leaf's descend
+    for _, path in sorted(offers, key=lambda offer: -offer[0]):  # stable
         if layers[path] <= budget:
             new[path] += 1
             budget -= layers[path]
@@ -120,7 +126,7 @@ def _allocate_ranks(
 
 
 def _replace_ranks(config: LoraConfig, old: dict[str, int], new: dict[str, int]) -> LoraConfig:
-    """The config with these ranks, before its own patterns, for the first match wins."""
+    """Put patterns for the new ranks before the config's own, since the first match wins."""
     exact = {path: _to_exact_pattern(path) for path in new}
     ranks = {exact[path]: rank for path, rank in new.items() if rank and rank != old[path]}
     alphas = {}
@@ -142,13 +148,13 @@ def _replace_ranks(config: LoraConfig, old: dict[str, int], new: dict[str, int])
     )
 
 
-def _match_first(patterns: Mapping, path: str, default: Any) -> Any:
-    """The value of the first pattern that matches."""
+def _match_first(patterns: Mapping[Pattern, Any], path: str, default: float | None) -> Any:
+    """Return the value of the first pattern that matches, or the default."""
     return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
 
 
 def _to_exact_pattern(path: str) -> Pattern:
-    """The pattern of one path: itself, where nothing in it is a wildcard."""
+    """Return a pattern that matches one path: the path itself, or a regex if it has wildcards."""
     try:
         plain = "*" not in path and "?" not in path and path != ALL_LINEAR and matches(path, path)
     except PatternError:  # an empty segment

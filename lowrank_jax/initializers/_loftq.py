@@ -1,4 +1,4 @@
-"""LoftQ: factors that make up for what quantizing the base loses."""
+"""LoftQ: initialize factors to compensate for the quantization error of the base."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lowrank_jax.initializers._data import check_fan_in, normalize_covariance, v
 from lowrank_jax.initializers._random import Factors, Initializer
 from lowrank_jax.initializers._spectral import balance_factors, compute_residual, gram_svd, matmul
 
-# As GPTQ (arXiv 2210.17323, section 3.3, step 3) damps the same matrix.
+# The damping of GPTQ (arXiv 2210.17323, section 3.3, step 3) for the same matrix.
 DAMPING = 0.01
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoftQ:
-    """LoftQ of one leaf; its third result is the weight whose quantization is the base."""
+    """LoftQ for one leaf; covariance is float32 [*stack, i, i], or None for the identity."""
 
     covariance: jax.Array | None
     quant: QuantConfig = dataclasses.field(metadata={"static": True})
@@ -33,14 +33,21 @@ class LoftQ:
     factor_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
 
     def with_factor_dtype(self, dtype: str) -> LoftQ:
-        """The same for factors that are kept in this dtype, for `init` to ask for."""
+        """Return the initializer for factors stored in this dtype; called by `init`."""
         return dataclasses.replace(self, factor_dtype=dtype)
 
     def __call__(self, key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
         del key
+        # Alternate two minimizations of |C^1/2 (W - Q - s a b)|, with Q the quantized residual:
+        #   kept [i, o] = W - s a b                    Q = dequantize(quantize(kept))
+        #   lost [i, o] = W - Q                        root(lost) = C^1/2 lost, [i, o]
+        #   u [i, r], sigma [r], vt [r, o] = leading triples of root(lost)
+        #   a [i, r] = C^-1/2 u sqrt(sigma / s), b [r, o] = sqrt(sigma / s) vt
+        # The third result is the `kept` whose quantization the factors were fitted to, not
+        # W - s a b of the final factors: `init` quantizes it and so gets the same Q.
         root, inverse = self._find_roots(weight)
 
-        def step(_: Any, state: Factors) -> Factors:
+        def step(_: object, state: Factors) -> Factors:
             a, b, _ = state
             kept = compute_residual(weight, a, b, scale)
             lost = weight - self._quantize(kept).astype(weight.dtype)
@@ -53,7 +60,7 @@ class LoftQ:
         return jax.lax.fori_loop(0, self.iterations, step, start)
 
     def _quantize(self, weight: jax.Array) -> jax.Array:
-        """The weight after quantization."""
+        """Quantize and dequantize a weight [i, o]."""
         quant = self.quant
         node = quantize_array(
             weight, (0,), (), format=quant.format, block_size=quant.block_size,
@@ -62,13 +69,17 @@ class LoftQ:
         return dequantize_node(node)
 
     def _find_roots(self, weight: jax.Array) -> tuple[Any, Any]:
-        """Multiplication by a root of the covariance, and by its inverse; any root will do."""
+        """Return multiplication by a root of the covariance, and by the inverse of that root.
+
+        Any R with R^T R = C serves: the norm |R E| depends on C alone. Here R is the transposed
+        Cholesky factor, upper triangular [i, i].
+        """
         if self.covariance is None:
             return (lambda matrix: matrix), (lambda matrix: matrix)
         check_fan_in(self.covariance, weight)
         covariance = normalize_covariance(self.covariance.astype(weight.dtype))
-        damped = covariance + DAMPING * jnp.eye(len(weight), dtype=weight.dtype)
-        root = jnp.linalg.cholesky(damped).T
+        regular = covariance + DAMPING * jnp.eye(len(weight), dtype=weight.dtype)
+        root = jnp.linalg.cholesky(regular).T
         solve = functools.partial(jax.scipy.linalg.solve_triangular, root, lower=False)
         return functools.partial(matmul, root), solve
 
@@ -77,28 +88,29 @@ class LoftQ:
 def loftq(
     quant: QuantConfig, iterations: int = 5, covariances: Mapping[str, Any] | None = None
 ) -> Initializer | dict[str, Initializer]:
-    r"""Quantize the base, and let the factors make up for what that loses.
+    r"""Quantize the base, and fit the factors to the quantization error.
 
-    $\min_{q, a, b} \lVert C^{1/2}(W - q - s\,a\,b) \rVert_F$, by turns: $q$ is $W - s\,a\,b$
-    quantized, and $C^{1/2}(W - q) = U S V^\top$ gives $a = C^{-1/2} U_r \sqrt{S_r / s}$,
-    $b = \sqrt{S_r / s}\,V_r^\top$. C is the identity, or the covariance of the leaf's inputs,
-    scaled to a mean of 1 on its diagonal, plus 0.01 I; its Cholesky factor is the root. `init` puts
-    q into the base, made for factors as they are kept: rounded to `factor_dtype` at every turn.
+    $\min_{q, a, b} \lVert C^{1/2}(W - q - s\,a\,b) \rVert_F$ by alternating minimization: $q$ is
+    $W - s\,a\,b$ quantized, and $C^{1/2}(W - q) = U S V^\top$ gives
+    $a = C^{-1/2} U_r \sqrt{S_r / s}$, $b = \sqrt{S_r / s}\,V_r^\top$. C is the identity, or the
+    covariance of the leaf's inputs, scaled to a mean of 1 on its diagonal, plus 0.01 I; its root is
+    a Cholesky factor. The factors are rounded to `factor_dtype` in each iteration, so q, which
+    `init` stores as the base, fits the factors as they are stored.
 
     Args:
-      quant: how the base is quantized; its targets are not looked at, for every leaf that this
-        initializes is.
-      iterations: turns, at least 1.
+      quant: how the base is quantized. Its targets are ignored: each leaf that this initializes is
+        quantized.
+      iterations: number of alternations, at least 1.
       covariances: path -> sum or mean of x x^T over inputs x of the leaf, [*stack, i, i].
 
     Returns:
       An initializer, or path -> initializer with covariances, for `init(..., initializer=...)`.
 
     Raises:
-      ConfigError: a wrong quant or iterations, or covariances of the wrong shape or with values
-        that are not finite.
+      ConfigError: quant is not a QuantConfig, iterations is not an integer of at least 1, or
+        covariances have a wrong shape or values that are not finite.
 
-    Source: LoftQ, arXiv 2310.08659, algorithm 1, with s in it; with covariances QERA,
+    Source: LoftQ, arXiv 2310.08659, algorithm 1, with a scale s; with covariances QERA,
       arXiv 2410.06040, theorem 1.
 
     >>> weight = jnp.sin(jnp.arange(64.0 * 8).reshape(64, 8) ** 2)

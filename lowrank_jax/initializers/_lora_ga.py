@@ -1,4 +1,4 @@
-"""LoRA-GA: the adapter's first step follows the step of full fine-tuning."""
+"""LoRA-GA: initialize factors so that the first step approximates full fine-tuning's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMS = ("peft", "paper")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraGa:
-    """LoRA-GA of one leaf."""
+    """LoRA-GA for one leaf; gradient is float32 [*stack, i, o]."""
 
     gradient: jax.Array
     gamma: float = dataclasses.field(metadata={"static": True})
@@ -33,7 +33,7 @@ class LoraGa:
         if self.gradient.shape != weight.shape:
             raise ConfigError(
                 f"a gradient of shape {self.gradient.shape} came for a weight of shape "
-                f"{weight.shape} (fan-in, fan-out): expected the same, stack axes leading"
+                f"{weight.shape} (fan-in, fan-out): expected the same shape, after the stack axes"
             )
         if 2 * rank > min(weight.shape):
             raise ConfigError(
@@ -41,6 +41,9 @@ class LoraGa:
                 f"(fan-in, fan-out) has {min(weight.shape)}: rank {rank} must be at most "
                 f"{min(weight.shape) // 2}; set it by rank_pattern, or exclude the leaf"
             )
+        # G [i, o] = U S V^T: u [i, min(i, o)] gives a [i, r], vt [min(i, o), o] gives b [r, o]. The
+        # first SGD step changes a b in proportion to a a^T G + G b^T b. With the first r left and
+        # the next r right vectors, that is the best approximation of G of rank 2 r.
         u, sigma, vt = svd(self.gradient)
         a, b = u[:, :rank], vt[rank : 2 * rank]
         size = weight.shape[1] ** 0.25 / self.gamma**0.5
@@ -59,28 +62,27 @@ def lora_ga(
     *,
     plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Initializer]:
-    r"""Factors from the singular vectors of the loss's gradient with respect to the weight.
+    r"""Initialize factors from singular vectors of the loss's gradient with respect to the weight.
 
     $\nabla_W = U S V^\top$ and $\zeta = o^{1/4} \gamma^{-1/2}$: $a = \zeta\,U_{:r}$ and
     $b = \zeta\,V_{r:2r}^\top$ in the paper, $a = U_{:r}$ and $b = \zeta\,S_{r:2r} V_{r:2r}^\top$ in
-    PEFT, and the base becomes $W - s\,a\,b$. Singular vectors have no sign, so that any two
-    implementations may differ by that of each column of a.
+    PEFT, and the base becomes $W - s\,a\,b$. The sign of singular vectors is arbitrary, so two
+    implementations may differ in the sign of each column of a.
 
     Args:
       gradients: path -> sum or mean of the gradients over a few batches, [*stack, i, o]; with a
-        plan in the leaf's own layout, as jax.grad returns them.
-      gamma: a larger one makes smaller factors.
-      form: "peft", in which b grows with the loss's own scale, or "paper", in which it does not.
-      plan: of the function that uses the parameters: says which axes of a leaf are which, where
-        LoraConfig.stack does not say otherwise.
+        plan, in the shape of the leaf, as jax.grad returns them.
+      gamma: a larger value makes smaller factors.
+      form: "peft", in which b scales with the loss, or "paper", in which it does not.
+      plan: the plan of the function that uses the parameters; gives the roles of a leaf's axes if
+        LoraConfig.stack does not.
 
     Returns:
       path -> initializer, for `init(..., initializer=...)`.
 
     Raises:
-      ConfigError: an unknown form, gradients of the wrong shape or with values that are not finite,
-        a leaf that the plan does not know; from init: a rank above half of what the weight can
-        have.
+      ConfigError: form is unknown, gradients have a wrong shape or values that are not finite, or
+        plan does not have a leaf; from init, if a rank is above half of the largest one.
 
     Source: LoRA-GA, arXiv 2407.05000, section 3 and algorithm 1.
 
@@ -98,7 +100,11 @@ def lora_ga(
 
 
 def _group_axes(path: str, array: jax.Array, plan: Mapping[str, Any]) -> jax.Array:
-    """A leaf's gradient as [*stack, i, o]."""
+    """Flatten a leaf's gradient to [*stack, i, o].
+
+    A stacked projection [d, layers, heads, dim] with stack (1,), fan_in (0,) and fan_out (2, 3)
+    becomes [layers, d, heads, dim], then [layers, d, heads * dim].
+    """
     if path in plan and not hasattr(plan[path], "fan_in"):
         raise ConfigError(
             f"plan[{path!r}] is {describe_value(plan[path])}, not a Use: pass lowrank.plan"

@@ -1,4 +1,4 @@
-"""Initializers that draw the factors and leave the base as it is."""
+"""Initializers that draw random factors and leave the base unchanged."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lowrank_jax._errors import ConfigError
 Factors = tuple[jax.Array, jax.Array, jax.Array | None]
 Initializer = Callable[[jax.Array, jax.Array, int, float], Factors]
 
-# checks the arguments of an initializer that looks at the shape of a weight alone
+# checks the arguments of an initializer that uses only the shape of a weight
 of_shape = check_arguments(key=key, weight=shape_of_matrix, rank=rank, scale=factor_scale | nothing)
 
 
 @of_shape
 def kaiming(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
-    r"""The default: $a \sim U(-1/\sqrt{i},\, 1/\sqrt{i})$, $b = 0$.
+    r"""The default initializer: $a \sim U(-1/\sqrt{i},\, 1/\sqrt{i})$, $b = 0$.
 
     Args:
       key: PRNG key.
@@ -54,7 +54,7 @@ def kaiming(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Facto
 
 @of_shape
 def gaussian(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
-    r"""$a \sim N(0, 1/r^2)$, $b = 0$.
+    r"""Gaussian: $a \sim N(0, 1/r^2)$, $b = 0$.
 
     Args:
       key: PRNG key.
@@ -79,7 +79,7 @@ def gaussian(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Fact
 
 @of_shape
 def lookup(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
-    r"""For tables read by rows: $a = 0$, $b \sim N(0, 1)$.
+    r"""The default for tables read by rows: $a = 0$, $b \sim N(0, 1)$.
 
     Args:
       key: PRNG key.
@@ -104,13 +104,13 @@ def lookup(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factor
 
 @of_shape
 def orthogonal(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
-    r"""Neither factor is zero, yet $a\,b = 0$: they live in orthogonal halves of the rank.
+    r"""Orthogonal: neither factor is zero, but $a\,b = 0$.
 
-    $a = X\,Q_\text{even} / 10$, $b = Q_\text{odd}^\top\,Y / 10$, with X [i, r/2] and Y [r/2, o]
-    standard normal, and Q an orthogonal [r, r] matrix, its rows taken in turn. Training by SGD is
-    the same whatever Q is; this one turns each pair of axes by 45 degrees, so that a has equal
-    columns where b has opposite rows. Their terms cancel one by one in whatever dtype the factors
-    are kept, and entries of 8 bits make each term exact in float32.
+    $a = X\,Q_\text{even} / 10$, $b = Q_\text{odd}^\top\,Y / 10$, where X [i, r/2] and Y [r/2, o]
+    are standard normal, and Q is an orthogonal [r, r] matrix whose rows are taken alternately. SGD
+    does not depend on Q. This Q rotates each pair of axes by 45 degrees, so a has pairs of equal
+    columns and b pairs of opposite rows. Their products cancel exactly in any dtype of the factors,
+    since entries of 8 significant bits make each product exact in float32.
 
     Args:
       key: PRNG key.
@@ -122,7 +122,7 @@ def orthogonal(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Fa
       a [i, r], b [r, o] in float32, and None: the base is untouched.
 
     Raises:
-      ConfigError: the rank is odd.
+      ConfigError: rank is odd.
 
     Source: https://datta0.github.io/posts/rethink-lora-init/, "Orthogonal initialisation".
 
@@ -133,7 +133,7 @@ def orthogonal(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Fa
     del scale
     if rank % 2:
         raise ConfigError(
-            f"orthogonal halves the rank between a and b, and rank {rank} is odd: take an even "
+            f"orthogonal splits the rank between a and b, and rank {rank} is odd: use an even "
             "rank, or another initializer for this leaf"
         )
     fan_in, fan_out = weight.shape
@@ -141,6 +141,9 @@ def orthogonal(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Fa
     draw = lambda key, shape: round_to(
         jax.random.normal(key, shape, jnp.float32) / (10 * math.sqrt(2)), "bfloat16"
     )
+    # i = 1, o = 1, r = 2: x [1, 1, 1] and y [1, 1, 1] become a = [[x, x]] and b = [[y], [-y]], and
+    # a @ b = x y - x y. In general x [i, r/2, 1] is doubled along its last axis to [i, r/2, 2] and
+    # y [r/2, 1, o] to [r/2, 2, o]; the reshapes interleave the pairs along the rank.
     x, y = draw(of_a, (fan_in, rank // 2, 1)), draw(of_b, (rank // 2, 1, fan_out))
     a = jnp.concatenate([x, x], 2).reshape(fan_in, rank)
     b = jnp.concatenate([y, -y], 1).reshape(rank, fan_out)

@@ -1,4 +1,4 @@
-"""Initializers that move the weight's own leading part into the factors: PiSSA, OLoRA."""
+"""Initializers that move the leading part of the weight into the factors: PiSSA, OLoRA."""
 
 from __future__ import annotations
 
@@ -19,30 +19,34 @@ from lowrank_jax._checks.arguments import (
 )
 from lowrank_jax.initializers._random import Factors, Initializer
 
-# In float32 whatever the backend's default: what a rounded product loses, the base loses for good.
+# Full float32 products on all backends: their rounding errors would remain in the base.
 matmul = functools.partial(jnp.matmul, precision="highest")
 svd = functools.partial(jnp.linalg.svd, full_matrices=False)
 
-# checks the arguments of an initializer that draws nothing
+# checks the arguments of an initializer without randomness
 of_weight = check_arguments(key=key | nothing, weight=matrix, rank=rank, scale=factor_scale)
 
-# Columns beyond the rank, from 5 to 10 by arXiv 0909.4061 section 4.2.
+# Columns beyond the rank; arXiv 0909.4061, section 4.2, recommends 5 to 10.
 OVERSAMPLING = 8
 
 
 def balance_factors(
     u: jax.Array, sigma: jax.Array, vt: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Factors with scale * a @ b = u diag(sigma) vt, the singular values shared evenly."""
+    """Return a [i, r] and b [r, o] with scale * a @ b = u diag(sigma) vt, of balanced norms."""
     root = jnp.sqrt(sigma / scale)
     return u * root, root[:, None] * vt
 
 
 def gram_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The leading singular triples, by the smaller Gram matrix: a third of an SVD's time on CPU.
+    """Return the leading singular triples u [i, r], sigma [r], vt [r, o] from the Gram matrix.
 
-    What that loses, squares of singular values below 1e-7 of the largest, is not among them.
+    Takes a third of an SVD's time on CPU. Inaccurate only for singular values whose squares are
+    below 1e-7 of the largest one's, which are not leading.
     """
+    # The smaller of the two Gram matrices is decomposed. For [4, 100]: M M^T [4, 4] has the left
+    # singular vectors as eigenvectors, in ascending order, hence the reversal; u^T M [r, 100] is
+    # diag(sigma) vt. For [100, 4] the same is done to the transpose, and u and vt change places.
     wide = matrix.shape[0] <= matrix.shape[1]
     matrix = matrix if wide else matrix.T
     u = jnp.linalg.eigh(matmul(matrix, matrix.T))[1][:, ::-1][:, :rank]
@@ -53,13 +57,13 @@ def gram_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def compute_residual(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """What the base keeps so that the function is the same: weight - scale * a @ b."""
+    """Return weight - scale * a @ b, the base that keeps the function unchanged."""
     return weight - scale * matmul(a.astype(weight.dtype), b.astype(weight.dtype))
 
 
 @of_weight
 def pissa(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
-    r"""The factors take the weight's largest singular directions, the base keeps the others.
+    r"""PiSSA: the factors take the largest singular directions, and the base keeps the rest.
 
     $W = U S V^\top$: $a = U_r \sqrt{S_r / s}$, $b = \sqrt{S_r / s}\,V_r^\top$, and the base becomes
     $W - s\,a\,b$.
@@ -89,7 +93,7 @@ def pissa(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RandomizedPissa:
-    """PiSSA by a randomized SVD."""
+    """PiSSA with a randomized SVD."""
 
     iterations: int = dataclasses.field(metadata={"static": True})
 
@@ -103,8 +107,11 @@ class RandomizedPissa:
 def randomized_svd(
     key: jax.Array, weight: jax.Array, width: int, iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """About the `width` leading singular triples, by subspace iteration (arXiv 0909.4061, 4.4)."""
+    """Approximate the `width` leading singular triples by subspace iteration."""
     basis = lambda matrix: jnp.linalg.qr(matrix)[0]
+    # q [i, width] spans an approximation of the leading left singular vectors; each step multiplies
+    # it by W W^T and orthonormalizes, after each of the two products for accuracy. At the end
+    # q^T W [width, o] has a small SVD, and q turns its u [width, width] into [i, width].
     step = lambda _, q: basis(matmul(weight, basis(matmul(weight.T, q))))
     start = jax.random.normal(key, (weight.shape[1], width), weight.dtype)
     q = jax.lax.fori_loop(0, iterations, step, basis(matmul(weight, start)))
@@ -114,13 +121,14 @@ def randomized_svd(
 
 @check_arguments(iterations=count)
 def randomized_pissa(iterations: int = 4) -> Initializer:
-    r"""PiSSA by a randomized SVD, which never holds more than r + 8 singular vectors.
+    r"""PiSSA with a randomized SVD, which computes only r + 8 singular vectors.
 
-    The range of $(W W^\top)^n W\,\Omega$, $\Omega$ normal [o, r + 8], orthonormalized at each step,
-    holds the leading singular vectors; $W = W_\text{base} + s\,a\,b$ is as exact as for pissa.
+    The range of $(W W^\top)^n W\,\Omega$, with $\Omega$ normal [o, r + 8], orthonormalized in each
+    step, approximates the span of the leading singular vectors. $W = W_\text{base} + s\,a\,b$ is as
+    exact as for pissa.
 
     Args:
-      iterations: n; each divides what is left of smaller singular values by their ratio squared.
+      iterations: n; each one damps smaller singular values by the square of their ratio.
 
     Returns:
       An initializer: (key, weight, rank, scale) -> a [i, r], b [r, o] and the base [i, o].
@@ -141,7 +149,7 @@ def randomized_pissa(iterations: int = 4) -> Initializer:
 
 @of_weight
 def olora(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors:
-    r"""The factors are the leading part of a QR decomposition, b with orthonormal rows.
+    r"""OLoRA: the factors are the leading part of a QR decomposition; b has orthonormal rows.
 
     $W^\top = Q R$: $a = R_{:r}^\top$, $b = Q_{:,:r}^\top$, and the base becomes $W - s\,a\,b$.
 
@@ -149,7 +157,7 @@ def olora(key: jax.Array, weight: jax.Array, rank: int, scale: float) -> Factors
       key: unused.
       weight: [i, o], float32.
       rank: r.
-      scale: s; as in the paper the factors are those of W itself, whatever s.
+      scale: s; as in the paper, the factors do not depend on it.
 
     Returns:
       a [i, r], b [r, o] and the base [i, o], in float32.

@@ -1,7 +1,7 @@
-"""What Hugging Face calls the leaves of a parameter tree: a path <-> a module and its parameter.
+"""Tables that map paths of a parameter tree to Hugging Face's module and parameter names.
 
-Tables for the models of transformers: LLAMA, QWEN, GEMMA, GEMMA2 (and Gemma 3), GPT2, BERT, VIT
-and VIT5. Any may stand where a function takes `names`.
+There is a table for each of these models of transformers: LLAMA, QWEN, GEMMA, GEMMA2 (also for
+Gemma 3), GPT2, BERT, VIT and VIT5. Pass one as the `names` argument of a function.
 """
 
 from lowrank_jax.names._bert import BERT as BERT

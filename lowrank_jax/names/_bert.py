@@ -1,4 +1,4 @@
-"""BERT."""
+"""The table of names for BERT."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ BERT = Table(
                 "LayerNorm",
             )
         },
+        # with "self" between, as in transformers' Flax BERT, and without
         **{
             rule.replace("@", name): f"bert.encoder.layer.{{}}.attention.self.{name}"
             for name in ("query", "key", "value")

@@ -1,12 +1,12 @@
-"""Gemma, Gemma 2 and Gemma 3."""
+"""The tables of names for Gemma, Gemma 2 and Gemma 3."""
 
 from __future__ import annotations
 
 from lowrank_jax.names._llama import ATTENTION, ENDS, LLAMA, MLP, TIED
 from lowrank_jax.names._table import Table
 
-# the names of google-deepmind/gemma beside those of Llama; its fused kv_einsum and gating_einsum
-# are two modules each, and so have no name
+# The names of google-deepmind/gemma, in addition to those of Llama. Its fused kv_einsum and
+# gating_einsum hold two torch modules each, so they have no name.
 GEMMA_ATTENTION = {
     "#/attn/q_einsum": "model.layers.{}.self_attn.q_proj",
     "#/attn/attn_vec_einsum": "model.layers.{}.self_attn.o_proj",

@@ -1,4 +1,4 @@
-"""GPT-2."""
+"""The table of names for GPT-2."""
 
 from __future__ import annotations
 

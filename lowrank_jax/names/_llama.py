@@ -1,4 +1,4 @@
-"""Llama, Qwen, and all that are built alike."""
+"""The table of names for Llama, Qwen and models with the same modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table of rules: a path in a tree <-> a module and its parameter."""
+"""Table: rules that map a path in a parameter tree to a torch module and its parameter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError
 
+# the last key of a leaf -> the name of the torch parameter
 KINDS = {
     **dict.fromkeys(("kernel", "embedding", "scale", "weight", "w"), "weight"),
     **dict.fromkeys(("bias", "b"), "bias"),
@@ -23,10 +24,13 @@ class Parameter:
     """A parameter of a torch module.
 
     Args:
-      module: the module's name, with "{}" for the layer's number where one leaf holds all layers.
-      kind: the parameter's name within it: "weight", "bias", or another.
-      fan_in_fan_out: the torch weight is [in, out], as GPT-2's Conv1D has it, not [out, in].
-      tied: the module that shares the weight, where a model has no weight of its own for it.
+      module: the module's name, with "{}" for the layer number if one leaf stacks all layers.
+      kind: the parameter's name within the module, such as "weight" or "bias".
+      fan_in_fan_out: the torch weight is [in, out], as in GPT-2's Conv1D, instead of [out, in].
+      tied: the module that shares the weight, if the model does not store one for it.
+
+    >>> Parameter("model.layers.{}.mlp.up_proj").key
+    'model.layers.{}.mlp.up_proj.weight'
     """
 
     module: str
@@ -42,21 +46,21 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """Rules that name a model's leaves; calling it with a path gives the Parameter, or None.
+    """Rules that name a model's leaves; calling the table with a path returns a Parameter or None.
 
-    A rule's left side is a module's path in the tree: "/" between keys, "|" between spellings of
-    a key, "#" for a layer: `layers_0`, `layers/0`, `layers.0`, or `layers` alone where all layers
-    are stacked. Its right side is the module's name, "{}" for the layer's number. The last key of a
-    leaf says which of the module's parameters it is: kernel, embedding and scale are the weight.
+    The left side of a rule is a module's path in the tree: "/" separates keys, "|" separates
+    alternatives for a key, "#" is a layer: `layers_0`, `layers/0`, `layers.0`, or `layers` alone if
+    all layers are stacked. The right side is the module's name, with "{}" for the layer number. The
+    last key of a leaf selects the module's parameter: kernel, embedding and scale are the weight.
     The first rule that matches wins.
 
     Args:
-      modules: the rules.
-      parameters: rules for leaves with a last key of their own: the whole path -> the whole name.
-      layers: spellings of the key that holds the layers.
-      prefixes: spellings of keys that may stand before the path a rule tells, any number of them.
+      modules: rules for modules.
+      parameters: rules for single leaves, with other last keys: whole path -> whole name.
+      layers: alternatives for the key of the layers.
+      prefixes: alternatives for keys that may precede the path of a rule, any number of them.
       fan_in_fan_out: last parts of the names of modules whose torch weight is [in, out].
-      tied: look-up table -> the projection that shares its weight in models that tie the two.
+      tied: embedding -> the projection that shares its weight in models with weight tying.
 
     >>> table = Table({"#/attn|attention/query|q_proj": "model.layers.{}.self_attn.q_proj"})
     >>> table("params/layers_3/attn/query/kernel").key
@@ -73,7 +77,7 @@ class Table:
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, path: str) -> Parameter | None:
-        """The parameter that the leaf at path is, or None where no rule tells."""
+        """Return the Parameter of the leaf at path, or None if no rule matches."""
         if (key := _apply_rules(self._rules[1], path)) is not None:
             module, _, kind = key.rpartition(".")
             return self._make_parameter(module, kind)
@@ -89,11 +93,14 @@ class Table:
 
     @functools.cached_property
     def _rules(self) -> tuple[list[tuple[re.Pattern, str]], list[tuple[re.Pattern, str]]]:
-        """The two kinds of rules, compiled."""
+        """The compiled rules for modules and for single parameters."""
         compiled = lambda rules: [(self._compile(left), right) for left, right in rules.items()]
         return compiled(self.modules), compiled(self.parameters)
 
     def _compile(self, rule: str) -> re.Pattern:
+        # "#/attn|attention/q" becomes, with the default layers and prefixes shortened,
+        # (?:(?:params|model)/)*(?:layers|h)(?:[_./](\d+))?/(?:attn|attention)/(?:q)
+        # whose group 1 is the layer number; it is None where all layers are stacked.
         layer = rf"(?:{self.layers})(?:[_./](\d+))?"
         keys = [
             layer if key == "#" else f"(?:{'|'.join(map(re.escape, key.split('|')))})"
@@ -103,7 +110,7 @@ class Table:
 
 
 def _apply_rules(rules: list[tuple[re.Pattern, str]], path: str) -> str | None:
-    """The right side of the first rule that matches, the layer's number put in."""
+    """Return the right side of the first rule that matches, with the layer number filled in."""
     for pattern, right in rules:
         if found := pattern.fullmatch(path):
             number = found.group(1) if pattern.groups else None
@@ -116,20 +123,20 @@ Names = Mapping[str, str | Parameter] | Callable[[str], str | Parameter | None] 
 
 @check_arguments(CheckpointError)
 def parameter(path: str, names: Names = None) -> Parameter | None:
-    """The torch parameter that the leaf at a path is.
+    """Return the torch parameter that corresponds to the leaf at a path.
 
     Args:
       path: the leaf's keys joined by "/".
-      names: a table of this module; or a mapping from paths, or a function of the path, to a
-        module's name (with "{}" for the layer's number of a leaf that holds all layers), to a
-        Parameter, or to None. None: the path without its last key, "/" -> ".".
+      names: a table of this package; or a mapping from paths, or a function of a path, to a
+        module's name (with "{}" for the layer number of a leaf that stacks all layers), a
+        Parameter, or None. By default, the path without its last key, with "/" replaced by ".".
 
     Returns:
-      The Parameter, or None where names has none for that path. Where names gives a module's name
-      alone, the path's last key says which parameter.
+      The Parameter, or None if names has none for the path. If names gives only a module's name,
+      the last key of the path selects the parameter.
 
     Raises:
-      CheckpointError: names gave something else.
+      CheckpointError: names returned another type.
 
     Source: torch.nn.Module.named_parameters; Flax's names of parameters.
 

@@ -1,4 +1,4 @@
-"""ViT, under the names of transformers 4 and 5."""
+"""The tables of names for ViT in transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lowrank_jax.names._table import Table
 
 
 def _make_vit(layer: str, query: str, key: str, value: str, out: str, up: str, down: str) -> Table:
-    """ViT's table, from the names of a layer and of its parts."""
+    """Make the table from the torch names of a layer and of its modules."""
     parts = {
         "attention/attention/query|attention/query|attention/q_proj": query,
         "attention/attention/key|attention/key|attention/k_proj": key,
@@ -37,7 +37,7 @@ def _make_vit(layer: str, query: str, key: str, value: str, out: str, up: str, d
     )
 
 
-# checkpoints' names, which are the modules' up to transformers 4
+# Names in checkpoints; also the names of the modules up to transformers 4.
 VIT = _make_vit(
     "encoder.layer",
     "attention.attention.query",
@@ -49,7 +49,7 @@ VIT = _make_vit(
 )
 
 
-# the modules' names in transformers 5: those that its adapters are saved under
+# Names of the modules in transformers 5, under which its adapters are saved.
 VIT5 = _make_vit(
     "layers",
     "attention.q_proj",

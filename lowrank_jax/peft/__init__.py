@@ -1,6 +1,6 @@
-"""Adapters as `peft` saves them, both ways: adapter_config.json and adapter_model.safetensors.
+"""Load and save adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-Source: peft 0.21.2. Nothing is unpickled.
+Source: peft 0.21.2. Pickles are not read.
 """
 
 from lowrank_jax.peft._load import load as load

@@ -1,4 +1,4 @@
-"""The fields of adapter_config.json, and the file's text for an adapter."""
+"""The fields of adapter_config.json, and the text of that file for an adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from lowrank_jax._checks.fields import check_json
 from lowrank_jax._errors import CheckpointError, ConfigError
 
-# LoraConfig of peft 0.21.2, as save_pretrained writes it
+# The defaults of LoraConfig in peft 0.21.2, as save_pretrained writes them.
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
@@ -56,7 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
-# what save decides by itself; all else in a file is carried from one to the next
+# Fields that save derives from the adapter. All others are kept in LoraConfig.extras.
 WRITTEN_FIELDS = {
     "alpha_pattern",
     "bias",
@@ -84,9 +84,11 @@ WRITTEN_FIELDS = {
 def to_json(
     scales: Mapping[str, tuple[int, float]], rslora: bool, extras: Mapping[str, Any], **own: Any
 ) -> str:
-    """The file's text; scales: each module's rank and alpha."""
+    """Write the text of the file; scales: module -> (rank, alpha)."""
     if clash := sorted(set(extras) & WRITTEN_FIELDS):
         raise ConfigError(f"extras has {clash}, which save writes from the adapter itself")
+    # The most common rank becomes "r", and the modules that differ get a pattern of their own:
+    # ranks a: 8, b: 8, c: 4 become "r": 8 and "rank_pattern": {"^c": 4}.
     rank, alpha = (
         _pick_most_common(values) if scales else DEFAULTS[field]
         for values, field in zip(_unzip(scales.values()), ("r", "lora_alpha"), strict=True)
@@ -106,17 +108,17 @@ def to_json(
     try:
         return json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"extras holds what JSON does not: {error}") from error
+        raise ConfigError(f"extras holds values that are not JSON: {error}") from error
 
 
 def _pick_most_common(values: Iterable[Any]) -> Any:
-    """The value that most have; of several the largest."""
+    """Return the most common value; among several, the largest."""
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value))
 
 
-def _to_json_value(value: Any) -> Any:
-    """A hashable mapping as JSON takes it."""
+def _to_json_value(value: object) -> Any:
+    """Convert hashable mappings and tuples to dicts and lists."""
     if isinstance(value, Mapping):
         return {key: _to_json_value(item) for key, item in value.items()}
     return list(map(_to_json_value, value)) if isinstance(value, tuple) else value
@@ -131,20 +133,21 @@ def _unzip(rows: Iterable[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 
 def compute_alpha(scale: float, rank: int, rslora: bool) -> float:
-    """The alpha of a scale; an integer where its quotient is the scale to the last bit."""
+    """Return the alpha of a scale, as an integer if dividing that gives exactly the scale."""
     root = math.sqrt(rank) if rslora else rank
     if not math.isfinite(scale * root):
-        raise CheckpointError(f"an adapter has the scale {scale}, of which no alpha is finite")
+        raise CheckpointError(f"an adapter has the scale {scale}, for which alpha is not finite")
+    # scale 1/3 and rank 3: the product is 1.0, and 1 / 3 == 1/3, so alpha is the integer 1
     whole = round(scale * root)
     return whole if whole / root == scale else scale * root
 
 
 def collect_extras(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says besides: to be carried into the next."""
+    """Return the fields of a file that save does not derive and that differ from the defaults."""
     differs = lambda field, value: field not in DEFAULTS or value != DEFAULTS[field]
     extras = {k: v for k, v in values.items() if k not in WRITTEN_FIELDS and differs(k, v)}
     try:
         check_json("the configuration", extras)
-    except ConfigError as error:  # Python reads NaN and Infinity, which JSON has not
+    except ConfigError as error:  # Python reads NaN and Infinity, which are not JSON
         raise CheckpointError(str(error)) from error
     return extras

@@ -1,4 +1,4 @@
-"""Factors of a PEFT file as LowRank nodes: one node for a leaf, however many layers it stacks."""
+"""Build LowRank nodes from the factors of a PEFT file; a stacked leaf takes those of all layers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Keys = tuple[str, str, str | None]  # of A, B and magnitude
 
 
 def match_factors(matching: Matching, place: Place) -> Callable[[], LowRank] | None:
-    """How to make the node of a leaf, or None with the problems noted."""
+    """Return a function that builds the node of a leaf, or None after noting the problems."""
     try:
         layout = place.torch_layout()
     except CheckpointError as error:
         return matching.reject(place, str(error))
     if layout.kind == "vector":
-        return matching.reject(place, f"{place.path!r}: factors of a leaf that is no matrix")
+        return matching.reject(place, f"{place.path!r}: factors for a leaf that is not a matrix")
     before = len(matching.problems)
     keys, scales = {}, {}
     adapted = {i: module for i, module in place.modules.items() if matching.has_factors(module)}
@@ -34,8 +34,8 @@ def match_factors(matching: Matching, place: Place) -> Callable[[], LowRank] | N
         _take_tied(matching, place, layout, other, keys[()], scales[()])
     if matching.config["use_dora"] and len(adapted) < len(place.modules):
         matching.problems.append(
-            f"{place.path!r}: DoRA on some layers of a stack only; params whose layers are not "
-            "stacked can hold it"
+            f"{place.path!r}: DoRA on only some layers of a stack; load it onto params whose "
+            "layers are not stacked"
         )
     if len(matching.problems) > before:
         return None
@@ -46,7 +46,7 @@ def match_factors(matching: Matching, place: Place) -> Callable[[], LowRank] | N
 def _take_module(
     matching: Matching, place: Place, layout: TorchLayout, module: str
 ) -> tuple[Keys, float] | None:
-    """Keys and scale of one module."""
+    """Take the keys of one module's factors; return them with its scale."""
     first, second = layout.factor_shapes(1)
     wanted = [first, second]
     wanted += [MAGNITUDE] if matching.config["use_dora"] else []
@@ -67,8 +67,8 @@ def _take_module(
         return None
     if layout.kind == "conv" and matching.shape(b)[1:2] not in ((rank,), ()):
         matching.problems.append(
-            f"{b}: shape {list(matching.shape(b))} is of a grouped convolution, where PEFT's two "
-            "products are no change of the kernel"
+            f"{b}: shape {list(matching.shape(b))} belongs to a grouped convolution, where PEFT's "
+            "adapter is not equivalent to a change of the kernel"
         )
         return None
     shapes = layout.factor_shapes(rank)
@@ -87,25 +87,23 @@ def _take_module(
 def _take_tied(
     matching: Matching, place: Place, layout: TorchLayout, other: str, keys: Keys, scale: float
 ) -> None:
-    """Take the factors of the projection that shares a table, which must be the table's."""
+    """Take the factors of the projection tied to a table; they must be the table's, transposed."""
     a, b, magnitude = keys
     first, second = (matching.take(other, f"lora_{x}.weight") for x in "AB")
     matching.take_base(place, layout, other)
     if magnitude is not None:
         matching.problems.append(
             f"{magnitude}: DoRA on a table that is also a projection: PEFT normalizes the two over "
-            "other axes"
+            "different axes"
         )
     elif first is None or second is None:
         matching.check_untied(place, other)
     elif not (
-        matching.is_equal(first, b, turned=True)
-        and matching.is_equal(second, a, turned=True)
+        matching.is_equal(first, b, transposed=True)
+        and matching.is_equal(second, a, transposed=True)
         and matching.config.scale(other, matching.shape(first)[0]) == scale
     ):
-        matching.problems.append(
-            f"{first}: other factors than {a} has, and {place.path!r} is one leaf"
-        )
+        matching.problems.append(f"{first}: differs from {a}, but {place.path!r} is one leaf")
 
 
 def _build_node(
@@ -115,22 +113,27 @@ def _build_node(
     keys: Mapping[tuple[int, ...], Keys],
     scales: Mapping[tuple[int, ...], float],
 ) -> LowRank:
-    """Read and stack: ranks padded with zeros, other scales folded into b."""
+    """Read and stack the factors; pad ranks with zeros, and fold differing scales into b."""
+    # Two layers of [4, 3], layer 0 with rank 2 and scale 1, layer 1 with rank 1 and scale 2:
+    #   scale = 2, rank = 2
+    #   a [2, 4, 2]    a[0] = a0, a[1] = [a1, 0]
+    #   b [2, 2, 3]    b[0] = b0 * (1 / 2), b[1] = [b1; 0]
+    # so that scale * a[l] @ b[l] is the product of each layer. A layer without factors has zeros.
     read = matching.read
     factors = {i: layout.from_factors(read(a), read(b)) for i, (a, b, _) in keys.items()}
     rank = max(a.shape[-1] for a, _ in factors.values())
     scale = max(scales.values())
-    sizes, fan_out = layout.sizes(layout.stack), layout.sizes(layout.fan_out)
+    sizes, fan_out = layout.get_sizes(layout.stack), layout.get_sizes(layout.fan_out)
     dtypes = [jnp.result_type(*(f[i].dtype for f in factors.values())) for i in (0, 1)]
-    a = np.zeros((*sizes, *layout.sizes(layout.fan_in), rank), dtypes[0])
+    a = np.zeros((*sizes, *layout.get_sizes(layout.fan_in), rank), dtypes[0])
     b = np.zeros((*sizes, rank, *fan_out), dtypes[1])
-    for index, (one, two) in factors.items():
-        own, times = one.shape[-1], b.dtype.type(scales[index] / scale)
-        a[index][..., :own] = one
-        b[index][:own] = two if times == 1 else two * times
+    for index, (part_a, part_b) in factors.items():
+        r, ratio = part_a.shape[-1], b.dtype.type(scales[index] / scale)
+        a[index][..., :r] = part_a
+        b[index][:r] = part_b if ratio == 1 else part_b * ratio
     magnitude = None
     if magnitudes := [read(key) for *_, key in keys.values() if key is not None]:
         magnitude = jnp.asarray(np.stack(magnitudes).reshape(*sizes, *fan_out))
     axes = layout.fan_in, layout.fan_out, layout.stack
-    # a float64 file is float32 here, unless JAX is told to keep float64
+    # jnp.asarray turns float64 into float32, unless jax_enable_x64 is set
     return LowRank(jnp.asarray(a), jnp.asarray(b), magnitude, *axes, scale, kind)

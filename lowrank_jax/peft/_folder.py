@@ -1,4 +1,4 @@
-"""The two files of an adapter's directory: read from within it alone, written atomically."""
+"""Read the two files of an adapter's directory, and write them atomically."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ CONFIG_LIMIT = 1 << 20
 
 
 def read_config_bytes(folder: Path) -> bytes:
-    """The bytes of the configuration."""
+    """Read the configuration file."""
     _check_exists(folder, CONFIG)
     return read_within(folder, CONFIG, CONFIG_LIMIT)
 
 
 def find_tensors(folder: Path) -> Path:
-    """Where the tensors are."""
+    """Return the path of the tensor file."""
     _check_exists(folder, TENSORS)
     return file_within(folder, TENSORS)
 
 
 def _check_exists(folder: Path, name: str) -> None:
-    """Say what is the matter where the folder has no such file."""
+    """Raise an error that explains a missing file."""
     try:
         (folder / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:
         pickled = (folder / PICKLE).exists() and name == TENSORS
         raise CheckpointError(
             f"{folder} holds no {name}"
-            + (f"; {PICKLE} is a pickle, and nothing here unpickles" if pickled else "")
+            + (f"; {PICKLE} is a pickle, which is not read for safety" if pickled else "")
             + ": save the adapter again, with peft's save_pretrained or lowrank.peft.save"
         ) from error
 
@@ -48,9 +48,9 @@ def _check_exists(folder: Path, name: str) -> None:
 def write_folder(folder: Path, config: str, tensors: Mapping[str, np.ndarray]) -> None:
     """Replace both files, or leave them as they were.
 
-    Between the tensors' coming and the configuration's there is none: a kill leaves an adapter
-    that nothing loads, never the tensors of one and the configuration of another. Where the
-    configuration stays as it was, one rename decides.
+    If the process is killed between the two renames, the directory has no configuration, and
+    nothing loads it; tensors and configuration of different adapters are never mixed. If the
+    configuration does not change, a single rename replaces the adapter.
     """
     text = config.encode()
     writes = {

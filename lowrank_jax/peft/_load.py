@@ -1,4 +1,4 @@
-"""Read adapters that PEFT wrote."""
+"""load: read an adapter that PEFT saved."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lowrank_jax._files.torch_layout import (
     resolve_names,
 )
 from lowrank_jax._jax.paths import flatten, unflatten_by_path
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Full, LowRank, attach_norms, is_node, strip_norms
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._targeting.configs import LoraConfig
@@ -39,30 +40,32 @@ from lowrank_jax.peft._whole import match_tokens, match_whole
 
 @check_arguments(CheckpointError)
 def load(
-    directory: str | os.PathLike, params: Any, *, plan: Plan | None = None, names: Names = None
+    directory: str | os.PathLike, params: PyTree, *, plan: Plan | None = None, names: Names = None
 ) -> tuple[Any, Any, LoraConfig]:
     r"""Load an adapter that `peft` saved.
 
-    a = A.T, b = B.T. Modules saved whole, trained biases and lora_bias (bias + s times it) come
-    back as Full leaves, trained rows of a table (trainable_token_indices) as Rows.
+    The factors are a = A.T and b = B.T. Modules saved whole, trained biases and lora_bias (the bias
+    plus s times it) become Full leaves; trained rows of a table (trainable_token_indices) become
+    Rows.
 
     A leaf that stacks layers has one rank and one scale: smaller ranks are padded with zeros, and
-    other scales folded into b, which is exact up to the rounding of b; layers without factors get
-    zeros, which no gradient moves.
+    differing scales are folded into b, exact up to the rounding of b. Layers without factors get
+    zeros, which have zero gradients.
 
     Args:
-      directory: with adapter_config.json and adapter_model.safetensors.
-      params: the parameters it was trained on; arrays, Quantized leaves or ShapeDtypeStructs.
-      plan: of the function that uses params; needed for kernels of more than two axes.
-      names: leaf -> module, as of lowrank.names.parameter: LLAMA or another table, say.
+      directory: contains adapter_config.json and adapter_model.safetensors. Pickles are not read.
+      params: the parameters the adapter was trained on: arrays, Quantized leaves or
+        jax.ShapeDtypeStruct.
+      plan: the plan of the function that uses params; required for kernels with more than two axes.
+      names: leaf -> module, as for lowrank.names.parameter; for instance the table LLAMA.
 
     Returns:
-      (base, lora, config), as init returns the first two; config names the leaves by their paths.
+      (base, lora, config): the first two as from init; config names the leaves by their paths.
 
     Raises:
-      CheckpointError: a field of the configuration is wrong, or asks for what is not supported; a
-        tensor is missing, unexpected, misshapen, of another dtype or not finite: all of them are
-        listed. A file is damaged or leads out of the directory. Nothing is unpickled.
+      CheckpointError: a field of the configuration is wrong or not supported; tensors are missing,
+        unexpected, of a wrong shape or dtype, or not finite (all are listed); or a file is damaged
+        or links out of the directory.
 
     Source: peft 0.21.2, utils/save_and_load.py and tuners/lora.
 
@@ -88,7 +91,7 @@ def load(
     }
     with TensorFile(find_tensors(folder)) as file:
         if read_config_bytes(folder) != text:
-            raise CheckpointError(f"{folder} was saved anew while it was read: load it again")
+            raise CheckpointError(f"{folder} was saved again while it was read: load it again")
         matching = Matching(file, config)
         builds = _match(matching, floating, resolve_names(floating, names), plan)
         if problems := [*matching.problems, *matching.list_unused()]:
@@ -100,9 +103,9 @@ def load(
         nodes = {path: build() for path, build in builds.items()}
     if matching.not_finite:
         raise CheckpointError(
-            f"the adapter at {folder} holds NaN or infinity, where a model would give nothing "
-            "else: save it again from a run that did not diverge, or in a dtype that its values "
-            f"fit in:\n{list_problems(sorted(matching.not_finite))}"
+            f"the adapter at {folder} holds NaN or infinity: save it again from a run that did not "
+            "diverge, or in a dtype whose range its values fit in:\n"
+            f"{list_problems(sorted(matching.not_finite))}"
         )
     base = {
         path: attach_norms(leaf, nodes[path]) if _needs_norm(leaf, nodes.get(path)) else leaf
@@ -115,8 +118,8 @@ def load(
         raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
 
 
-def _needs_norm(leaf: Any, node: Any) -> bool:
-    """Whether init would give a leaf its squared norms."""
+def _needs_norm(leaf: object, node: object) -> bool:
+    """Whether init would attach squared norms to the leaf."""
     dora = isinstance(node, LowRank) and node.magnitude is not None
     return dora and not isinstance(leaf, jax.ShapeDtypeStruct)
 
@@ -124,9 +127,9 @@ def _needs_norm(leaf: Any, node: Any) -> bool:
 def _match(
     matching: Matching, leaves: dict[str, Any], named: dict[str, Parameter], plan: Plan | None
 ) -> dict[str, Callable[[], Any]]:
-    """How to make the node of each leaf that the file has something for."""
+    """Return a function that builds the node, for each leaf that the file has tensors for."""
     builds = {}
-    # weights first: a bias takes what came beside the factors of its weight
+    # weights first: a bias uses the lora_bias that was taken with the factors of its weight
     for path in sorted(named, key=lambda path: named[path].kind != "weight"):
         leaf, name = leaves[path], named[path]
         use = find_use(plan, path)
@@ -134,6 +137,8 @@ def _match(
         if len(stack) != name.module.count("{}") or max(stack, default=-1) >= leaf.ndim:
             matching.unnamed.append(describe_stack_mismatch(path, len(stack), name))
             continue
+        # a stack of 2 layers and 3 experts, "layers.{}.experts.{}.up": modules maps (0, 0) to
+        # "layers.0.experts.0.up", ..., (1, 2) to "layers.1.experts.2.up"; no stack: () to the name
         indices = np.ndindex(*(leaf.shape[axis] for axis in stack))
         modules = {index: fill_indices(name.module, index) for index in indices}
         build = _match_leaf(matching, Place(path, leaf, name, use, modules))
@@ -143,7 +148,7 @@ def _match(
 
 
 def _match_leaf(matching: Matching, place: Place) -> Callable[[], Any] | None:
-    """How to make the node of a leaf, if the file has one for it."""
+    """Return a function that builds the node of a leaf, or None if the file has none for it."""
     modules = place.modules.values()
     if place.name.kind != "weight":
         return match_whole(matching, place)
@@ -157,16 +162,16 @@ def _match_leaf(matching: Matching, place: Place) -> Callable[[], Any] | None:
     tokens = any(TOKENS in matching.parts.get(module, {}) for module in modules)
     if tokens and adapted:
         return matching.reject(
-            place, f"{place.path!r}: factors and trainable tokens; a leaf has one adapter"
+            place, f"{place.path!r}: factors and trainable tokens; a leaf can have only one adapter"
         )
     match = match_tokens if tokens else match_factors if adapted else match_whole
     return match(matching, place)
 
 
 def _make_config(config: AdapterConfig, nodes: dict[str, Any]) -> LoraConfig:
-    """The LoraConfig of what was loaded, its patterns the leaves' own paths."""
-    odd = lambda path: set(path) & set("*?") or "" in path.split("/")  # no glob of itself
-    exact = lambda path: re.compile(re.escape(path)) if odd(path) else path
+    """Make the LoraConfig of the loaded nodes, with the paths of leaves as patterns."""
+    has_wildcard = lambda path: set(path) & set("*?") or "" in path.split("/")
+    exact = lambda path: re.compile(re.escape(path)) if has_wildcard(path) else path
     lowranks = {path: node for path, node in sorted(nodes.items()) if type(node) is LowRank}
     rslora = config["use_rslora"]
     alphas = {path: compute_alpha(node.scale, node.rank, rslora) for path, node in lowranks.items()}

@@ -1,6 +1,6 @@
-"""The tensors of a PEFT file as leaves of a tree take them: by name, shape and dtype.
+"""Match the tensors of a PEFT file with the leaves of a tree, by name, shape and dtype.
 
-Nothing is read before its size is known to be right; all that is wrong is in one list.
+A tensor is read only after its shape was checked. All problems are collected in one list.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.torch_layout import TorchLayout, infer_layout
 from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._targeting.plan import Use
 from lowrank_jax._trees.fingerprint import to_numpy
 from lowrank_jax.names import Parameter
 from lowrank_jax.peft._parsing import AdapterConfig
@@ -24,41 +25,52 @@ from lowrank_jax.peft._tensors import find_tied_module, split_key
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A leaf that a file may have something for.
+    """A leaf of params, with the torch modules that its values belong to.
 
     Args:
-      path, leaf, name, use: the leaf, what torch calls it, and how the plan says it is used.
-      modules: index within the stack -> module; one empty index where nothing is stacked.
+      path, leaf: the leaf.
+      name: its torch parameter.
+      use: its use in the plan, or None.
+      modules: index in the stack -> module; without a stack, the empty index.
     """
+
+    # A leaf [2, 4, 3] that stacks two layers, named "layers.{}.mlp.up_proj":
+    #   modules = {(0,): "layers.0.mlp.up_proj", (1,): "layers.1.mlp.up_proj"}
+    # A leaf [4, 3] named "lm_head": modules = {(): "lm_head"}
 
     path: str
     leaf: Any
     name: Parameter
-    use: Any
+    use: Use | None
     modules: dict[tuple[int, ...], str]
 
     def torch_layout(self) -> TorchLayout:
-        """How the leaf lies in torch's parameter; a CheckpointError where that is not known."""
+        """Return how the leaf maps to the torch parameter; CheckpointError if that is unknown."""
         return infer_layout(self.path, tuple(self.leaf.shape), self.name, self.use, None)
 
     @property
     def has_values(self) -> bool:
-        """Whether the leaf has values of its own."""
+        """Whether the leaf is an array, neither quantized nor a shape."""
         return not isinstance(self.leaf, Quantized | jax.ShapeDtypeStruct)
 
 
 @dataclasses.dataclass
 class Matching:
-    """A file being matched with the leaves of a tree.
+    """The state of matching a file with the leaves of a tree.
 
     Args:
-      file, config: what was saved.
-      parts: module -> part -> key, less what leaves have taken.
-      problems: all that is wrong.
-      unnamed: leaves that no module's name fits, a problem only if some tensor finds no leaf.
+      file, config: the two files of the adapter.
+      parts: module -> part -> key, of the tensors that no leaf has taken yet.
+      problems: a line for each problem.
+      unnamed: leaves whose stack does not fit the module's name; reported only if some tensor
+        finds no leaf.
       folds: module -> (key of lora_B.bias, scale), until the bias leaf takes it.
-      not_finite: keys of tensors that were read and hold NaN or infinity.
+      not_finite: keys of tensors that hold NaN or infinity.
     """
+
+    # parts starts with all keys: "base_model.model.lm_head.lora_A.weight" is entered as
+    # parts["lm_head"]["lora_A.weight"]. Leaves pop what belongs to them, so what is left at the
+    # end has no leaf, which makes an unexpected tensor an error without a second pass.
 
     file: TensorFile
     config: AdapterConfig
@@ -71,37 +83,37 @@ class Matching:
     def __post_init__(self):
         for key in self.file.entries:
             if (split := split_key(key)) is None:
-                self.problems.append(f"{key[:200]}: unexpected, no key of an adapter")
+                self.problems.append(f"{key[:200]}: unexpected, not a key of an adapter")
             elif (twin := self.parts.setdefault(split[0], {}).setdefault(split[1], key)) != key:
-                self.problems.append(f"{key[:200]}: unexpected, {twin[:200]} says the same")
+                self.problems.append(f"{key[:200]}: unexpected, the same tensor as {twin[:200]}")
 
     def list_unused(self) -> list[str]:
-        """One line for each key that no leaf took."""
+        """Return a line for each key that no leaf took."""
         keys = [key for parts in self.parts.values() for key in parts.values()]
         keys += [key for key, _ in self.folds.values()]
-        lines = [f"{k[:200]}: unexpected, no leaf of params is called so" for k in sorted(keys)]
+        lines = [f"{k[:200]}: unexpected, no leaf of params has this name" for k in sorted(keys)]
         return [*self.unnamed, *lines] if lines else []
 
     def take(self, module: str, part: str) -> str | None:
-        """A part's key, taken from what is left."""
+        """Remove the key of a part from those that are left, and return it, or None."""
         return self.parts.get(module, {}).pop(part, None)
 
     def reject(self, place: Place, problem: str) -> None:
-        """Refuse a leaf, and all that the file has for it."""
+        """Note a problem with a leaf, and take all tensors that the file has for it."""
         for module in place.modules.values():
             self.parts.pop(module, None)
         self.problems.append(problem)
 
     def has_factors(self, module: str) -> bool:
-        """Whether factors of a module are left."""
+        """Whether the file has factors for a module that no leaf has taken."""
         return any(part.startswith("lora_") for part in self.parts.get(module, {}))
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """A tensor's shape."""
+        """Return a tensor's shape."""
         return self.file.entries[key].shape
 
     def check_tensor(self, path: str, key: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor has that shape and a floating dtype; if not, it is a problem."""
+        """Whether a tensor has the shape and a floating dtype; notes a problem if not."""
         entry = self.file.entries[key]
         if entry.shape != shape:
             self.problems.append(
@@ -114,22 +126,22 @@ class Matching:
         return False
 
     def read(self, key: str) -> np.ndarray:
-        """A tensor that becomes part of a node; one that is not finite is noted."""
+        """Read a tensor for a node; note it if it is not finite."""
         array = self.file.read(key)
         if not np.isfinite(array).all():
             self.not_finite.add(key)
         return array
 
-    def is_equal(self, key: str, other: str, turned: bool) -> bool:
-        """Whether two tensors of the file are one, or one the other's transpose."""
-        shape = self.shape(other)[::-1] if turned else self.shape(other)
+    def is_equal(self, key: str, other: str, transposed: bool) -> bool:
+        """Whether two tensors of the file are equal, or each the transpose of the other."""
+        shape = self.shape(other)[::-1] if transposed else self.shape(other)
         if self.shape(key) != shape:
             return False
         value = self.file.read(other)
-        return np.array_equal(self.file.read(key), value.T if turned else value)
+        return np.array_equal(self.file.read(key), value.T if transposed else value)
 
     def is_base_copy(self, place: Place, layout: TorchLayout, key: str) -> bool:
-        """Whether a tensor of the file is the leaf, as far as the coarser of the two can say."""
+        """Whether a tensor of the file equals the leaf in the narrower of their dtypes."""
         if not place.has_values or layout.stack or self.shape(key) != layout.weight_shape:
             return False
         theirs, ours = self.file.read(key), layout.to_weights(to_numpy(place.path, place.leaf))
@@ -137,7 +149,7 @@ class Matching:
         return np.array_equal(theirs.astype(narrow), ours.astype(narrow))
 
     def take_base(self, place: Place, layout: TorchLayout, module: str) -> None:
-        """Take the frozen copy of a weight that PEFT keeps beside the factors of a table."""
+        """Take the frozen copy of a weight that PEFT saves with the factors of a table."""
         key = self.take(module, "base_layer.weight")
         if key is None or not self.check_tensor(place.path, key, layout.weight_shape):
             return
@@ -147,7 +159,7 @@ class Matching:
             )
 
     def find_tied(self, place: Place, layout: TorchLayout) -> str | None:
-        """The module that shares a table's weight; where names has none, that is a problem."""
+        """Return the module tied to a table, or None; notes a problem if names lacks one."""
         try:
             return find_tied_module(layout, place.name, place.use)
         except CheckpointError as error:
@@ -155,10 +167,10 @@ class Matching:
             return None
 
     def check_untied(self, place: Place, other: str) -> None:
-        """A change of a table, and none of the projection that shares it."""
+        """Note a problem if the file may change a table without the projection tied to it."""
         if not self.config["ensure_weight_tying"]:
             self.problems.append(
-                f"{place.path!r}: the file changes the table and not {other!r}, which shares its "
-                "weight in params; load it onto params that tie nothing, or, where these do not, "
-                "pass plan=lowrank.plan(fn, params, *args)"
+                f"{place.path!r}: the file changes the table but not {other!r}, which shares its "
+                "weight in params; load it onto params without weight tying, or, if these have "
+                "none, pass plan=lowrank.plan(fn, params, *args)"
             )

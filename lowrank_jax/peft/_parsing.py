@@ -1,11 +1,11 @@
-"""adapter_config.json read: what it says of each module, and what it asks for that is refused."""
+"""Parse and check adapter_config.json, and answer questions about each module."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lowrank_jax._errors import CheckpointError, list_problems
@@ -14,7 +14,7 @@ from lowrank_jax.peft._config import DEFAULTS
 from lowrank_jax.peft._patterns import Automaton, ModulePatterns, Suffixes
 from lowrank_jax.peft._regex import RegexError, parse_regex
 
-# they change the mathematics, and nothing here does what they say
+# Fields that change the mathematics of an adapter in a way that is not supported, and how.
 REFUSED = {
     "alora_invocation_tokens": "the adapter acts after some tokens only",
     "arrow_config": "a router mixes several adapters",
@@ -32,11 +32,11 @@ BASE_PRESERVING = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of an adapter_config.json that decide what its tensors mean.
+    """A checked adapter_config.json.
 
     Args:
       values: field -> value.
-      patterns: rank_pattern and alpha_pattern, each compiled once.
+      patterns: rank_pattern and alpha_pattern, compiled.
     """
 
     values: Mapping[str, Any]
@@ -46,15 +46,15 @@ class AdapterConfig:
         return self.values[field]
 
     def rank(self, module: str) -> int:
-        """r of a module: the first pattern that matches wins."""
+        """Return a module's rank; the first pattern that matches wins."""
         return self._match_pattern("rank_pattern", module, self["r"])
 
     def alpha(self, module: str) -> float:
-        """lora_alpha of a module: the first pattern that matches wins."""
+        """Return a module's alpha; the first pattern that matches wins."""
         return self._match_pattern("alpha_pattern", module, self["lora_alpha"])
 
-    def _match_pattern(self, field: str, module: str, default: Any) -> Any:
-        """The value of the first pattern of a field that matches a module."""
+    def _match_pattern(self, field: str, module: str, default: float) -> Any:
+        """Return the value of the first pattern of a field that matches a module."""
         number = self.patterns[field].first(module)
         return default if number is None else self._pattern_values[field][number]
 
@@ -63,11 +63,11 @@ class AdapterConfig:
         return {field: [*self[field].values()] for field in _PATTERNS}
 
     def scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r)."""
+        """Return a module's scale: alpha / r, or alpha / sqrt(r) with use_rslora."""
         return self.alpha(module) / (math.sqrt(rank) if self["use_rslora"] else rank)
 
     def is_target(self, module: str) -> bool:
-        """Whether the file should hold factors of a module; False where that cannot be told."""
+        """Whether the file should have factors for a module; False if that is unknown."""
         if self._names is None or self._names.is_saved(module) or self._names.is_excluded(module):
             return False
         if not self._names.is_targeted(module):
@@ -76,7 +76,7 @@ class AdapterConfig:
 
     @functools.cached_property
     def _names(self) -> _ModuleFilters | None:
-        """What target_modules and its like name; None where that cannot be told."""
+        """Filters made of target_modules and similar fields; None if they cannot be evaluated."""
         targets, excluded = self["target_modules"], self["exclude_modules"] or ()
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             return None
@@ -93,13 +93,16 @@ class AdapterConfig:
             return None
 
     def _is_in_layers(self, module: str) -> bool:
-        """Whether a module is of one of layers_to_transform; patterns are names of lists."""
+        """Whether a module belongs to one of layers_to_transform."""
         layers, patterns = self["layers_to_transform"], self["layers_pattern"] or None
         if layers is None or layers == []:
             return True
+        # layers_pattern names the lists that hold layers. For "layers":
+        #   model.layers.3.mlp.up    keys[2] is the number and keys[1:2] the list: layer 3
+        #   layers.3                 the number is last, so it is not within the module: no layer
         keys = module.split(".")
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            # without a name, any list that is within another module
+            # without a name, any list inside of another module
             names = [] if pattern is None else pattern.split(".")
             for place in range(2 if pattern is None else len(names), len(keys) - 1):
                 number = keys[place]
@@ -112,11 +115,11 @@ class AdapterConfig:
         return False
 
     def is_saved_whole(self, module: str) -> bool:
-        """Whether modules_to_save names a module."""
+        """Whether modules_to_save includes a module."""
         return any(module == x or module.endswith(f".{x}") for x in self["modules_to_save"] or ())
 
     def token_rows(self, module: str) -> list[int] | None:
-        """The rows that trainable_token_indices names in a module."""
+        """Return the rows of a module in trainable_token_indices, or None."""
         tokens = self["trainable_token_indices"]
         if not isinstance(tokens, dict):
             return tokens
@@ -125,15 +128,15 @@ class AdapterConfig:
 
 
 class _ModuleFilters(NamedTuple):
-    """Which modules a configuration names, by field."""
+    """Predicates of module names, from fields of a configuration."""
 
     is_saved: Callable[[str], bool]
     is_excluded: Callable[[str], bool]
     is_targeted: Callable[[str], bool]
 
 
-def _make_filter(targets: Any, what: str) -> Callable[[str], bool]:
-    """Whether PEFT's target_modules or exclude_modules names a module."""
+def _make_filter(targets: str | Iterable[str], what: str) -> Callable[[str], bool]:
+    """Make a predicate that tells whether target_modules or exclude_modules includes a module."""
     if isinstance(targets, str):
         automaton = Automaton(True, what)
         automaton.append(parse_regex(targets))
@@ -145,7 +148,7 @@ def _make_filter(targets: Any, what: str) -> Callable[[str], bool]:
 
 
 def parse_config(text: bytes, where: str) -> AdapterConfig:
-    """Read and check a file; all that is wrong is in one error."""
+    """Parse and check the file; one error lists all problems."""
     try:
         values = parse_json(text)
     except ValueError as error:
@@ -162,13 +165,13 @@ def parse_config(text: bytes, where: str) -> AdapterConfig:
         if values.get(field)
     ]
     problems += [
-        f"{field}={_shorten(value)}: a field that peft 0.21.2 does not have; take it out of the "
-        "file if it does not change what the tensors mean"
+        f"{field}={_shorten(value)}: a field that peft 0.21.2 does not have; remove it from the "
+        "file if it does not change the meaning of the tensors"
         for field, value in values.items()
         if field not in DEFAULTS and field not in ("runtime_config", "merge_weights") and value
     ]
     given = values
-    # null is a field's default: other programs write it for what they were not told
+    # null stands for the default: some programs write it for fields that were not set
     values = {**DEFAULTS, **{field: value for field, value in given.items() if value is not None}}
     values |= {field: _as_integers(values[field]) for field in _INTEGERS}
     problems += [
@@ -183,23 +186,23 @@ def parse_config(text: bytes, where: str) -> AdapterConfig:
                 patterns[field] = ModulePatterns(values[field], field)
             except RegexError as error:
                 problems.append(
-                    f"{field}: the regex {error}; the regex is malformed, or of a kind that is not "
-                    "matched: write the names of the modules"
+                    f"{field}: the regex {error}; the regex is malformed or not supported: use the "
+                    "names of the modules"
                 )
     if values["lora_bias"] is True and values["use_dora"] is True:
-        problems.append("lora_bias and use_dora: PEFT has no such adapter")
+        problems.append("lora_bias and use_dora: PEFT does not support both")
     if problems:
         raise CheckpointError(f"{where} cannot be read:\n{list_problems(problems)}")
     return AdapterConfig(values, patterns)
 
 
-def _shorten(value: Any) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _as_integers(value: Any, depth: int = 2) -> Any:
-    """Floats of integral value as integers, within lists and objects too."""
+def _as_integers(value: object, depth: int = 2) -> Any:
+    """Convert floats with integral values to integers, also within lists and objects."""
     if depth and isinstance(value, list):
         return [_as_integers(item, depth - 1) for item in value]
     if depth and isinstance(value, dict):
@@ -207,7 +210,7 @@ def _as_integers(value: Any, depth: int = 2) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _is_rank(value: Any) -> bool:
+def _is_rank(value: object) -> bool:
     return type(value) is int and 1 <= value < 1 << 31
 
 
@@ -215,13 +218,13 @@ def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e30
 
 
-def _is_init(value: Any) -> bool:
+def _is_init(value: object) -> bool:
     return any(
         value is kept or (isinstance(kept, str) and value == kept) for kept in BASE_PRESERVING
     )
 
 
-def _is_list_of(kind: type, value: Any) -> bool:
+def _is_list_of(kind: type, value: object) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
@@ -229,8 +232,8 @@ def _is_list_of_rows(value: Any) -> bool:
     return _is_list_of(int, value) and all(0 <= row < 1 << 62 for row in value)
 
 
-def _is_mapping_to(right: Any, value: Any) -> bool:
-    return isinstance(value, dict) and all(map(right, value.values()))
+def _is_mapping_to(is_valid: Callable[[Any], bool], value: object) -> bool:
+    return isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -262,7 +265,7 @@ _CHECKS: dict[str, tuple[str, Any]] = {
         lambda x: x is None or _is_list_of_rows(x) or _is_mapping_to(_is_list_of_rows, x),
     ),
     "init_lora_weights": (
-        "an initializer that leaves the base alone; with peft, save_pretrained(..., "
+        "an initializer that leaves the base unchanged; with peft, save_pretrained(..., "
         "path_initial_model_for_weight_conversion=...) writes such an adapter",
         _is_init,
     ),

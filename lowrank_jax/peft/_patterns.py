@@ -1,10 +1,10 @@
-"""Regexes of an adapter's configuration, matched in linear time by an automaton.
+"""Match the regexes of an adapter's configuration in linear time, with an automaton.
 
-A file may hold any regex, and Python's `re` takes exponential time for some. What is supported here
-is what configurations use: literals, classes, groups, alternatives, repeats, anchors, lookaheads.
+A file may contain any regex, and Python's `re` takes exponential time for some. Literals, classes,
+groups, alternatives, repeats, anchors and lookaheads are supported.
 
-Source: K. Thompson, "Regular expression search algorithm", CACM 11(6), 1968; a text is read from
-its end, so that what a lookahead says of the rest is known before it is needed.
+Source: K. Thompson, "Regular expression search algorithm", CACM 11(6), 1968, reading the text from
+its end, so that the result of a lookahead is known before it is needed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ from lowrank_jax._display.text import shorten
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax.peft._regex import RegexError, RegexNode, parse_regex
 
-# steps of an automaton; steps that all of its matches may look at, some 0.2 microseconds each; what
-# a state costs besides, in such steps
+# Limits: the steps of an automaton; the steps evaluated in all of its matches, about 0.2
+# microseconds each; and the fixed cost of a new state, counted in evaluated steps.
 _MAX_STEPS, _WORK, _STATE_COST = 10_000, 2_000_000, 20
-_MAX_KINDS = 256  # of names with holes
+_MAX_KINDS = 256  # kinds of names with holes, see Suffixes
 
 
 class _Step(NamedTuple):
-    """What must hold at a position of the text for the rest of it to match, by later steps."""
+    """A state of the automaton: a condition at a position, and the steps that must match after it.
+
+    Args:
+      kind: the condition, as in `Automaton._evaluate`.
+      node: the character class of "char".
+      next, other: numbers of the following steps; `other` is the second alternative of "either", or
+        the body of a lookahead.
+    """
 
     kind: str
     node: RegexNode | None = None
@@ -35,35 +42,45 @@ class _Step(NamedTuple):
 
 
 class Automaton:
-    """Patterns compiled into one automaton, whose states are made when they are met.
+    """Several patterns compiled into one automaton, whose states are computed on demand.
 
     Args:
-      whole: whether a pattern must match all of a text (re.fullmatch), or its beginning (re.match).
-      what: the field that the patterns are of, for errors.
+      whole: whether a pattern must match the whole text (re.fullmatch) or a prefix (re.match).
+      what: the field that the patterns come from, for errors.
     """
+
+    # The pattern "a|b*" with whole=True becomes these steps:
+    #   0 last                    holds at the end of the text
+    #   1 char "a", next 0        holds before an "a" that step 0 follows
+    #   2 either, next 0, other 3   the loop of b*: leave to 0, or enter the body 3
+    #   3 char "b", next 2
+    #   4 either, next 2, other 1   the choice; matching starts here
+    # A set of steps is bytes with one flag per step. The text is read backwards; at each position
+    # the flags of the steps that lead to a match from there follow from those one position later.
+    # For "bb": at its end steps 0, 2, 4 hold, before each "b" 2, 3, 4 hold. 4 holds at 0: a match.
 
     def __init__(self, whole: bool, what: str):
         self._what, self._work, self._built = what, 0, 0
         self._steps: list[_Step] = []
-        self._levels: list[list[int]] = [[]]  # steps by how many lookaheads they are in
+        self._levels: list[list[int]] = [[]]  # steps by their depth in lookaheads
         self._back: dict[int, int] = {}  # first step of a repeated part -> the repeat
         self._known: dict[tuple[bytes, str, bool, bool], bytes] = {}
         self._accept = self._add(0, "last" if whole else "match")
         self._starts: list[int] = []
 
     def append(self, node: RegexNode) -> None:
-        """Add one more pattern; none is added once a text was matched.
+        """Add a pattern; allowed only before the first match.
 
         Raises:
-          RegexError: there would be too many steps.
+          RegexError: the automaton would have too many steps.
         """
         self._starts.append(self._build(node, self._accept, 0))
 
     def first(self, text: str) -> int | None:
-        """The number of the first pattern that matches a text, or None.
+        """Return the number of the first pattern that matches a text, or None.
 
         Raises:
-          CheckpointError: the patterns have taken too many steps.
+          CheckpointError: all matches together have evaluated too many steps.
         """
         size, state = len(text), b""
         for place in range(size, -1, -1):
@@ -74,11 +91,11 @@ class Automaton:
         return next((i for i, start in enumerate(self._starts) if state[start]), None)
 
     def _evaluate(self, after: bytes, char: str, start: bool, end: bool) -> bytes:
-        """Which steps lead to a match from a position, by those that do from the next one."""
+        """Compute which steps lead to a match from a position, given those of the next one."""
         now, steps = bytearray(len(self._steps)), self._steps
-        for numbers in reversed(self._levels):  # what a lookahead says is known before it is used
+        for numbers in reversed(self._levels):  # bodies of lookaheads first
             again = True
-            while again:  # only where a repeated part of no width leads back
+            while again:  # repeats only after an empty body leads back to its loop
                 again = False
                 for number in numbers:
                     kind, node, following, other = steps[number]
@@ -107,25 +124,25 @@ class Automaton:
                 self._work += len(numbers) + _STATE_COST
                 if self._work > _WORK:
                     raise CheckpointError(
-                        f"the regexes of {self._what} take too many steps to match: write the "
-                        "names of the modules in their place"
+                        f"the regexes of {self._what} take too many steps to match: use the names "
+                        "of the modules instead"
                     )
         state = self._known[after, char, start, end] = bytes(now)
         return state
 
     def _add(self, level: int, *step: Any) -> int:
-        """The number of a new step."""
+        """Add a step and return its number."""
         if len(self._steps) >= _MAX_STEPS:
-            raise RegexError(f"it makes more than {_MAX_STEPS} steps, with those before it")
+            raise RegexError(f"it makes more than {_MAX_STEPS} steps, including those before it")
         self._levels[level].append(len(self._steps))
         self._steps.append(_Step(*step))
         return len(self._steps) - 1
 
     def _build(self, node: RegexNode, following: int, level: int) -> int:
-        """The first step of a part that is followed by a step."""
+        """Build the steps of a node before the step `following`, last first; return the first."""
         self._built += 1
         if self._built > _MAX_STEPS:
-            raise RegexError(f"it has more than {_MAX_STEPS} parts, with those before it")
+            raise RegexError(f"it has more than {_MAX_STEPS} parts, including those before it")
         match node.kind:
             case "char":
                 return self._add(level, "char", node, following)
@@ -150,7 +167,9 @@ class Automaton:
                 return self._add(level, kind, None, following)
 
     def _build_repeat(self, node: RegexNode, following: int, level: int) -> int:
-        """The first step of a repeat."""
+        """Build the steps of a repeat; return its first step."""
+        # x{2,} -> x x x*, where x* is a loop step that the body leads back to
+        # x{1,3} -> x (x (x)?)?; each of the optional copies may skip to the end
         (item,) = node.items
         if node.high is None:
             loop = self._add(level, "either", None, following, following)
@@ -169,17 +188,19 @@ class Automaton:
 
 
 class Suffixes:
-    """Names, each of which stands for the modules whose last parts it is; looked up, not compared.
+    """Names that match the modules that end with them, found by dictionary lookups.
 
-    A name may have holes, where any character may stand: a regex often has a bare "." in a name.
+    A name may have holes that match any character, since a regex often has a bare "." in a name.
     """
 
     def __init__(self) -> None:
-        # length, parts between the holes -> those parts of a name -> its number
+        # A kind is a length with the spans between the holes. "self.attn" as a regex, whose "." is
+        # a hole, is of the kind (9, ((0, 4), (5, 9))) and has the key "selfattn" in its table. A
+        # module is cut to each length and to the spans, then looked up in that kind's table.
         self._tables: dict[tuple[int, tuple[tuple[int, int], ...]], dict[str, int]] = {}
 
     def append(self, chars: Sequence[str], number: int) -> bool:
-        """Add a name, "" for a hole, unless there are too many kinds; the first of two counts."""
+        """Add a name, with "" for a hole; return False if there are too many kinds."""
         holes = [-1, *(place for place, char in enumerate(chars) if not char), len(chars)]
         parts = tuple((a + 1, b) for a, b in itertools.pairwise(holes) if b > a + 1)
         kind = len(chars), parts
@@ -189,7 +210,7 @@ class Suffixes:
         return True
 
     def first(self, module: str) -> int | None:
-        """The least number of a name that stands for a module, or None."""
+        """Return the smallest number of a name that matches a module, or None."""
         found = []
         for (length, parts), names in self._tables.items():
             start = len(module) - length
@@ -201,17 +222,17 @@ class Suffixes:
 
 
 class ModulePatterns:
-    """The keys of rank_pattern or alpha_pattern, of which the first that matches a module counts.
+    """The keys of rank_pattern or alpha_pattern; the first one that matches a module wins.
 
-    What `re.match(rf"(.*\\.)?({key})$", module)` says, as peft.utils.get_pattern_key asks it. A key
-    that is a plain name, as most are, is looked up, however many there are.
+    A key matches if `re.match(rf"(.*\\.)?({key})$", module)` does, as in
+    peft.utils.get_pattern_key. Plain names, which most keys are, are looked up in dictionaries.
 
     Args:
       keys: the regexes.
-      what: the field that they are of, for errors.
+      what: the field that they come from, for errors.
 
     Raises:
-      RegexError: keys are malformed or use what is not supported; the first of them is named.
+      RegexError: a key is malformed or not supported; the first one is named.
     """
 
     def __init__(self, keys: Iterable[str], what: str):
@@ -231,7 +252,7 @@ class ModulePatterns:
                 raise RegexError(f"{shorten(repr(key), 80)}: {error}") from error
 
     def first(self, module: str) -> int | None:
-        """The number of the first key that matches a module, or None."""
+        """Return the number of the first key that matches a module, or None."""
         found = [self._exact.get(module), self._ends.first(module)]
         if self._numbers and (place := self._automaton.first(module)) is not None:
             found.append(self._numbers[place])
@@ -239,7 +260,7 @@ class ModulePatterns:
 
 
 def _parse_name(key: str) -> tuple[list[str] | None, bool]:
-    """The characters of the name that a key is, "" for any, and whether it is the whole name."""
+    """Return the characters of a key that is a name, "" for any, and whether "^" starts it."""
     if (found := _NAME.fullmatch(key)) is None:
         return None, False
     chars = _CHARS.findall(found[2])

@@ -1,7 +1,6 @@
-"""The syntax of the regexes that configurations of adapters use, parsed without running anything.
+"""A recursive-descent parser for the regexes in adapter configurations.
 
-What Python's `re` has besides (backreferences, lookbehinds, flags, word boundaries, possessive
-repeats) is refused.
+Backreferences, lookbehinds, flags, word boundaries and possessive repeats are not supported.
 """
 
 from __future__ import annotations
@@ -25,20 +24,21 @@ _NAMED = re.compile(r"\(\?P<([A-Za-z_][A-Za-z0-9_]*)>")
 
 
 class RegexError(ValueError):
-    """A regex is malformed, or uses what is not supported."""
+    """A regex is malformed or not supported."""
 
 
 class RegexNode(NamedTuple):
-    """A part of a regex.
+    """A node of a regex's syntax tree.
 
     Args:
-      kind: "char"; "sequence" and "choice" of items; "repeat" of one item, from low to high times
-        (None: without end); "start", "end" ($) and "last" (\\Z), of no width; "ahead" and
-        "not ahead" of one item.
-      items: the parts of it.
-      low, high: of a repeat.
-      takes: whether a character is one of "char".
+      kind: "char"; "sequence" and "choice" of items; "repeat" of one item; "start", "end" ($) and
+        "last" (\\Z), which have no width; "ahead" and "not ahead", lookaheads of one item.
+      items: the child nodes.
+      low, high: the bounds of a repeat; high is None if there is no upper bound.
+      takes: for "char", a predicate of the characters that match.
     """
+
+    # q_|v.* is choice(sequence(char "q", char "_"), sequence(char "v", repeat(char any, 0, None)))
 
     kind: str
     items: tuple[RegexNode, ...] = ()
@@ -48,28 +48,31 @@ class RegexNode(NamedTuple):
 
 
 def parse_regex(text: str) -> RegexNode:
-    """The parts of a regex.
+    """Parse a regex into its syntax tree.
 
     Raises:
-      RegexError: it is malformed, too long, or uses what is not supported.
+      RegexError: it is malformed, too long, or not supported.
     """
     if len(text) > MAX_LENGTH:
         raise RegexError(f"it has {len(text)} characters")
     parser = _Parser(text)
     node = parser.parse_choice(0)
     if parser.at < len(text):
-        raise RegexError("it has a ')' too many")
+        raise RegexError("it has an unmatched ')'")
     return node
 
 
 class _Parser:
-    """A place in the text of a regex."""
+    """A recursive-descent parser at a position of a regex.
+
+    choice = sequence ("|" sequence)*; sequence = (item repeat?)*; item = char | class | group.
+    """
 
     def __init__(self, text: str):
         self.text, self.at, self._names = text, 0, set()
 
     def parse_choice(self, depth: int) -> RegexNode:
-        """Alternatives, to the end or the group's ")"."""
+        """Parse alternatives up to the end or the group's ")"."""
         if depth > _MAX_DEPTH:
             raise RegexError("its groups are nested too deeply")
         branches = [self._parse_sequence(depth)]
@@ -82,9 +85,9 @@ class _Parser:
         return self.text[self.at : self.at + 1]
 
     def _take(self) -> str:
-        """The next character, passed over."""
+        """Consume and return the next character."""
         if not (char := self._peek()):
-            raise RegexError("it ends in the middle")
+            raise RegexError("it ends unexpectedly")
         self.at += 1
         return char
 
@@ -96,24 +99,25 @@ class _Parser:
         return items[0] if len(items) == 1 else RegexNode("sequence", tuple(items))
 
     def _parse_repeat(self, item: RegexNode) -> RegexNode:
-        """The item with the repeat that follows it, if any."""
+        """Wrap an item in the repeat that follows it, if any."""
         bounds = self._parse_bounds()
         if bounds is None:
             return item
         if item.kind in ("start", "end", "last"):
             raise RegexError("nothing to repeat")
         if self._peek() == "?":
-            self.at += 1  # lazy: which texts match stays the same
+            self.at += 1  # lazy: it matches the same texts
         elif self._peek() == "+" or self._parse_bounds() is not None:
             raise RegexError("it repeats a repeat")
         return RegexNode("repeat", (item,), *bounds)
 
     def _parse_bounds(self) -> tuple[int, int | None] | None:
-        """How often the repeat at this place is, passed over; None where there is none."""
+        """Consume the repeat at this position and return its bounds; None if there is none."""
         char = self._peek()
         if char and char in "*+?":
             self.at += 1
             return {"*": (0, None), "+": (1, None), "?": (0, 1)}[char]
+        # {3} is (3, 3), {3,} is (3, None), {,3} is (0, 3); {} alone is two literal characters
         found = _COUNTS.match(self.text, self.at)
         if found is None or found.group() == "{}":
             return None
@@ -166,28 +170,29 @@ class _Parser:
                 raise RegexError(f"it has {opening!r}, which is not supported")
         inner = self.parse_choice(depth + 1)
         if self._take() != ")":
-            raise RegexError("it has a '(' too many")
-        # a group stays one item: what follows repeats all of it
+            raise RegexError("it has an unmatched '('")
+        # a group stays one item, so that a repeat after it applies to the whole group
         return RegexNode(kind, (inner,)) if kind else RegexNode("sequence", (inner,))
 
     def _parse_class(self) -> RegexNode:
-        """A class, "[" passed over."""
+        """Parse a character class after its "["."""
         negated = self._peek() == "^"
         self.at += negated
         kinds: list[Callable[[str], bool]] = []
         ranges: list[tuple[str, str]] = []
+        # a "]" right after "[" or "[^" is a literal, and so is a "-" before the closing "]"
         first = True
         while (char := self._take()) != "]" or first:
             first = False
             if char == "[" or (char == self._peek() and char in "-&~|"):
-                raise RegexError("it has a class that may mean a set of sets")
+                raise RegexError("it has a class in the ambiguous syntax of nested sets")
             low = self._parse_class_char(char, kinds)
             if self._peek() == "-" and self.text[self.at + 1 : self.at + 2] not in ("", "]"):
                 self.at += 1
                 following = self._take()
                 high = self._parse_class_char(following, kinds)
                 if low is None or high is None or low > high or following in "-[":
-                    raise RegexError("it has a range that is none")
+                    raise RegexError("it has an invalid range")
                 ranges.append((low, high))
             elif low is not None:
                 ranges.append((low, low))
@@ -197,7 +202,7 @@ class _Parser:
         return RegexNode("char", takes=(lambda char: not holds(char)) if negated else holds)
 
     def _parse_class_char(self, char: str, kinds: list[Callable[[str], bool]]) -> str | None:
-        """The character at this place of a class; None where it is a kind of them."""
+        """Return a character of a class, or add an escape such as \\d to kinds and return None."""
         if char != "\\":
             return char
         escaped = self._take()
@@ -208,7 +213,7 @@ class _Parser:
 
 
 def _find_class(escaped: str) -> Callable[[str], bool] | None:
-    r"""What \d, \D and their like stand for."""
+    r"""Return the predicate of an escape such as \d or \D, or None."""
     kind = _CLASSES.get(escaped.lower()) if escaped in "dDwWsS" else None
     if kind is None or escaped.islower():
         return kind
@@ -216,7 +221,7 @@ def _find_class(escaped: str) -> Callable[[str], bool] | None:
 
 
 def _unescape(char: str) -> str:
-    r"""The character that an escape stands for."""
+    r"""Return the character that an escape such as \n or \. stands for."""
     if char in _CONTROLS:
         return _CONTROLS[char]
     if char.isascii() and char.isalnum():

@@ -1,4 +1,4 @@
-"""Write adapters as PEFT does."""
+"""save: write an adapter in PEFT's format; servable: fold what servers do not support."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError, TreeError
 from lowrank_jax._jax.paths import flatten, unflatten_by_path
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import collect_adapters, is_adapter, is_node
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
@@ -23,51 +24,52 @@ from lowrank_jax.peft._writing import convert_adapter
 @check_arguments(CheckpointError)
 def save(
     directory: str | os.PathLike,
-    lora: Any,
+    lora: PyTree,
     config: LoraConfig,
     *,
-    base: Any = None,
-    original: Any = None,
+    base: PyTree = None,
+    original: PyTree = None,
     plan: Plan | None = None,
     names: Names = None,
     for_serving: bool = False,
 ) -> None:
-    r"""Save an adapter as `peft` does, for `PeftModel.from_pretrained` to load.
+    r"""Save an adapter in `peft`'s format, for `PeftModel.from_pretrained` to load.
 
-    A = a.T and B = b.T, with $\alpha$ such that the file's scale is the node's. Leaves of
-    config.train become modules_to_save, or trained biases (bias="lora_only" or "all"), and those of
-    config.train_rows trainable_token_indices. A table that the model also multiplies with, one leaf
-    here, is two modules there, each with the same factors: PEFT computes the same with them, though
-    merging there adds the change to the shared weight twice.
+    The factors are A = a.T and B = b.T, with $\alpha$ such that the scale is the node's. Leaves of
+    config.train become modules_to_save, or trained biases (bias="lora_only" or "all"); leaves of
+    config.train_rows become trainable_token_indices. A tied table, one leaf in params, becomes two
+    modules with the same factors. PEFT computes the same function with them, but merging in PEFT
+    adds the change to the shared weight twice.
 
-    Both files are written whole under other names and flushed before they take their places. What
-    fails leaves the old adapter. A kill leaves the old one, the new one, or one without its
-    configuration, which nothing loads; where the configuration stays as it was, one rename decides.
-    A lock, which dies with its process, keeps a second writer out.
+    Both files are replaced atomically: they are written under temporary names, flushed and renamed.
+    An error leaves the old adapter. If the process is killed, the directory has the old adapter,
+    the new one, or one without configuration, which nothing loads. A file lock, released when its
+    process ends, excludes a second writer.
 
     Args:
-      directory: made where missing; other files in it are left alone.
-      lora: the adapter: LowRank and Full nodes, None elsewhere.
-      config: its LoraConfig: `rslora` and `extras` are written, all else comes from the nodes.
-      base: the frozen tree. Needed with original, with trained rows, and where a module has a leaf
-        that is trained whole and another that is not (a norm's scale and bias), for PEFT saves
-        whole modules.
-      original: the parameters before init, needed where the initializer moved weight out of base
-        (PiSSA, OLoRA, ...): the file then holds base + s a b - original, of twice the rank, to be
-        used on the original weights; found up to the rounding of base's dtype. original=base says
-        that the file is for base as it is, which is to be saved as well.
-      plan: of the function that uses params; tells which tables are also multiplied with, and the
-        axes of leaves trained whole.
-      names: leaf -> module, as of lowrank.names.parameter: LLAMA or another table, say.
-      for_serving: write what servers such as vLLM read, who take one rank and one scale for all
-        modules and pass over the patterns without a word: ranks are padded with zeros, and scales
-        folded into B. They have neither DoRA nor whole modules nor biases; those are refused, and
-        `servable` folds them into the base.
+      directory: created if missing; other files in it are not changed.
+      lora: the adapter: LowRank and Full nodes, with None elsewhere.
+      config: its LoraConfig. `rslora` and `extras` are written; all else comes from the nodes.
+      base: the frozen tree. Required with original, with trained rows, and if one leaf of a module
+        is trained whole and another is not (a norm's scale and bias), since PEFT saves whole
+        modules.
+      original: the parameters before init. Required if the initializer changed the base (PiSSA,
+        OLoRA, ...): the file then holds base + s a b - original, which has twice the rank, for use
+        on the original weights, up to the rounding of base's dtype. With original=base the file is
+        for the base itself, which must be saved as well.
+      plan: the plan of the function that uses params; finds tied tables, and the axes of leaves
+        trained whole.
+      names: leaf -> module, as for lowrank.names.parameter; for instance the table LLAMA.
+      for_serving: write what servers such as vLLM read. They take one rank and one scale for all
+        modules and silently ignore patterns, so ranks are padded with zeros, and scales folded into
+        B. DoRA, modules saved whole and biases raise an error; `servable` folds them into the base.
 
     Raises:
-      CheckpointError: PEFT cannot hold a leaf, weight was moved and original is not given, or base
-        and original differ by more than an adapter can say; all such leaves are listed, and nothing
-        is written. Another process is saving there, or the file system refused.
+      CheckpointError: PEFT's format cannot represent a leaf, the initializer changed the base and
+        original is not given, or base and original differ by more than the adapter's rank (all such
+        leaves are listed, and nothing is written); another process is saving to the directory, or
+        writing failed.
+      TreeError: base does not fit the adapter, or original does not fit base.
 
     Source: peft 0.21.2, utils/save_and_load.py and tuners/lora.
 
@@ -86,7 +88,7 @@ def save(
     ((4, 2), 2.0, ('layers_0/attn/query/kernel',), 'CAUSAL_LM')
     """
     if jax.process_count() > 1:
-        raise CheckpointError("save works in a program of one process; this one has several")
+        raise CheckpointError("save does not support programs of several processes")
     if base is not None and original is None:
         _check_base(collect_adapters(lora), base)
     tensors, text = convert_adapter(lora, config, base, original, plan, names, for_serving)
@@ -94,26 +96,27 @@ def save(
 
 
 @check_arguments()
-def servable(base: Any, lora: Any) -> tuple[Any, Any]:
-    r"""Fold into the base what servers have no adapter for, and leave the rest as it is.
+def servable(base: PyTree, lora: PyTree) -> tuple[Any, Any]:
+    r"""Fold the adapters that servers do not support into the base, and keep the others.
 
-    $W' = W_\text{eff}$ where the adapter is DoRA, (IA)^3 or another of LoRA's kin, a convolution,
-    or a leaf or rows trained whole; LoRA of products and tables stays. The function is the same.
+    Folded, as $W' = W_\text{eff}$, are DoRA, (IA)^3 and the other methods related to LoRA, LoRA of
+    convolutions, and leaves or rows trained whole. LoRA of products and tables is kept. The
+    function that base and lora represent does not change.
 
     Args:
-      base: the frozen tree; quantized leaves that are folded into come back dense.
+      base: the frozen tree; quantized leaves become dense if an adapter is folded into them.
       lora: the adapter.
 
     Returns:
-      (base, lora): the weights for huggingface.save, and an adapter on them for save(...,
-      for_serving=True), with base=base, original=base where an initializer had moved weight. If
-      nothing is left, lora is None in every place, and there is no adapter to save.
+      (base, lora): the weights for huggingface.save, and their adapter for save(...,
+      for_serving=True), with base=base, original=base if an initializer had changed the base. If no
+      adapter is kept, lora has only None, and there is nothing to save.
 
     Raises:
-      TreeError: base holds adapters or shapes without values; the adapter has a leaf that base has
-        not, or of another shape.
+      TreeError: base holds adapters or shapes without values, or lacks a leaf of the adapter, or
+        has it in another shape.
 
-    Source: LoRA, arXiv 2106.09685, section 4.1; what servers take: vLLM, lora/peft_helper.py.
+    Source: LoRA, arXiv 2106.09685, section 4.1; vLLM, lora/peft_helper.py.
 
     >>> import lowrank_jax as lowrank
     >>> import jax.numpy as jnp
@@ -129,7 +132,7 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
     if wrong := [path for path, leaf in leaves.items() if is_adapter(leaf) or _is_abstract(leaf)]:
         raise TreeError(
             f"base holds a {type(leaves[wrong[0]]).__name__} at {wrong[0]!r}: pass the frozen "
-            "tree, of arrays (lowrank.partition takes a combined one apart)"
+            "tree, of arrays (lowrank.partition splits a combined one)"
         )
     _check_base(nodes, base)
     kept = {path: node for path, node in nodes.items() if not describe_unservable(node)}
@@ -140,8 +143,8 @@ def servable(base: Any, lora: Any) -> tuple[Any, Any]:
     return unflatten_by_path(base, folded, is_node), unflatten_by_path(base, kept, is_node)
 
 
-def _check_base(nodes: dict[str, Any], base: Any) -> None:
-    """The base has a leaf of the same shape for each node."""
+def _check_base(nodes: dict[str, Any], base: PyTree) -> None:
+    """Raise unless the base has a leaf of the same shape for each node."""
     leaves = flatten(base, is_leaf=is_node)[0]
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
     if lost := [path for path, node in nodes.items() if shapes.get(path) != tuple(node.shape)]:
@@ -151,6 +154,6 @@ def _check_base(nodes: dict[str, Any], base: Any) -> None:
         )
 
 
-def _is_abstract(leaf: Any) -> bool:
-    """Whether a leaf has no values."""
+def _is_abstract(leaf: PyTree) -> bool:
+    """Whether a leaf is, or holds, a shape without values."""
     return any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf))

@@ -1,14 +1,14 @@
-"""PEFT's tensors: their keys, and those of a weight that two modules share."""
+"""Keys of the tensors in a PEFT file, and the factors of tied modules."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.torch_layout import TorchLayout
+from lowrank_jax._targeting.plan import Use
 from lowrank_jax.names import Parameter
 
 PREFIX = "base_model.model."
@@ -21,7 +21,11 @@ _PARTS = (
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """The module a key is of and what of it, or None for a key that is not of an adapter file."""
+    """Split a key into its module and part; None for a key that is not of an adapter file.
+
+    >>> split_key("base_model.model.layers.0.mlp.lora_A.weight")
+    ('layers.0.mlp', 'lora_A.weight')
+    """
     if not key.startswith(PREFIX):
         return None
     name = key.removeprefix(PREFIX)
@@ -35,35 +39,37 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def _is_factor(module: str) -> bool:
-    """Whether a name goes on below a factor, as with an adapter's name left in it."""
+    """Whether a module is inside a factor, as in "mlp.lora_A.default" with an adapter's name."""
     return any(x.startswith("lora_") for x in module.split(".")[-2:])
 
 
-def find_tied_module(layout: TorchLayout, name: Parameter, use: Any) -> str | None:
-    """The module that shares a table's weight and so its adapter, or None.
+def find_tied_module(layout: TorchLayout, name: Parameter, use: Use | None) -> str | None:
+    """Return the module that shares a table's weight and thus its adapter, or None.
 
     Raises:
-      CheckpointError: the function ties the leaf, and names has no second module for it.
+      CheckpointError: the function uses the leaf in two ways, and names has no second module.
     """
     if layout.kind != "lookup" or (use is not None and not use.tied):
         return None
     if use is not None and name.tied is None:
         raise CheckpointError(
-            f"{name.module!r} is looked up and multiplied with: it is two modules in torch, and "
-            "names gives one; give Parameter(module, tied=the other module)"
+            f"{name.module!r} is read by rows and used as a projection: it is two modules in "
+            "torch, but names gives one; return Parameter(module, tied=the other module)"
         )
     return name.tied
 
 
 def to_tied_factors(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The factors of the projection that shares a table's weight, from those of the table.
+    """Convert the factors of a table to those of the projection that shares its weight.
 
     Raises:
-      CheckpointError: with DoRA the two would need other magnitudes.
+      CheckpointError: the adapter is DoRA, for which the two need different magnitudes.
     """
     if MAGNITUDE in parts:
         raise CheckpointError(
-            "DoRA on a table that is also a projection: PEFT normalizes the two over other axes"
+            "DoRA on a table that is also a projection: PEFT normalizes the two over different axes"
         )
+    # The table's weight [rows, d] gains (B A)^T with A [r, rows] and B [d, r]. The projection's
+    # weight, [rows, d] in torch too, gains B' A' with A' [r, d] = B^T and B' [rows, r] = A^T.
     first, second = parts["lora_embedding_A"], parts["lora_embedding_B"]
     return {"lora_A.weight": second.T, "lora_B.weight": first.T}

@@ -1,10 +1,11 @@
-"""What PEFT would hold of an adapter: its tensors and its configuration."""
+"""Convert an adapter to the tensors and the configuration of PEFT's format."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, list_problems
@@ -18,11 +19,12 @@ from lowrank_jax._files.torch_layout import (
     validate_name,
 )
 from lowrank_jax._jax.paths import flatten
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Full, LowRank, as_dense, collect_adapters, is_node, strip_norms
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.methods import get_label, get_method
 from lowrank_jax._targeting.configs import LoraConfig
-from lowrank_jax._targeting.plan import Plan
+from lowrank_jax._targeting.plan import Plan, Use
 from lowrank_jax._trees.fingerprint import to_numpy
 from lowrank_jax.names import Names, Parameter
 from lowrank_jax.peft._config import compute_alpha, to_json
@@ -33,19 +35,25 @@ from lowrank_jax.peft._tensors import MAGNITUDE, PREFIX, TOKENS, find_tied_modul
 
 @dataclasses.dataclass
 class _AdapterContents:
-    """The files' contents as they come together.
+    """The contents of the two files, collected leaf by leaf.
 
     Args:
-      rslora: alpha is divided by the root of the rank.
-      whole: modules whose weight is trained whole, under names with "{}".
-      bases: the frozen leaves, where they are at hand.
-      tensors: key -> torch's tensor.
-      scales: adapted module -> rank and alpha.
-      saved: modules that are saved whole.
-      biases: bias of a module that has only that trained whole.
+      rslora: whether the scale is alpha / sqrt(rank).
+      whole: names, with "{}", of modules whose weight is trained whole.
+      bases: path -> frozen leaf, if given.
+      tensors: key -> tensor in torch's layout.
+      scales: adapted module -> (rank, alpha).
+      saved_modules: modules that are saved whole.
+      biases: module -> bias, of modules of which only the bias is trained whole.
       tokens: table -> its trained rows.
-      conv1d: whether some weight is [in, out] in torch.
+      conv1d: whether a weight is [in, out] in torch.
     """
+
+    # A leaf "layers/up" [2, 4, 3] of two layers with rank 8, named "layers.{}.up", adds
+    #   tensors["base_model.model.layers.0.up.lora_A.weight"]  [8, 4]   a[0].T
+    #   tensors["base_model.model.layers.0.up.lora_B.weight"]  [3, 8]   b[0].T
+    #   scales["layers.0.up"] = (8, alpha)
+    # and the same for layer 1.
 
     rslora: bool
     whole: set[str]
@@ -57,8 +65,8 @@ class _AdapterContents:
     tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     conv1d: bool = False
 
-    def add_leaf(self, path: str, node: Any, name: Parameter, use: Any) -> None:
-        """Enter one leaf."""
+    def add_leaf(self, path: str, node: LowRank | Full, name: Parameter, use: Use | None) -> None:
+        """Add one leaf, or raise if PEFT's format cannot represent it."""
         _check_supported(path, node, name)
         if isinstance(node, Rows):
             return self._add_rows(path, node, name)
@@ -72,7 +80,7 @@ class _AdapterContents:
     def _add_whole(
         self, weights: np.ndarray, name: Parameter, layout: TorchLayout, tied: str | None
     ) -> None:
-        for index in layout.indices:
+        for index in layout.stack_indices:
             module, value = fill_indices(name.module, index), weights[index]
             if name.kind == "bias":
                 value = value.reshape(-1)
@@ -84,11 +92,11 @@ class _AdapterContents:
                 self._add_tensors(owner, {name.kind: value})
 
     def _add_rows(self, path: str, node: Rows, name: Parameter) -> None:
-        """PEFT keeps the rows themselves: the base's, changed."""
+        """Add the new values of trained rows: the base's rows plus their change."""
         if path not in self.bases:
             raise CheckpointError(
-                f"{path!r}: PEFT keeps the rows themselves, and a change needs what it changes: "
-                "pass base"
+                f"{path!r}: PEFT saves the new values of the rows, of which the adapter has only "
+                "the change: pass base"
             )
         rows = list(node.rows)
         base = to_numpy(path, as_dense(self.bases[path]))[rows]
@@ -102,7 +110,7 @@ class _AdapterContents:
         a, b = _to_host(path, node.a), _to_host(path, node.b)
         magnitude = None if node.magnitude is None else _to_host(path, node.magnitude)
         alpha = compute_alpha(node.scale, node.rank, self.rslora)
-        for index in layout.indices:
+        for index in layout.stack_indices:
             module = fill_indices(name.module, index)
             parts = layout.to_factors(a[index], b[index])
             if magnitude is not None:
@@ -119,15 +127,15 @@ class _AdapterContents:
 
 
 def convert_adapter(
-    lora: Any,
+    lora: PyTree,
     config: LoraConfig,
-    base: Any,
-    original: Any,
+    base: PyTree,
+    original: PyTree,
     plan: Plan | None,
     names: Names,
     for_serving: bool,
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Tensors and configuration of an adapter; all that PEFT cannot hold is in one error."""
+    """Return the tensors and the configuration of an adapter; one error lists all problems."""
     leaves = dict(flatten(lora, is_leaf=lambda x: x is None or is_node(x))[0])
     bases = {} if base is None else dict(flatten(base, is_leaf=is_node)[0])
     nodes = _rebase_nodes(collect_adapters(lora), bases, original)
@@ -148,14 +156,18 @@ def convert_adapter(
             if node is None:
                 raise CheckpointError(
                     f"{path!r}: PEFT saves whole modules, and another leaf of {named[path].module}"
-                    " is trained whole: pass base, which holds this one"
+                    " is trained whole: pass base, which has this leaf"
                 )
             validate_name(path, named[path])
             writing.add_leaf(path, node, named[path], find_use(plan, path))
         except LowrankError as error:
             problems.append(str(error))
     if problems:
-        raise CheckpointError(f"nothing was written; PEFT cannot hold\n{list_problems(problems)}")
+        raise CheckpointError(
+            f"nothing was written; PEFT's format does not support\n{list_problems(problems)}"
+        )
+    # PEFT wraps an adapted module, so the bias of one is at "....base_layer.bias". bias="lora_only"
+    # lets PEFT load the biases of adapted modules alone, "all" those of others too.
     adapted, only = set(writing.scales), set(writing.biases)
     for module, value in writing.biases.items():
         inner = ".base_layer" if module in adapted else ""
@@ -171,13 +183,13 @@ def convert_adapter(
 
 
 def _is_dora(nodes: dict[str, Any]) -> bool:
-    """Whether the adapters have magnitudes; in a file all have them, or none."""
+    """Whether the adapters have DoRA magnitudes; raise if some do and some do not."""
     lowranks = {path: node for path, node in nodes.items() if type(node) is LowRank}
     plain = [path for path, node in lowranks.items() if node.magnitude is None]
     if plain and len(plain) < len(lowranks):
         raise CheckpointError(
-            f"some adapters have a DoRA magnitude and some, as {plain[0]!r}, have none: PEFT knows "
-            "one use_dora for all; save them apart"
+            f"some adapters have a DoRA magnitude and some, such as {plain[0]!r}, have none: PEFT "
+            "has one use_dora for all; save them separately"
         )
     return bool(lowranks) and not plain
 
@@ -185,7 +197,7 @@ def _is_dora(nodes: dict[str, Any]) -> bool:
 def _add_siblings(
     nodes: dict[str, Any], named: dict[str, Parameter], whole: set[str], bases: dict[str, Any]
 ) -> dict[str, Any]:
-    """The nodes, and the frozen leaves of modules that are saved whole; None: not at hand."""
+    """Add the frozen leaves of modules that are saved whole; None for one that is not given."""
     siblings = {
         path: Full(as_dense(bases[path])) if path in bases else None
         for path, name in named.items()
@@ -194,70 +206,73 @@ def _add_siblings(
     return {**nodes, **siblings}
 
 
-def _check_supported(path: str, node: Any, name: Parameter) -> None:
-    """Refuse an adapter that has no place in a file."""
+def _check_supported(path: str, node: LowRank | Full, name: Parameter) -> None:
+    """Raise if PEFT's format cannot represent a node."""
     if name.kind not in ("weight", "bias"):
         raise CheckpointError(
-            f"{path!r}: {name.kind} is a parameter that {name.module} has beside modules of its "
-            "own or buffers, and PEFT saves whole modules; save the merged weights (lowrank.merge)"
+            f"{path!r}: {name.kind} is a parameter of {name.module} other than its weight and bias,"
+            " and PEFT saves only whole modules; save the merged weights (lowrank.merge)"
         )
     if isinstance(node, Full):
         return
     if not get_method(node).in_peft:
         raise CheckpointError(
-            f"{path!r}: {get_label(node)} is no product that a LoRA file holds; save the merged "
-            "weights (lowrank.merge)"
+            f"{path!r}: a LoRA file cannot hold {get_label(node)}; save the merged weights "
+            "(lowrank.merge)"
         )
     if node.folded:
         raise CheckpointError(f"{path!r}: save the adapter before lowrank.fold_norms")
     if node.adapters:
         shape = tuple(getattr(node, node.required[0]).shape)
         raise CheckpointError(
-            f"{path!r}: {node.required[0]} is of shape {shape}, several adapters in one; take them "
-            "apart and save them one by one"
+            f"{path!r}: {node.required[0]} has shape {shape}, several adapters in one; split them "
+            "and save them one by one"
         )
     if name.kind == "weight" and isinstance(node, Rows):
         return
     if not node.scale > 0:
-        raise CheckpointError(f"{path!r}: scale {node.scale}, and PEFT's alpha is above 0")
+        raise CheckpointError(f"{path!r}: scale {node.scale}, but PEFT requires alpha > 0")
     if name.kind != "weight":
-        raise CheckpointError(f"{path!r}: PEFT adapts weights, and names says {name.key!r}")
+        raise CheckpointError(f"{path!r}: PEFT adapts only weights, and names gives {name.key!r}")
 
 
-def _to_host(path: str, value: Any) -> np.ndarray:
+def _to_host(path: str, value: jax.typing.ArrayLike) -> np.ndarray:
     array = to_numpy(path, value)
     if array.dtype not in DTYPES.values():
-        raise CheckpointError(f"{path!r} is {array.dtype}, which the file has no dtype for")
+        raise CheckpointError(f"{path!r} is {array.dtype}, which the file format does not support")
     return array
 
 
 def _check_base_unmodified(nodes: dict[str, Any]) -> None:
-    """Refuse adapters of which it is not said what base they are to change."""
-    if moved := [
+    """Raise if an initializer changed the base, and original was not given."""
+    if changed := [
         path for path, node in nodes.items() if isinstance(node, LowRank) and node.base_modified
     ]:
         raise CheckpointError(
-            "the initializer changed the base of the leaves below: on the original weights the "
-            "file would be wrong. Give lowrank.peft.save base and original=params, as they were "
-            "before init; or base=base, original=base where that base is what is served (after one "
-            "turn of LoftQ the original, quantized); or save lowrank.merge(base, lora):\n"
-            + list_problems(moved)
+            "the initializer changed the base of the leaves below, so the file would be wrong on "
+            "the original weights. Pass lowrank.peft.save base and original=params, from before "
+            "init; or base=base, original=base to use the file on that base (after one iteration "
+            "of LoftQ, the original, quantized); or save lowrank.merge(base, lora):\n"
+            + list_problems(changed)
         )
 
 
-def _rebase_nodes(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -> dict[str, Any]:
-    """The nodes as changes of the original base: what an initializer moved is moved back."""
+def _rebase_nodes(nodes: dict[str, Any], bases: dict[str, Any], original: PyTree) -> dict[str, Any]:
+    """Express the nodes as changes of the original, including changes by an initializer."""
+    # base + s a b = original + s (a b + a0 b0), where base = original + s a0 b0. So the file has
+    # a [*stack, i, r] and a0 joined to [*stack, i, 2 r], and b [*stack, r, o] and b0 joined to
+    # [*stack, 2 r, o], whose product is a b + a0 b0.
     if original is None:
         _check_base_unmodified(nodes)
         return nodes
     if not bases:
         raise CheckpointError(
-            "original is given without base: what the adapter changes is base + its product, less "
+            "original is given without base: the file holds base plus the adapter's product, minus "
             "original; pass both results of init"
         )
     originals = dict(flatten(original, is_leaf=is_node)[0])
     if differ := sorted(originals.keys() ^ bases.keys()):
-        raise TreeError(f"base and original are not of one tree: {differ[0]!r} is in one of them")
+        raise TreeError(f"base and original have different structures: only one has {differ[0]!r}")
     relative, problems = dict(nodes), []
     for path, leaf in bases.items():
         old, node = originals[path], nodes.get(path)
@@ -268,7 +283,7 @@ def _rebase_nodes(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -
         if np.array_equal(new_, old_):
             continue
         if node is None:
-            problems.append(f"{path!r} differs between base and original, and has no adapter")
+            problems.append(f"{path!r} differs between base and original but has no adapter")
             continue
         try:
             a, b = factorize_difference(path, node, new_, old_)
@@ -281,5 +296,5 @@ def _rebase_nodes(nodes: dict[str, Any], bases: dict[str, Any], original: Any) -
         ]
         relative[path] = dataclasses.replace(node, a=joined[0], b=joined[1])
     if problems:
-        raise CheckpointError(f"base is not original, adapted:\n{list_problems(problems)}")
+        raise CheckpointError(f"base is not derived from original:\n{list_problems(problems)}")
     return relative

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoints import BASES, CONFIG, drawn, entries, linen_base, list_base, made, same
+from checkpoints import BASES, CONFIG, drawn, edit, entries, linen_base, list_base, made, same
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 

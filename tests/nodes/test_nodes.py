@@ -24,6 +24,7 @@ import lowrank_jax as lowrank
 from lowrank_jax._nodes import is_node
 from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._training.states import Coded
+from lowrank_jax.checkpoint import _archive
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
