@@ -50,6 +50,11 @@ def unpack(packed: jax.Array, axis: int, packing: str) -> jax.Array:
     return jnp.concatenate([packed >> 4, packed & 15], axis)
 
 
+def get_unpacked_size(size: int, packing: str) -> int:
+    """Return the number of codes along an axis that has this size once packed."""
+    return size if packing == "uint4" else 2 * size
+
+
 def to_bnb_bytes(codes: jax.Array, format: str) -> jax.Array:
     """Pack flat codes [n] into the bytes of bitsandbytes, [(n + 1) // 2]."""
     # (1, 2, 3) -> 0x12, 0x3z: the first code of a pair is the high nibble, and an odd number of

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from lowrank_jax import _codecs
-from lowrank_jax._codecs.packing import unpack
+from lowrank_jax._codecs.packing import get_unpacked_size, unpack
 from lowrank_jax._codecs.scales import SCALE_BLOCK, decode_scales
 from lowrank_jax._errors import TreeError
+from lowrank_jax._jax.types import Shape
 from lowrank_jax._primitives.quantized_dot import PlatformFn
 
 
@@ -36,6 +37,14 @@ class Decoding(PlatformFn):
     def on_tpu(self) -> Decoding:
         """The decoding without gathers, which are slow on TPU."""
         return dataclasses.replace(self, tree=True)
+
+    def infer_shape(self, codes_shape: Shape) -> Shape:
+        """Return the shape of the blocks that codes of this shape decode to."""
+        axis = len(codes_shape) - 1 - self.trailing
+        size = codes_shape[axis]
+        if _codecs.get_format(self.format).is_packed:
+            size = get_unpacked_size(size, self.packing)
+        return (*codes_shape[:axis], size, *codes_shape[axis + 1 :])
 
     def __call__(
         self, codes: jax.Array, scales: jax.Array, table: jax.Array, *second: jax.Array

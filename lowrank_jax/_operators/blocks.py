@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
+from lowrank_jax._jax.types import Shape
 from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers
 from lowrank_jax._primitives.bilinear import Labels, labeled_dot, labeled_flat_dot
 from lowrank_jax._primitives.contract import arrange
@@ -50,6 +52,18 @@ class BlockLayout:
     def ndim(self) -> int:
         """Number of axes of the weight."""
         return len(self.axes) + len(self.units) + (len(self.blocked) - 2 if self.blocked else 0)
+
+    def infer_shape(self, blocks_shape: Shape) -> Shape:
+        """Return the weight's shape from that of the decoded array."""
+        # Blocks [4, 2, 64, 6] with axes (0, BLOCKS, ELEMENTS, 3) and sizes (8, 16): the weight is
+        # [4, 2 * 64 / 16, 16, 6]. The first blocked size is computed from the blocks, since inside
+        # shard_map a device has only some of them.
+        extent = dict(zip(self.axes, blocks_shape, strict=True)) | dict.fromkeys(self.units, 1)
+        if self.blocked:
+            first, *rest = self.blocked
+            extent |= dict(zip(rest, self.sizes[1:], strict=True))
+            extent[first] = extent[BLOCKS] * extent[ELEMENTS] // math.prod(self.sizes[1:])
+        return tuple(extent[axis] for axis in range(self.ndim))
 
     def spec(self, codes: jax.P) -> jax.P:
         """Return the weight's PartitionSpec from that of its codes."""

@@ -1,15 +1,18 @@
-"""Decoders of quantized weights: one entry of a stack, deferred operations, flat leaves."""
+"""Decoders of quantized weights: one entry of a stack, deferred operations, flat leaves.
+
+A decoder infers the shape of its result from that of the codes by arithmetic, without a trace.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax._jax.types import Shape
 from lowrank_jax._nodes.quantized import Decoding, unflatten_blocks
 from lowrank_jax._operators.blocks import BlockLayout
 from lowrank_jax._primitives.quantized_dot import PlatformFn
@@ -61,6 +64,11 @@ class SelectedDecoding(PlatformFn):
         )
         return (codes, scales, table), decoding
 
+    def infer_shape(self, codes_shape: Shape) -> Shape:
+        """Return the shape of the entry's blocks, from that of the codes of the whole stack."""
+        whole = enumerate(self.decoding.infer_shape(codes_shape))
+        return tuple(size for axis, size in whole if axis not in self.places)
+
     def __call__(self, *parts: jax.Array) -> jax.Array:
         """Return the decoded blocks of the entry."""
         parts, decoding = self.select(*parts)
@@ -77,16 +85,20 @@ class TransformedDecoding(PlatformFn):
       operations: (name, *parameters) of each operation, in order.
     """
 
-    decoding: PlatformFn
+    decoding: Decoding | FlatDecoding | SelectedDecoding
     layout: BlockLayout
     operations: tuple[tuple[Any, ...], ...] = ()
 
     @classmethod
-    def of(cls, decode: PlatformFn, layout: BlockLayout) -> TransformedDecoding:
+    def of(
+        cls,
+        decode: Decoding | FlatDecoding | SelectedDecoding | TransformedDecoding,
+        layout: BlockLayout,
+    ) -> TransformedDecoding:
         """Return a decoding with no operation yet; one that has some keeps them."""
         # Since its last operation the weight may have been transposed, or given axes of size 1, by
         # its labels alone. Append these as operations, so that the array has the weight's axes.
-        if not isinstance(decode, cls):
+        if not isinstance(decode, TransformedDecoding):
             return cls(decode, layout)
         axes: tuple[Any, ...] = layout.axes
         order = tuple(axes.index(axis) for axis in sorted(axes))
@@ -112,6 +124,13 @@ class TransformedDecoding(PlatformFn):
         """Append an operation."""
         return dataclasses.replace(self, operations=(*self.operations, (name, *params)))
 
+    def infer_shape(self, codes_shape: Shape) -> Shape:
+        """Return the shape of the dense array after all operations."""
+        shape = self.layout.infer_shape(self.decoding.infer_shape(codes_shape))
+        for name, *params in self.operations:
+            shape = _OPERATION_SHAPES[name](shape, *params)
+        return shape
+
     def __call__(self, *parts: jax.Array) -> jax.Array:
         """Return the dense array after all operations."""
         array = self.layout.to_dense(self.decoding(*parts))
@@ -129,6 +148,23 @@ _OPERATIONS = {
     "slice": lax.slice,
     "transpose": lax.transpose,
 }
+# (shape before the operation, *parameters) -> shape after it
+_OPERATION_SHAPES = {
+    "astype": lambda shape, _: shape,
+    "broadcast": lambda _, new, __: new,
+    "expand": lambda shape, axes: _insert_units(shape, axes),
+    "reshape": lambda _, new: new,
+    "rev": lambda shape, _: shape,
+    "slice": lambda _, *cuts: tuple(len(range(*cut)) for cut in zip(*cuts, strict=True)),
+    "transpose": lambda shape, order: tuple(shape[axis] for axis in order),
+}
+
+
+def _insert_units(shape: Shape, axes: Shape) -> Shape:
+    """Return the shape with axes of size 1 at these places of the result."""
+    sizes = iter(shape)
+    ndim = len(shape) + len(axes)
+    return tuple(1 if axis in axes else next(sizes) for axis in range(ndim))
 
 
 def _take_entry(array: jax.Array, number: jax.Array, axis: int) -> jax.Array:
@@ -169,6 +205,11 @@ class FlatDecoding(PlatformFn):
     blocked: tuple[int, ...]
     order: tuple[int, ...]
 
+    def infer_shape(self, codes_shape: Shape) -> Shape:
+        """Return the shape of the dense leaf, from that of its codes [*stack, blocks, block]."""
+        inner = dict(zip(self.order, self.blocked, strict=True))
+        return (*codes_shape[:-2], *(inner[axis] for axis in sorted(inner)))
+
     def __call__(self, *parts: jax.Array) -> jax.Array:
         """Return the dense leaf."""
         return unflatten_blocks(self.decoding(*parts), self.blocked, self.order)
@@ -177,9 +218,3 @@ class FlatDecoding(PlatformFn):
     def on_tpu(self) -> FlatDecoding:
         """The variant for TPU."""
         return dataclasses.replace(self, decoding=self.decoding.on_tpu)
-
-
-@functools.lru_cache(maxsize=4096)
-def decoded_shape(decode: Any, *parts: tuple[tuple[int, ...], Any]) -> tuple[int, ...]:
-    """Return the shape that parts of these shapes and dtypes decode to."""
-    return jax.eval_shape(decode, *(jax.ShapeDtypeStruct(*part) for part in parts)).shape

@@ -13,7 +13,6 @@ to the decoded weight, also inside the product, so no dense array is kept.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -25,12 +24,7 @@ from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes.quantized import Decoding, Quantized
 from lowrank_jax._operators import decoded, restructure
 from lowrank_jax._operators.blocks import BLOCKS, ELEMENTS, BlockLayout, is_consecutive, is_selected
-from lowrank_jax._operators.decodings import (
-    FlatDecoding,
-    SelectedDecoding,
-    TransformedDecoding,
-    decoded_shape,
-)
+from lowrank_jax._operators.decodings import FlatDecoding, SelectedDecoding, TransformedDecoding
 from lowrank_jax._operators.gather import gather_blocks
 from lowrank_jax._operators.scaled import scale_weight
 from lowrank_jax._operators.scaling import has_float32_range
@@ -113,14 +107,8 @@ class QuantizedWeight(Weight):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense weight, on this device where a mesh is manual."""
-        decode, parts, layout = self.decoder
-        blocks = decoded_shape(decode, *((part.shape, part.dtype) for part in parts))
-        extent = dict(zip(layout.axes, blocks, strict=True)) | dict.fromkeys(layout.units, 1)
-        if layout.blocked:
-            first, *rest = layout.blocked
-            extent |= dict(zip(rest, layout.sizes[1:], strict=True))
-            extent[first] = extent[BLOCKS] * extent[ELEMENTS] // math.prod(layout.sizes[1:])
-        return tuple(extent[axis] for axis in range(layout.ndim))
+        decode, (codes, *_), layout = self.decoder
+        return layout.infer_shape(decode.infer_shape(codes.shape))
 
     @property
     def ndim(self) -> int:
@@ -161,7 +149,7 @@ class QuantizedWeight(Weight):
         """Append an operation that is applied to the decoded weight."""
         weight = self.apply_selections()
         decode = TransformedDecoding.of(weight.decode, weight.layout).append(name, *params)
-        ndim = len(decoded_shape(decode, *((part.shape, part.dtype) for part in weight.parts)))
+        ndim = len(decode.infer_shape(weight.parts[0].shape))
         return weight.replace(decode=decode, layout=BlockLayout(tuple(range(ndim)), (), ()))
 
     # Structural operations
