@@ -15,6 +15,7 @@ from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._checks.arguments import path as path_like
 from lowrank_jax._display.text import to_printable
 from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.hub_config import parse_quantization
 from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.shards import INDEX, SINGLE, open_folder
 from lowrank_jax._jax.paths import flatten
@@ -130,10 +131,10 @@ def _describe_checkpoint(folder: Path) -> list[str]:
 def _describe_model(folder: Path) -> list[str]:
     """Describe a Hugging Face model, dense or quantized, by its headers only."""
     config = read_model_config(folder)
-    quantization = config.get("quantization_config")
+    quantization = parse_quantization(config)
     kind = "a dense model"
-    if isinstance(quantization, dict):
-        kind = f"a model quantized by {to_printable(quantization.get('quant_method'))}"
+    if quantization is not None:
+        kind = f"a model quantized by {to_printable(quantization.method)}"
     names = config.get("architectures") or config.get("model_type") or "no config.json"
     names = names if isinstance(names, list) else [names]
     with open_folder(folder) as tensors:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, list_problems
+from lowrank_jax._files.hub_config import CONFIG, CONFIG_LIMIT, parse_quantization
 from lowrank_jax._files.json_text import read_json_object
 from lowrank_jax._files.safetensors import Entry
 from lowrank_jax._files.shards import Tensors
@@ -124,16 +125,15 @@ def _list_keys(tensors: Tensors, name: str) -> list[str]:
 
 def refuse_other_models(folder: Path) -> None:
     """Raise CheckpointError unless config.json is that of a 4-bit bitsandbytes model."""
-    path = folder / "config.json"
-    quantization = read_json_object(path, 1 << 24).get("quantization_config")
-    quantization = quantization if isinstance(quantization, dict) else {}
-    method = quantization.get("quant_method")
-    if method != "bitsandbytes":
+    path = folder / CONFIG
+    quantization = parse_quantization(read_json_object(path, CONFIG_LIMIT))
+    if quantization is None or not quantization.is_bitsandbytes:
+        method = None if quantization is None else quantization.method
         raise CheckpointError(
             f"{path} has quant_method {method!r}, but only 'bitsandbytes' is supported: use the "
             "dense model, and lowrank.quantize it"
         )
-    if not quantization.get("load_in_4bit"):
+    if not quantization.is_4bit:
         raise CheckpointError(
             f"{path} does not have load_in_4bit: 8-bit models (LLM.int8) are not supported; use "
             "the dense model, and lowrank.quantize it"

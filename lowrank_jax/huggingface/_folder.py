@@ -18,12 +18,12 @@ from numpy.typing import DTypeLike
 from lowrank_jax._display.text import to_printable
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.atomic import Write, replace_files
+from lowrank_jax._files.hub_config import CONFIG, CONFIG_LIMIT, parse_quantization
 from lowrank_jax._files.json_text import read_json_object
 from lowrank_jax._files.safetensors import write_tensors
 from lowrank_jax._files.shards import INDEX, SINGLE
 from lowrank_jax._files.within import read_within
 
-CONFIG, CONFIG_LIMIT = "config.json", 1 << 24
 _SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
 _SIDE_LIMIT = 1 << 28
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -64,16 +64,14 @@ def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
 
 def is_prequantized(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether weights are in bitsandbytes' 4 bits; CheckpointError if quantized otherwise."""
-    quantization = config.get("quantization_config")
-    if not quantization:
+    quantization = parse_quantization(config)
+    if quantization is None:
         return False
-    settings = quantization if isinstance(quantization, dict) else {}
-    method = settings.get("quant_method")
-    if method == "bitsandbytes" and settings.get("load_in_4bit"):
+    if quantization.is_bitsandbytes and quantization.is_4bit:
         return True
     raise CheckpointError(
-        f"{folder / CONFIG} says that the model is quantized, by {method!r}"
-        + (", and not in 4 bits" if method == "bitsandbytes" else "")
+        f"{folder / CONFIG} says that the model is quantized, by {quantization.method!r}"
+        + (", and not in 4 bits" if quantization.is_bitsandbytes else "")
         + ": fetch the model in its dense form"
     )
 
