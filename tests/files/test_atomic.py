@@ -17,6 +17,7 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax import CheckpointError
+from lowrank_jax._files.locks import lock_folder
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -82,6 +83,24 @@ def test_two_writers_leave_one_whole_folder(form, tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_two_writers_of_many_rounds(form, tmp_path):
     check_rivals(form, tmp_path, 300)
+
+
+@pytest.mark.parametrize("form", ["peft", "huggingface", "checkpoint"])
+def test_a_second_writer_errs_where_there_is_no_flock(form, tmp_path, monkeypatch):
+    """As on Windows, except that there the system deletes the file that is the lock."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    form, folder = FORMS[form], tmp_path / "x"
+    form.save(folder, 1)
+    names = {*os.listdir(folder)}
+    with lock_folder(folder):
+        assert {*os.listdir(folder)} > names
+        with pytest.raises(CheckpointError, match="another save is writing to"):
+            form.save(folder, 5)
+    assert {*os.listdir(folder)} == names
+    form.save(folder, 2)
+    assert form.whole(folder) == 2
+    assert form.orphans(folder) == 0
+    assert not [name for name in os.listdir(folder) if name.endswith(".lock")]
 
 
 @pytest.mark.parametrize("form", FORMS)
