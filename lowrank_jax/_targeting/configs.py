@@ -17,6 +17,7 @@ from lowrank_jax._checks.fields import (
     check_scale,
     to_pairs,
 )
+from lowrank_jax._checks.regexes import RegexBudget
 from lowrank_jax._codecs import check_block_size, get_format
 from lowrank_jax._codecs.packing import PACKINGS
 from lowrank_jax._display.text import quote_value
@@ -123,6 +124,7 @@ class LoraConfig:
                 raise ConfigError(
                     f"{name} must be True or False, not {quote_value(getattr(self, name))}"
                 )
+        RegexBudget(self).spend_fields("targets", "exclude", "train", *_PATTERN_MAPS)
         self._check_method()
         check_choice("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
         if not isinstance(self.extras, Mapping):
@@ -165,15 +167,15 @@ class LoraConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
         """Create the configuration from the values of `to_dict`; an unknown key is an error."""
         check_keys(cls, values)
-        parsed = {}
+        parsed, budget = {}, RegexBudget(cls)
         for name, value in values.items():
             if name in _PATTERN_MAPS:
                 pairs = to_pairs(name, value)
-                parsed[name] = {from_json(key): from_json(item) for key, item in pairs}
+                parsed[name] = {from_json(k, budget): from_json(v, budget) for k, v in pairs}
             elif name == "extras":
                 parsed[name] = value
             else:
-                parsed[name] = from_json(value)
+                parsed[name] = from_json(value, budget)
         return cls(**parsed)
 
     def scale_of(self, rank: int, alpha: float | None) -> float:
@@ -231,6 +233,7 @@ class QuantConfig:
             put(name, normalize_patterns(name, getattr(self, name)))
         if ALL_LINEAR in self.exclude:
             raise ConfigError('"all-linear" is a value of targets, not of exclude')
+        RegexBudget(self).spend_fields("targets", "exclude")
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON values; a regex becomes {"re": "..."}."""
@@ -241,4 +244,5 @@ class QuantConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
         """Create the configuration from the values of `to_dict`; an unknown key is an error."""
         check_keys(cls, values)
-        return cls(**{name: from_json(value) for name, value in values.items()})
+        budget = RegexBudget(cls)
+        return cls(**{name: from_json(value, budget) for name, value in values.items()})

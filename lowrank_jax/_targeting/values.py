@@ -8,11 +8,10 @@ from typing import Any
 
 from lowrank_jax._checks.arguments import is_index
 from lowrank_jax._checks.fields import MAX_DEPTH
+from lowrank_jax._checks.regexes import RegexBudget
 from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._jax.paths import ALL_LINEAR, Pattern, check_pattern
-
-_REGEX_FLAGS = re.ASCII | re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE | re.UNICODE
 
 
 class FrozenMapping(Mapping):
@@ -123,20 +122,12 @@ def freeze(value: object) -> Any:
     return tuple(map(freeze, value)) if isinstance(value, list | tuple) else value
 
 
-def from_json(value: object, depth: int = 0) -> Any:
+def from_json(value: object, budget: RegexBudget, depth: int = 0) -> Any:
     """Convert plain JSON values back, {"re": pattern} to a compiled regex."""
     if isinstance(value, Mapping) and set(value) in ({"re"}, {"re", "flags"}):
-        flags = value.get("flags", 0)
-        if type(flags) is not int or flags & ~_REGEX_FLAGS:
-            raise ConfigError(
-                f"{quote_value(dict(value))} has flags that are not allowed in a pattern"
-            )
-        try:
-            return re.compile(value["re"], flags)
-        except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ConfigError(f"{quote_value(dict(value))} is not a regex: {error}") from error
+        return budget.compile(value)
     if isinstance(value, list | tuple):
         if depth > MAX_DEPTH:
             raise ConfigError(f"a value is nested more than {MAX_DEPTH} deep")
-        return tuple(from_json(item, depth + 1) for item in value)
+        return tuple(from_json(item, budget, depth + 1) for item in value)
     return value

@@ -77,3 +77,46 @@ def test_bad_values_are_named(bad, words):
 def test_unknown_keys_are_named():
     with pytest.raises(lowrank.ConfigError, match=r"unknown LoraConfig keys \['rnak'\]"):
         lowrank.LoraConfig.from_dict({"rnak": 3})
+
+
+COSTLY = {
+    "a range of any case, by the text": {"re": "(?i)" + r"[\0-\uffff]" * 10},
+    "a range of any case, by the flag": {"re": "[\0-\U0010ffff]" * 10, "flags": int(re.I)},
+    "a range of any case in a group": {
+        "re": r"(?s-m:a)(?mi:[\x00-\N{BOX DRAWINGS LIGHT DOWN}]b)" * 10
+    },
+    "ranges that share an end": {"re": "[^a-ÿ-\uffff]" * 10, "flags": int(re.I)},
+    "classes of any character": {"re": "[\u0100\u0300\u0500]" * 400},
+    "a long regex": {"re": "a" * 70_000},
+    "many regexes": [{"re": f"a{i}"} for i in range(5000)],
+    "ranks": [[{"re": f"a{i}"}, 2] for i in range(5000)],
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_regex_that_is_costly_to_compile_is_refused_uncompiled(name, monkeypatch):
+    value, compiled = COSTLY[name], []
+    field = "rank_pattern" if name == "ranks" else "targets"
+    compile_ = re.compile
+    counted = lambda *args: compiled.append(args) or compile_(*args)
+    with pytest.raises(lowrank.ConfigError) as error, monkeypatch.context() as patch:
+        patch.setattr(re, "compile", counted)
+        lowrank.LoraConfig.from_dict({field: value})
+    assert "too large to compile" in str(error.value)
+    assert "expected at most" in str(error.value)
+    assert len(compiled) < 5000
+    if field == "targets" and isinstance(value, dict):
+        assert not compiled
+        # the constructor refuses it too, so that every configuration can be written and read again
+        regex = compile_(value["re"], value.get("flags", 0))
+        with pytest.raises(lowrank.ConfigError, match="too large to compile"):
+            lowrank.LoraConfig(exclude=[regex])
+        with pytest.raises(lowrank.ConfigError, match="too large to compile"):
+            lowrank.QuantConfig.from_dict({"targets": value})
+
+
+def test_regexes_that_name_the_layers_of_large_models_are_taken():
+    each = [re.compile(rf"model/layers_{i}/(self_attn|mlp)/[qkv]_proj/kernel") for i in range(200)]
+    any_case = re.compile(r"(?i)layers_[0-9]+/[a-z]+/[^/]+")
+    config = lowrank.LoraConfig(targets=[*each, any_case], rank_pattern=dict.fromkeys(each, 4))
+    assert lowrank.LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
