@@ -32,6 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "hostile"))
 import good
+from worker import read_status
 
 import lowrank_jax as lowrank
 from lowrank_jax._files.safetensors import write_tensors
@@ -435,16 +436,16 @@ COUNTS = {
         "from_dict": read_dict(lambda n: {"extras": {"a": [[i] for i in range(n)]}}),
     }),
 }  # fmt: skip
-ROWS = {f"{make.__name__.removeprefix('make_')}: {verb}": (make, None, do)
-        for make, dos in FILES.items() for verb, do in dos.items()}  # fmt: skip
+
+
+def name_row(make, verb):
+    return f"{make.__name__.removeprefix('make_')}: {verb}"
+
+
+ROWS = {name_row(make, verb): (make, None, do) for make, dos in FILES.items()
+        for verb, do in dos.items()}  # fmt: skip
 ROWS |= {f"{what}: {verb}": (None, n, do) for what, (n, dos) in COUNTS.items()
          for verb, do in dos.items()}  # fmt: skip
-
-
-def read_status(field):
-    """Read a line of /proc/self/status, in bytes."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{field}:")[1].split()[0]) * 1024
 
 
 def attempt(call):

@@ -53,13 +53,24 @@ def attempt(do, argument, place):
     return "read"
 
 
+def read_status(field):
+    """Read a line of /proc/self/status, in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024
+
+
 def limited(do, argument, place):
-    """One call under a limit of processor time: how it ended, and its seconds."""
-    used = time.process_time()
+    """Call under a limit of processor time: how it ended, its seconds, and the bytes it took.
+
+    The bytes are the peak resident memory of the call, less the memory before it and the files.
+    """
+    own = 0 if place is None else sum(path.stat().st_size for path in place.rglob("*"))
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, VmHWM
+    before, used = read_status("VmRSS"), time.process_time()
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(used) + SECONDS + 1, hard))
     end = attempt(do, argument, place)
-    return end, time.process_time() - used
+    return end, time.process_time() - used, read_status("VmHWM") - before - own
 
 
 def virtual():
@@ -97,8 +108,9 @@ def run(name):
                 make(folder)
             for do in module.DO if files else [module.make]:
                 argument = folder if files else make
-                end, seconds = limited(do, argument, folder if files else None)
-                print(json.dumps([name, case, do.__name__, end, round(seconds, 3)]), flush=True)
+                end, seconds, memory = limited(do, argument, folder if files else None)
+                line = [name, case, do.__name__, end, memory, round(seconds, 3)]
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
