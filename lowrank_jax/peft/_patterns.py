@@ -201,6 +201,10 @@ class Suffixes:
 
     def append(self, chars: Sequence[str], number: int) -> bool:
         """Add a name, with "" for a hole; return False if there are too many kinds."""
+        if isinstance(chars, str):  # it has no holes: the loop over its characters is not needed
+            kind = len(chars), (((0, len(chars)),) if chars else ())
+            self._tables.setdefault(kind, {}).setdefault(chars, number)
+            return True
         holes = [-1, *(place for place, char in enumerate(chars) if not char), len(chars)]
         parts = tuple((a + 1, b) for a, b in itertools.pairwise(holes) if b > a + 1)
         kind = len(chars), parts
@@ -240,6 +244,9 @@ class ModulePatterns:
         self._ends = Suffixes()
         self._automaton, self._numbers = Automaton(False, what), []
         for number, key in enumerate(keys):
+            if _IS_PLAIN(key):
+                self._ends.append(key, number)
+                continue
             try:
                 name, exact = _parse_name(key)
                 if name is not None and exact and all(name):
@@ -268,5 +275,6 @@ def _parse_name(key: str) -> tuple[list[str] | None, bool]:
 
 
 _NAME, _CHARS = re.compile(r"(\^?)((?:[\w.-]|\\[.-])*)\$?", re.ASCII), re.compile(r"\\?.")
+_IS_PLAIN = re.compile(r"[\w-]+", re.ASCII).fullmatch
 _END = RegexNode("end")
 _PARENTS = parse_regex(r"(.*\.)?")
