@@ -56,7 +56,7 @@ class TorchLayout:
         """Indices of the layers along the stack axes; one empty index without stack axes."""
         return list(np.ndindex(*self.get_sizes(self.stack)))
 
-    @property
+    @functools.cached_property
     def in_out(self) -> tuple[int, int]:
         """Fan-in and fan-out sizes of a product; rows and features of an embedding."""
         size, width = (math.prod(self.get_sizes(axes)) for axes in (self.fan_in, self.fan_out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -113,7 +114,10 @@ def _build_node(
     keys: Mapping[tuple[int, ...], Keys],
     scales: Mapping[tuple[int, ...], float],
 ) -> LowRank:
-    """Read and stack the factors; pad ranks with zeros, and fold differing scales into b."""
+    """Read and stack the factors; pad ranks with zeros, and fold differing scales into b.
+
+    The node has NumPy arrays: `load` moves those of several nodes to the device in one call.
+    """
     # Two layers of [4, 3], layer 0 with rank 2 and scale 1, layer 1 with rank 1 and scale 2:
     #   scale = 2, rank = 2
     #   a [2, 4, 2]    a[0] = a0, a[1] = [a1, 0]
@@ -124,7 +128,7 @@ def _build_node(
     rank = max(a.shape[-1] for a, _ in factors.values())
     scale = max(scales.values())
     sizes, fan_out = layout.get_sizes(layout.stack), layout.get_sizes(layout.fan_out)
-    dtypes = [jnp.result_type(*(f[i].dtype for f in factors.values())) for i in (0, 1)]
+    dtypes = [_promote_dtypes({f[i].dtype for f in factors.values()}) for i in (0, 1)]
     a = np.zeros((*sizes, *layout.get_sizes(layout.fan_in), rank), dtypes[0])
     b = np.zeros((*sizes, rank, *fan_out), dtypes[1])
     for index, (part_a, part_b) in factors.items():
@@ -133,7 +137,13 @@ def _build_node(
         b[index][:r] = part_b if ratio == 1 else part_b * ratio
     magnitude = None
     if magnitudes := [read(key) for *_, key in keys.values() if key is not None]:
-        magnitude = jnp.asarray(np.stack(magnitudes).reshape(*sizes, *fan_out))
+        magnitude = np.stack(magnitudes).reshape(*sizes, *fan_out)
     axes = layout.fan_in, layout.fan_out, layout.stack
-    # jnp.asarray turns float64 into float32, unless jax_enable_x64 is set
-    return LowRank(jnp.asarray(a), jnp.asarray(b), magnitude, *axes, scale, kind)
+    return LowRank(a, b, magnitude, *axes, scale, kind)
+
+
+def _promote_dtypes(dtypes: set[np.dtype]) -> np.dtype:
+    """Promote dtypes to a common one; float64 becomes float32, unless jax_enable_x64 is set."""
+    if len(dtypes) == 1:  # result_type does the same, but takes longer
+        return jax.dtypes.canonicalize_dtype(dtypes.pop())
+    return jnp.result_type(*dtypes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from lowrank_jax.peft._matching import Matching, Place
 from lowrank_jax.peft._parsing import AdapterConfig, parse_config
 from lowrank_jax.peft._tensors import PREFIX, TOKENS
 from lowrank_jax.peft._whole import match_tokens, match_whole
+
+_BATCH_SIZE = 1 << 20  # bytes, which are briefly held both on the host and on the device
 
 
 @check_arguments(CheckpointError)
@@ -100,7 +102,7 @@ def load(
             )
         if not builds:
             raise CheckpointError(f"the adapter at {folder} holds no tensor")
-        nodes = {path: build() for path, build in builds.items()}
+        nodes = _build_nodes(builds)
     if matching.not_finite:
         raise CheckpointError(
             f"the adapter at {folder} holds NaN or infinity: save it again from a run that did not "
@@ -116,6 +118,18 @@ def load(
         return *trees, _make_config(config, nodes)
     except LowrankError as error:
         raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
+
+
+def _build_nodes(builds: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Build the nodes, and move them to the device in batches: each transfer has a fixed cost."""
+    nodes, batch, size = {}, {}, 0
+    for path, build in builds.items():
+        batch[path] = node = build()
+        size += sum(leaf.nbytes for leaf in jax.tree.leaves(node))
+        if size >= _BATCH_SIZE:
+            nodes |= jax.device_put(batch)
+            batch, size = {}, 0
+    return nodes | jax.device_put(batch)
 
 
 def _needs_norm(leaf: object, node: object) -> bool:
