@@ -19,6 +19,13 @@ from lowrank_jax._errors import StateError as StateError
 from lowrank_jax._errors import TreeError as TreeError
 from lowrank_jax._interpreter.interpret import Record as Record
 from lowrank_jax._interpreter.remat import checkpoint_policy as checkpoint_policy
+from lowrank_jax._many.blend import blend as blend
+from lowrank_jax._many.compress import compress as compress
+from lowrank_jax._many.extract import extract as extract
+from lowrank_jax._many.pool import Pool as Pool
+from lowrank_jax._many.pool import pool as pool
+from lowrank_jax._many.stack import select as select
+from lowrank_jax._many.stack import stack as stack
 from lowrank_jax._nodes import Adapted as Adapted
 from lowrank_jax._nodes import Full as Full
 from lowrank_jax._nodes import LowRank as LowRank

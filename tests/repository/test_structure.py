@@ -28,7 +28,7 @@ LAYERS = [
     {"_files", "_operators", "_targeting", "_training"},
     {"_interpreter", "bitsandbytes", "initializers"},
     {"_transforms", "_trees"},
-    {"checkpoint", "peft"},
+    {"_many", "checkpoint", "peft"},
     {"huggingface"},
     {"_cli", "__init__"},
     {"__main__"},

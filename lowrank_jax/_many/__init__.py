@@ -1,0 +1,1 @@
+"""Many adapters of one model: stacks, blends, compression, extraction, pools."""
