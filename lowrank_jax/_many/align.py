@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lowrank_jax._errors import ConfigError, TreeError, listing
+from lowrank_jax._errors import ConfigError, TreeError, list_problems
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
@@ -40,7 +40,7 @@ def align(loras: Sequence[PyTree]) -> tuple[dict[str, list[Slot]], Any]:
         if {*own} != {*paths[0]}:
             problems = [f"{path}: in adapter {number} only" for path in own if path not in paths[0]]
             problems += [f"{path}: in adapter 0 only" for path in paths[0] if path not in own]
-            raise TreeError(f"the adapters are of different models:\n{listing(problems)}")
+            raise TreeError(f"the adapters are of different models:\n{list_problems(problems)}")
     slots = [dict(leaves) for leaves, _ in flat]
     rows = {path: [own[path] for own in slots] for path in paths[0]}
     adapted = {path: row for path, row in rows.items() if any(node is not None for node in row)}

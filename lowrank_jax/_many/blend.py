@@ -10,24 +10,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import checked, instance_of, key, number_like, shown
+from lowrank_jax._checks.arguments import (
+    check_arguments,
+    describe_value,
+    instance_of,
+    key,
+    number_like,
+)
 from lowrank_jax._checks.fields import check_rank
-from lowrank_jax._errors import ConfigError, LowrankError, listing
+from lowrank_jax._errors import ConfigError, LowrankError, list_problems
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._jax.paths import path_hash
+from lowrank_jax._jax.paths import hash_path
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._many.align import Slot, align
 from lowrank_jax._many.compress import as_lora, truncate
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import Rows
-from lowrank_jax._nodes.methods import label_of
+from lowrank_jax._nodes.methods import get_label
 
 Weight = float | jax.Array
 # arrays [n, *shape], density, key -> the arrays, some of their elements zero
 Pruning = Callable[[jax.Array, float, Any], jax.Array]
 
 
-@checked(
+@check_arguments(
     loras=instance_of(list) | instance_of(tuple),
     weights=instance_of(list) | instance_of(tuple) | instance_of(jax.Array),
     density=number_like,
@@ -84,12 +90,12 @@ def blend(
     out, problems = {}, []
     for path, nodes in aligned.items():
         try:
-            own = None if key is None else jax.random.fold_in(key, path_hash(path))
+            own = None if key is None else jax.random.fold_in(key, hash_path(path))
             out[path] = _blend_leaf(nodes, factors, merge, method, rank, own)
         except LowrankError as error:
             problems.append(f"{path}: {error}")
     if problems:
-        raise ConfigError(f"adapters that cannot be blended:\n{listing(problems)}")
+        raise ConfigError(f"adapters that cannot be blended:\n{list_problems(problems)}")
     return unflatten(out)
 
 
@@ -112,8 +118,8 @@ def _check(
     shape = weights.shape if isinstance(weights, jax.Array) else (len(weights),)
     if shape != (len(loras),) or not all(number_like.holds(w) for w in weights):
         raise ConfigError(
-            f"weights is {shown(weights)}; expected one number for each of the {len(loras)} "
-            "adapters"
+            f"weights is {describe_value(weights)}; expected one number for each of the "
+            f"{len(loras)} adapters"
         )
     if rank is not None:
         check_rank("rank", rank)
@@ -148,7 +154,7 @@ def _blend_leaf(
     for node in found:
         if node.magnitude is not None:
             raise ConfigError(
-                f"{label_of(node)} scales the whole weight, so that the effects of two adapters "
+                f"{get_label(node)} scales the whole weight, so that the effects of two adapters "
                 "are no sum: merge each into its base, and lowrank.extract the average"
             )
     _refuse_other_leaves(found)
@@ -165,7 +171,7 @@ def _blend_leaf(
 
 def _refuse_other_leaves(nodes: Sequence[LowRank]) -> None:
     """Raise ConfigError unless the adapters are changes of one leaf."""
-    for name in ("fan_in", "fan_out", "stack", "shape", "moved"):
+    for name in ("fan_in", "fan_out", "stack", "shape", "base_modified"):
         came = [getattr(node, name) for node in nodes]
         if any(value != came[0] for value in came):
             raise ConfigError(f"adapters with different {name}: {came}")

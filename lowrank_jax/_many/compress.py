@@ -8,16 +8,16 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._checks.fields import check_rank
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._many.align import align
 from lowrank_jax._nodes import LowRank
-from lowrank_jax._nodes.methods import method_of
+from lowrank_jax._nodes.methods import get_method
 
 
-@checked()
+@check_arguments()
 def compress(lora: PyTree, rank: int) -> tuple[PyTree, dict[str, jax.Array]]:
     r"""Compress an adapter to a lower rank with the least Frobenius error of each delta.
 
@@ -65,7 +65,7 @@ def compress(lora: PyTree, rank: int) -> tuple[PyTree, dict[str, jax.Array]]:
 
 def has_product(node: LowRank) -> bool:
     """Whether an adapter is a product of factors: not rows of a table, nor (IA)^3."""
-    return not method_of(node).is_direct and node.a is not None
+    return not get_method(node).is_direct and node.a is not None
 
 
 def as_lora(node: LowRank) -> LowRank:

@@ -8,18 +8,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked, tree_of_arrays
+from lowrank_jax._checks.arguments import check_arguments, tree_of_arrays
 from lowrank_jax._checks.fields import check_rank
-from lowrank_jax._errors import AxesError, TreeError, listing
-from lowrank_jax._jax.paths import flatten, in_structure
+from lowrank_jax._errors import AxesError, TreeError, list_problems
+from lowrank_jax._jax.paths import flatten, unflatten_by_path
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import LowRank, as_dense, is_node, trained_whole
+from lowrank_jax._nodes import LowRank, as_dense, init_full, is_node
 from lowrank_jax._targeting.plan import Plan, Use
-from lowrank_jax._targeting.targets import axes_of
-from lowrank_jax._trees.fingerprint import to_host
+from lowrank_jax._targeting.targets import resolve_axes
+from lowrank_jax._trees.fingerprint import to_numpy
 
 
-@checked(base=tree_of_arrays, tuned=tree_of_arrays)
+@check_arguments(base=tree_of_arrays, tuned=tree_of_arrays)
 def extract(
     base: PyTree, tuned: PyTree, rank: int, *, plan: Plan | None = None
 ) -> tuple[PyTree, dict[str, float]]:
@@ -62,7 +62,7 @@ def extract(
     errors: dict[str, float] = {}
     problems = []
     for path, leaf in new.items():
-        before, after = to_host(path, as_dense(old[path])), to_host(path, as_dense(leaf))
+        before, after = to_numpy(path, as_dense(old[path])), to_numpy(path, as_dense(leaf))
         if np.array_equal(before, after):
             continue
         if not jnp.issubdtype(after.dtype, jnp.floating):
@@ -75,10 +75,10 @@ def extract(
         except AxesError as error:
             problems.append(str(error))
     if problems:
-        raise AxesError(listing(problems) if len(problems) > 1 else problems[0])
+        raise AxesError(list_problems(problems) if len(problems) > 1 else problems[0])
     if not nodes:
         raise TreeError("no leaf of tuned differs from base: there is nothing to extract")
-    return in_structure(tuned, nodes, is_node), errors
+    return unflatten_by_path(tuned, nodes, is_node), errors
 
 
 def _refuse_other_trees(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ def _refuse_other_trees(old: dict[str, Any], new: dict[str, Any]) -> None:
         if path in old and tuple(old[path].shape) != tuple(leaf.shape)
     ]
     if problems:
-        raise TreeError(f"base and tuned are not of one model:\n{listing(problems)}")
+        raise TreeError(f"base and tuned are not of one model:\n{list_problems(problems)}")
 
 
 def _extract_leaf(
@@ -101,8 +101,10 @@ def _extract_leaf(
     use = _use(path, plan)
     no_product = use is not None and not (use.fan_in and use.fan_out) and difference.ndim != 2
     if difference.ndim < 2 or no_product:
-        return trained_whole(leaf), 0.0
-    fan_in, fan_out, stack, kind = axes_of(path, difference.shape, use, "extract needs its axes")
+        return init_full(leaf), 0.0
+    fan_in, fan_out, stack, kind = resolve_axes(
+        path, difference.shape, use, "extract needs its axes"
+    )
     order = (*stack, *fan_in, *fan_out)
     sizes = lambda axes: tuple(difference.shape[axis] for axis in axes)
     rows, columns = math.prod(sizes(fan_in)), math.prod(sizes(fan_out))

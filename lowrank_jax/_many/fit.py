@@ -13,8 +13,8 @@ from lowrank_jax._errors import ConfigError
 from lowrank_jax._many.align import Slot
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import LoHa
-from lowrank_jax._nodes.methods import label_of
-from lowrank_jax._nodes.serialization import array_fields
+from lowrank_jax._nodes.methods import get_label
+from lowrank_jax._nodes.serialization import list_array_fields
 
 
 def equalize(nodes: Sequence[Slot]) -> list[LowRank | Full]:
@@ -35,7 +35,7 @@ def equalize(nodes: Sequence[Slot]) -> list[LowRank | Full]:
     for node in same[1:]:
         _refuse_other_shapes(same[0], node)
     scale = max((node.scale for node in same), key=abs)
-    dtypes = {name: _common_dtype(name, same, scale) for name in array_fields(same[0])}
+    dtypes = {name: _common_dtype(name, same, scale) for name in list_array_fields(same[0])}
     return [_rescale(node, scale, dtypes) for node in same]
 
 
@@ -84,8 +84,8 @@ def _refuse_other_kind(first: LowRank, other: LowRank) -> None:
     """Raise ConfigError unless two nodes are of one method, at one kind of leaf."""
     if not isinstance(other, LowRank) or type(other) is not type(first):
         raise ConfigError(
-            f"adapters of different methods: {label_of(first)} and {label_of(other)}; stack those "
-            "of each method apart"
+            f"adapters of different methods: {get_label(first)} and {get_label(other)}; stack "
+            "those of each method apart"
         )
     # what padding cannot make equal
     fixed = [
@@ -105,7 +105,7 @@ def _refuse_other_kind(first: LowRank, other: LowRank) -> None:
 
 def _refuse_other_shapes(first: LowRank, other: LowRank) -> None:
     """Raise ConfigError unless the arrays of two padded nodes have equal shapes."""
-    for name in array_fields(first):
+    for name in list_array_fields(first):
         one, two = (getattr(getattr(node, name), "shape", None) for node in (first, other))
         if one != two:
             raise ConfigError(
@@ -118,8 +118,8 @@ def _zeros_like(node: LowRank) -> LowRank:
     """An adapter of the same leaf that changes nothing, and whose zeros stay zeros in training."""
     if type(node) is not LowRank or (node.magnitude is not None and not node.folded):
         raise ConfigError(
-            f"only some adapters adapt it, by {label_of(node)}: without the base there is no "
-            f"{label_of(node)} that changes nothing, and stays so in training; adapt it in all"
+            f"only some adapters adapt it, by {get_label(node)}: without the base there is no "
+            f"{get_label(node)} that changes nothing, and stays so in training; adapt it in all"
         )
     zeros = {name: jnp.zeros_like(getattr(node, name)) for name in ("a", "b")}
     if node.magnitude is not None:
@@ -161,7 +161,7 @@ def fit_into(node: LowRank, like: LowRank) -> LowRank:
     _refuse_other_shapes(like, node)
     if not like.scale and node.scale:
         raise ConfigError(f"its scale is {node.scale}, and that of the slots 0")
-    dtypes = {n: getattr(getattr(like, n), "dtype", None) for n in array_fields(like)}
+    dtypes = {n: getattr(getattr(like, n), "dtype", None) for n in list_array_fields(like)}
     # a narrow b is scaled in float32
     wide = dtypes | {"b": dtypes["b"] and jnp.promote_types(dtypes["b"], jnp.float32)}
     return _cast(_rescale(node, like.scale, wide), dtypes)
@@ -175,7 +175,7 @@ def neutral(node: LowRank) -> LowRank:
     """
     if node.magnitude is not None and not node.folded:
         raise ConfigError(
-            f"it is {label_of(node)}, and only the base could say which magnitude changes nothing: "
+            f"it is {get_label(node)}, and which magnitude changes nothing depends on the base: "
             "fold its norms, lowrank.fold_norms(base, lora)"
         )
     arrays = {"a": jnp.zeros_like, "b": jnp.zeros_like, "magnitude": jnp.ones_like}
@@ -198,7 +198,7 @@ def pad_rank(node: LowRank, rank: int) -> LowRank:
     halves = {LowRank: 1, LoHa: 2}.get(type(node))
     if halves is None:
         raise ConfigError(
-            f"{label_of(node)} of ranks {node.rank} and {rank}: padding would change its fixed "
+            f"{get_label(node)} of ranks {node.rank} and {rank}: padding would change its fixed "
             "matrices, or be trained; use one rank"
         )
     at = node.b.ndim - 1 - len(node.fan_out)

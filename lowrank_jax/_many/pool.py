@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked
+from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._checks.fields import check_rank
-from lowrank_jax._errors import ConfigError, LowrankError, listing
-from lowrank_jax._jax.paths import nearest_names
+from lowrank_jax._errors import ConfigError, LowrankError, list_problems
+from lowrank_jax._jax.paths import find_nearest_names
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._many.align import align
 from lowrank_jax._many.fit import fit_into, neutral
@@ -133,7 +133,7 @@ class Pool:
         if name is None:
             return self._slots
         if name not in self._names:
-            near = ", ".join(map(repr, nearest_names(str(name), self._names))) or "no adapter"
+            near = ", ".join(map(repr, find_nearest_names(str(name), self._names))) or "no adapter"
             raise ConfigError(f"adapter {name!r} is not in the pool, which holds {near}")
         return self._names[name]
 
@@ -151,7 +151,7 @@ class Pool:
             except LowrankError as error:
                 problems.append(f"{path}: {error}")
         if problems:
-            raise ConfigError(f"{what} does not fit into the pool:\n{listing(problems)}")
+            raise ConfigError(f"{what} does not fit into the pool:\n{list_problems(problems)}")
         return out
 
     def _unflatten_stack(self, nodes: dict[str, Any]) -> PyTree:
@@ -168,7 +168,7 @@ def _write_slot(tree: PyTree, lora: PyTree, slot: jax.Array) -> PyTree:
     return jax.tree.map(lambda many, one: many.at[slot].set(one), tree, lora)
 
 
-@checked()
+@check_arguments()
 def pool(lora_like: PyTree, slots: int) -> Pool:
     """Make a pool: a fixed number of slots for adapters, whose shapes never change.
 

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import checked, instance_of, shown
-from lowrank_jax._errors import ConfigError, LowrankError, TreeError, listing
+from lowrank_jax._checks.arguments import check_arguments, describe_value, instance_of
+from lowrank_jax._errors import ConfigError, LowrankError, TreeError, list_problems
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._many.align import align
 from lowrank_jax._many.fit import equalize
 from lowrank_jax._nodes import Full, LowRank
-from lowrank_jax._nodes.methods import label_of
-from lowrank_jax._nodes.serialization import array_fields
+from lowrank_jax._nodes.methods import get_label
+from lowrank_jax._nodes.serialization import list_array_fields
 
 
-@checked(loras=instance_of(list) | instance_of(tuple))
+@check_arguments(loras=instance_of(list) | instance_of(tuple))
 def stack(loras: Sequence[PyTree]) -> PyTree:
     r"""Stack n adapters of one model along a new leading axis, exact as a function.
 
@@ -63,11 +63,11 @@ def stack(loras: Sequence[PyTree]) -> PyTree:
         except LowrankError as error:
             problems.append(f"{path}: {error}")
     if problems:
-        raise ConfigError(f"adapters that cannot be stacked:\n{listing(problems)}")
+        raise ConfigError(f"adapters that cannot be stacked:\n{list_problems(problems)}")
     return unflatten(out)
 
 
-@checked()
+@check_arguments()
 def select(many: PyTree, index: Any) -> PyTree:
     """Select one adapter of a stack, or one for each example.
 
@@ -116,19 +116,19 @@ def count_of(many: PyTree) -> int:
         # the ndim of a Full leaf alone does not tell whether it is stacked
         if isinstance(node, LowRank) and not node.adapters:
             raise TreeError(
-                f"{path!r} holds one {label_of(node)} adapter, not a stack: pass what "
+                f"{path!r} holds one {get_label(node)} adapter, not a stack: pass what "
                 "lowrank.stack returns"
             )
         counts[path] = _first_array(node).shape[0]
     if len({*counts.values()}) > 1:
         sizes = [f"{path}: {count}" for path, count in counts.items()]
-        raise TreeError(f"the leaves hold different numbers of adapters:\n{listing(sizes)}")
+        raise TreeError(f"the leaves hold different numbers of adapters:\n{list_problems(sizes)}")
     return next(iter(counts.values()))
 
 
 def _first_array(node: LowRank | Full | None) -> Any:
     """One of the arrays of a node."""
-    return next(x for name in array_fields(node) if (x := getattr(node, name)) is not None)
+    return next(x for name in list_array_fields(node) if (x := getattr(node, name)) is not None)
 
 
 def stack_nodes(nodes: Sequence[LowRank | Full]) -> LowRank | Full:
@@ -140,7 +140,7 @@ def _map_arrays(fn: Any, nodes: Sequence[Any]) -> Any:
     """The first node with each of its arrays made by fn of those of all nodes."""
     made = {
         name: fn(*(getattr(node, name) for node in nodes))
-        for name in array_fields(nodes[0])
+        for name in list_array_fields(nodes[0])
         if getattr(nodes[0], name) is not None
     }
     return dataclasses.replace(nodes[0], **made)
@@ -151,7 +151,7 @@ def _check_index(index: Any, count: int) -> Any:
     dtype = getattr(index, "dtype", None) or np.asarray(index).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ConfigError(
-            f"index is {shown(index)}; expected an integer or integers in [0, {count})"
+            f"index is {describe_value(index)}; expected an integer or integers in [0, {count})"
         )
     if jaxprs.is_tracer(index):
         return index

@@ -36,7 +36,9 @@ def make_params():
     }
     keys = jax.random.split(KEY, len(shapes))
     normal = lambda key, shape: jax.random.normal(key, shape) / 3
-    return {name: normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    return {
+        name: normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
 
 
 PARAMS, TOKENS = make_params(), jnp.array([3, 0, 7, 7, 10])
@@ -122,9 +124,7 @@ def test_padding_stays_zero_under_training_and_each_trains_as_if_alone(kind):
     base, loras = pairs[0][0], [lora for _, lora in pairs]
     # equal scales: rescaled factors are the same function, and another step of Adam
     scale = next(iter(jax.tree.leaves(loras, is_leaf=lambda x: hasattr(x, "scale")))).scale
-    alike = lambda node: (
-        node if node is None else type(node)(**vars(node) | {"scale": scale})
-    )
+    alike = lambda node: node if node is None else type(node)(**vars(node) | {"scale": scale})
     is_node = lambda x: isinstance(x, lowrank.LowRank)
     loras = [jax.tree.map(alike, lora, is_leaf=is_node) for lora in loras]
     many = lowrank.stack(loras)
@@ -140,7 +140,9 @@ def test_padding_stays_zero_under_training_and_each_trains_as_if_alone(kind):
 
     trained = jax.jit(jax.vmap(train))(many)
     untouched = jax.tree.map(lambda x: x == 0, many)  # the padding, of float noise elsewhere
-    still = jax.tree.map(lambda zero, x: bool((jnp.where(zero, x, 0) == 0).all()), untouched, trained)
+    still = jax.tree.map(
+        lambda zero, x: bool((jnp.where(zero, x, 0) == 0).all()), untouched, trained
+    )
     assert all(jax.tree.leaves(still))
     assert any(bool(zero.any()) for zero in jax.tree.leaves(untouched))
     for k, lora in enumerate(loras):
