@@ -39,7 +39,11 @@ def test_an_adapter_is_found_again():
         "head": "NoneType",
         "steps": "NoneType",
     }
-    assert errors == {"layers": pytest.approx(0, abs=1e-6), "experts": pytest.approx(0, abs=1e-6), "bias": 0.0}
+    assert errors == {
+        "layers": pytest.approx(0, abs=1e-6),
+        "experts": pytest.approx(0, abs=1e-6),
+        "bias": 0.0,
+    }
     chex.assert_trees_all_close(lowrank.merge(PARAMS, found), tuned, rtol=1e-5, atol=1e-5)
     x = jax.random.normal(next(KEYS), (4, 8))
     got = lowrank.lift(model, fallback="raise")(lowrank.combine(PARAMS, found), x)
