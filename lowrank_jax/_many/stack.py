@@ -112,7 +112,8 @@ def count_of(many: PyTree) -> int:
     """
     aligned, _ = align([many])
     counts = {}
-    for path, (node,) in aligned.items():
+    nodes = ((path, node) for path, (node,) in aligned.items() if node is not None)
+    for path, node in nodes:
         # the ndim of a Full leaf alone does not tell whether it is stacked
         if isinstance(node, LowRank) and not node.adapters:
             raise TreeError(
@@ -126,8 +127,8 @@ def count_of(many: PyTree) -> int:
     return next(iter(counts.values()))
 
 
-def _first_array(node: LowRank | Full | None) -> Any:
-    """One of the arrays of a node."""
+def _first_array(node: LowRank | Full) -> Any:
+    """Return one of the arrays of a node."""
     return next(x for name in list_array_fields(node) if (x := getattr(node, name)) is not None)
 
 
