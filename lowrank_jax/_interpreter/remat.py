@@ -64,8 +64,6 @@ def checkpoint_policy(policy: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       A policy that makes the same decisions and knows products of quantized weights.
 
-    Source: jax.checkpoint_policies, whose policies know primitives by name.
-
     >>> import jax, lowrank_jax as lowrank
     >>> policy = lowrank.checkpoint_policy(jax.checkpoint_policies.dots_saveable)
     >>> step = jax.checkpoint(lowrank.lift(lambda p, x: x @ p["w"]), policy=policy)

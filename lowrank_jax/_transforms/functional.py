@@ -54,8 +54,6 @@ def functional(
         parameters are not those of the model.
       StateError: when fn is called, if the call would change a variable of the model.
 
-    Source: nnx.split and nnx.merge, on which fn is built.
-
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
@@ -105,8 +103,6 @@ def functional_with_state(
         parameters or state are not those of the model.
       StateError: when fn is called, if the call would change a parameter, add or remove variables
         (`sow`), or change the structure of a variable.
-
-    Source: nnx.split and nnx.merge, on which fn is built.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx

@@ -172,8 +172,6 @@ def partition(tree: PyTree) -> tuple[Any, Any]:
     Raises:
       TreeError: the tree holds an adapter without its base.
 
-    Source: structural only, no arithmetic.
-
     >>> import lowrank_jax as lowrank
     >>> params = {"w": jnp.ones((4, 3))}
     >>> config = lowrank.LoraConfig(rank=2, targets="w")

@@ -70,8 +70,6 @@ def exists(directory: str | os.PathLike) -> bool:
     Returns:
       True if there is a checkpoint, although restore may find it damaged.
 
-    Source: a checkpoint is there when its manifest is, the last file that save writes.
-
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
     ...     exists(directory)

@@ -138,8 +138,6 @@ def parameter(path: str, names: Names = None) -> Parameter | None:
     Raises:
       CheckpointError: names returned another type.
 
-    Source: torch.nn.Module.named_parameters; Flax's names of parameters.
-
     >>> from lowrank_jax.names import GPT2, LLAMA
     >>> parameter("params/head/kernel").key
     'params.head.weight'
