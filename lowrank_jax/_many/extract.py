@@ -8,12 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._checks.arguments import check_arguments, tree_of_arrays
+from lowrank_jax._checks.arguments import check_arguments, describe_value, tree_of_arrays
 from lowrank_jax._checks.fields import check_rank
 from lowrank_jax._errors import AxesError, TreeError, list_problems
 from lowrank_jax._jax.paths import flatten, unflatten_by_path
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import LowRank, as_dense, init_full, is_node
+from lowrank_jax._nodes import Adapted, Full, LowRank, as_dense, init_full, is_node
 from lowrank_jax._targeting.plan import Plan, Use
 from lowrank_jax._targeting.targets import resolve_axes
 from lowrank_jax._trees.fingerprint import to_numpy
@@ -85,13 +85,23 @@ def _refuse_other_trees(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise TreeError unless both trees have the same paths and shapes."""
     problems = [f"{path}: only in base" for path in old if path not in new]
     problems += [f"{path}: only in tuned" for path in new if path not in old]
-    problems += [
+    for name, leaves in (("base", old), ("tuned", new)):
+        for path, leaf in leaves.items():
+            if not hasattr(leaf, "shape") or isinstance(leaf, LowRank | Full | Adapted):
+                problems.append(f"{path}: {describe_value(leaf)} in {name}; expected an array")
+    if problems:
+        raise TreeError(
+            f"base and tuned are not parameters of one model:\n{list_problems(problems)}"
+        )
+    problems = [
         f"{path}: shape {tuple(old[path].shape)} in base, {tuple(leaf.shape)} in tuned"
         for path, leaf in new.items()
         if path in old and tuple(old[path].shape) != tuple(leaf.shape)
     ]
     if problems:
-        raise TreeError(f"base and tuned are not of one model:\n{list_problems(problems)}")
+        raise TreeError(
+            f"base and tuned are not parameters of one model:\n{list_problems(problems)}"
+        )
 
 
 def _extract_leaf(

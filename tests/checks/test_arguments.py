@@ -82,6 +82,8 @@ TAKEN = {
     ("lora_plus", "ratio"): SCALARS,
     ("quantize_state", "min_size"): {"0", "3"},
     ("map_adapters", "tree"): {"node"},
+    ("compress", "lora"): NODES,
+    ("pool", "lora_like"): NODES,
     ("checkpoint_policy", "policy"): {"function"},
     ("partition", "tree"): PASSED | {"dict of text"},
     ("trainable_mask", "tree"): PASSED | NODES,
