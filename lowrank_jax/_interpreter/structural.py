@@ -184,10 +184,10 @@ def _survey_concatenate(survey: Survey, eqn: Equation, ins: list[Value]) -> list
         place = lambda view, offset=offset: view.join(axis, shape, offset)
         parts.append(value.map(place))
         offset += equations.get_shape(atom)[axis]
-    return _survey_joined(survey, eqn, ins, parts)
+    return _survey_concatenation(survey, eqn, ins, parts)
 
 
-def _survey_joined(
+def _survey_concatenation(
     survey: Survey, eqn: Equation, ins: list[Value], parts: list[Value]
 ) -> list[Value]:
     """Survey a concatenation: leaves are followed, unless an activation is among the operands."""
@@ -218,7 +218,7 @@ def _survey_stack(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value
         value.map(lambda view, at=at: view.broadcast(one, kept).join(axis, shape, at))
         for at, value in enumerate(ins)
     ]
-    return _survey_joined(survey, eqn, ins, parts)
+    return _survey_concatenation(survey, eqn, ins, parts)
 
 
 def _evaluate_pad(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
@@ -239,7 +239,7 @@ def _evaluate_pad(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 def _survey_pad(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     parts = [ins[0].map(lambda view: view.pad(equations.get_padding(eqn))), Value()]
     survey.note_read(eqn, ins[1].views)
-    return _survey_joined(survey, eqn, [ins[0], ins[1].replace(views=())], parts)
+    return _survey_concatenation(survey, eqn, [ins[0], ins[1].replace(views=())], parts)
 
 
 # Operations that keep every element where it is

@@ -13,10 +13,10 @@ from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
 
 # A node, or None where an adapter leaves the leaf alone.
-Slot = LowRank | Full | None
+MaybeNode = LowRank | Full | None
 
 
-def align(loras: Sequence[PyTree]) -> tuple[dict[str, list[Slot]], Any]:
+def align(loras: Sequence[PyTree]) -> tuple[dict[str, list[MaybeNode]], Any]:
     """Align adapters of one model leaf by leaf.
 
     Args:

@@ -22,7 +22,7 @@ from lowrank_jax._errors import ConfigError, LowrankError, list_problems
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import hash_path
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._many.align import Slot, align
+from lowrank_jax._many.align import MaybeNode, align
 from lowrank_jax._many.compress import as_lora, truncate
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import Rows
@@ -106,7 +106,7 @@ def _check(
     rank: int | None,
     density: float | None,
     key: jax.Array | None,
-) -> tuple[Merge | None, dict[str, list[Slot]], Callable[[dict[str, Any]], PyTree]]:
+) -> tuple[Merge | None, dict[str, list[MaybeNode]], Callable[[dict[str, Any]], PyTree]]:
     """Check the arguments of blend.
 
     Returns:
@@ -138,7 +138,7 @@ def _check(
 
 
 def _blend_leaf(
-    nodes: Sequence[Slot],
+    nodes: Sequence[MaybeNode],
     weights: Sequence[Weight],
     merge: Merge | None,
     method: str,
@@ -183,18 +183,18 @@ def _concatenate(pairs: Sequence[tuple[LowRank, Weight]]) -> LowRank:
     """The exact sum of deltas: a's side by side, each times its weight and scale, b's likewise."""
     first = pairs[0][0]
     at = len(first.stacked)
-    a = jnp.concatenate([_scaled(node.a, w * node.scale) for node, w in pairs], -1)
+    a = jnp.concatenate([_scale_array(node.a, w * node.scale) for node, w in pairs], -1)
     b = jnp.concatenate([node.b for node, _ in pairs], at)
     return dataclasses.replace(first, a=a, b=b, scale=1.0)
 
 
-def _scaled(array: jax.Array, factor: Weight) -> jax.Array:
+def _scale_array(array: jax.Array, factor: Weight) -> jax.Array:
     """An array times a number, in its own dtype."""
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     return (wide * factor).astype(array.dtype)
 
 
-def _blend_full(nodes: Sequence[Slot], weights: Sequence[Weight]) -> Full:
+def _blend_full(nodes: Sequence[MaybeNode], weights: Sequence[Weight]) -> Full:
     """The weighted mean of leaves trained whole."""
     total = sum(weights)
     if jaxprs.is_tracer(total) or not math.isclose(float(total), 1, abs_tol=1e-6):
@@ -218,7 +218,7 @@ def _blend_rows(pairs: Sequence[tuple[Rows, Weight]]) -> Rows:
     b = jnp.zeros((len(rows), *first.b.shape[1:]), first.b.dtype)
     for node, w in pairs:
         own = jnp.array([place[row] for row in node.rows])
-        b = b.at[own].add(_scaled(node.b, w * node.scale).astype(b.dtype))
+        b = b.at[own].add(_scale_array(node.b, w * node.scale).astype(b.dtype))
     return dataclasses.replace(first, b=b, rows=tuple(rows), scale=1.0)
 
 

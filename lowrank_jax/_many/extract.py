@@ -108,7 +108,7 @@ def _extract_leaf(
     path: str, leaf: Any, difference: np.ndarray, rank: int, plan: Plan | None
 ) -> tuple[Any, float]:
     """The node of one leaf, and the relative error."""
-    use = _use(path, plan)
+    use = _get_use(path, plan)
     no_product = use is not None and not (use.fan_in and use.fan_out) and difference.ndim != 2
     if difference.ndim < 2 or no_product:
         return init_full(leaf), 0.0
@@ -140,7 +140,7 @@ def _extract_leaf(
     return node, math.sqrt(lost / (kept + lost))
 
 
-def _use(path: str, plan: Plan | None) -> Use | None:
+def _get_use(path: str, plan: Plan | None) -> Use | None:
     """What a plan says of a leaf."""
     if plan is None:
         return None

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax._errors import ConfigError
-from lowrank_jax._many.align import Slot
+from lowrank_jax._many.align import MaybeNode
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import LoHa
 from lowrank_jax._nodes.methods import get_label
 from lowrank_jax._nodes.serialization import list_array_fields
 
 
-def equalize(nodes: Sequence[Slot]) -> list[LowRank | Full]:
+def equalize(nodes: Sequence[MaybeNode]) -> list[LowRank | Full]:
     """The nodes of one leaf with equal static fields and shapes, each the same function as before.
 
     Raises:
@@ -66,7 +66,7 @@ def _common_dtype(name: str, nodes: Sequence[LowRank], scale: float) -> Any:
     return jnp.promote_types(dtype, jnp.float32) if rescaled and name == "b" else dtype
 
 
-def _equalize_full(nodes: Sequence[Slot]) -> list[LowRank | Full]:
+def _equalize_full(nodes: Sequence[MaybeNode]) -> list[LowRank | Full]:
     """Leaves that are trained whole, by all adapters or by none."""
     if not all(isinstance(node, Full) for node in nodes):
         raise ConfigError(
@@ -167,7 +167,7 @@ def fit_into(node: LowRank, like: LowRank) -> LowRank:
     return _cast(_rescale(node, like.scale, wide), dtypes)
 
 
-def neutral(node: LowRank) -> LowRank:
+def make_neutral(node: LowRank) -> LowRank:
     """An adapter of the same shapes that changes nothing.
 
     Raises:

@@ -16,7 +16,7 @@ from lowrank_jax._errors import ConfigError, LowrankError, list_problems
 from lowrank_jax._jax.paths import find_nearest_names
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._many.align import align
-from lowrank_jax._many.fit import fit_into, neutral
+from lowrank_jax._many.fit import fit_into, make_neutral
 from lowrank_jax._many.stack import stack_nodes
 from lowrank_jax._nodes import Full
 
@@ -147,7 +147,7 @@ class Pool:
                     raise ConfigError("the pool has no adapter there: make it of one that has")
                 if isinstance(node, Full) or isinstance(like, Full):
                     raise ConfigError("it is trained whole, which a slot cannot hold")
-                out[path] = neutral(like) if node is None else fit_into(node, like)
+                out[path] = make_neutral(like) if node is None else fit_into(node, like)
             except LowrankError as error:
                 problems.append(f"{path}: {error}")
         if problems:

@@ -97,14 +97,14 @@ def select(many: PyTree, index: Any) -> PyTree:
     >>> jax.vmap(one)(jnp.array([0, 7, 7, 1, 0]), x).shape
     (5, 3)
     """
-    (aligned, unflatten), count = align([many]), count_of(many)
+    (aligned, unflatten), count = align([many]), count_adapters(many)
     index = _check_index(index, count)
     take = lambda array: _take(array, index, count)
     nodes = {path: _map_arrays(take, [node]) for path, (node,) in aligned.items()}
     return unflatten(nodes)
 
 
-def count_of(many: PyTree) -> int:
+def count_adapters(many: PyTree) -> int:
     """The number of adapters in a stack.
 
     Raises:

@@ -241,7 +241,7 @@ def _make_update(leaf: object, update: LowRank | Full | None) -> Any:
 
 
 @jax.tree_util.register_static
-class Unchanged:
+class ZeroUpdate:
     """The zero update of a PRNG key, whose dtype has no zero: key + Unchanged() is key.
 
     >>> key = jax.random.key(0)
@@ -253,16 +253,16 @@ class Unchanged:
         return key
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Unchanged)
+        return isinstance(other, ZeroUpdate)
 
     def __hash__(self) -> int:
-        return hash(Unchanged)
+        return hash(ZeroUpdate)
 
 
-def _make_zero(leaf: jax.Array) -> jax.Array | Unchanged:
+def _make_zero(leaf: jax.Array) -> jax.Array | ZeroUpdate:
     """Make a scalar zero of the leaf's dtype, which broadcasts: no array of its size is needed."""
     dtype = jnp.result_type(leaf)
-    return Unchanged() if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.zeros((), dtype)
+    return ZeroUpdate() if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.zeros((), dtype)
 
 
 @check_arguments(make_tx=function, learning_rate=rate, ratio=factor_scale)

@@ -166,7 +166,7 @@ class Matching:
             self.problems.append(f"{place.path!r}: {error}")
             return None
 
-    def check_untied(self, place: Place, other: str) -> None:
+    def check_tied_projection(self, place: Place, other: str) -> None:
         """Note a problem if the file may change a table without the projection tied to it."""
         if not self.config["ensure_weight_tying"]:
             self.problems.append(
