@@ -270,7 +270,7 @@ def built(caught):
 
 
 def check(make, dora=False):
-    """The figures of a case, and what was built densely."""
+    """The figures of a case, and what was materialized."""
     fn, params, x = make()
     params = noisy(params, 0.02)  # some libraries start the last layer, or a branch, at zero
     lifted = lowrank.lift(fn)

@@ -383,8 +383,8 @@ def page():
         "# Mistakes and what they say",
         "",
         "Every error is a {py:class}`~lowrank_jax.LowrankError`, which is a `ValueError`. It names",
-        "the path, what came, what was expected, and the remedy; where several things are wrong,",
-        "it lists them all. These are mistakes that people make, and the message each gives.",
+        "the path, what was given, what was expected, and the remedy; where several things are",
+        "wrong, it lists them all. These are common mistakes, and the message each gives.",
     ]
     for name, (make, kind, _) in MISTAKES.items():
         with pytest.raises(kind) as caught:

@@ -23,7 +23,7 @@ _LINE_LIMIT = 4000
 def _parse_table(name: str) -> names.Table:
     """Return the table of names, given its name in any case."""
     if name.upper() not in TABLES:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TABLES)}")
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(TABLES)}")
     return getattr(names, name.upper())
 
 

@@ -201,7 +201,7 @@ def decode_blocks(
 
 
 def to_code_scale(absmax: jax.Array, format: str) -> jax.Array:
-    """The factor from decoded codes to weights: absmax, or absmax * (1 / limit) for integers."""
+    """Compute the factor from codes to weights: absmax, or absmax * (1 / limit) for integers."""
     spec = get_format(format)
     absmax = absmax.astype(jnp.float32)
     return absmax * (np.float32(1) / np.float32(spec.limit)) if spec.table is None else absmax

@@ -47,7 +47,7 @@ def encode_flat(x: np.ndarray, format: str, block_size: int) -> tuple[np.ndarray
 def encode_scales(
     absmax: np.ndarray, dtype: jax.typing.DTypeLike = np.float32
 ) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """Double quantization of scales float32 [n], as `_codecs.scales.encode_scales` does."""
+    """Quantize scales float32 [n] in their turn, as `_codecs.scales.encode_scales` does."""
     # The order of operations is that of the JAX codec: mean, differences, absmax of their blocks,
     # codes, and last the test whether the largest decoded scale of each block fits `dtype`.
     with np.errstate(over="ignore"):  # an infinite offset makes every scale NaN

@@ -19,7 +19,7 @@ SCALE_BLOCK = 256  # number of scales that share one float32 of the second level
 
 
 def _build_dynamic_map() -> np.ndarray:
-    """The signed 8-bit map of bitsandbytes, float32 [256], ascending."""
+    """Build the signed 8-bit map of bitsandbytes, float32 [256], ascending."""
     # For decade i the midpoints of 2**i equal parts of [0.1, 1], times 10**(i - 6), of both signs:
     # 2 * (1 + 2 + ... + 64) = 254 values, and then 0 and 1. torch.linspace uses a fused
     # multiply-add, which float64 reproduces. On a CPU without FMA torch's map differs by an ulp in

@@ -93,8 +93,8 @@ class TorchLayout:
             return {"lora_embedding_A": (rank, size), "lora_embedding_B": (width, rank)}
         ones = (1,) * (len(self.fan_in) - 1) if self.kind == "conv" else ()
         sizes = self.get_sizes(self.fan_in)
-        taps = tuple(sizes[i] for i in self._conv_order) if self.kind == "conv" else (size,)
-        return {"lora_A.weight": (rank, *taps), "lora_B.weight": (width, rank, *ones)}
+        inputs = tuple(sizes[i] for i in self._conv_order) if self.kind == "conv" else (size,)
+        return {"lora_A.weight": (rank, *inputs), "lora_B.weight": (width, rank, *ones)}
 
     @property
     def magnitude_shape(self) -> tuple[int, ...]:
@@ -109,8 +109,8 @@ class TorchLayout:
         if self._is_swapped:
             first, second = b.reshape(rank, -1), a.reshape(-1, rank)
         elif self.kind == "conv":
-            taps = a.transpose(-1, *self._conv_order)
-            first, second = taps, b.reshape(rank, -1).T
+            kernel = a.transpose(-1, *self._conv_order)
+            first, second = kernel, b.reshape(rank, -1).T
         else:
             first, second = a.reshape(-1, rank).T, b.reshape(rank, -1).T
         pairs = zip(names.items(), (first, second), strict=True)

@@ -184,8 +184,8 @@ def _survey_ragged_dot(survey: Survey, eqn: Equation, ins: list[Value]) -> list[
 
 def _survey_conv(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     """Survey a convolution, which contracts the window and the input features."""
-    out, *taps = equations.get_conv_options(eqn)["dimension_numbers"].rhs_spec
-    return _survey_product(survey, eqn, ins, [None, (taps, (), (out,))], "conv")
+    out, *kernel_axes = equations.get_conv_options(eqn)["dimension_numbers"].rhs_spec
+    return _survey_product(survey, eqn, ins, [None, (kernel_axes, (), (out,))], "conv")
 
 
 def _survey_gather(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:

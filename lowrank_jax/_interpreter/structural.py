@@ -211,7 +211,7 @@ def _evaluate_stack(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
 def _survey_stack(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
     axis, shape = equations.get_stack_axis(eqn), equations.get_result_shape(eqn)
     # operands [16, 32] stacked along axis 1 into [16, K, 32]: each is broadcast to [16, 1, 32] and
-    # joined at its index
+    # inserted at its index
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     kept = [i for i in range(len(shape)) if i != axis]
     parts = [
@@ -252,8 +252,8 @@ def _survey_identity(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Va
 
 def _evaluate_on_base(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """Apply a copy, a name or a sharding constraint to the base only."""
-    moved = values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0], base_only=True)
-    return wrap_result(moved)
+    out = values[0].map_arrays(lambda array: jaxprs.bind(eqn, [array])[0], base_only=True)
+    return wrap_result(out)
 
 
 def _evaluate_constraint(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
@@ -270,10 +270,10 @@ def _evaluate_device_put(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     (weight,), (target,) = values, equations.get_devices(eqn)
     if jaxprs.is_host(target):
         return wrap_result(weight.transfer_base(jaxprs.to_host))
-    moved = weight.transfer_base(jaxprs.to_device)
-    if moved is None or isinstance(target, jax.memory.Space):
-        return wrap_result(moved)
-    return _evaluate_on_base(ctx, eqn, [moved])
+    out = weight.transfer_base(jaxprs.to_device)
+    if out is None or isinstance(target, jax.memory.Space):
+        return wrap_result(out)
+    return _evaluate_on_base(ctx, eqn, [out])
 
 
 def _evaluate_reshard(ctx: Context, eqn: Equation, values: list[Any]) -> Out:

@@ -224,9 +224,9 @@ class Survey(Nesting):
                 now = [self.join(eqn, pair) for pair in zip(now, outs, strict=True)]
         finally:
             self.silent = silent
-        for one, other, joined in zip(start, outs, now, strict=True):
-            if not one.views == other.views == joined.views:
-                self.note_read(eqn, (*one.views, *other.views), by_rows=joined.activation)
+        for before, after, merged in zip(start, outs, now, strict=True):
+            if not before.views == after.views == merged.views:
+                self.note_read(eqn, (*before.views, *after.views), by_rows=merged.activation)
         return now, step(now)[len(now) :]
 
 

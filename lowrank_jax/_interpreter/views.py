@@ -34,7 +34,7 @@ class View:
       chosen: those of them whose index depends on data.
       looked_up: axes read by an array of indices: stack axes if a product follows, else rows.
       summed: axes contracted with another parameter.
-      stretched: for each array that the view was multiplied by, the leaf's axes that it spans.
+      multiplied: for each array that the view was multiplied by, the leaf's axes that it spans.
       slices: for each scan that the view is a slice of, its equation and the parts scanned over.
 
     >>> View.of("w", (4, 6)).transpose((1, 0)).reshape((6, 2, 2)).dims
@@ -56,7 +56,7 @@ class View:
     chosen: Axes = NO_AXES
     looked_up: Axes = NO_AXES
     summed: Axes = NO_AXES
-    stretched: tuple[Axes, ...] = ()
+    multiplied: tuple[Axes, ...] = ()
     slices: tuple[tuple[Key, tuple[Part, ...]], ...] = ()
 
     @classmethod
@@ -95,12 +95,12 @@ class View:
     def scale_axes(self, shape: Sequence[int], axes: Iterable[int]) -> View:
         """Return the view times an array that spans the given axes of it."""
         view = self.reshape(shape)
-        return dataclasses.replace(view, stretched=(*self.stretched, view.find_axes(axes)))
+        return dataclasses.replace(view, multiplied=(*self.multiplied, view.find_axes(axes)))
 
     def is_masked(self, contracted: Iterable[int], free: Iterable[int]) -> bool:
         """Whether an array along both contracted and kept axes (a mask) multiplied the view."""
         both = self.find_axes(contracted), self.find_axes(free)
-        return any(axes & both[0] and axes & both[1] for axes in self.stretched)
+        return any(axes & both[0] and axes & both[1] for axes in self.multiplied)
 
     def resize(self, shape: Sequence[int]) -> View:
         """Return the view with other axis sizes: one device's shard, or the whole of all shards."""

@@ -172,12 +172,12 @@ def get_gather_options(eqn: Equation) -> dict[str, Any]:
 
 
 def get_body(eqn: Equation) -> Any:
-    """Return the jaxpr of a jit, remat, shard_map or call."""
+    """Return the one jaxpr of a jit, remat, shard_map or call, by its known parameter."""
     return eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
 
 
 def find_bodies(eqn: Equation) -> list[Any]:
-    """Return the jaxprs of an equation that map its operands to its results."""
+    """Return the jaxprs of any equation, in any parameter, that map its operands to its results."""
     # A custom_jvp_call, say, holds its function as a jaxpr parameter. Its name differs between
     # primitives, but the function's inputs and outputs have the shapes of operands and results.
     shapes = lambda atoms: [getattr(atom.aval, "shape", None) for atom in atoms]

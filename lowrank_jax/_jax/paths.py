@@ -102,7 +102,7 @@ def _check_unique(paths: Sequence[str]) -> tuple[str, ...]:
     if len({*paths}) != len(paths):
         twice = sorted(path for path, count in Counter(paths).items() if count > 1)
         raise TreeError(
-            f"two leaves share the path {twice[0]!r}: keys that print alike, or keys with '/' in "
+            f"two leaves share the path {twice[0]!r}: keys with the same text, or keys with '/' in "
             "them, cannot be told apart by path; rename one of them"
         )
     return tuple(paths)
@@ -244,9 +244,9 @@ def find_nearest_paths(pattern: Pattern, paths: Iterable[str], count: int = 3) -
     """Return the paths most similar to a pattern, for error messages."""
     text = str(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)[:_COMPARED_CHARS]
     names = [name for name in text.split("/") if name.strip("*.?")] or [text]
-    alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+    similarity = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
     score = lambda path: sum(
-        max(alike(n, part) for part in path[:_COMPARED_CHARS].split("/")) for n in names
+        max(similarity(n, part) for part in path[:_COMPARED_CHARS].split("/")) for n in names
     )
     return sorted(_preselect(text, paths), key=score, reverse=True)[:count]
 

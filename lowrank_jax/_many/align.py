@@ -1,4 +1,4 @@
-"""Adapters of one model, node beside node."""
+"""Align adapters of one model leaf by leaf."""
 
 from __future__ import annotations
 

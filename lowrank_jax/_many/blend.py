@@ -124,7 +124,7 @@ def _check(
     if rank is not None:
         check_rank("rank", rank)
         if method != "svd":
-            raise ConfigError(f'rank is of method "svd", not of {method!r}')
+            raise ConfigError(f'rank applies only to method "svd", not to {method!r}')
     prunes, draws = merge is not None and merge.prune, merge is not None and merge.is_random
     if (density is not None) != bool(prunes):
         why = "needs" if prunes else "has no"
@@ -189,7 +189,7 @@ def _concatenate(pairs: Sequence[tuple[LowRank, Weight]]) -> LowRank:
 
 
 def _scale_array(array: jax.Array, factor: Weight) -> jax.Array:
-    """An array times a number, in its own dtype."""
+    """Multiply an array by a number, keeping its dtype."""
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     return (wide * factor).astype(array.dtype)
 

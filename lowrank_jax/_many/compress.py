@@ -97,9 +97,10 @@ def truncate(node: LowRank, rank: int) -> tuple[LowRank, jax.Array]:
 
 
 def balance(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """a [..., i, r] and b [..., r, o] of the same product, by falling singular values [..., k].
+    """Balance factors a [..., i, r] and b [..., r, o]; return a, b and singular values [..., k].
 
-    k = min(i, r, o). Column j of a and row j of b both have the norm of the root of value j.
+    The product stays, the values descend, and k = min(i, r, o). Column j of a and row j of b have
+    the norm of the root of value j each.
     """
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))

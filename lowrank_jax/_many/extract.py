@@ -141,7 +141,7 @@ def _extract_leaf(
 
 
 def _get_use(path: str, plan: Plan | None) -> Use | None:
-    """What a plan says of a leaf."""
+    """Return the leaf's Use in the plan, or None without a plan."""
     if plan is None:
         return None
     if path not in plan:

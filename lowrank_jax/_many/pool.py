@@ -16,7 +16,7 @@ from lowrank_jax._errors import ConfigError, LowrankError, list_problems
 from lowrank_jax._jax.paths import find_nearest_names
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._many.align import align
-from lowrank_jax._many.fit import fit_into, make_neutral
+from lowrank_jax._many.equalize import fit_into, make_neutral
 from lowrank_jax._many.stack import stack_nodes
 from lowrank_jax._nodes import Full
 
@@ -138,7 +138,7 @@ class Pool:
         return self._names[name]
 
     def _fit(self, nodes: dict[str, Any], what: str) -> dict[str, Any]:
-        """Nodes with the arrays' shapes of the pool, path by path; neutral where there is none."""
+        """Fit an adapter's nodes to the pool's shapes; missing nodes become neutral."""
         out, problems = {}, []
         for path in {**self._like, **nodes}:
             try:

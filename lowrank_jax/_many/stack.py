@@ -15,7 +15,7 @@ from lowrank_jax._errors import ConfigError, LowrankError, TreeError, list_probl
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._many.align import align
-from lowrank_jax._many.fit import equalize
+from lowrank_jax._many.equalize import equalize
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.methods import get_label
 from lowrank_jax._nodes.serialization import list_array_fields
@@ -105,7 +105,7 @@ def select(many: PyTree, index: Any) -> PyTree:
 
 
 def count_adapters(many: PyTree) -> int:
-    """The number of adapters in a stack.
+    """Return the number of adapters in a stack.
 
     Raises:
       TreeError: it is one adapter, or its leaves hold different numbers of them.
@@ -133,12 +133,12 @@ def _first_array(node: LowRank | Full) -> Any:
 
 
 def stack_nodes(nodes: Sequence[LowRank | Full]) -> LowRank | Full:
-    """One node of nodes with equal static fields."""
+    """Stack nodes with equal static fields into one node."""
     return _map_arrays(lambda *arrays: jnp.stack(arrays), nodes)
 
 
 def _map_arrays(fn: Any, nodes: Sequence[Any]) -> Any:
-    """The first node with each of its arrays made by fn of those of all nodes."""
+    """Replace each array of the first node by fn(that array of every node)."""
     made = {
         name: fn(*(getattr(node, name) for node in nodes))
         for name in list_array_fields(nodes[0])

@@ -55,5 +55,5 @@ class Full(Wrapper):
 
 
 def make_full(value: jax.Array, dtype: jax.typing.DTypeLike) -> Full:
-    """Make the node of a leaf of the given dtype that is trained as value."""
+    """Make the node of a leaf of the given dtype whose trained copy is value."""
     return Full(value, "" if value.dtype == dtype else jnp.dtype(dtype).name)

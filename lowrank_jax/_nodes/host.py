@@ -165,6 +165,6 @@ def _count_cores() -> int:
 def allocate_aligned(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> np.ndarray:
     """Allocate an array whose alignment lets JAX use it without a copy; a uint4 takes a byte."""
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
-    room = np.empty(size + _ALIGNED, np.uint8)
-    start = -room.ctypes.data % _ALIGNED
-    return room[start : start + size].view(dtype).reshape(shape)
+    buffer = np.empty(size + _ALIGNED, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNED
+    return buffer[start : start + size].view(dtype).reshape(shape)

@@ -109,7 +109,7 @@ class LowRank(Node):
         """
         # A loop or vmap over a stack axis leaves arrays without it, while the static fields still
         # number the axes of the whole weight. The sizes identify the removed axis: an adapter of
-        # [3, 4, 2, 5] with stack (0, 2) meets [4, 2, 5] without axis 0, where fan_in (1,) becomes
+        # [3, 4, 2, 5] with stack (0, 2) matches [4, 2, 5] without axis 0, where fan_in (1,) becomes
         # (0,), and [3, 4, 5] without axis 2.
         gone = len(self.fan_in) + len(self.fan_out) + len(self.stack) - len(shape)
         if not 0 < gone <= len(self.stack):
@@ -119,8 +119,8 @@ class LowRank(Node):
         if len(found) > 1:
             raise AxesError(
                 f"an adapter with stack axes {self.stack}, fan_in={self.fan_in} and "
-                f"fan_out={self.fan_out} stands at a weight of shape {tuple(shape)}: its sizes do "
-                "not tell which stack axis a loop or vmap took away; put the loop inside the "
+                f"fan_out={self.fan_out} is applied to a weight of shape {tuple(shape)}: its sizes "
+                "do not tell which stack axis a loop or vmap took away; put the loop inside the "
                 "lifted function"
             )
         return next(iter(found.values()), self)
@@ -172,7 +172,7 @@ class LowRank(Node):
         if not 0 <= gone <= len(self.stack):
             raise AxesError(
                 f"an adapter with fan_in={self.fan_in}, fan_out={self.fan_out}, "
-                f"stack={self.stack} stands at a weight of {ndim} axes; a vmapped or stacked "
+                f"stack={self.stack} is applied to a weight of {ndim} axes; a vmapped or stacked "
                 "adapter is to be used under jax.vmap"
             )
         node = self._drop_stack_axes(sorted(self.stack)[:gone]) if gone else self

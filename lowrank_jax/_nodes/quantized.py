@@ -183,7 +183,7 @@ def dequantize_node(node: Quantized) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def _dequantize_node(node: Quantized) -> jax.Array:
-    """Decode the dense leaf in one program; op by op the lookup needs the memory of eight."""
+    """Decode the dense leaf in one program; op by op the lookup needs eight times the memory."""
     blocks = node.decoding(*node.parts)
     if node.order is None:
         return blocks.reshape(node.shape)

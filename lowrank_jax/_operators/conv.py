@@ -43,9 +43,9 @@ def conv(w: LowRankWeight, other: jax.Array, options: Options) -> jax.Array | No
 def _conv(w: LowRankWeight, x: jax.Array, options: Options, groups: int) -> jax.Array | None:
     """Convolve with a kernel whose a has the window and input axes, and b the output axis."""
     numbers = options["dimension_numbers"]
-    out_axis, *taps = numbers.rhs_spec
+    out_axis, *kernel_axes = numbers.rhs_spec
     rank = w.a.shape[w.a_axes.index(RANK)]
-    fan_in = math.prod(w.shape[axis] for axis in taps)
+    fan_in = math.prod(w.shape[axis] for axis in kernel_axes)
     outputs = w.shape[out_axis]
     cheap = fan_in * outputs <= rank * (fan_in * groups + outputs)
     if groups > 1 and cheap and w.key is None:
@@ -72,12 +72,12 @@ def _apply_factors(
     w: LowRankWeight, x: jax.Array, numbers: lax.ConvDimensionNumbers, groups: int, options: Options
 ) -> jax.Array:
     """Convolve with a, then mix channels with b."""
-    out_axis, *taps = numbers.rhs_spec
+    out_axis, *kernel_axes = numbers.rhs_spec
     rank, outputs, dtype = w.a.shape[w.a_axes.index(RANK)], w.shape[out_axis], w.dtype
     sizes = {**dict(enumerate(w.shape)), RANK: rank}
     # a as a kernel [r, in, *window], once per group: [groups * r, in, *window]
-    kernel = arrange(w.a.astype(dtype), w.a_axes, (RANK, *taps), sizes)
-    kernel = jnp.tile(kernel, (groups,) + (1,) * len(taps))
+    kernel = arrange(w.a.astype(dtype), w.a_axes, (RANK, *kernel_axes), sizes)
+    kernel = jnp.tile(kernel, (groups,) + (1,) * len(kernel_axes))
     spec = type(numbers)(numbers.lhs_spec, tuple(range(w.ndim)), numbers.out_spec)
     thin = {**options, "dimension_numbers": spec, "preferred_element_type": None}
     inner = lax.conv_general_dilated(x, kernel, **thin)

@@ -42,7 +42,7 @@ class Event(enum.Enum):
     """An event of one product, reported to `notify`."""
 
     OBSERVED = "its input is all of fan-in"
-    DIFFERENTIATED = "autodiff came by"
+    DIFFERENTIATED = "its input was differentiated"
 
 
 @jax.tree_util.register_dataclass
@@ -181,28 +181,30 @@ class CovarianceProbe(LabeledWeight):
     def conv(self, other: jax.Array, options: Options) -> Any:
         """lax.conv_general_dilated; the tokens are the patches of each group."""
         numbers, groups = options["dimension_numbers"], options["feature_group_count"]
-        _, *taps = numbers.rhs_spec
+        _, *kernel_axes = numbers.rhs_spec
         if options["batch_group_count"] != 1 or self._stack_axes():
             return None
         y = self._apply_to_base("conv", other, options)
-        if not self._is_contracted(taps):
+        if not self._is_contracted(kernel_axes):
             return y
         names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-        window = [self.shape[axis] for axis in taps[1:]]
+        window = [self.shape[axis] for axis in kernel_axes[1:]]
         options = {name: options[name] for name in names if name in options}
 
         def covariance(x: jax.Array, places: jax.Array) -> jax.Array:
             # x [batch, height, width, channels] gives patches whose features are channels * window,
-            # channels first; split into (groups, in, *window), the order of taps, they are tokens
-            # [batch, height, width, groups] with fan-in axes `taps`.
+            # channels first; split into (groups, in, *window), the order of kernel_axes, they are
+            # tokens [batch, height, width, groups] with fan-in axes `kernel_axes`.
             patches = lax.conv_general_dilated_patches(
                 x, window, **options, dimension_numbers=numbers, precision=_EXACT["precision"]
             )
             patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
-            patches = patches.reshape(*patches.shape[:-1], groups, *(self.shape[t] for t in taps))
+            patches = patches.reshape(
+                *patches.shape[:-1], groups, *(self.shape[t] for t in kernel_axes)
+            )
             tokens = tuple(("x", axis) for axis in range(other.ndim))
             return self._sum_outer_products(
-                *self._flatten_fan_in(patches, (*tokens, *taps), places)
+                *self._flatten_fan_in(patches, (*tokens, *kernel_axes), places)
             )
 
         return self._observe(y, covariance, other, self.places)

@@ -85,9 +85,9 @@ def _apply_factors(
         (w.a.astype(w.dtype), w.a_axes),
         (w.b.astype(w.dtype), w.b_axes),
     ]
-    # x [n, in] · a [in, r] · b [r, out] costs n·r·(in + out). With w.T, x [n, out] meets b first
-    # for the same cost, while x·a would be an outer product over n, out, in and r. The count over
-    # labels finds the order, also for stacked and partly contracted weights.
+    # x [n, in] · a [in, r] · b [r, out] costs n·r·(in + out). With w.T, x [n, out] is multiplied
+    # by b first for the same cost, while x·a would be an outer product over n, out, in and r. The
+    # count over labels finds the order, also for stacked and partly contracted weights.
     totals = []
     for (_, first), (_, second) in (factors, factors[::-1]):
         one, left = count_multiplies(sizes, x_labels, first, {*second, *out})
@@ -167,7 +167,7 @@ def _ragged_contract(
     sizes: jax.Array,
     options: Options,
 ) -> tuple[jax.Array, Labels]:
-    """Contract x and y; if y has the axis `group`, group g of x's rows meets its entry g."""
+    """Contract x and y; if y has the axis `group`, group g of x's rows with its entry g."""
     if group not in yl:
         return contract(x, xl, y, yl, keep, **options)
     summed = [label for label in xl if label in yl and label not in keep]

@@ -155,7 +155,7 @@ class QuantizedWeight(Weight):
     # Structural operations
 
     def map_arrays(self, fn: Callable, base_only: bool = False) -> QuantizedWeight | None:
-        """A name or layout of the dense array does not carry over to its blocks: None."""
+        """Return None: a name or layout of the dense array does not apply to its blocks."""
         return self if base_only else None
 
     def transfer_base(self, fn: Callable) -> QuantizedWeight:

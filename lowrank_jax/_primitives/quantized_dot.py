@@ -72,7 +72,7 @@ def quantized_dot(
 def _quantized_dot(
     x: jax.Array, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
 ) -> jax.Array:
-    """Lowering for platforms in general: the barrier ties scales and table to the activation."""
+    """Lower for any platform: the barrier ties scales and table to the activation."""
     codes, *rest = parts
     x, *rest = lax.optimization_barrier((x, *rest))
     return op(x, decode(codes, *rest))

@@ -65,7 +65,7 @@ class Use:
 
     @property
     def linear(self) -> bool:
-        """Whether "all-linear" selects it: used in products, not read by rows, not final."""
+        """Whether "all-linear" selects the leaf: used in products, not read by rows, not final."""
         matrix = self.op in PRODUCTS and bool(self.fan_in) and bool(self.fan_out)
         return matrix and not self.lookup and not self.final
 
@@ -77,7 +77,7 @@ class Use:
 
     @property
     def passed_over(self) -> bool:
-        """Whether "all-linear" skips it because no rule follows how it reaches a product."""
+        """Whether "all-linear" skips the leaf because no rule follows how it reaches a product."""
         return bool(self.reason) and not (self.linear or self.lookup or self.final)
 
 

@@ -242,10 +242,10 @@ def _make_update(leaf: object, update: LowRank | Full | None) -> Any:
 
 @jax.tree_util.register_static
 class ZeroUpdate:
-    """The zero update of a PRNG key, whose dtype has no zero: key + Unchanged() is key.
+    """The zero update of a PRNG key, whose dtype has no zero: key + ZeroUpdate() is key.
 
     >>> key = jax.random.key(0)
-    >>> key + Unchanged() is key
+    >>> key + ZeroUpdate() is key
     True
     """
 

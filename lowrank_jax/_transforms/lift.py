@@ -34,7 +34,7 @@ from lowrank_jax._jax.types import Jaxpr, PyTree
 from lowrank_jax._nodes import Adapted, Full, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.serialization import Node
-from lowrank_jax._nodes.whole import check_node
+from lowrank_jax._nodes.validation import check_node
 from lowrank_jax._operators.dora import as_weight
 from lowrank_jax._operators.low_rank import LowRankWeight
 from lowrank_jax._operators.materialize import materialize
@@ -105,7 +105,7 @@ def _name_leaves(keyed: Sequence[Any]) -> tuple[tuple[str, ...], tuple[int, ...]
 
 @functools.lru_cache(maxsize=1024)
 def _name_treedef_leaves(treedef: Hashable) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Like _name_leaves, cached by the structure, which has plain keys."""
+    """Return what _name_leaves returns, cached by a structure that has plain keys."""
     return _name_leaves(list_keys(treedef))
 
 

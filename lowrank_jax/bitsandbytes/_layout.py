@@ -75,8 +75,8 @@ def _arrange(
     }
     node = jax.eval_shape(lambda leaf: quantize_array(leaf, fan_in, (), **options), leaf)
     codes = from_bnb_bytes(packed, 2 * packed.size)
-    room = scales.size * quant.block_size - codes.size
-    codes = jnp.pad(codes, (0, room), constant_values=get_format(quant.format).zero)
+    padding = scales.size * quant.block_size - codes.size
+    codes = jnp.pad(codes, (0, padding), constant_values=get_format(quant.format).zero)
     order, at = find_block_order(node)
     sizes = [node.scales.shape[place] for place in order]
     codes = codes.reshape(*sizes, quant.block_size)

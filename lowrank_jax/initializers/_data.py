@@ -53,9 +53,9 @@ def check_fan_in(covariance: jax.Array, weight: jax.Array) -> None:
     """Raise unless a covariance is [i, i] for a weight [i, o]."""
     if covariance.shape != (len(weight),) * 2:
         raise ConfigError(
-            f"a covariance of shape {covariance.shape} came for a weight of shape {weight.shape} "
-            f"(fan-in, fan-out): expected {(len(weight),) * 2}, fan-in axes flattened, after the "
-            "stack axes"
+            f"a covariance of shape {covariance.shape} was given for a weight of shape "
+            f"{weight.shape} (fan-in, fan-out): expected {(len(weight),) * 2}, fan-in axes "
+            "flattened, after the stack axes"
         )
 
 

@@ -32,7 +32,7 @@ class LoraGa:
         del key
         if self.gradient.shape != weight.shape:
             raise ConfigError(
-                f"a gradient of shape {self.gradient.shape} came for a weight of shape "
+                f"a gradient of shape {self.gradient.shape} was given for a weight of shape "
                 f"{weight.shape} (fan-in, fan-out): expected the same shape, after the stack axes"
             )
         if 2 * rank > min(weight.shape):

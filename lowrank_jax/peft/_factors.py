@@ -98,7 +98,7 @@ def _take_tied(
             "different axes"
         )
     elif first is None or second is None:
-        matching.check_untied(place, other)
+        matching.check_tied_projection(place, other)
     elif not (
         matching.is_equal(first, b, transposed=True)
         and matching.is_equal(second, a, transposed=True)

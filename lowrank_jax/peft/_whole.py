@@ -55,7 +55,7 @@ def match_whole(matching: Matching, place: Place) -> Callable[[], Full] | None:
     if keys and (other := matching.find_tied(place, layout)):
         copy = matching.take(other, "weight")
         if copy is None:
-            matching.check_untied(place, other)
+            matching.check_tied_projection(place, other)
         elif not matching.is_equal(copy, keys[()], transposed=False):
             matching.problems.append(
                 f"{copy}: differs from {keys[()]}, but {place.path!r} is one leaf"

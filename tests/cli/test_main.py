@@ -260,7 +260,7 @@ def test_an_unknown_table_is_named(capsys):
     with pytest.raises(SystemExit) as left:
         main(["convert", "a", "b", "--names", "lama"])
     assert left.value.code == 2
-    assert "'lama' is none of BERT, GEMMA" in capsys.readouterr().err
+    assert "'lama' is not one of BERT, GEMMA" in capsys.readouterr().err
     assert {"LLAMA", "GPT2", "VIT"} <= set(TABLES)
 
 

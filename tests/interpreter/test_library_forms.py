@@ -1,4 +1,4 @@
-"""Forms in which libraries use their kernels: on codes, nothing is built densely, at any size."""
+"""Forms in which libraries use their kernels: on codes, nothing is materialized, at any size."""
 
 import chex
 import flax.linen as nn

@@ -1,7 +1,7 @@
 """Weights led through structural operations to a product: sliced, joined, indexed, reshaped.
 
 Every test compares the lifted function with the same function on the merged tree: its value, the
-gradient of every factor and the directional derivative, with no weight built densely unless the
+gradient of every factor and the directional derivative, with no weight materialized unless the
 test says so.
 """
 

@@ -1,4 +1,4 @@
-"""Nodes of one leaf made alike: ranks padded, scales and dtypes made equal, the function kept."""
+"""Make nodes of one leaf compatible: pad ranks, equalize scales and dtypes, keep each function."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lowrank_jax._nodes.serialization import list_array_fields
 
 
 def equalize(nodes: Sequence[MaybeNode]) -> list[LowRank | Full]:
-    """The nodes of one leaf with equal static fields and shapes, each the same function as before.
+    """Equalize the static fields and shapes of one leaf's nodes; each stays the same function.
 
     Raises:
-      ConfigError: there are none such.
+      ConfigError: the nodes cannot be made compatible.
     """
     if any(isinstance(node, Full) for node in nodes):
         return _equalize_full(nodes)
@@ -147,11 +147,11 @@ def _with_gains(nodes: list[LowRank]) -> list[LowRank]:
 
 
 def fit_into(node: LowRank, like: LowRank) -> LowRank:
-    """The same adapter with the rank, scale, dtypes and gain of another one of its leaf.
+    """Give an adapter the rank, scale and dtypes of `like`, and a gain if `like` has one.
 
     Raises:
-      ConfigError: it is of another method or leaf, its rank is larger, or it needs a gain that the
-        other does not have.
+      ConfigError: the two are of different methods or leaves, the rank of node is larger, or node
+        needs a gain and `like` has none.
     """
     _refuse_other_kind(like, node)
     if node.rank > like.rank:
@@ -160,7 +160,7 @@ def fit_into(node: LowRank, like: LowRank) -> LowRank:
     node = pad_rank(node, like.rank)
     _refuse_other_shapes(like, node)
     if not like.scale and node.scale:
-        raise ConfigError(f"its scale is {node.scale}, and that of the slots 0")
+        raise ConfigError(f"its scale is {node.scale}, but the slots have scale 0")
     dtypes = {n: getattr(getattr(like, n), "dtype", None) for n in list_array_fields(like)}
     # a narrow b is scaled in float32
     wide = dtypes | {"b": dtypes["b"] and jnp.promote_types(dtypes["b"], jnp.float32)}
@@ -168,10 +168,10 @@ def fit_into(node: LowRank, like: LowRank) -> LowRank:
 
 
 def make_neutral(node: LowRank) -> LowRank:
-    """An adapter of the same shapes that changes nothing.
+    """Make an adapter of the same shapes that changes nothing.
 
     Raises:
-      ConfigError: without the base there is none.
+      ConfigError: a neutral adapter would depend on the base.
     """
     if node.magnitude is not None and not node.folded:
         raise ConfigError(
