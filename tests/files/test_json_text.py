@@ -46,7 +46,7 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     assert read_file(path, 5) == b"12345"
-    with pytest.raises(CheckpointError, match="more than 4 bytes"):
+    with pytest.raises(CheckpointError, match="larger than 4 bytes"):
         read_file(path, 4)
     with pytest.raises(CheckpointError, match="could not be read"):
         read_file(tmp_path / "missing", 4)

@@ -55,7 +55,10 @@ def test_a_format_is_one_entry(name, packing, monkeypatch, tmp_path):
     assert lowrank.report(fn, lowrank.combine(base, lora), x)["w"].format == entry.name
     lowrank.checkpoint.save(tmp_path / "c", lora=lora, config=config, base=base)
     chex.assert_trees_all_equal(lowrank.checkpoint.restore(tmp_path / "c", base=base).lora, lora)
-    with pytest.raises(lowrank.ConfigError, match=f"w is in {entry.name} blocks"):
+    with pytest.raises(
+        lowrank.ConfigError,
+        match=f"w is in format {entry.name!r}, which bitsandbytes does not have",
+    ):
         lowrank.bitsandbytes.to_state_dict(base["w"], "w")
 
 

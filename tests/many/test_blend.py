@@ -145,7 +145,7 @@ LORA = lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)))
     [
         ([LORA, LORA], [1.0], {}, "one number for each of the 2 adapters"),
         ([LORA], [1.0], {"method": "mean"}, "expected one of concat, svd, linear"),
-        ([LORA], [1.0], {"rank": 2}, 'rank is of method "svd"'),
+        ([LORA], [1.0], {"rank": 2}, 'rank applies only to method "svd"'),
         ([LORA], [1.0], {"method": "ties"}, "needs density"),
         ([LORA], [1.0], {"method": "ties", "density": 1.5}, r"in \(0, 1\]"),
         ([LORA], [1.0], {"density": 0.5}, "has no density"),

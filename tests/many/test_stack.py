@@ -81,9 +81,16 @@ BASES = {
 }
 
 
+QUICK = {("ranks and scales", "dense"), ("dora", "nf4"), ("some leaves", "dense")}
+PAIRS = [*((kind, "dense") for kind in KINDS), ("ranks and scales", "nf4"), ("dora", "nf4")]
+
+
+def mark_slow(*values, quick):
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("kind", "base"),
-    [*((kind, "dense") for kind in KINDS), ("ranks and scales", "nf4"), ("dora", "nf4")],
+    ("kind", "base"), [mark_slow(*pair, quick=pair in QUICK) for pair in PAIRS]
 )
 def test_a_stack_is_each_of_its_adapters(kind, base):
     base = BASES[base]()
@@ -121,7 +128,9 @@ def test_lora_stacks_beside_dora_whose_norms_are_folded():
         chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["ranks and scales", "loha", "dora"])
+@pytest.mark.parametrize(
+    "kind", ["ranks and scales", mark_slow("loha", quick=False), mark_slow("dora", quick=False)]
+)
 def test_padding_stays_zero_under_training_and_each_trains_as_if_alone(kind):
     pairs = [make(seed, **options) for seed, options in enumerate(KINDS[kind])]
     base, loras = pairs[0][0], [lora for _, lora in pairs]
