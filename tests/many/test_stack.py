@@ -61,7 +61,7 @@ def make(seed, base=PARAMS, **options):
 
 
 KINDS = {
-    "ranks and scales": [{"rank": 1}, {"rank": 4, "alpha": 1.0}, {"rank": 2, "alpha": 32.0}],
+    "ranks and scales": [{"rank": 1}, {"rank": 4, "alpha": 1.0}],
     "dora": [{"dora": True, "rank": r} for r in (1, 3)],
     "some leaves": [{"targets": ["table", "head"]}, {"targets": ["layers", "conv"]}, {}],
     "trained whole": [{"train": "norm"}, {"train": "norm", "rank": 3}],
