@@ -1,7 +1,8 @@
-"""save: write an adapter in PEFT's format; servable: fold what servers do not support."""
+"""Write an adapter in PEFT's format, as files or arrays, and fold what servers do not support."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.names import Names
 from lowrank_jax.peft._folder import write_folder
 from lowrank_jax.peft._serving import describe_unservable, fold_into
-from lowrank_jax.peft._writing import convert_adapter
+from lowrank_jax.peft._writing import convert_adapter, keep_on_device
 
 
 @check_arguments(CheckpointError)
@@ -91,8 +92,61 @@ def save(
         raise CheckpointError("save does not support programs of several processes")
     if base is not None and original is None:
         _check_base(collect_adapters(lora), base)
-    tensors, text = convert_adapter(lora, config, base, original, plan, names, for_serving)
-    write_folder(Path(directory), text, tensors)
+    contents, text = convert_adapter(lora, config, base, original, plan, names, for_serving)
+    write_folder(Path(directory), text, contents)
+
+
+@check_arguments(CheckpointError)
+def tensors(
+    lora: PyTree,
+    config: LoraConfig,
+    *,
+    base: PyTree = None,
+    original: PyTree = None,
+    plan: Plan | None = None,
+    names: Names = None,
+    ranks: tuple[int, ...] | None = None,
+    for_serving: bool = False,
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Return what save writes, without files: for trainers that update a running server.
+
+    The tensors stay on their devices, and lora may be traced:
+    `jax.jit(lambda lora: tensors(lora, config)[0])` copies nothing to the host.
+
+    Args:
+      lora: the adapter.
+      config: its LoraConfig.
+      base: as for save.
+      original: as for save; base and original must then hold values.
+      plan: as for save.
+      names: as for save.
+      ranks: the ranks that a server takes, for instance (8, 16, 32, 64): factors are padded with
+        zeros to the next of them. None: no padding.
+      for_serving: as for save: one rank and one scale for all modules.
+
+    Returns:
+      (key -> array in PyTorch's layout, the fields of adapter_config.json).
+
+    Raises:
+      CheckpointError: as for save; or a rank is larger than each of ranks.
+      TreeError: base does not fit the adapter, or original does not fit base.
+
+    Source: peft 0.21.2, utils/save_and_load.py and tuners/lora.
+
+    >>> import jax.numpy as jnp, lowrank_jax as lowrank
+    >>> params = {"up": {"kernel": jnp.ones((4, 3))}}
+    >>> config = lowrank.LoraConfig(rank=2, targets="**/kernel")
+    >>> _, lora = lowrank.init(0, params, config)
+    >>> arrays, fields = tensors(lora, config, ranks=(1, 8, 16))
+    >>> arrays["base_model.model.up.lora_A.weight"].shape, fields["r"], fields["lora_alpha"]
+    ((8, 4), 8, 16)
+    """
+    if base is not None and original is None:
+        _check_base(collect_adapters(lora), base)
+    arrays, text = convert_adapter(
+        lora, config, base, original, plan, names, for_serving, ranks, keep_on_device
+    )
+    return arrays, json.loads(text)
 
 
 @check_arguments()

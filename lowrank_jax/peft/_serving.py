@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,6 @@ from lowrank_jax._nodes import Adapted, Full, LowRank, attach_norms
 from lowrank_jax._nodes.methods import get_label
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._operators.materialize import materialize
-from lowrank_jax._trees.fingerprint import to_numpy
 
 
 def describe_unservable(node: LowRank | Full) -> str:
@@ -35,7 +35,9 @@ def fold_into(leaf: jax.Array | Quantized, node: LowRank | Full) -> jax.Array:
     return materialize(Adapted(attach_norms(leaf, node) if with_norms else leaf, node))
 
 
-def unify_factors(nodes: dict[str, Any]) -> dict[str, Any]:
+def unify_factors(
+    nodes: dict[str, LowRank | Full], ranks: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Give all nodes one rank and one scale: pad ranks with zeros, and fold scales into b."""
     if problems := [
         f"{path}: {kind}" for path, node in nodes.items() if (kind := describe_unservable(node))
@@ -44,20 +46,47 @@ def unify_factors(nodes: dict[str, Any]) -> dict[str, Any]:
             "servers read only LoRA factors; lowrank.peft.servable(base, lora) folds the rest into "
             f"the base, or omit for_serving:\n{list_problems(problems)}"
         )
-    if zero := [path for path, node in nodes.items() if not node.scale > 0]:
-        raise CheckpointError(f"{zero[0]!r}: scale {nodes[zero[0]].scale}; PEFT requires alpha > 0")
-    rank, scale = max(n.rank for n in nodes.values()), max(n.scale for n in nodes.values())
-    return {path: _pad_factors(path, node, rank, scale) for path, node in nodes.items()}
+    factors = {path: node for path, node in nodes.items() if isinstance(node, LowRank)}
+    if zero := [path for path, node in factors.items() if not node.scale > 0]:
+        raise CheckpointError(
+            f"{zero[0]!r}: scale {factors[zero[0]].scale}; PEFT requires alpha > 0"
+        )
+    rank = find_rank(max(node.rank for node in factors.values()), ranks)
+    scale = max(node.scale for node in factors.values())
+    return {path: _pad_factors(node, rank, scale) for path, node in factors.items()}
 
 
-def _pad_factors(path: str, node: LowRank, rank: int, scale: float) -> LowRank:
+def pad_to_ranks(nodes: dict[str, LowRank | Full], ranks: Sequence[int]) -> dict[str, Any]:
+    """Pad the factors of each node with zeros to the next of these ranks."""
+    pad = lambda node: _pad_factors(node, find_rank(node.rank, ranks), node.scale)
+    return {path: pad(node) if type(node) is LowRank else node for path, node in nodes.items()}
+
+
+def find_rank(rank: int, ranks: Sequence[int] | None) -> int:
+    """Return the smallest of the ranks that is at least rank; rank itself without ranks.
+
+    >>> find_rank(12, [8, 16, 32]), find_rank(12, None)
+    (16, 12)
+    """
+    if ranks is None:
+        return rank
+    if not (found := [r for r in ranks if r >= rank]):
+        raise CheckpointError(
+            f"rank {rank} is larger than every one of ranks={[*ranks]}: lowrank.compress(lora, "
+            "rank) makes it smaller"
+        )
+    return min(found)
+
+
+def _pad_factors(node: LowRank, rank: int, scale: float) -> LowRank:
     """Return a node of the same product with a larger rank and scale."""
     # node of rank 2 and scale 1, stack axes [layers]; rank 3 and scale 2 are wanted:
     #   a [layers, i, 2] -> [layers, i, 3]              padded on the last axis
     #   b [layers, 2, o] -> [layers, 3, o] * (1 / 2)    padded on the axis after the stack
-    a, b = to_numpy(path, node.a), to_numpy(path, node.b)
+    a, b = node.a, node.b
+    pad = jnp.pad if isinstance(a, jax.Array) else np.pad
     padding, axis = (0, rank - node.rank), len(node.stack)
-    a = np.pad(a, [*[(0, 0)] * (a.ndim - 1), padding])
-    b = np.pad(b, [(0, 0) if i != axis else padding for i in range(b.ndim)])
+    a = pad(a, [*[(0, 0)] * (a.ndim - 1), padding])
+    b = pad(b, [(0, 0) if i != axis else padding for i in range(b.ndim)])
     ratio = b.dtype.type(node.scale / scale)
     return dataclasses.replace(node, a=a, b=b if ratio == 1 else b * ratio, scale=scale)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, LowrankError, TreeError, list_problems
@@ -29,8 +31,10 @@ from lowrank_jax._trees.fingerprint import to_numpy
 from lowrank_jax.names import Names, Parameter
 from lowrank_jax.peft._config import compute_alpha, to_json
 from lowrank_jax.peft._difference import factorize_difference
-from lowrank_jax.peft._serving import unify_factors
+from lowrank_jax.peft._serving import pad_to_ranks, unify_factors
 from lowrank_jax.peft._tensors import MAGNITUDE, PREFIX, TOKENS, find_tied_module, to_tied_factors
+
+Convert = Callable[[str, Any], Any]
 
 
 @dataclasses.dataclass
@@ -41,12 +45,13 @@ class _AdapterContents:
       rslora: whether the scale is alpha / sqrt(rank).
       whole: names, with "{}", of modules whose weight is trained whole.
       bases: path -> frozen leaf, if given.
-      tensors: key -> tensor in torch's layout.
+      tensors: key -> tensor in torch's layout, a NumPy array or what `convert` returns.
       scales: adapted module -> (rank, alpha).
       saved_modules: modules that are saved whole.
       biases: module -> bias, of modules of which only the bias is trained whole.
       tokens: table -> its trained rows.
       conv1d: whether a weight is [in, out] in torch.
+      convert: (path, array) -> the array in the form that the tensors take.
     """
 
     # A leaf "layers/up" [2, 4, 3] of two layers with rank 8, named "layers.{}.up", adds
@@ -58,12 +63,13 @@ class _AdapterContents:
     rslora: bool
     whole: set[str]
     bases: dict[str, Any]
-    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, Any] = dataclasses.field(default_factory=dict)
     scales: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
     saved_modules: set[str] = dataclasses.field(default_factory=set)
     biases: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     conv1d: bool = False
+    convert: Convert = dataclasses.field(default_factory=lambda: to_host)
 
     def add_leaf(self, path: str, node: LowRank | Full, name: Parameter, use: Use | None) -> None:
         """Add one leaf, or raise if PEFT's format cannot represent it."""
@@ -75,7 +81,9 @@ class _AdapterContents:
         self.conv1d |= name.fan_in_fan_out
         if isinstance(node, LowRank):
             return self._add_factors(path, node, name, layout, tied)
-        return self._add_whole(layout.to_weights(_to_host(path, node.weight)), name, layout, tied)
+        return self._add_whole(
+            layout.to_weights(self.convert(path, node.weight)), name, layout, tied
+        )
 
     def _add_whole(
         self, weights: np.ndarray, name: Parameter, layout: TorchLayout, tied: str | None
@@ -100,15 +108,15 @@ class _AdapterContents:
             )
         rows = list(node.rows)
         base = to_numpy(path, as_dense(self.bases[path]))[rows]
-        changed = base.astype(np.float32) + node.scale * _to_host(path, node.b)
+        changed = base.astype(np.float32) + node.scale * self.convert(path, node.b)
         self.tokens[name.module] = rows
         self._add_tensors(name.module, {TOKENS: changed.astype(base.dtype)})
 
     def _add_factors(
         self, path: str, node: LowRank, name: Parameter, layout: TorchLayout, tied: str | None
     ) -> None:
-        a, b = _to_host(path, node.a), _to_host(path, node.b)
-        magnitude = None if node.magnitude is None else _to_host(path, node.magnitude)
+        a, b = self.convert(path, node.a), self.convert(path, node.b)
+        magnitude = None if node.magnitude is None else self.convert(path, node.magnitude)
         alpha = compute_alpha(node.scale, node.rank, self.rslora)
         for index in layout.stack_indices:
             module = fill_indices(name.module, index)
@@ -134,13 +142,19 @@ def convert_adapter(
     plan: Plan | None,
     names: Names,
     for_serving: bool,
-) -> tuple[dict[str, np.ndarray], str]:
+    ranks: Sequence[int] | None = None,
+    convert: Convert | None = None,
+) -> tuple[dict[str, Any], str]:
     """Return the tensors and the configuration of an adapter; one error lists all problems."""
+    # the arguments are those of `save`, the ranks to pad to, and (path, array) -> the array in the
+    # form that the tensors take, to_host by default
     leaves = dict(flatten(lora, is_leaf=lambda x: x is None or is_node(x))[0])
     bases = {} if base is None else dict(flatten(base, is_leaf=is_node)[0])
     nodes = _rebase_nodes(collect_adapters(lora), bases, original)
     if for_serving:
-        nodes = unify_factors(nodes)
+        nodes = unify_factors(nodes, ranks)
+    elif ranks is not None:
+        nodes = pad_to_ranks(nodes, ranks)
     named = resolve_names({**leaves, **bases}, names)
     whole = {
         name.module
@@ -148,7 +162,8 @@ def convert_adapter(
         if isinstance(nodes.get(path), Full) and name.kind != "bias"
     }
     rslora = config.rslora and not for_serving
-    writing, problems = _AdapterContents(rslora, whole, bases), []
+    convert = convert or to_host
+    writing, problems = _AdapterContents(rslora, whole, bases, convert=convert), []
     for path, node in _add_siblings(nodes, named, whole, bases).items():
         try:
             if path not in named:
@@ -236,11 +251,23 @@ def _check_supported(path: str, node: LowRank | Full, name: Parameter) -> None:
         raise CheckpointError(f"{path!r}: PEFT adapts only weights, and names gives {name.key!r}")
 
 
-def _to_host(path: str, value: jax.typing.ArrayLike) -> np.ndarray:
+def to_host(path: str, value: jax.typing.ArrayLike) -> np.ndarray:
+    """Convert a value to a NumPy array of a dtype that the file format has."""
     array = to_numpy(path, value)
-    if array.dtype not in DTYPES.values():
-        raise CheckpointError(f"{path!r} is {array.dtype}, which the file format does not support")
+    _check_dtype(path, array.dtype)
     return array
+
+
+def keep_on_device(path: str, value: jax.typing.ArrayLike) -> jax.Array:
+    """Convert a value to a jax.Array of a dtype that the file format has; it may be traced."""
+    array = jnp.asarray(value)
+    _check_dtype(path, array.dtype)
+    return array
+
+
+def _check_dtype(path: str, dtype: np.dtype) -> None:
+    if dtype not in DTYPES.values():
+        raise CheckpointError(f"{path!r} is {dtype}, which the file format does not support")
 
 
 def _check_base_unmodified(nodes: dict[str, Any]) -> None:
@@ -291,8 +318,8 @@ def _rebase_nodes(nodes: dict[str, Any], bases: dict[str, Any], original: PyTree
             problems.append(str(error))
             continue
         joined = [
-            np.concatenate([_to_host(path, node.a), a], axis=-1),
-            np.concatenate([_to_host(path, node.b), b], axis=len(node.stack)),
+            np.concatenate([to_host(path, node.a), a], axis=-1),
+            np.concatenate([to_host(path, node.b), b], axis=len(node.stack)),
         ]
         relative[path] = dataclasses.replace(node, a=joined[0], b=joined[1])
     if problems:

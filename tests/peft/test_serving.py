@@ -17,6 +17,7 @@ from peft_files import (
     plan_of,
     save,
 )
+from safetensors.numpy import load_file
 
 import lowrank_jax as lowrank
 
@@ -87,3 +88,47 @@ def test_servable_folds_the_rest_into_the_base(quantized, tmp_path):
     save(tmp_path, kept, lowrank.LoraConfig(), names=names, for_serving=True)
     with pytest.raises(lowrank.TreeError, match=r"'down' of shape \(8, 64\), and base no such"):
         lowrank.peft.servable({"up": params["up"]}, {"down": kept["down"]})
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("case", ["rslora-patterns", "dora", "saved"])
+def test_tensors_are_what_save_writes_without_a_copy_to_the_host(case, scan, tmp_path):
+    params, plan = params_of(scan), plan_of(scan)
+    base, lora, config = load(FILES / case, params, plan=plan, names=LLAMA)
+    options = {"base": base, "plan": plan, "names": LLAMA}
+    save(tmp_path, lora, config, **options)
+    fields = None
+
+    @jax.jit
+    def convert(lora):
+        nonlocal fields
+        arrays, fields = lowrank.peft.tensors(lora, config, **options)
+        return arrays
+
+    with jax.transfer_guard_device_to_host("disallow"):
+        arrays = convert(lora)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    chex.assert_trees_all_equal(jax.device_get(arrays), written)
+    assert fields == config_of(tmp_path)
+
+
+@pytest.mark.parametrize("for_serving", [False, True])
+def test_tensors_are_padded_to_the_ranks_of_a_server(for_serving):
+    params, plan = params_of(False), plan_of(False)
+    _, lora, config = load(FILES / "rslora-patterns", params, plan=plan, names=LLAMA)
+    ranks = (1, 8, 16, 32)
+    options = {"ranks": ranks, "for_serving": for_serving, "names": LLAMA}
+    arrays, fields = lowrank.peft.tensors(lora, config, **options)
+    found = {array.shape[0] for key, array in arrays.items() if "lora_A" in key}
+    own = {min(r for r in ranks if r >= node.rank) for node in nodes_of(lora).values()}
+    assert found == ({max(own)} if for_serving else own)
+    assert fields["r"] in own
+    # the padded factors are the same product
+    plain, _ = lowrank.peft.tensors(lora, config, for_serving=for_serving, names=LLAMA)
+    for key in [key for key in arrays if "lora_A" in key]:
+        second = key.replace("lora_A", "lora_B")
+        chex.assert_trees_all_close(
+            arrays[second] @ arrays[key], plain[second] @ plain[key], rtol=1e-5, atol=1e-6
+        )
+    with pytest.raises(lowrank.CheckpointError, match="larger than every one of ranks="):
+        lowrank.peft.tensors(lora, config, names=LLAMA, ranks=(1,))

@@ -134,6 +134,7 @@ class Model:
             },
             "peft.load": lambda: {"directory": self.written["peft"], "params": self.layers},
             "peft.servable": lambda: both,
+            "peft.tensors": lambda: {"lora": self.adapter, "config": self.config},
             "huggingface.load": lambda: {"folder": self.written["hf"], "like": self.layers},
             "huggingface.save": lambda: {"folder": self.place(), "params": self.layers},
             "huggingface.merge": lambda: {
