@@ -115,7 +115,10 @@ def test_a_stack_is_what_init_makes_under_vmap():
     config = lowrank.LoraConfig(rank=2, targets=["conv", "layers"], train="norm")
     init = lambda key: lowrank.init(key, PARAMS, config, plan=PLAN)[1]
     keys = jax.random.split(KEY, 3)
-    chex.assert_trees_all_equal(jax.vmap(init)(keys), lowrank.stack([*map(init, keys)]))
+    # two programs: the same numbers up to rounding
+    many, stacked = jax.vmap(init)(keys), lowrank.stack([*map(init, keys)])
+    chex.assert_trees_all_equal_structs(many, stacked)
+    chex.assert_trees_all_close(many, stacked, rtol=1e-4, atol=1e-7)
 
 
 def test_lora_stacks_beside_dora_whose_norms_are_folded():

@@ -72,7 +72,8 @@ def test_kaiming_bounds_and_independent_stacks():
 
 
 def test_adding_a_target_changes_no_other():
-    config = lowrank.LoraConfig(rank=2, targets="layer/q")
+    # equal targets are one compiled program, so the numbers are equal bit for bit
+    config = lowrank.LoraConfig(rank=2, alpha=3, targets="layer/q")
     _, alone = lowrank.init(jax.random.key(1), params(), config)
     _, together = made()
     chex.assert_trees_all_equal(alone["layer"]["q"].a, together["layer"]["q"].a)
