@@ -69,8 +69,9 @@ def blend(
       key: PRNG key of "dare" and "dare_ties".
 
     Returns:
-      An adapter of scale 1 at each leaf. A leaf trained whole is $\sum_k w_k W_k$, for which the
-      weights must sum to 1. A leaf that only some adapters have takes theirs.
+      An adapter of scale 1 at each leaf, its factors float32 at least. A leaf trained whole is
+      $\sum_k w_k W_k$, for which the weights must sum to 1. A leaf that only some adapters have
+      takes theirs.
 
     Raises:
       ConfigError: an argument is wrong, or a leaf's adapters cannot be blended: DoRA and (IA)^3,
@@ -116,7 +117,7 @@ def _check(
         raise ConfigError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     merge = METHODS[method]
     shape = weights.shape if isinstance(weights, jax.Array) else (len(weights),)
-    if shape != (len(loras),) or not all(number_like.holds(w) for w in weights):
+    if shape != (len(loras),) or not all(map(_is_number, weights)):
         raise ConfigError(
             f"weights is {describe_value(weights)}; expected one number for each of the "
             f"{len(loras)} adapters"
@@ -135,6 +136,11 @@ def _check(
         raise ConfigError(f"method {method!r} {'needs a' if draws else 'has no'} key")
     aligned, unflatten = align(loras)
     return merge and dataclasses.replace(merge, density=density), aligned, unflatten
+
+
+def _is_number(weight: object) -> bool:
+    """Whether a weight is one number, which may be traced."""
+    return number_like.holds(weight) and getattr(weight, "shape", ()) == ()
 
 
 def _blend_leaf(
@@ -166,7 +172,7 @@ def _blend_leaf(
     whole = _concatenate(pairs)
     if method == "concat":
         return whole
-    return truncate(whole, rank or max(node.rank for node in found))[0]
+    return truncate(whole, rank or max(node.rank for node, _ in pairs))[0]
 
 
 def _refuse_other_leaves(nodes: Sequence[LowRank]) -> None:
@@ -184,14 +190,14 @@ def _concatenate(pairs: Sequence[tuple[LowRank, Weight]]) -> LowRank:
     first = pairs[0][0]
     at = len(first.stacked)
     a = jnp.concatenate([_scale_array(node.a, w * node.scale) for node, w in pairs], -1)
-    b = jnp.concatenate([node.b for node, _ in pairs], at)
+    # a copy, so that neither adapter is deleted when the other is donated
+    b = jnp.array(jnp.concatenate([node.b for node, _ in pairs], at), a.dtype, copy=True)
     return dataclasses.replace(first, a=a, b=b, scale=1.0)
 
 
 def _scale_array(array: jax.Array, factor: Weight) -> jax.Array:
-    """Multiply an array by a number, keeping its dtype."""
-    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-    return (wide * factor).astype(array.dtype)
+    """Multiply an array by a number, in float32 at least: the result might overflow float16."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32)) * factor
 
 
 def _blend_full(nodes: Sequence[MaybeNode], weights: Sequence[Weight]) -> Full:
@@ -215,10 +221,11 @@ def _blend_rows(pairs: Sequence[tuple[Rows, Weight]]) -> Rows:
     rows = sorted({row for node, _ in pairs for row in node.rows})
     place = {row: k for k, row in enumerate(rows)}
     first = pairs[0][0]
-    b = jnp.zeros((len(rows), *first.b.shape[1:]), first.b.dtype)
+    dtype = jnp.result_type(jnp.float32, *(node.b.dtype for node, _ in pairs))
+    b = jnp.zeros((len(rows), *first.b.shape[1:]), dtype)
     for node, w in pairs:
         own = jnp.array([place[row] for row in node.rows])
-        b = b.at[own].add(_scale_array(node.b, w * node.scale).astype(b.dtype))
+        b = b.at[own].add(_scale_array(node.b, w * node.scale).astype(dtype))
     return dataclasses.replace(first, b=b, rows=tuple(rows), scale=1.0)
 
 
@@ -248,14 +255,15 @@ class Merge:
             return weighted.sum(0)
         # the majority is of the pruned elements without their weights, as TIES and PEFT have it
         majority = jnp.where(arrays.sum(0) >= 0, 1, -1)
-        agrees = jnp.sign(arrays) == majority
-        return (weighted * agrees).sum(0) / jnp.maximum(agrees.sum(0), 1)
+        agrees = (jnp.sign(arrays) == majority) | jnp.isnan(arrays)
+        return jnp.where(agrees, weighted, 0).sum(0) / jnp.maximum(agrees.sum(0), 1)
 
 
 def keep_largest(arrays: jax.Array, density: float, key: object) -> jax.Array:
     """Zero all but the int(density * size) elements of largest magnitude of each array."""
     flat = arrays.reshape(arrays.shape[0], -1)
-    order = jnp.argsort(-jnp.abs(flat), axis=1)
+    magnitude = jnp.where(jnp.isnan(flat), jnp.inf, jnp.abs(flat))  # NaN is not pruned away
+    order = jnp.argsort(-magnitude, axis=1)
     place = jnp.argsort(order, axis=1)  # of each element, its place in that order
     return jnp.where(place < int(density * flat.shape[1]), flat, 0).reshape(arrays.shape)
 
@@ -287,7 +295,8 @@ def _merge_leaf(
             f'factors of different ranks ({ranks}) do not correspond: use "concat" or "svd"'
         )
     weights = jnp.stack([jnp.asarray(w * node.scale, jnp.float32) for node, w in pairs])
-    root = jnp.sqrt(jnp.abs(weights))
+    # the derivative of a square root at 0 is infinite
+    root = jnp.where(weights == 0, 0, jnp.sqrt(jnp.where(weights == 0, 1, jnp.abs(weights))))
     merged = {}
     for name, own in (("a", jnp.where(weights < 0, -root, root)), ("b", root)):
         arrays = jnp.stack([getattr(node, name) for node, _ in pairs])
@@ -301,5 +310,5 @@ def _merge_leaf(
         if key is not None:
             keys = jax.random.split(jax.random.fold_in(key, name == "b"), layers)
         out = jax.vmap(merge, (0, None, None if keys is None else 0))(wide, own, keys)
-        merged[name] = out.reshape(*stacked, *rest).astype(arrays.dtype)
+        merged[name] = out.reshape(*stacked, *rest)
     return dataclasses.replace(first, **merged, scale=1.0)

@@ -35,6 +35,11 @@ def equalize(nodes: Sequence[MaybeNode]) -> list[LowRank | Full]:
     for node in same[1:]:
         _refuse_other_shapes(same[0], node)
     scale = max((node.scale for node in same), key=abs)
+    if scale and not all(node.scale for node in same):
+        raise ConfigError(
+            f"scales of 0 and of {scale}: with the scale of the other, the adapter of scale 0 "
+            "would be trained"
+        )
     dtypes = {name: _common_dtype(name, same, scale) for name in list_array_fields(same[0])}
     return [_rescale(node, scale, dtypes) for node in same]
 
@@ -156,6 +161,8 @@ def fit_into(node: LowRank, like: LowRank) -> LowRank:
     _refuse_other_kind(like, node)
     if node.rank > like.rank:
         raise ConfigError(f"rank {node.rank} is larger than the {like.rank} of its slots")
+    if node.magnitude is not None and like.magnitude is None:
+        raise ConfigError(f"it is {get_label(node)}, and the slots have no magnitude")
     (node, like) = _with_gains([node, like])
     node = pad_rank(node, like.rank)
     _refuse_other_shapes(like, node)
@@ -164,7 +171,14 @@ def fit_into(node: LowRank, like: LowRank) -> LowRank:
     dtypes = {n: getattr(getattr(like, n), "dtype", None) for n in list_array_fields(like)}
     # a narrow b is scaled in float32
     wide = dtypes | {"b": dtypes["b"] and jnp.promote_types(dtypes["b"], jnp.float32)}
-    return _cast(_rescale(node, like.scale, wide), dtypes)
+    scaled = _rescale(node, like.scale, wide)
+    cast = _cast(scaled, dtypes)
+    if scaled.b is not None and bool((jnp.isinf(cast.b) & ~jnp.isinf(scaled.b)).any()):
+        raise ConfigError(
+            f"its scale is {node.scale} and that of the slots {like.scale}: b times the quotient "
+            f"overflows {dtypes['b']}; make the pool of float32 factors"
+        )
+    return cast
 
 
 def make_neutral(node: LowRank) -> LowRank:

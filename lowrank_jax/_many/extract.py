@@ -29,7 +29,8 @@ def extract(
     difference $W_\text{tuned} - W_\text{base}$: the product of rank r nearest to it.
 
     It runs on the host, leaf by leaf, in float32. A leaf that changed and has no matrix product (a
-    bias, a norm) is kept whole, as a Full node, so that nothing that changed is lost but by rank.
+    bias, a norm; stacked ones are told from matrices by the plan) is kept whole, as a Full node, so
+    that nothing that changed is lost but by rank.
 
     Args:
       base: the frozen tree, which may be quantized: the adapter then makes up for that too.
@@ -67,7 +68,8 @@ def extract(
             continue
         if not jnp.issubdtype(after.dtype, jnp.floating):
             raise TreeError(f"{path!r} changed, and is of {after.dtype}: it cannot be adapted")
-        difference = after.astype(np.float32) - before.astype(np.float32)
+        wide = jnp.promote_types(after.dtype, jnp.float32)
+        difference = (after.astype(wide) - before.astype(wide)).astype(np.float32)
         if not np.isfinite(difference).all():
             raise TreeError(f"{path!r}: the difference has elements that are not finite")
         try:
@@ -109,7 +111,7 @@ def _extract_leaf(
 ) -> tuple[Any, float]:
     """The node of one leaf, and the relative error."""
     use = _get_use(path, plan)
-    no_product = use is not None and not (use.fan_in and use.fan_out) and difference.ndim != 2
+    no_product = use is not None and not (use.fan_in and use.fan_out)
     if difference.ndim < 2 or no_product:
         return init_full(leaf), 0.0
     fan_in, fan_out, stack, kind = resolve_axes(

@@ -13,6 +13,7 @@ import numpy as np
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._checks.fields import check_rank
 from lowrank_jax._errors import ConfigError, LowrankError, list_problems
+from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import find_nearest_names
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._many.align import align
@@ -86,6 +87,8 @@ class Pool:
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(f"the name of an adapter is text, not {name!r}")
+        if any(map(jaxprs.is_tracer, jax.tree.leaves(lora))):
+            raise ConfigError("put is a change of the pool, which no traced function can make")
         aligned, _ = align([self._unflatten(self._like), lora])
         there = {path: pair[1] for path, pair in aligned.items() if pair[1] is not None}
         fitted = self._fit(there, f"adapter {name!r}")

@@ -120,7 +120,9 @@ def count_adapters(many: PyTree) -> int:
                 f"{path!r} holds one {get_label(node)} adapter, not a stack: pass what "
                 "lowrank.stack returns"
             )
-        counts[path] = _first_array(node).shape[0]
+        if not (shape := _first_array(node).shape):
+            raise TreeError(f"{path!r} is one number, not a stack: pass what lowrank.stack returns")
+        counts[path] = shape[0]
     if len({*counts.values()}) > 1:
         sizes = [f"{path}: {count}" for path, count in counts.items()]
         raise TreeError(f"the leaves hold different numbers of adapters:\n{list_problems(sizes)}")
@@ -168,6 +170,8 @@ def _take(array: jax.Array, index: Any, count: int) -> jax.Array:
     """array[index]; NaN for an index outside of [0, count)."""
     if isinstance(index, int):
         return array[index]
+    index = jnp.asarray(index)
+    index = index.astype(jnp.promote_types(index.dtype, jnp.int32))  # int8 cannot hold count
     # JAX counts a negative index from the end: make it one beyond the end
     index = jnp.where(index < 0, count, index)
     return jnp.asarray(array).at[index].get(mode="fill", fill_value=jnp.nan)

@@ -88,5 +88,6 @@ def _pad_factors(node: LowRank, rank: int, scale: float) -> LowRank:
     padding, axis = (0, rank - node.rank), len(node.stack)
     a = pad(a, [*[(0, 0)] * (a.ndim - 1), padding])
     b = pad(b, [(0, 0) if i != axis else padding for i in range(b.ndim)])
-    ratio = b.dtype.type(node.scale / scale)
-    return dataclasses.replace(node, a=a, b=b if ratio == 1 else b * ratio, scale=scale)
+    if node.scale != scale:  # in a narrower dtype the quotient would be lost by rounding
+        b = b.astype(jnp.promote_types(b.dtype, jnp.float32)) * (node.scale / scale)
+    return dataclasses.replace(node, a=a, b=b, scale=scale)

@@ -260,7 +260,7 @@ def to_host(path: str, value: jax.typing.ArrayLike) -> np.ndarray:
 
 def keep_on_device(path: str, value: jax.typing.ArrayLike) -> jax.Array:
     """Convert a value to a jax.Array of a dtype that the file format has; it may be traced."""
-    array = jnp.asarray(value)
+    array = jnp.array(value, copy=True)  # the adapter may be donated, and the tensors stay
     _check_dtype(path, array.dtype)
     return array
 
@@ -317,9 +317,10 @@ def _rebase_nodes(nodes: dict[str, Any], bases: dict[str, Any], original: PyTree
         except CheckpointError as error:
             problems.append(str(error))
             continue
+        xp = jnp if isinstance(node.a, jax.Array) else np
         joined = [
-            np.concatenate([to_host(path, node.a), a], axis=-1),
-            np.concatenate([to_host(path, node.b), b], axis=len(node.stack)),
+            xp.concatenate([node.a, a], axis=-1),
+            xp.concatenate([node.b, b], axis=len(node.stack)),
         ]
         relative[path] = dataclasses.replace(node, a=joined[0], b=joined[1])
     if problems:

@@ -51,7 +51,10 @@ def test_init_takes_a_mapping_and_data_that_is_traced():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (initializers.corda({"w": covariance(6, 6)})["w"], r"shape \(6, 6\) was given for a weight"),
+        (
+            initializers.corda({"w": covariance(6, 6)})["w"],
+            r"shape \(6, 6\) was given for a weight",
+        ),
         (initializers.loftq(NF4, 1, {"w": covariance(6, 6)})["w"], r"expected \(8, 8\)"),
         (initializers.lora_ga({"w": normal(6, 8)})["w"], r"gradient of shape \(6, 8\)"),
         (initializers.lora_ga({"w": normal(8, 8)})["w"], "rank 5 must be at most 4"),

@@ -135,6 +135,32 @@ def test_weights_may_be_traced():
     chex.assert_trees_all_close(delta(traced), delta(blend(WEIGHTS)), rtol=1e-5, atol=1e-6)
 
 
+def test_nothing_is_lost_on_the_way():
+    """NaN is kept, float16 does not overflow, LoHa keeps its rank r * r, no buffer is shared."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+    nan = lowrank.LowRank(draw(4, 2).at[0, 0].set(jnp.nan), draw(2, 3))
+    for method in ("magnitude_prune", "ties"):
+        blended = lowrank.blend([{"w": nan}, {"w": nan}], [0.5, 0.5], method, density=0.5)
+        assert bool(jnp.isnan(blended["w"].a).any())
+    half = lowrank.LowRank(
+        jnp.full((4, 1), 600, jnp.float16), jnp.ones((1, 3), jnp.float16), scale=128.0
+    )
+    blended = lowrank.blend([{"w": half}], [1.0])["w"]
+    np.testing.assert_allclose(delta(blended), 600 * 128)
+    loha = lowrank.LoHa(draw(6, 4), draw(4, 5))
+    exact, truncated = (lowrank.blend([{"w": loha}], [1.0], m)["w"] for m in ("concat", "svd"))
+    np.testing.assert_allclose(delta(exact), delta(truncated), rtol=1e-4, atol=1e-5)
+    node = lowrank.LowRank(draw(4, 2), draw(2, 3))
+    blended = lowrank.blend([{"w": node}], [0.5])
+    jax.jit(lambda x: jax.tree.map(jnp.sin, x), donate_argnums=0)(blended)
+    assert not node.b.is_deleted()
+    slope = jax.grad(lambda w: lowrank.blend([{"w": node}] * 2, [w, 1.0], "linear")["w"].a.sum())(
+        0.0
+    )
+    assert np.isfinite(slope)
+
+
 DORA = lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.ones(3))
 WIDE = lowrank.LowRank(jnp.ones((4, 3)), jnp.ones((3, 3)))
 LORA = lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)))
@@ -144,6 +170,7 @@ LORA = lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)))
     ("nodes", "weights", "options", "message"),
     [
         ([LORA, LORA], [1.0], {}, "one number for each of the 2 adapters"),
+        ([LORA], [jnp.ones(2)], {}, "one number for each of the 1 adapters"),
         ([LORA], [1.0], {"method": "mean"}, "expected one of concat, svd, linear"),
         ([LORA], [1.0], {"rank": 2}, 'rank applies only to method "svd"'),
         ([LORA], [1.0], {"method": "ties"}, "needs density"),

@@ -81,6 +81,15 @@ def test_narrow_leaves_take_the_rank_they_can_have():
     assert errors == {"head": 0.0}
 
 
+def test_stacked_biases_are_kept_whole():
+    fn = lambda p, x: jax.lax.scan(lambda x, l: (x @ l["w"] + l["b"], None), x, p)[0]
+    params = {"w": jnp.ones((3, 5, 5)), "b": jnp.zeros((3, 5))}
+    plan = lowrank.plan(fn, params, jnp.ones((2, 5)))
+    lora, errors = lowrank.extract(params, params | {"b": jnp.eye(3, 5)}, 1, plan=plan)
+    assert errors == {"b": 0.0}
+    assert type(lora["b"]) is lowrank.Full
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

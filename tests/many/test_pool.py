@@ -104,6 +104,17 @@ def test_narrow_factors_are_scaled_in_float32():
     np.testing.assert_array_equal(np.asarray(node.b), exact)
 
 
+BIG = lambda scale, b: {
+    "w": lowrank.LowRank(
+        jnp.ones((8, 2), jnp.float16), jnp.full((2, 6), b, jnp.float16), scale=scale
+    )
+}
+HALF, LARGE = lowrank.pool(BIG(0.05, 0), 1), BIG(64.0, 100)
+FOLDED = lowrank.fold_norms(
+    *lowrank.init(0, PARAMS, lowrank.LoraConfig(rank=2, targets=["w", "v"], dora=True))
+)
+
+
 def test_what_does_not_fit_is_refused_and_nothing_changes():
     pool = lowrank.pool(make(0), slots=1)
     pool.put("one", make(1))
@@ -113,7 +124,10 @@ def test_what_does_not_fit_is_refused_and_nothing_changes():
         (lambda: pool.put("one", make(2, rank=3)), "w: rank 3 is larger than the 2 of its slots"),
         (lambda: pool.put("", make(2)), "the name of an adapter is text"),
         (lambda: pool.put("one", make(2, method="loha", rank=1)), "of different methods"),
-        (lambda: pool.put("one", make(2, dora=True)), "fold its norms first"),
+        (lambda: pool.put("one", make(2, dora=True)), "the slots have no magnitude"),
+        (lambda: pool.put("one", FOLDED), "it is DoRA, and the slots have no magnitude"),
+        (lambda: jax.jit(lambda l: pool.put("one", l))(make(2)), "no traced function can make"),
+        (lambda: HALF.put("one", LARGE), "overflows float16"),
         (lambda: pool.drop("ones"), "adapter 'ones' is not in the pool, which holds 'one'"),
         (lambda: pool.index(["one", "two"]), "adapter 'two' is not in the pool"),
         (lambda: lowrank.pool(make(0, dora=True), 2), "w: it is DoRA.*fold its norms"),

@@ -223,6 +223,16 @@ def test_an_index_outside_is_refused_or_gives_nan():
         lowrank.select(make(0)[1], 0)
 
 
+def test_narrow_integers_index_large_stacks():
+    many = jax.vmap(lambda x: lowrank.LowRank(jnp.full((4, 1), x), jnp.ones((1, 3))))(
+        jnp.arange(200.0)
+    )
+    index = jnp.array([1, 100, 127], jnp.int8)
+    assert lowrank.select({"w": many}, index)["w"].a[:, 0, 0].tolist() == [1, 100, 127]
+    with pytest.raises(lowrank.TreeError, match="is one number, not a stack"):
+        lowrank.select({"g": lowrank.Full(jnp.ones(()))}, 0)
+
+
 def node(rank=2, **options):
     return lowrank.LowRank(jnp.ones((4, rank)), jnp.ones((rank, 3)), **options)
 
@@ -237,6 +247,7 @@ VERA = {"b": jnp.ones(3), "inputs": (4,)}
         ([node(), lowrank.Full(jnp.ones((4, 3)))], "some adapters train it whole"),
         ([node(), node(magnitude=jnp.ones(3))], "fold its norms first"),
         ([node(), node(base_modified=True)], "different base_modified"),
+        ([node(), node(scale=0.0)], "scales of 0 and of 1.0"),
         ([node(), node(fan_in=(1,), fan_out=(0,))], "different fan_in"),
         ([node(), lowrank.LoHa(jnp.ones((4, 2)), jnp.ones((2, 3)))], "of different methods"),
         ([lowrank.Rows(rows=r, **ROWS) for r in ((0, 1), (0, 2))], "would be trained too"),

@@ -132,3 +132,28 @@ def test_tensors_are_padded_to_the_ranks_of_a_server(for_serving):
         )
     with pytest.raises(lowrank.CheckpointError, match="larger than every one of ranks="):
         lowrank.peft.tensors(lora, config, names=LLAMA, ranks=(1,))
+
+
+def test_tensors_outlive_a_donated_adapter_and_keep_narrow_scales():
+    params = {"up": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+    config = lowrank.LoraConfig(rank=2, targets="**/kernel", train="**/bias")
+    _, lora = lowrank.init(0, params, config)
+    arrays, _ = lowrank.peft.tensors(lora, config)
+    jax.jit(lambda x: jax.tree.map(jnp.sin, x), donate_argnums=0)(lora)
+    assert not any(array.is_deleted() for array in arrays.values())
+    b = jax.random.normal(jax.random.key(0), (2, 300)).astype(jnp.bfloat16)
+    node = lambda scale: {"kernel": lowrank.LowRank(jnp.ones((4, 2), jnp.bfloat16), b, scale=scale)}
+    lora = {"one": node(1.0), "two": node(1.002)}
+    arrays, fields = lowrank.peft.tensors(lora, lowrank.LoraConfig(rank=2), for_serving=True)
+    scale = fields["lora_alpha"] / fields["r"]
+    found = scale * arrays["base_model.model.one.lora_B.weight"].astype(jnp.float32)
+    ratio = found / b.T.astype(jnp.float32)
+    chex.assert_trees_all_close(ratio, jnp.ones_like(ratio), rtol=1e-6)
+
+
+def test_tensors_of_an_adapter_that_changed_the_base_may_be_traced():
+    params = {"up": {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}}
+    config = lowrank.LoraConfig(rank=2, targets="**/kernel")
+    base, lora = lowrank.init(0, params, config, initializer="pissa")
+    convert = lambda lora: lowrank.peft.tensors(lora, config, base=base, original=params)[0]
+    chex.assert_trees_all_close(jax.jit(convert)(lora), convert(lora), rtol=1e-6)
