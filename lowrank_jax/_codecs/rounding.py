@@ -15,7 +15,7 @@ def is_narrower(dtype: jax.typing.DTypeLike, other: jax.typing.DTypeLike) -> boo
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Round x to the nearest values of another floating dtype, but keep its own dtype.
 
-    Casting the result to `dtype` is exact. A cast to `dtype` and back is no substitute: XLA may
+    Casting the result to `dtype` is exact. A cast to `dtype` and back does not replace it: XLA may
     drop the pair (xla_allow_excess_precision), and the value stays unrounded.
 
     >>> round_to(jnp.float32([1.001, 1e-6]), "float16")

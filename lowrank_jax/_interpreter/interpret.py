@@ -82,7 +82,7 @@ class Context(Nesting):
         return self.find_line(eqn), "/".join(layers)
 
     def materialize_operand(self, weight: Weight, eqn: Equation) -> Any:
-        """Materialize the smaller weight of a product of two weights, which is no fallback."""
+        """Materialize the smaller weight of a product of two; this does not count as a fallback."""
         for leaf in weight.leaves():
             reason = "a product of two weights builds the smaller"
             self.record(leaf, eqn, "built", reason + leaf.materialize_note)

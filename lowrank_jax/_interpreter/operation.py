@@ -32,7 +32,7 @@ class Operation:
       evaluate: (context, equation, operands) -> results, or None to materialize the weights. At
         least one operand is a weight. Without this rule weights are always materialized.
       survey: (survey, equation, operand values) -> result values.
-      sources: (table, equation) -> for each result its Source, or None if it is no operand.
+      sources: (table, equation) -> for each result its Source, or None if it is not an operand.
 
     >>> Operation("unary").kind
     'unary'

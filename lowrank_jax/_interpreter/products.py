@@ -26,7 +26,7 @@ Out = Sequence[Any] | None
 
 
 def _materialize_smaller(ctx: Context, eqn: Equation, values: list[Any]) -> list[Any]:
-    """Materialize the smaller of two weights; no rule could do without, so it is no fallback."""
+    """Materialize the smaller of two weights; it is not a fallback, as every rule needs it."""
     left, right = values[:2]
     if isinstance(left, Weight) and isinstance(right, Weight):
         if math.prod(left.shape) <= math.prod(right.shape):
@@ -125,7 +125,7 @@ def _survey_product(
     roles: Sequence[OperandAxes | None],
     op: str = "dot",
 ) -> list[Value]:
-    """Survey a product; `roles` has the axes of each operand, None for one that is no weight."""
+    """Survey a product; `roles` has the axes of each operand, None for one that is not a weight."""
     left, right = ins
     fed = max(left.data_rank, right.data_rank) > 0  # whether data takes part
     sizes = [math.prod(equations.get_shape(atom)) for atom in eqn.invars]

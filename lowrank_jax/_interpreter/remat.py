@@ -42,7 +42,7 @@ class QuantizedDotPolicy:
             return self.policy(lax.conv_general_dilated_p, *avals[:2], **dict(op.options))
         if not isinstance(
             op, BlockDot
-        ):  # a ragged product, which is no dot for JAX's policies either
+        ):  # a ragged product, which JAX's policies do not treat as a dot either
             return self.policy(primitive, *avals, **params)
         numbers = (((), ()), ((0,), (0,)) if mapped else op.numbers[1])
         plain = {"precision": None, "preferred_element_type": None, "out_sharding": None}

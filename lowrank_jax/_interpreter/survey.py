@@ -242,7 +242,7 @@ def is_numeric_dtype(dtype: jax.typing.DTypeLike) -> bool:
 
 
 def make_argument_value(aval: jaxprs.ShapedArray) -> Value:
-    """Return the value of a data argument; a scalar, such as a temperature, is no activation."""
+    """Return the value of a data argument; a scalar (a temperature) is not an activation."""
     return Value(data=True, activation=is_numeric_dtype(aval.dtype) and bool(aval.ndim))
 
 

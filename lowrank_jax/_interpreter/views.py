@@ -89,7 +89,7 @@ class View:
         return len(parts | self.summed) > 1
 
     def has_vectors(self) -> bool:
-        """Whether the rows that were looked up are vectors, which are no weights of a product."""
+        """Whether the rows that were looked up are vectors, which are not weights of a product."""
         return len(self.find_axes(range(len(self.shape))) - self.looked_up - self.selected) <= 1
 
     def scale_axes(self, shape: Sequence[int], axes: Iterable[int]) -> View:

@@ -27,7 +27,7 @@ def align(loras: Sequence[PyTree]) -> tuple[dict[str, list[MaybeNode]], Any]:
       from path -> node to a tree like the adapters, with None elsewhere).
 
     Raises:
-      ConfigError: there is no adapter.
+      ConfigError: the list of adapters is empty.
       TreeError: a tree is not an adapter, or the trees are of different models.
     """
     if not loras:

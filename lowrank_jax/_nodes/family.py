@@ -206,7 +206,7 @@ class Rows(LowRank):
 
     @property
     def labels(self) -> tuple[Labels, Labels]:
-        """Labels of a, which is absent, and of b, whose first axis is no axis of the table."""
+        """Labels of a, which is absent, and of b, whose first axis is not an axis of the table."""
         return (None,), (None, *self.fan_out)
 
     @property
