@@ -2,8 +2,8 @@
 
     python benchmarks/loss_curve.py [--draw-only]
 
-The run takes about five minutes on two cores. Its losses are kept in docs/images/finetune.json, from
-which --draw-only draws docs/images/finetune.svg again. Matplotlib is in the extra `notebooks`.
+The run takes about five minutes on two cores. Its losses are kept in docs/images/finetune.json,
+from which --draw-only draws docs/images/finetune.svg again. Matplotlib is in the extra `notebooks`.
 """
 
 import argparse
@@ -27,19 +27,17 @@ TEXTS = {"held out": "The Devil's Dictionary, held out", "other": "Python's docu
 
 
 def run():
-    """Run the main job as it stands; return its losses by step, and of each text before and after."""
+    """Run the main job; return its losses by step, and of each text before and after."""
     with tempfile.TemporaryDirectory() as folder:
         measured = finetune.run(parse(["--out", str(Path(folder) / "adapter")]), Console())
     return {
         "steps": [loss for _, loss in sorted(measured["losses"].items())],
-        "texts": {
-            name: [stage[name] for stage in measured["stages"].values()] for name in TEXTS
-        },
+        "texts": {name: [stage[name] for stage in measured["stages"].values()] for name in TEXTS},
     }
 
 
 def draw(losses, path):
-    """Draw the loss of each step, and two bars for each text, on a background for light and dark."""
+    """Draw the loss of each step, and two bars for each text."""
     mpl.rcParams.update({"svg.hashsalt": "finetune", "font.size": 10, "axes.spines.top": False})
     mpl.rcParams.update({"axes.spines.right": False, "svg.fonttype": "none"})
     figure, (left, right) = plt.subplots(

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import lowrank_jax as lowrank
-
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
