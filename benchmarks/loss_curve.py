@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import finetune  # noqa: E402  found by the line above
 from flags import parse  # noqa: E402
 
+WINDOW = 8  # steps of the mean: a batch is small, and its loss depends on its text
 TEXTS = {"held out": "The Devil's Dictionary, held out", "other": "Python's documentation"}
 
 
@@ -43,17 +45,20 @@ def draw(losses, path):
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 3.2), layout="constrained", width_ratios=[1.4, 1], facecolor="white"
     )
-    steps = range(1, len(losses["steps"]) + 1)
-    left.plot(steps, losses["steps"], color="#1f6feb", linewidth=1.8)
+    steps = np.arange(1, len(losses["steps"]) + 1)
+    left.plot(steps, losses["steps"], color="#9aa4b2", linewidth=1, label="each step")
+    means = np.convolve(losses["steps"], np.ones(WINDOW) / WINDOW, "valid")
+    left.plot(steps[WINDOW - 1 :], means, color="#1f6feb", linewidth=2.2, label="mean of eight")
+    left.legend(frameon=False)
     left.set(xlabel="step", ylabel="loss (nats per token)", title="training batches")
     for place, (name, label) in enumerate(TEXTS.items()):
         before, after = losses["texts"][name]
-        for offset, loss, color in ((0.18, before, "#9aa4b2"), (-0.18, after, "#1f6feb")):
+        for offset, loss, color in ((-0.17, before, "#9aa4b2"), (0.17, after, "#1f6feb")):
             bar = right.barh(place + offset, loss, 0.32, color=color)
             right.bar_label(bar, [f"{loss:.3f}"], padding=3)
-        right.text(0.05, place + 0.42, label, fontsize=9)
+        right.text(0.05, place - 0.38, label, fontsize=9)
     right.set(xlabel="loss (nats per token)", title="before (gray) and after (blue)", yticks=[])
-    right.set(xlim=(0, 1.15 * max(map(max, losses["texts"].values()))), ylim=(1.65, -0.5))
+    right.set(xlim=(0, 1.15 * max(map(max, losses["texts"].values()))), ylim=(1.45, -0.6))
     figure.savefig(path, metadata={"Date": None})
 
 
