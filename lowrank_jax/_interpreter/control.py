@@ -12,9 +12,10 @@ from jax import lax
 from lowrank_jax._interpreter.interpret import Context, interpret
 from lowrank_jax._interpreter.operation import find_forwarded, find_forwarded_operands
 from lowrank_jax._interpreter.remat import QuantizedDotPolicy
-from lowrank_jax._jax import equations, jaxprs
+from lowrank_jax._interpreter.shardings import can_split, constrain_weight
+from lowrank_jax._jax import equations
 from lowrank_jax._jax.equations import Jit, Scan, ShardMap, While
-from lowrank_jax._jax.types import Equation, Jaxpr, PyTree
+from lowrank_jax._jax.types import Equation, Jaxpr
 from lowrank_jax._operators.weight import Weight, expand_path
 
 Out = Sequence[Any] | None
@@ -119,8 +120,7 @@ def _place_results(outs: list[Any], eqn: Equation) -> list[Any]:
     """Apply the out_shardings of a jit to its results."""
     shardings = Jit.of(eqn).out_shardings
     outs = [
-        _constrain_weight(o, s) if _is_weight(o) else o
-        for o, s in zip(outs, shardings, strict=True)
+        constrain_weight(o, s) if _is_weight(o) else o for o, s in zip(outs, shardings, strict=True)
     ]
     plain = lambda i: shardings[i] is not None and hasattr(outs[i], "dtype")
     arrays = [i for i in range(len(outs)) if plain(i) and not _is_weight(outs[i])]
@@ -129,20 +129,6 @@ def _place_results(outs: list[Any], eqn: Equation) -> list[Any]:
     place = jax.jit(lambda *arrays: arrays, out_shardings=tuple(shardings[i] for i in arrays))
     placed = dict(zip(arrays, place(*(outs[i] for i in arrays)), strict=True))
     return [placed.get(i, out) for i, out in enumerate(outs)]
-
-
-def _constrain_weight(weight: Weight, sharding: jax.sharding.Sharding | None) -> Weight:
-    """Constrain the arrays of a weight to its sharding, if its axes divide into whole shards."""
-    kind = jax.sharding.AxisType.Explicit
-    if not isinstance(sharding, jax.NamedSharding) or kind in sharding.mesh.axis_types:
-        return weight
-    found = weight.specs(sharding.spec)
-    if found is None or not _can_split(sharding.mesh, weight, found):
-        return weight
-    split = lambda array, spec: lax.with_sharding_constraint(
-        array, jax.NamedSharding(sharding.mesh, spec)
-    )
-    return weight.reshard(sharding.spec, split) or weight
 
 
 def evaluate_remat(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
@@ -164,7 +150,7 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         if _is_weight(value):
             whole = value.prepare_split(spec)
             found = whole.specs(spec)
-            if found is None or not _can_split(mapping.mesh, whole, found):
+            if found is None or not can_split(mapping.mesh, whole, found):
                 value = ctx.materialize(value, eqn, "it cannot be sharded by this spec")
             else:
                 value, spec = whole, found
@@ -186,18 +172,6 @@ def evaluate_shard_map(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
         return mapped(*operands)
 
     return _reenter(ctx, eqn, parts, call)
-
-
-def _can_split(
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, weight: Weight, specs: PyTree
-) -> bool:
-    """Whether the mesh divides each array of a weight into equal shards of whole blocks."""
-
-    def fits(array: jax.Array, spec: jax.sharding.PartitionSpec) -> bool:
-        pairs = zip(array.shape, spec, strict=False)
-        return all(size % jaxprs.count_shards(mesh, entry) == 0 for size, entry in pairs)
-
-    return jax.tree.all(jax.tree.map(fits, weight, specs))
 
 
 def evaluate_scan(ctx: Context, eqn: Equation, values: list[Any]) -> Out:

@@ -17,6 +17,7 @@ from jax import lax
 
 from lowrank_jax._interpreter.interpret import Context
 from lowrank_jax._interpreter.operation import Operation, OperationTable
+from lowrank_jax._interpreter.shardings import constrain_weight
 from lowrank_jax._interpreter.survey import Survey, Value, clear_if_index, merge_values
 from lowrank_jax._interpreter.views import View
 from lowrank_jax._jax import equations, jaxprs
@@ -263,6 +264,13 @@ def _evaluate_constraint(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     )
 
 
+def _evaluate_sharding_constraint(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
+    """Constrain all arrays of a weight, blocks of a quantized one too, where they can be split."""
+    (weight,) = values
+    constrained = constrain_weight(weight, equations.get_constraint(eqn))
+    return [constrained] if constrained is not weight else _evaluate_constraint(ctx, eqn, values)
+
+
 def _evaluate_device_put(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     """Move the base of a weight to host or device memory."""
     if len(values) > 1:
@@ -323,7 +331,7 @@ STRUCTURAL: dict[str, Operation] = {
     "name": Operation("structural", _evaluate_on_base, _survey_identity),
     "pvary": Operation("structural", _evaluate_on_base, _survey_identity),
     "reduced_vary_cast": Operation("structural", _evaluate_on_base, _survey_identity),
-    "sharding_constraint": Operation("structural", _evaluate_constraint, _survey_identity),
+    "sharding_constraint": Operation("structural", _evaluate_sharding_constraint, _survey_identity),
     "layout_constraint": Operation("structural", _evaluate_constraint, _survey_identity),
     "device_put": Operation("structural", _evaluate_device_put, _survey_identity),
     "reshard": Operation("structural", _evaluate_reshard, _survey_identity),

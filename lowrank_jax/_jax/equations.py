@@ -111,6 +111,11 @@ def get_devices(eqn: Equation) -> Sequence[Any]:
     return eqn.params["devices"]
 
 
+def get_constraint(eqn: Equation) -> Any:
+    """Return the sharding of a sharding_constraint."""
+    return eqn.params["sharding"]
+
+
 def get_new_sharding(eqn: Equation) -> Any:
     """Return the target sharding of a reshard."""
     return eqn.params["dst_sharding"]
