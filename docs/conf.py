@@ -2,21 +2,28 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import lowrank_jax
 
 DOCS = Path(__file__).parent
 NOTEBOOKS = DOCS.parent / "notebooks"
+sys.path.insert(0, str(DOCS / "_extensions"))
 
 project = "lowrank_jax"
 author = "The lowrank_jax authors"
 copyright = author
 version = release = lowrank_jax.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "folding", "mathml"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_title = f"lowrank_jax {version}"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+html_math_renderer = "mathml"
+html_show_copyright = html_show_sphinx = False
 smartquotes = False  # quoted words are values to type
 
 nb_execution_mode = "off"  # outputs are kept in the notebooks
