@@ -1,4 +1,7 @@
-"""The guides of docs/ as programs: their blocks run in order, and print what the page shows."""
+"""The guides of docs/ as programs: their blocks run in order, and print what the page shows.
+
+Run: python tests/support/guides.py docs/sweeps.md ...    (writes what they print into the pages)
+"""
 
 import contextlib
 import dataclasses
@@ -9,58 +12,74 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r"^```(python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-COMMENT = re.compile(r"^print\(.*\)  # (.+)$", re.MULTILINE)
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+COMMENT = re.compile(r"^print\(.*\)  # ([^:\n]+)", re.MULTILINE)
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block of Python, and what the page says that it prints."""
+    """A block of Python of a page.
+
+    Args:
+      code: its text.
+      line: of the page, from 1.
+      end: where the block ends in the page's text.
+      shown: where the text block is that shows what it prints, (start, end); None without one.
+      printed: what the page says it prints, in that block or in comments behind its prints.
+    """
 
     code: str
+    line: int
+    end: int
+    shown: tuple[int, int] | None
     printed: str
 
 
 def read_blocks(text):
-    """The Python blocks of a page.
-
-    What a block prints is in a text block after it, or in comments behind its prints.
-    """
+    """The Python blocks of a page."""
     fences = [*FENCE.finditer(text), None]
     for this, after in zip(fences, fences[1:], strict=False):
         if this[1] == "python":
-            shown = after is not None and after[1] == "text"
+            follows = after is not None and after[1] == "text"
             comments = "".join(f"{line}\n" for line in COMMENT.findall(this[2]))
-            yield Block(this[2], after[2] if shown else comments)
+            shown, printed = (after.span(), after[2]) if follows else (None, comments)
+            line = text.count("\n", 0, this.start(2)) + 1
+            yield Block(this[2], line, this.end(), shown, printed)
+
+
+def run_blocks(name, skip, space):
+    """Run the blocks of docs/NAME in a namespace; yield each with what it prints.
+
+    Blocks with an import of a package in skip are left out.
+    """
+    for block in read_blocks((DOCS / name).read_text()):
+        if not any(re.search(rf"^import {word}$", block.code, re.MULTILINE) for word in skip):
+            out = io.StringIO()
+            padded = "\n" * (block.line - 1) + block.code  # errors name the line of the page
+            with contextlib.redirect_stdout(out):
+                exec(compile(padded, str(DOCS / name), "exec"), space)
+            yield block, out.getvalue()
 
 
 def run_guide(name, skip=()):
-    """Run the blocks of docs/NAME in one namespace; those that hold a word of skip are left out."""
-    space = {}
-    for block in read_blocks((DOCS / name).read_text()):
-        if any(word in block.code for word in skip):
-            continue
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile(block.code, name, "exec"), space)
-        assert_same_text(out.getvalue(), block.printed)
+    """Run docs/NAME, check what it prints, and return its namespace."""
+    space = {"__name__": "__guide__"}
+    for block, came in run_blocks(name, skip, space):
+        assert_same_text(came, block.printed, f"docs/{name}, line {block.line}")
     return space
 
 
-def assert_same_text(came, shown):
-    """Assert that two texts are equal, but for one in the last digit of a decimal number."""
-    assert NUMBER.sub("0", squeeze(came)) == NUMBER.sub("0", squeeze(shown)), came
+def assert_same_text(came, shown, where):
+    """Assert that two texts are equal, but for 1 in the last digit of a decimal number."""
+    words = lambda text: NUMBER.sub("0", text).split()
+    assert words(came) == words(shown), f"{where} prints\n{came}"
     for got, want in zip(NUMBER.findall(came), NUMBER.findall(shown), strict=True):
-        assert abs(float(got) - float(want)) <= last_digit(want) * 1.001, f"{got} for {want}:\n{came}"
-
-
-def squeeze(text):
-    """A text with single spaces: a number may be one digit longer."""
-    return " ".join(text.split())
+        close = abs(float(got) - float(want)) <= 1.001 * last_digit(want)
+        assert close, f"{where}: {got}, and the page says {want}"
 
 
 def last_digit(number):
-    """The place of a number's last digit, 0 for an integer.
+    """The unit of a number's last digit; 0 for an integer, which must be exact.
 
     >>> last_digit("0.25"), last_digit("17"), last_digit("1.5e-06")
     (0.01, 0.0, 1e-07)
@@ -68,30 +87,22 @@ def last_digit(number):
     mantissa, _, exponent = number.partition("e")
     if "." not in mantissa and not exponent:
         return 0.0
-    decimals = len(mantissa.partition(".")[2])
-    return float(f"1e{int(exponent or 0) - decimals}")
+    return float(f"1e{int(exponent or 0) - len(mantissa.partition('.')[2])}")
 
 
-def rewrite_outputs(name):
-    """Run docs/NAME, and put what its blocks print into its text blocks."""
-    page = DOCS / name
-    text = page.read_text()
-    fences, space, pieces, end = [*FENCE.finditer(text), None], {}, [], 0
-    for this, after in zip(fences, fences[1:], strict=False):
-        if this[1] == "text":
-            continue
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile(this[2], name, "exec"), space)
-        shown = after if after is not None and after[1] == "text" else None
-        if out.getvalue() and not COMMENT.search(this[2]):
-            pieces.append(text[end : this.end()])
-            end = this.end() if shown is None else shown.end()
-            between = "\n\n" if shown is None else text[this.end() : shown.start()]
-            pieces.append(f"{between}```text\n{out.getvalue()}```")
-    page.write_text("".join(pieces) + text[end:])
+def write_outputs(name, skip=()):
+    """Run docs/NAME, and write what its blocks print into the page."""
+    text, pieces, end = (DOCS / name).read_text(), [], 0
+    for block, came in run_blocks(name, skip, {"__name__": "__guide__"}):
+        if came and not COMMENT.search(block.code):
+            start, after = block.shown or (block.end, block.end)
+            between = "" if block.shown else "\n\n"
+            pieces += [text[end:start], between, f"```text\n{came}```"]
+            end = after
+    (DOCS / name).write_text("".join(pieces) + text[end:])
 
 
 if __name__ == "__main__":
-    for guide in sys.argv[1:]:
-        rewrite_outputs(guide)
+    sys.path.append(str(DOCS.parent / "examples"))
+    for page in sys.argv[1:]:
+        write_outputs(Path(page).name)
