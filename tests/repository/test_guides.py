@@ -1,12 +1,16 @@
 """The guides run as they are pasted, and print what they show."""
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from guides import DOCS, read_blocks, run_guide
+
+from lowrank_jax.peft._config import DEFAULTS
+from lowrank_jax.peft._parsing import REFUSED
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ELSEWHERE = {"many-adapters.md"}  # tests/many/test_guide.py
@@ -58,3 +62,12 @@ def test_the_llama_of_torch_and_back(empty_folder):
     """Every block, torch's too: what PEFT trains is read here, and what is saved here, by PEFT."""
     skip_without(*TORCH)
     run_guide("llama.md")
+
+
+def test_the_glossary_has_every_field_of_peft():
+    text = (DOCS / "coming-from.md").read_text().split("## Fields of PEFT")[1].split("\n## ")[0]
+    table, _, refused = text.partition("These fields change the function")
+    named = lambda part: set(re.findall(r"`(\w+)`", part))
+    rows = re.findall(r"^\| (.*?) \|", table, flags=re.MULTILINE)
+    assert named(" ".join(rows)) == DEFAULTS.keys() - REFUSED.keys()
+    assert named(refused) - {"peft"} == REFUSED.keys()
