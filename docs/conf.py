@@ -16,7 +16,7 @@ author = "The lowrank_jax authors"
 copyright = author
 version = release = lowrank_jax.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "folding", "mathml"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml", "outputs"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"lowrank_jax {version}"
@@ -24,6 +24,7 @@ html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_math_renderer = "mathml"
 html_show_copyright = html_show_sphinx = False
+html_show_search_summary = False  # summaries are fetched, which browsers forbid on a disk
 smartquotes = False  # quoted words are values to type
 
 nb_execution_mode = "off"  # outputs are kept in the notebooks
