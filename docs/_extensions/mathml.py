@@ -1,4 +1,4 @@
-"""Mathematics as MathML, written when the pages are built: a reader needs no script and no network."""
+"""Mathematics as MathML, written when the pages are built: readers need no script."""
 
 from docutils import nodes
 from latex2mathml.converter import convert

@@ -30,7 +30,7 @@ def skip_without(*packages):
 
 
 def copy_torch_side(folder):
-    """What the torch block of llama.md writes, of the golden Llama: files of PEFT and transformers."""
+    """Copy what the torch block of llama.md writes, as PEFT and transformers wrote it."""
     shutil.copytree(GOLDEN / "huggingface" / "llama", folder / "tiny-llama")
     shutil.copytree(GOLDEN / "peft_files" / "lora", folder / "tiny-adapter")
     with np.load(GOLDEN / "peft_llama" / "base.npz") as base:

@@ -1,4 +1,4 @@
-"""The built pages: no warning, nothing as typed, and all of it right in a browser without a network."""
+"""The built pages: no warning, nothing as typed, and right in a browser without a network."""
 
 import importlib.util
 import re
@@ -96,7 +96,9 @@ def test_search_finds_a_function(site, tab):
     assert not tab.problems
 
 
-@pytest.mark.parametrize(("scheme", "is_right"), [("light", lambda x: x > 200), ("dark", lambda x: x < 50)])
+@pytest.mark.parametrize(
+    ("scheme", "is_right"), [("light", lambda x: x > 200), ("dark", lambda x: x < 50)]
+)
 def test_both_color_schemes_are_readable(site, tab, scheme, is_right):
     tab.resize(WIDTHS[0])
     tab.set_scheme(scheme)

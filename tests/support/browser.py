@@ -44,7 +44,7 @@ class Browser:
     Args:
       read, write: file descriptors of its answers and of its commands.
 
-    `problems` collects errors of the console, uncaught exceptions, and requests that leave the disk.
+    `problems` collects errors of the console, exceptions, and requests that leave the disk.
     """
 
     def __init__(self, read, write):
@@ -160,11 +160,13 @@ def start_browser(chromium, profile):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    os.close(theirs_in), os.close(theirs_out)
+    os.close(theirs_in)
+    os.close(theirs_out)
     try:
         yield Browser(ours_in, ours_out)
     finally:
-        os.close(ours_out), os.close(ours_in)  # Chromium ends with its pipes
+        os.close(ours_out)  # Chromium ends with its pipes
+        os.close(ours_in)
         try:
             process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:

@@ -6,6 +6,7 @@ Run: python tests/support/guides.py docs/sweeps.md ...    (writes what they prin
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -38,11 +39,11 @@ class Block:
 def read_blocks(text):
     """The Python blocks of a page."""
     fences = [*FENCE.finditer(text), None]
-    for this, after in zip(fences, fences[1:], strict=False):
+    for this, after in itertools.pairwise(fences):
         if this[1] == "python":
-            follows = after is not None and after[1] == "text"
-            comments = "".join(f"{line}\n" for line in COMMENT.findall(this[2]))
-            shown, printed = (after.span(), after[2]) if follows else (None, comments)
+            shown, printed = None, "".join(f"{line}\n" for line in COMMENT.findall(this[2]))
+            if after is not None and after[1] == "text":
+                shown, printed = after.span(), after[2]
             line = text.count("\n", 0, this.start(2)) + 1
             yield Block(this[2], line, this.end(), shown, printed)
 
