@@ -8,10 +8,14 @@ LONGEST = 40  # lines of an output that is shown whole
 LABEL = re.compile(r'(xlabel|ylabel|set_title\()=?"([^"]*)"')
 
 
-def is_long_output(node):
-    """Whether a block is printed text (not code) of too many lines."""
-    printed = node.get("language") in ("text", "myst-ansi", "none")
-    return printed and len(node.astext().splitlines()) > LONGEST
+def is_output(block):
+    """Whether a block is printed text, and not code."""
+    return block.get("language") in ("text", "myst-ansi", "none")
+
+
+def is_table(block):
+    """Whether a printed text has columns, which would not survive a line break."""
+    return "\n-----" in block.astext()
 
 
 def fold(block):
@@ -33,8 +37,10 @@ def finish(app, doctree, docname):
     """Fold the long outputs of a page, and describe its plots."""
     if app.builder.format != "html":
         return
-    for block in list(doctree.findall(nodes.literal_block)):
-        if is_long_output(block):
+    for block in filter(is_output, list(doctree.findall(nodes.literal_block))):
+        if not is_table(block):
+            block["classes"].append("wraps")
+        if len(block.astext().splitlines()) > LONGEST:
             fold(block)
     for cell in doctree.findall(nodes.container):
         if "cell" not in cell["classes"]:
