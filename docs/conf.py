@@ -22,6 +22,7 @@ html_theme = "furo"
 html_title = f"lowrank_jax {version}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
+pygments_dark_style = "github-dark"
 html_math_renderer = "mathml"
 html_show_copyright = html_show_sphinx = False
 html_show_search_summary = False  # summaries are fetched, which browsers forbid on a disk
