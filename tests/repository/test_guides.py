@@ -14,13 +14,14 @@ from lowrank_jax.peft._parsing import REFUSED
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ELSEWHERE = {"many-adapters.md"}  # tests/many/test_guide.py
+PAGES = [*DOCS.glob("*.md"), *DOCS.glob("guides/*.md")]
 GUIDES = sorted(
-    page.name
-    for page in DOCS.glob("*.md")
+    page.relative_to(DOCS).as_posix()
+    for page in PAGES
     if page.name not in ELSEWHERE and any(read_blocks(page.read_text()))
 )
 TORCH = ("peft", "torch", "transformers")
-NEEDS = {"nnx.md": ("sklearn",)}  # guide -> packages that the library does not need
+NEEDS = {"guides/nnx.md": ("sklearn",)}  # guide -> packages that the library does not need
 
 
 def skip_without(*packages):
@@ -30,7 +31,7 @@ def skip_without(*packages):
 
 
 def copy_torch_side(folder):
-    """Copy what the torch block of llama.md writes, as PEFT and transformers wrote it."""
+    """Copy what the torch block of guides/huggingface.md writes, as PEFT and transformers wrote it."""
     shutil.copytree(GOLDEN / "huggingface" / "llama", folder / "tiny-llama")
     shutil.copytree(GOLDEN / "peft_files" / "lora", folder / "tiny-adapter")
     with np.load(GOLDEN / "peft_llama" / "base.npz") as base:
@@ -51,7 +52,7 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", GUIDES)
 def test_a_guide_runs_and_prints_what_it_shows(name, empty_folder):
     skip_without(*NEEDS.get(name, ()))
-    if name == "llama.md":
+    if name == "guides/huggingface.md":
         copy_torch_side(empty_folder)
     run_guide(name, skip=TORCH)
 
@@ -61,7 +62,7 @@ def test_a_guide_runs_and_prints_what_it_shows(name, empty_folder):
 def test_the_llama_of_torch_and_back(empty_folder):
     """Every block, torch's too: what PEFT trains is read here, and what is saved here, by PEFT."""
     skip_without(*TORCH)
-    run_guide("llama.md")
+    run_guide("guides/huggingface.md")
 
 
 def test_the_glossary_has_every_field_of_peft():

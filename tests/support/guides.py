@@ -1,6 +1,6 @@
 """The guides of docs/ as programs: their blocks run in order, and print what the page shows.
 
-Run: python tests/support/guides.py docs/sweeps.md ...    (writes what they print into the pages)
+Run: python tests/support/guides.py docs/guides/sweeps.md ...    (writes what they print into the pages)
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def read_blocks(text):
 
 
 def run_blocks(name, skip, space):
-    """Run the blocks of docs/NAME in a namespace; yield each with what it prints.
+    """Run the blocks of a page in a namespace; yield each with what it prints.
 
     Blocks with an import of a package in skip are left out.
     """
@@ -106,4 +106,4 @@ def write_outputs(name, skip=()):
 if __name__ == "__main__":
     sys.path.append(str(DOCS.parent / "examples"))
     for page in sys.argv[1:]:
-        write_outputs(Path(page).name)
+        write_outputs(Path(page).resolve().relative_to(DOCS).as_posix())
