@@ -17,6 +17,8 @@ from lowrank_jax._errors import PatternError as PatternError
 from lowrank_jax._errors import PlanWarning as PlanWarning
 from lowrank_jax._errors import StateError as StateError
 from lowrank_jax._errors import TreeError as TreeError
+from lowrank_jax._estimate.estimate import Estimate as Estimate
+from lowrank_jax._estimate.estimate import estimate as estimate
 from lowrank_jax._interpreter.interpret import Record as Record
 from lowrank_jax._interpreter.remat import checkpoint_policy as checkpoint_policy
 from lowrank_jax._many.blend import blend as blend

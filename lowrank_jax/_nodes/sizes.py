@@ -36,10 +36,18 @@ def count_bytes(leaf: jax.Array) -> int:
 
 def count_device_bytes(leaf: jax.Array) -> int:
     """Count bytes of the largest shard; an array without a sharding is one shard."""
+    return _count_bytes_of_shape(leaf, _get_shard_shape(leaf))
+
+
+def count_packed_bytes(leaf: jax.Array) -> int:
+    """Count bytes of the largest shard as XLA's figures do, which pack all 4-bit integers."""
+    count = math.prod(_get_shard_shape(leaf))
+    return (count + 1) // 2 if _is_of_4_bits(leaf) else count * leaf.dtype.itemsize
+
+
+def _get_shard_shape(leaf: jax.Array) -> tuple[int, ...]:
     sharding = getattr(leaf, "sharding", None)
-    return _count_bytes_of_shape(
-        leaf, leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    )
+    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def _count_bytes_of_shape(leaf: jax.Array, shape: tuple[int, ...]) -> int:
@@ -48,9 +56,13 @@ def _count_bytes_of_shape(leaf: jax.Array, shape: tuple[int, ...]) -> int:
     return (count + 1) // 2 if _is_packed(leaf) else count * leaf.dtype.itemsize
 
 
+def _is_of_4_bits(leaf: jax.Array) -> bool:
+    return leaf.dtype.name in ("uint4", "int4")
+
+
 def _is_packed(leaf: jax.Array) -> bool:
     """Whether the array is of 4-bit integers, on devices (or the default one) that pack them."""
-    if leaf.dtype.name not in ("uint4", "int4"):
+    if not _is_of_4_bits(leaf):
         return False
     devices = getattr(getattr(leaf, "sharding", None), "device_set", None)
     platforms = {device.platform for device in devices} if devices else {jax.default_backend()}

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 TOGETHER = 20  # programs compiled as one
 
 
-@pytest.mark.parametrize("first", range(0, 200, TOGETHER))
+@pytest.mark.parametrize("first", range(0, 100, TOGETHER))
 def test_lifted_programs_are_the_dense_ones(first, monkeypatch):
     monkeypatch.setattr(_codecs.formats, "BLOCK_SIZES", (2, 32, 64))
     verdicts = judge(range(first, first + TOGETHER), TOGETHER, short=True)

@@ -11,6 +11,8 @@ import pytest
 import lowrank_jax as lowrank
 from lowrank_jax._many import blend as module
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 with np.load(Path(__file__).parents[1] / "golden" / "peft_blend.npz", allow_pickle=False) as file:
     GOLDEN = dict(file)
 ALPHAS, WEIGHTS, DENSITY, RANK = (8, 2, 5), (0.7, -0.4, 1.3), 0.6, 4

@@ -8,6 +8,8 @@ import pytest
 
 import lowrank_jax as lowrank
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def model(params, x):
     y = jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), x + params["bias"], params["layers"])[0]

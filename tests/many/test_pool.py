@@ -8,6 +8,8 @@ import pytest
 
 import lowrank_jax as lowrank
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (8, 6)), "v": jnp.ones((6, 4))}
 LIFTED = lowrank.lift(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"])
 X = jax.random.normal(jax.random.key(1), (5, 8))

@@ -11,6 +11,8 @@ import pytest
 
 import lowrank_jax as lowrank
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 KEY = jax.random.key(0)
 
 

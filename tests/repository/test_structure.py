@@ -25,7 +25,7 @@ LAYERS = [
     {"_checks", "_codecs", "_jax"},
     {"_primitives", "names"},
     {"_nodes"},
-    {"_files", "_operators", "_targeting", "_training"},
+    {"_estimate", "_files", "_operators", "_targeting", "_training"},
     {"_interpreter", "bitsandbytes", "initializers"},
     {"_transforms", "_trees"},
     {"_many", "checkpoint", "peft"},

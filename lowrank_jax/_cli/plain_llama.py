@@ -1,0 +1,155 @@
+"""A plain Llama of the sizes of a config.json, scanned over its layers, for estimates of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax._errors import ConfigError
+from lowrank_jax._files.json_text import read_json_object
+from lowrank_jax._jax.paths import find_nearest_names
+
+_CONFIG_LIMIT = 1_000_000  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of a Llama, by the names of a config.json.
+
+    >>> MODELS["llama-3-8b"].head_dim
+    128
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool = False
+
+
+MODELS = {
+    "smollm2-135m": Sizes(49152, 576, 1536, 30, 9, 3, 64, True),
+    "llama-3.2-1b": Sizes(128256, 2048, 8192, 16, 32, 8, 64, True),
+    "llama-3.2-3b": Sizes(128256, 3072, 8192, 28, 24, 8, 128, True),
+    "llama-2-7b": Sizes(32000, 4096, 11008, 32, 32, 32, 128),
+    "llama-3-8b": Sizes(128256, 4096, 14336, 32, 32, 8, 128),
+    "llama-2-13b": Sizes(32000, 5120, 13824, 40, 40, 40, 128),
+    "llama-65b": Sizes(32000, 8192, 22016, 80, 64, 64, 128),
+    "llama-2-70b": Sizes(32000, 8192, 28672, 80, 64, 8, 128),
+    "llama-3-70b": Sizes(128256, 8192, 28672, 80, 64, 8, 128),
+    "llama-3.1-405b": Sizes(128256, 16384, 53248, 126, 128, 8, 128),
+}
+
+
+def read_sizes(like: str) -> Sizes:
+    """Return the sizes of a named model, or of the config.json of a folder.
+
+    Raises:
+      ConfigError: there is no such model or folder, or a size is missing or not a positive integer.
+    """
+    if like in MODELS:
+        return MODELS[like]
+    path = Path(like)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        near = find_nearest_names(like, MODELS, 1)
+        raise ConfigError(
+            f"--like {like}: neither a folder with a config.json nor one of {', '.join(MODELS)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return _parse_sizes(read_json_object(file, _CONFIG_LIMIT), file)
+
+
+def _parse_sizes(fields: Mapping[str, Any], file: Path) -> Sizes:
+    """Read the sizes of a config.json; a missing number of key-value heads is that of heads."""
+    heads = fields.get("num_attention_heads")
+    found = {"num_key_value_heads": heads, "tie_word_embeddings": False, **fields}
+    if "head_dim" not in found and _is_size(heads) and _is_size(found.get("hidden_size")):
+        found["head_dim"] = found["hidden_size"] // heads
+    sizes = {field.name: found.get(field.name) for field in dataclasses.fields(Sizes)}
+    for name, value in sizes.items():
+        if name != "tie_word_embeddings" and not _is_size(value):
+            raise ConfigError(
+                f"{file}: {name} is {value!r}; expected a positive integer, as in a Llama's config"
+            )
+    return Sizes(**sizes)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def make_shapes(sizes: Sizes, dtype: Any) -> dict[str, Any]:
+    """Return the parameters as jax.ShapeDtypeStruct, layers stacked along a leading axis."""
+    d, h, layers = sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers
+    heads, groups, k = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
+    shapes: dict[str, Any] = {
+        "embed_tokens": (sizes.vocab_size, d),
+        "norm": (d,),
+        "layers": {
+            "q_proj": (layers, d, heads * k),
+            "k_proj": (layers, d, groups * k),
+            "v_proj": (layers, d, groups * k),
+            "o_proj": (layers, heads * k, d),
+            "gate_proj": (layers, d, h),
+            "up_proj": (layers, d, h),
+            "down_proj": (layers, h, d),
+            "input_layernorm": (layers, d),
+            "post_attention_layernorm": (layers, d),
+        },
+    }
+    if not sizes.tie_word_embeddings:
+        shapes["lm_head"] = (d, sizes.vocab_size)
+    to_struct = lambda shape: jax.ShapeDtypeStruct(shape, dtype)
+    return jax.tree.map(to_struct, shapes, is_leaf=lambda value: isinstance(value, tuple))
+
+
+def make_model(sizes: Sizes, *, remat: bool) -> Any:
+    """Return apply(params, tokens [b, t]) -> logits [b, t, vocabulary]."""
+
+    def layer(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        x = x + _attend(_normalize(x, w["input_layernorm"]), w, sizes)
+        y = _normalize(x, w["post_attention_layernorm"])
+        return x + (jax.nn.silu(y @ w["gate_proj"]) * (y @ w["up_proj"])) @ w["down_proj"], None
+
+    body = jax.checkpoint(layer) if remat else layer
+
+    def apply(params: Any, tokens: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(body, params["embed_tokens"][tokens], params["layers"])
+        x = _normalize(x, params["norm"])
+        tied = "lm_head" not in params
+        return x @ (params["embed_tokens"].T if tied else params["lm_head"])
+
+    return apply
+
+
+def _normalize(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """RMS norm, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5)
+    return y.astype(x.dtype) * weight
+
+
+def _attend(x: jax.Array, w: dict[str, jax.Array], sizes: Sizes) -> jax.Array:
+    """Causal attention with rotary positions; key-value heads serve groups of query heads."""
+    split = lambda y: y.reshape(*x.shape[:-1], -1, sizes.head_dim)  # [b, t, heads, k]
+    q, k, v = (split(x @ w[name]) for name in ("q_proj", "k_proj", "v_proj"))
+    out = jax.nn.dot_product_attention(_rotate(q), _rotate(k), v, is_causal=True)
+    return out.reshape(*x.shape[:-1], -1) @ w["o_proj"]
+
+
+def _rotate(x: jax.Array) -> jax.Array:
+    """Rotary positions of x [b, t, heads, k]."""
+    half = x.shape[-1] // 2
+    angles = jnp.arange(x.shape[1])[:, None] * 500_000.0 ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # [t, 1, k / 2]
+    left, right = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)

@@ -1,0 +1,1 @@
+"""The memory of a step before it runs, as the compiler assigns it."""
