@@ -31,7 +31,7 @@ def skip_without(*packages):
 
 
 def copy_torch_side(folder):
-    """Copy what the torch block of guides/huggingface.md writes, as PEFT and transformers wrote it."""
+    """Write what the torch block of huggingface.md does, as PEFT and transformers wrote it."""
     shutil.copytree(GOLDEN / "huggingface" / "llama", folder / "tiny-llama")
     shutil.copytree(GOLDEN / "peft_files" / "lora", folder / "tiny-adapter")
     with np.load(GOLDEN / "peft_llama" / "base.npz") as base:

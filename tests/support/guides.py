@@ -1,6 +1,6 @@
 """The guides of docs/ as programs: their blocks run in order, and print what the page shows.
 
-Run: python tests/support/guides.py docs/guides/sweeps.md ...    (writes what they print into the pages)
+Run: python tests/support/guides.py docs/guides/sweeps.md    (writes what it prints into the page)
 """
 
 import contextlib
