@@ -16,7 +16,7 @@ author = "The lowrank_jax authors"
 copyright = author
 version = release = lowrank_jax.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "links", "mathml", "outputs"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "breaks", "links", "mathml", "outputs"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"lowrank_jax {version}"
