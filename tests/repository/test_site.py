@@ -1,9 +1,11 @@
 """The built pages: no warning, nothing as typed, and right in a browser without a network."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,25 @@ def test_pages_build_without_a_warning(site):
         assert "$" not in text, f"{page.stem}: mathematics as typed"
         assert "Args:" not in text, f"{page.stem}: a section as typed"
         assert "Source:" not in text, f"{page.stem}: a section as typed"
+
+
+def test_names_in_the_text_lead_to_the_api(site):
+    text = (site / "guides" / "serving.html").read_text()
+    assert 'href="../api/peft.html#lowrank_jax.peft.servable"' in text  # `peft.servable`
+
+
+def test_long_outputs_are_folded(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_extensions"))
+    nodes = pytest.importorskip("docutils.nodes")
+    outputs = importlib.import_module("outputs")
+    page = nodes.section()
+    for language, lines in (("text", 60), ("text", 5), ("python", 60)):
+        text = "\n".join(map(str, range(lines)))
+        page += nodes.literal_block(text, text, language=language)
+    outputs.finish(types.SimpleNamespace(builder=types.SimpleNamespace(format="html")), page, "")
+    folds = [node.astext() for node in page.findall(nodes.raw)]
+    assert folds == ['<details class="output"><summary>Output, 60 lines</summary>', "</details>"]
+    assert len(list(page.findall(nodes.literal_block))) == 3
 
 
 def test_every_page_is_right_on_a_desktop_and_on_a_phone(site, tab):
