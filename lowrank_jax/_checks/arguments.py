@@ -252,6 +252,28 @@ def _is_factor_scale(value: Any) -> bool:
     return is_scalar(value) and (hasattr(value, "shape") or value > 0)
 
 
+def _is_axis_rules(value: object) -> bool:
+    """Whether a value maps names to a name, several, or None; or is None."""
+    if value is None:
+        return True
+    pairs = value.items() if isinstance(value, Mapping) else value
+    if not isinstance(pairs, collections.abc.ItemsView | tuple | list):
+        return False
+    is_axes = lambda axes: (
+        axes is None
+        or all(
+            isinstance(axis, str) for axis in (axes if isinstance(axes, tuple | list) else (axes,))
+        )
+    )
+    return all(
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and is_axes(pair[1])
+        for pair in pairs
+    )
+
+
 def _is_tree_of_arrays(value: object) -> bool:
     """Whether a value is a container or an array."""
     if value is None or not jax.tree_util.all_leaves([value]):
@@ -322,6 +344,9 @@ floating_dtype = Validator(_is_floating_dtype, "a floating dtype")
 integers = Validator(
     lambda value: isinstance(value, tuple | list) and all(map(is_integer, value)),
     "a tuple of integers",
+)
+axis_rules = Validator(
+    _is_axis_rules, "a mapping of logical axis to mesh axis, or pairs of them, or None"
 )
 texts = Validator(
     lambda value: isinstance(value, tuple | list) and all(isinstance(i, str) for i in value),

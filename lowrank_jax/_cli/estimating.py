@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax._cli.plain_llama import MODELS, make_model, make_shapes, read_sizes
+from lowrank_jax._codecs.packing import PACKINGS
 from lowrank_jax._estimate.chips import CHIPS
 from lowrank_jax._estimate.estimate import Estimate, estimate
 from lowrank_jax._targeting.configs import LoraConfig, QuantConfig
@@ -30,6 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--like", required=True, metavar="MODEL", help=what)
     add("--chip", choices=sorted(CHIPS), help="compile for it; the default is this machine")
     add("--quantize", choices=("nf4", "fp4", "int8", "none"), default="none")
+    add("--packing", choices=PACKINGS, default="uint4", help="of codes of 4 bits; on a CPU, uint8")
     add("--rank", type=int, default=16)
     add("--dora", action="store_true")
     add("--batch", type=int, default=1, help="sequences in a step")
@@ -47,7 +49,7 @@ def estimate_llama(options: argparse.Namespace) -> Estimate:
     tokens = jax.ShapeDtypeStruct((options.batch, options.tokens), jnp.int32)
     found = plan(apply, params, tokens)
     if options.quantize != "none":
-        quant = QuantConfig(format=options.quantize, double_quant=options.quantize != "int8")
+        quant = QuantConfig(format=options.quantize, packing=options.packing)
         params = jax.eval_shape(lambda params: quantize(params, quant, plan=found), params)
     config = LoraConfig(rank=options.rank, dora=options.dora)
     start = lambda params: init(jax.random.key(0), params, config, plan=found)

@@ -74,7 +74,8 @@ def _parse_sizes(fields: Mapping[str, Any], file: Path) -> Sizes:
     found = {"num_key_value_heads": heads, "tie_word_embeddings": False, **fields}
     if "head_dim" not in found and _is_size(heads) and _is_size(found.get("hidden_size")):
         found["head_dim"] = found["hidden_size"] // heads
-    sizes = {field.name: found.get(field.name) for field in dataclasses.fields(Sizes)}
+    names = [field.name for field in dataclasses.fields(Sizes)]
+    sizes: dict[str, Any] = {name: found.get(name) for name in names}
     for name, value in sizes.items():
         if name != "tie_word_embeddings" and not _is_size(value):
             raise ConfigError(

@@ -134,9 +134,9 @@ def estimate(
       An Estimate, in bytes on each device. str(), rich and notebooks show it as a table.
 
     Raises:
-      ConfigError: the target is unknown, has no compiler here, or comes in no slice of as many
-        chips as the shardings use; the step is jitted and donate is given; or the step holds
-        devices of this machine.
+      ConfigError: donate names an argument that is not there, or the step is jitted and donate is
+        given; the target is unknown, has no compiler here, or comes in no slice of as many chips
+        as the shardings use; or the step holds devices of this machine.
 
     >>> import jax, jax.numpy as jnp
     >>> step = lambda params, x: jnp.tanh(x @ params["w"]).sum()
@@ -145,10 +145,16 @@ def estimate(
     >>> found.groups["base"], found.arguments
     (262144, 270336)
     """
+    numbers = (donate,) if isinstance(donate, int) else tuple(donate)
+    if missing := [number for number in numbers if number not in range(len(args))]:
+        raise ConfigError(
+            f"donate names the argument {missing[0]}, but step is given {len(args)} arguments, "
+            "numbered from 0"
+        )
     jitted = step
     if not isinstance(step, jax.stages.Wrapped):
-        jitted = jax.jit(step, donate_argnums=donate)
-    elif donate != ():
+        jitted = jax.jit(step, donate_argnums=numbers)
+    elif numbers:
         raise ConfigError(
             "step is jitted already, and says itself what it donates: leave out donate, or pass "
             "the function without jax.jit"
@@ -166,7 +172,7 @@ def estimate(
         sizes = _read_exhausted(error, sum(bytes_of))
     else:
         sizes = _read_sizes(compiled, placed)
-    groups = dict.fromkeys((*GROUPS, "padding"), 0)
+    groups: dict[str, int] = dict.fromkeys((*GROUPS, "padding"), 0)
     for size, group in zip(bytes_of, group_arguments(placed), strict=True):
         groups[group] += size
     groups["padding"] = _count_padding(sizes, leaves)
@@ -227,7 +233,8 @@ def _read_sizes(compiled: Any, args: Sequence[Any]) -> _Sizes:
 
 def _read_exhausted(error: Exception, held: int) -> _Sizes:
     """Read the total from the message of a compiler that refuses a program larger than memory."""
-    match = re.search(r"Used ([\d.]+)([KMG]) of", str(error))
+    # "Used 17.96G of 15.75G hbm", or "the total memory required ... (17.96G) exceeds available HBM"
+    match = re.search(r"(?:Used |\()([\d.]+)([KMG])(?: of|\) exceeds)", str(error))
     if match is None:
         raise error
     total = int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._estimate.chips import Chip, make_devices
@@ -20,7 +19,7 @@ def count_devices(args: Sequence[Any]) -> int:
 
 def _count_sharding(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, jax.sharding.NamedSharding):
         return sharding.mesh.size
     return 1 if sharding is None else len(sharding.device_set)
 
@@ -40,20 +39,21 @@ def place_on_chips(args: Sequence[Any], chip: Chip) -> tuple[Any, ...]:
         if not hasattr(leaf, "dtype"):
             return leaf
         own = getattr(leaf, "sharding", None)
-        spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
+        is_named = isinstance(own, jax.sharding.NamedSharding)
+        spec = own.spec if is_named else jax.sharding.PartitionSpec()
         weak = getattr(leaf, "weak_type", False)
-        sharding = NamedSharding(mesh, spec)
+        sharding = jax.sharding.NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak)
 
     return tuple(jax.tree.map(place, arg) for arg in args)
 
 
-def _make_mesh(args: Sequence[Any], chip: Chip) -> Mesh:
+def _make_mesh(args: Sequence[Any], chip: Chip) -> jax.sharding.Mesh:
     """Make a mesh of the chip's devices, shaped like the one mesh of the arguments."""
     found = {}
     for path, leaf in jax.tree.leaves_with_path(args):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding):
+        if isinstance(sharding, jax.sharding.NamedSharding):
             mesh = sharding.mesh
             found.setdefault((mesh.axis_names, mesh.axis_sizes, mesh.axis_types), path)
         elif sharding is not None and len(sharding.device_set) > 1:
@@ -67,4 +67,4 @@ def _make_mesh(args: Sequence[Any], chip: Chip) -> Mesh:
         raise ConfigError(f"the arguments are on different meshes ({meshes}): use one")
     names, sizes, types = next(iter(found), (("device",), (1,), None))
     devices = np.array(make_devices(chip, int(np.prod(sizes)))).reshape(sizes)
-    return Mesh(devices, names, axis_types=types)
+    return jax.sharding.Mesh(devices, names, axis_types=types)

@@ -44,7 +44,7 @@ def flatten_with_keys(
     if has_plain_keys(treedef):
         return [*zip(list_keys(treedef), leaves, strict=True)], treedef
     keyed, treedef = flatten_checked(jax.tree_util.tree_flatten_with_path, tree, is_leaf)
-    wrappers = _find_wrappers()
+    wrappers = find_wrappers()
     if wrappers and any(_is_value(key) for keys, _ in keyed for key in keys):
         keyed = list(_iterate_unwrapped((), tree, is_leaf or (lambda _: False), wrappers))
     return keyed, treedef
@@ -108,7 +108,7 @@ def _check_unique(paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _find_wrappers() -> tuple[type, ...]:
+def find_wrappers() -> tuple[type, ...]:
     """Return the wrapper classes of Flax, or () if it is not imported."""
     of = lambda module, name: vars(sys.modules.get(module) or object).get(name)
     named = [

@@ -10,7 +10,7 @@ import jax
 from jax import NamedSharding
 from jax import P as PartitionSpec
 
-from lowrank_jax._checks.arguments import check_arguments
+from lowrank_jax._checks.arguments import axis_rules, check_arguments
 from lowrank_jax._errors import TreeError, list_problems
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
@@ -18,12 +18,11 @@ from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._primitives.contract import RANK, labeled_spec
+from lowrank_jax._trees.annotations import Rules, Spec, count_named_axes, read_specs
 
-Spec = PartitionSpec | NamedSharding
 
-
-@check_arguments()
-def specs(tree: PyTree, dense_specs: PyTree) -> Any:
+@check_arguments(rules=axis_rules)
+def specs(tree: PyTree, dense_specs: PyTree, *, rules: Rules | None = None) -> Any:
     """Derive the PartitionSpec of every array of a tree from the specs of the dense parameters.
 
     An axis of a factor is sharded as the corresponding axis of the weight, and the axis of the rank
@@ -36,7 +35,11 @@ def specs(tree: PyTree, dense_specs: PyTree) -> Any:
       tree: a base, an adapter, or a combined tree. It may hold jax.ShapeDtypeStruct, for example
         jax.eval_shape of init, to create an adapter that is sharded from the start.
       dense_specs: a tree of PartitionSpec, NamedSharding or None (replicated) like the dense
-        parameters. An entry at a branch applies to all leaves below it.
+        parameters. An entry at a branch applies to all leaves below it. Or the parameters
+        themselves, in the boxes of Flax Linen or the variables of NNX whose annotations name their
+        axes; those without names are replicated.
+      rules: for annotated parameters, logical axis -> mesh axis, several, or None to replicate it:
+        a mapping, or the pairs that Flax takes.
 
     Returns:
       A tree with the structure of `tree` and a PartitionSpec for every array, or a NamedSharding
@@ -44,7 +47,7 @@ def specs(tree: PyTree, dense_specs: PyTree) -> Any:
 
     Raises:
       TreeError: a leaf has no spec, a spec has no leaf or more entries than its leaf has axes, or
-        would split a block; all problems are listed.
+        would split a block; a logical axis has no rule; all problems are listed.
 
     Source: the layout of Megatron-LM, arXiv 1909.08053 section 3, carried over to the factors.
 
@@ -56,13 +59,7 @@ def specs(tree: PyTree, dense_specs: PyTree) -> Any:
     >>> split["w"].a == P("data", None), split["w"].b == P(None, "model")
     (True, True)
     """
-    is_spec = lambda leaf: leaf is None or isinstance(leaf, Spec)
-    given = dict(flatten(dense_specs, is_leaf=is_spec)[0])
-    if wrong := [path for path, spec in given.items() if not is_spec(spec)]:
-        raise TreeError(
-            f"dense_specs holds {type(given[wrong[0]]).__name__} at {wrong[0]!r}, where a "
-            "PartitionSpec, a NamedSharding or None is expected: the order is (tree, dense_specs)"
-        )
+    given, named = read_specs(dense_specs, rules), count_named_axes(dense_specs)
     leaves, treedef = flatten(tree, is_leaf=is_node)
     many = _count_adapter_axes([leaf for _, leaf in leaves])
     found, used, problems = [], set(), []
@@ -76,6 +73,12 @@ def specs(tree: PyTree, dense_specs: PyTree) -> Any:
         ndim = _count_axes(leaf, many)
         if len(_get_entries(spec)) > ndim:
             problems.append(f"{path}: {_get_entries(spec)} for a leaf of {ndim} axes")
+            continue
+        if named.get(at, ndim) != ndim:
+            problems.append(
+                f"{path}: the annotation names {named[at]} axes of {ndim}; a scan or vmap over "
+                "layers needs a name for its axis (metadata_params, transform_metadata)"
+            )
             continue
         if problem := _explain_indivisible(strip_norms(getattr(leaf, "base", leaf)), spec):
             problems.append(f"{path}: {problem}")

@@ -76,6 +76,8 @@ TAKEN = {
     "weight": {"nan array"},
     "rank": {"3"},
     ("combine", "dropout"): {"0"},
+    ("estimate", "step"): {"function"},
+    ("estimate", "donate"): {"list", "tuple"},
     ("init", "key"): KEYS | {"0", "3"},
     ("init", "initializer"): {"dict", "dict of None"},
     ("lora_plus", "learning_rate"): NUMBERS - {"2**70", "-2**70"} | {"function"},
