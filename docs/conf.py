@@ -2,21 +2,30 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import lowrank_jax
 
 DOCS = Path(__file__).parent
 NOTEBOOKS = DOCS.parent / "notebooks"
+sys.path.insert(0, str(DOCS / "_extensions"))
 
 project = "lowrank_jax"
 author = "The lowrank_jax authors"
 copyright = author
 version = release = lowrank_jax.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "breaks", "links", "mathml", "outputs"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_title = f"lowrank_jax {version}"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+pygments_dark_style = "github-dark"
+html_math_renderer = "mathml"
+html_show_copyright = html_show_sphinx = False
+html_show_search_summary = False  # summaries are fetched, which browsers forbid on a disk
 smartquotes = False  # quoted words are values to type
 
 nb_execution_mode = "off"  # outputs are kept in the notebooks
@@ -29,7 +38,10 @@ autodoc_type_aliases = {"nnx.Module": "flax.nnx.Module"}  # imported for type ch
 maximum_signature_line_length = 88
 
 # Other projects' names stay text: the build needs no network.
-nitpick_ignore_regex = [("py:.*", r"(jax|jaxlib|flax|optax|collections|os|re)\..*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(jax|jaxlib|flax|optax|collections|os|re)\..*"),
+    ("py:obj", r"lowrank_jax\.names\.[A-Z0-9]+"),  # the tables, which the module's text lists
+]
 
 
 def copy_notebooks():
