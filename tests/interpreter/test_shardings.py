@@ -1,4 +1,4 @@
-"""A sharding constraint on a weight holds for its arrays: codes move between devices, not numbers."""
+"""A sharding constraint on a weight holds for its arrays: codes move between devices."""
 
 import math
 import re
@@ -64,9 +64,7 @@ def find_gathers(fn, *args):
     """(dtype, number of elements) of the arrays that all devices gather."""
     text = jax.jit(fn).lower(*args).compile().as_text()
     found = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
-    return [
-        (dtype, jnp.prod(jnp.array([*map(int, shape.split(","))])).item()) for dtype, shape in found
-    ]
+    return [(dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in found]
 
 
 def make_gradient(model):
