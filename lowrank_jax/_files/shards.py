@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from lowrank_jax._errors import CheckpointError, list_problems
+from lowrank_jax._errors import CheckpointError, list_first_problems, list_problems
 from lowrank_jax._files.json_text import read_json_object
 from lowrank_jax._files.safetensors import Entry, TensorFile
 
@@ -96,18 +98,27 @@ def _locate_files(folder: Path) -> tuple[list[Path], set[str]]:
             "maps tensor names to file names"
         )
     names = sorted({*where.values()})
-    if outside := [name for name in names if Path(name).name != name or name == ".."]:
+    if outside := [name for name in names if not _is_inside(name)]:
         raise CheckpointError(
             f"{folder / INDEX} names files outside its folder:\n{list_problems(outside)}"
         )
     if strange := [name for name in names if not _is_file_name(name)]:
         raise CheckpointError(f"{folder / INDEX} has invalid file names:\n{list_problems(strange)}")
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    # an index may name far more files than there are: only the first that are missing are sought
+    lost = (name for name in names if not (folder / name).is_file())
+    if missing := list(itertools.islice(lost, 20)):
+        absent = {*names}.difference(os.listdir(folder))
         raise CheckpointError(
             f"{folder} lacks shards that its index names; fetch them again\n"
-            f"{list_problems(missing)}"
+            f"{list_first_problems(missing, max(len(absent), len(missing)))}"
         )
     return [folder / name for name in names], {*where}
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is of a file in the folder itself."""
+    separators = {"/", os.sep, os.altsep or "/"}
+    return name not in ("", ".", "..") and not any(sign in name for sign in separators)
 
 
 def _is_file_name(name: str) -> bool:
