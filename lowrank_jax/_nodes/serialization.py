@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax._errors import make_not_lifted_error
+
 _FLAX = "flax.serialization"
 _RENAMED_FIELDS = {"moved": "base_modified"}  # old name -> name today
 _WIDE = {"uint4": np.uint8, "int4": np.int8}  # dtypes that Flax's msgpack cannot hold -> wider ones
@@ -34,6 +36,18 @@ class Node:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or copy the node; a pickle of an older release has the old field names."""
         vars(self).update(with_current_names(state))
+
+    def __jax_array__(self) -> Any:
+        """Raise the error of a node that is used as an array."""
+        raise make_not_lifted_error(f"a {type(self).__name__} node")
+
+    def _refuse_arithmetic(self, *_: object) -> Any:
+        """Raise the same error where Python would say that a node has no such operator."""
+        return self.__jax_array__()
+
+    # x @ node calls __jax_array__; these are node @ x, and node[...] as Flax NNX reads a variable
+    __getitem__ = __matmul__ = __mul__ = __add__ = __sub__ = __truediv__ = _refuse_arithmetic
+    __iter__ = None  # iter() would index the node: it raises TypeError, as iter() of any object
 
     def __repr__(self) -> str:
         """Show dtypes and shapes of arrays, and static fields that differ from the default."""

@@ -12,10 +12,15 @@ from lowrank_jax._checks.fields import (
     check_alpha,
     check_choice,
     check_json,
-    check_keys,
     check_rank,
     check_scale,
     to_pairs,
+)
+from lowrank_jax._checks.keywords import (
+    BITSANDBYTES_KEYWORDS,
+    PEFT_KEYWORDS,
+    check_keys,
+    explain_keywords,
 )
 from lowrank_jax._checks.regexes import RegexBudget
 from lowrank_jax._codecs import check_block_size, get_format
@@ -39,6 +44,7 @@ FACTOR_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PATTERN_MAPS = ("rank_pattern", "alpha_pattern", "stack", "axes", "train_rows")
 
 
+@explain_keywords("PEFT", PEFT_KEYWORDS)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     r"""Configuration of adapters: which leaves get which adapter.
@@ -166,7 +172,7 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
         """Create the configuration from the values of `to_dict`; an unknown key is an error."""
-        check_keys(cls, values)
+        check_keys(cls, values, PEFT_KEYWORDS)
         parsed, budget = {}, RegexBudget(cls)
         for name, value in values.items():
             if name in _PATTERN_MAPS:
@@ -187,6 +193,7 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
+@explain_keywords("bitsandbytes", BITSANDBYTES_KEYWORDS)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     r"""Configuration of quantization: which leaves, and in which format.
@@ -243,6 +250,6 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
         """Create the configuration from the values of `to_dict`; an unknown key is an error."""
-        check_keys(cls, values)
+        check_keys(cls, values, BITSANDBYTES_KEYWORDS)
         budget = RegexBudget(cls)
         return cls(**{name: from_json(value, budget) for name, value in values.items()})
