@@ -20,6 +20,19 @@ _READERS = {
 }
 
 
+def find_kinds(folder: Path) -> list[str]:
+    """List what a folder holds, as far as the names of its files tell.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     (Path(folder) / "manifest.json").touch()
+    ...     print(find_kinds(Path(folder)))
+    ['a checkpoint of lowrank_jax']
+    """
+    kinds = [kind for name, (kind, _) in _READERS.items() if (folder / name).is_file()]
+    return [*dict.fromkeys(kinds)]
+
+
 def describe_other_kind(folder: Path, wanted: str) -> str:
     """Say what a folder without `wanted` holds instead, and what reads it; "" if that is unknown.
 

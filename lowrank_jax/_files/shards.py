@@ -85,6 +85,11 @@ def _locate_files(folder: Path) -> tuple[list[Path], set[str]]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], set()
     if not (folder / INDEX).is_file():
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is not a folder: pass the folder of a model, with its config.json and "
+                "safetensors files"
+            )
         if other := describe_other_kind(folder, "a model"):
             raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {other}")
         pickles = sorted(path.name for path in folder.glob("*.bin"))
