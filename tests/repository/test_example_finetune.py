@@ -26,8 +26,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 import finetune  # noqa: E402
 import frozen  # noqa: E402
-import generate  # noqa: E402
 import llama  # noqa: E402
+import sampling  # noqa: E402
 import smollm2  # noqa: E402
 import texts  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
@@ -153,7 +153,7 @@ def test_generation_with_a_cache_chooses_what_the_whole_model_chooses(tiny, scan
     pretrained = smollm2.load(tiny, scan_layers=scan_layers)
     model = llama.Llama(pretrained.config)
     prompts, lengths = np.array([[9, 8, 7], [5, 0, 0]], np.int32), np.array([3, 1])
-    found = generate.extend(
+    found = sampling.extend(
         model,
         pretrained.variables,
         prompts,
