@@ -50,14 +50,22 @@ class Node:
     __iter__ = None  # iter() would index the node: it raises TypeError, as iter() of any object
 
     def __repr__(self) -> str:
-        """Show dtypes and shapes of arrays, and static fields that differ from the default."""
-        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore
-        shown = [f"{f.name}={_summarize(v)}" for f, v in fields if v is not None and v != f.default]
-        return f"{type(self).__name__}({', '.join([*shown, *self._extra_repr()])})"
+        """Show the node in a line: what describes it, and dtypes and shapes instead of arrays."""
+        shown = [f"{name}={_summarize(value)}" for name, value in self._get_shown_fields().items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _extra_repr(self) -> list[str]:
-        """Further entries of the repr."""
-        return []
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """Render for treescope, which alone calls this."""
+        from treescope import repr_lib  # type: ignore[import-not-found]
+
+        return repr_lib.render_object_constructor(
+            type(self), self._get_shown_fields(), path, subtree_renderer, roundtrippable=False
+        )
+
+    def _get_shown_fields(self) -> dict[str, Any]:
+        """Return what a reader wants to know: by default, fields that differ from their default."""
+        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore
+        return {f.name: v for f, v in fields if v is not None and v != f.default}
 
 
 class Wrapper(Node):

@@ -31,6 +31,7 @@ from lowrank_jax._jax.paths import ALL_LINEAR
 from lowrank_jax._nodes.methods import find_method, method_names
 from lowrank_jax._targeting.values import (
     FrozenMapping,
+    Readable,
     freeze,
     from_json,
     normalize_axis_pairs,
@@ -45,8 +46,8 @@ _PATTERN_MAPS = ("rank_pattern", "alpha_pattern", "stack", "axes", "train_rows")
 
 
 @explain_keywords("PEFT", PEFT_KEYWORDS)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class LoraConfig(Readable):
     r"""Configuration of adapters: which leaves get which adapter.
 
     $W_\text{eff} = W + s\,a\,b$ with $s = \alpha / r$, or $\alpha / \sqrt{r}$ with `rslora`.
@@ -86,6 +87,8 @@ class LoraConfig:
     Source: LoRA, arXiv 2106.09685, section 4.1.
 
     >>> config = LoraConfig(rank=8, targets="**/kernel", rank_pattern={"**/head/*": 2})
+    >>> config
+    LoraConfig(rank=8, targets='**/kernel', rank_pattern={'**/head/*': 2})
     >>> LoraConfig.from_dict(config.to_dict()) == config
     True
     """
@@ -194,8 +197,8 @@ class LoraConfig:
 
 
 @explain_keywords("bitsandbytes", BITSANDBYTES_KEYWORDS)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class QuantConfig(Readable):
     r"""Configuration of quantization: which leaves, and in which format.
 
     $W = \text{table}[\text{codes}] \cdot \text{absmax}$, in blocks along the contracted axes.
@@ -216,6 +219,8 @@ class QuantConfig:
     Source: QLoRA, arXiv 2305.14314, section 3.
 
     >>> config = QuantConfig(block_size=128, exclude="**/head/*")
+    >>> config
+    QuantConfig(block_size=128, exclude='**/head/*')
     >>> QuantConfig.from_dict(config.to_dict()) == config
     True
     """
