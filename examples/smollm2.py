@@ -145,7 +145,7 @@ def load(path: Path, *, scan_layers: bool = True) -> Pretrained:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
         raise ExampleError(
-            f"{path} is a GGUF file that is cut short or damaged ({error}): fetch it again"
+            f"--model {path} is a GGUF file that is cut short or damaged: fetch it again"
         ) from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
