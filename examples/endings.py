@@ -13,11 +13,27 @@ Losses = dict[str, float]  # of the text learned, "held out", and of the "other"
 
 
 def print_end(
-    announce: Callable[[str], None], flags: argparse.Namespace, stages: dict[str, Losses]
+    announce: Callable[[str], None],
+    flags: argparse.Namespace,
+    stages: dict[str, Losses],
+    stored: str,
 ) -> None:
-    """Says what was learned and forgotten, and what to do with the adapter."""
+    """Says what was learned and forgotten, and what to do with the adapter.
+
+    Args:
+      announce: prints lines.
+      flags: of the job.
+      stages: name -> losses, the last two before and after the training.
+      stored: how the model's file has the weights.
+    """
     before, after = [*stages.values()][-2:]
     change = lambda name: f"{before[name]:.3f} before, {after[name]:.3f} after the training"
+    if flags.quantize != "none":
+        dense, own = stages["before, dense"]["held out"], before["held out"]
+        announce(
+            f"{flags.quantize} costs {own - dense:+.3f} nats per token before the training, with "
+            f"the adapter's start; the dense weights were decoded from {stored}"
+        )
     announce(
         "mean losses in nats per token, on windows that were not trained on (lower is better):\n"
         f"  learned:   {change('held out')}, on {flags.text.name}, its held-out part\n"

@@ -12,7 +12,8 @@ step, to the last bit: nine digits tell every float32 from its neighbors.
 
 With --quantize the adapter learns on a base of 4 or 8 bits (QLoRA), and starts at what quantizing
 lost (LoftQ): the losses tell what quantizing cost and what the training gained, the table of memory
-what a step takes, beside a dense base's.
+what a step takes, beside a dense base's. The base is SmolLM2-135M-Instruct decoded from Q4_1, so
+"dense" here is of weights that had 4 bits before, and the cost is that of rounding them again.
 
 Losses are in nats per token, over windows the model has not trained on: of the target text, and of
 Python's own documentation (pydoc_data), which stands for all that the model knew before. (That text
@@ -212,7 +213,7 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     going_on = not flags.replace and resume.goes_on(this_run, flags.resume, announce)
     model, params = Llama(pretrained.config), pretrained.variables
     data, prompts = prepare(flags, text, pretrained)
-    console.print(f"{pretrained.name}: {size(params)[0]:,} parameters")
+    announce(f"{pretrained.name}: {size(params)[0]:,} parameters, decoded from {pretrained.stored}")
 
     # The adapter: which weights are multiplied, what mirrors them, and the model that knows both.
     apply = lowrank.lift(model.apply)
@@ -292,7 +293,7 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"adapter saved in {flags.out}, loaded back, equal: {found:.4f} nats per token on the "
         f"first {len(probe)} held-out windows"
     )
-    endings.print_end(announce, flags, stages)
+    endings.print_end(announce, flags, stages, pretrained.stored)
     console.print(f"done in {time.perf_counter() - began:.0f} s")
     return {"stages": stages, "losses": losses, "memory": held}
 

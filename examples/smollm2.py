@@ -1,5 +1,8 @@
 """SmolLM2-135M-Instruct, or another Llama in a GGUF file: fetched, checked, read for Flax Linen.
 
+SmolLM2's linear layers are in Q4_1 in the file, its embedding in Q8_0: every figure of an example
+is of the weights decoded from these, not of those that Hugging Face has.
+
 `python examples/smollm2.py` proves the loading: by losses that are known, and by a question.
 """
 
@@ -12,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,6 +136,7 @@ class Pretrained:
     variables: dict[str, Any]  # {"params": ...} for llama.Llama(config)
     tokenizer: Tokenizer
     stop: tuple[int, ...]  # the token that ends a text
+    stored: str  # how the file has the weights: "Q4_1 79%, Q8_0 21%"
 
 
 def load(path: Path, *, scan_layers: bool = True) -> Pretrained:
@@ -157,9 +162,17 @@ def load(path: Path, *, scan_layers: bool = True) -> Pretrained:
         raise ExampleError(f"{path} lacks what this example needs: {error}") from error
     end = fields.get("tokenizer.ggml.eos_token_id")
     stop = () if end is None else (int(end),)
-    return Pretrained(
-        fields.get("general.name", path.stem), config, {"params": params}, tokenizer, stop
-    )
+    name, stored = fields.get("general.name", path.stem), describe_types(reader.tensors)
+    return Pretrained(name, config, {"params": params}, tokenizer, stop, stored)
+
+
+def describe_types(tensors: Sequence[Any]) -> str:
+    """The types of a file's tensors, each with its share of the values."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+    shares = {name: size / sizes.total() for name, size in sizes.most_common()}
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
 
 
 def check_is_gguf(path: Path) -> None:

@@ -304,7 +304,15 @@ def test_the_job_learns_and_saves_what_it_learned(tiny, tmp_path, capsys):
     arguments = job(tiny, out, text=tmp_path / "text.txt")
     assert finetune.main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for expected in ("tokens/s", "before", "after", "trained", "optimizer state", "loaded back"):
+    for expected in (
+        "decoded from F32 100%",
+        "tokens/s",
+        "before",
+        "after",
+        "trained",
+        "optimizer state",
+        "loaded back",
+    ):
         assert expected in printed
     assert "nf4" not in printed
     assert "step 30/30" in printed  # without a terminal there are lines instead of the bar
@@ -584,6 +592,8 @@ def test_a_quantized_run_interrupted_goes_on_to_the_same_bits(tiny, tmp_path, mo
     np.testing.assert_allclose([dense, before, after], [*map(loss, variables)], rtol=1e-5)
     assert after < before - 0.2
     assert 1e-4 < abs(before - dense) < 0.05
+    cost = re.search(r"nf4 costs (\S+) nats per token before the training", told)
+    assert abs(float(cost[1]) - (before - dense)) < 1e-3
     row = next(line for line in told.splitlines() if "quantized linears" in line)
     assert float(row.split("│")[4]) < 0.2
 
