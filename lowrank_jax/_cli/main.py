@@ -14,14 +14,12 @@ from typing import TextIO
 
 import jax
 
-from lowrank_jax import checkpoint, huggingface
-from lowrank_jax._cli.converting import convert, refuse_other_kinds
+from lowrank_jax._cli.converting import convert
 from lowrank_jax._cli.inspecting import describe
-from lowrank_jax._cli.naming import PATHS, TABLES, choose_names
+from lowrank_jax._cli.merging import merge
+from lowrank_jax._cli.naming import PATHS, TABLES
 from lowrank_jax._display.text import to_printable, to_printable_lines
 from lowrank_jax._errors import LowrankError
-from lowrank_jax._files.shards import open_folder
-from lowrank_jax.names import parameter
 
 # a printed line is cut at this length, for names come from untrusted files
 _LINE_LIMIT = 4000
@@ -39,16 +37,7 @@ def _inspect(options: argparse.Namespace) -> list[str]:
 
 
 def _merge(options: argparse.Namespace) -> list[str]:
-    chosen, base, adapter = options.names, options.base, options.adapter
-    with open_folder(base):  # what is wrong with the base is said before the rest
-        pass
-    refuse_other_kinds(options.out, "a model")
-    if chosen is None and checkpoint.exists(adapter):
-        chosen = choose_names(checkpoint.restore(adapter).lora, None, base)
-    table = None if chosen is None else TABLES.get(chosen, lambda path: parameter(path))
-    changed = huggingface.merge(base, adapter, options.out, names=table)
-    lines = [f"{options.out}: {len(changed)} tensors of {base} changed by {adapter}"]
-    return lines + ([f"modules named by --names {chosen}"] if chosen else [])
+    return merge(options.base, options.adapter, options.out, options.names)
 
 
 def _convert(options: argparse.Namespace) -> list[str]:
