@@ -1,5 +1,8 @@
 """Held-out loss of SmolLM2-135M after the main job's fine-tune, by method, rank and seed.
 
+The base is SmolLM2-135M-Instruct decoded from Q4_1: what NF4 costs here is measured on weights that
+had 4 bits before.
+
 Run: python benchmarks/methods.py [--methods lora-4,lora-8,lora-16,dora-4] [--seeds 3]
 
 A method is LoraConfig's and an initializer's: lora, rslora, dora, pissa, olora, orthogonal; after
@@ -75,7 +78,7 @@ def main() -> None:
     def covariances():
         """What the layers see of some of the training text, as the main job measures it."""
         measure = lowrank.covariances(model.apply, lowrank.LoraConfig(), plan=plan)
-        seen = islice(texts.batches(cut(train), 4, 0), finetune.MEASURED_BATCHES)
+        seen = frozen.loftq_windows(cut(train), 4, 0)
         return functools.reduce(
             functools.partial(jax.tree.map, jnp.add), [measure(params, tokens) for tokens in seen]
         )

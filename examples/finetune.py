@@ -12,7 +12,8 @@ step, to the last bit: nine digits tell every float32 from its neighbors.
 
 With --quantize the adapter learns on a base of 4 or 8 bits (QLoRA), and starts at what quantizing
 lost (LoftQ): the losses tell what quantizing cost and what the training gained, the table of memory
-what a step takes, beside a dense base's.
+what a step takes, beside a dense base's. The base is SmolLM2-135M-Instruct decoded from Q4_1, so
+"dense" here is of weights that had 4 bits before, and the cost is that of rounding them again.
 
 Losses are in nats per token, over windows the model has not trained on: of the target text, and of
 Python's own documentation (pydoc_data), which stands for all that the model knew before. (That text
@@ -20,36 +21,35 @@ differs from one Python version to another, and so does its loss, by some hundre
 """
 
 import argparse
-import os
 import pydoc_data.topics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
 
+import endings
+import folders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import resume
 import smollm2
-from flags import parse, target_patterns
-from frozen import begin, compiled, memory, memory_table, quantization
-from generate import generate
+from flags import check_rank, parse, target_patterns
+from frozen import compiled, loftq_windows, memory, memory_table, start
 from llama import Llama
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from sampling import generate
 from smollm2 import ExampleError, Pretrained
 from texts import batches, read_text, sample_prompts, windows
 
 import lowrank_jax as lowrank
 
 EVALUATED_WINDOWS = 48  # of each text: a paired difference in loss is known to about 0.02
-MEASURED_BATCHES = 8  # of the training text, for LoftQ: what the layers see
 SAMPLE_TOKENS = 48
 LOG_WIDTH = 140  # a log is as wide as it has to be: tables need not fold
 SAMPLE_TEMPERATURE = 0.7  # a small model that always takes the likeliest token repeats itself
@@ -195,16 +195,6 @@ def prepare(
     return data, sample_prompts(held_out_text)
 
 
-def make_folder(path: Path) -> None:
-    """Makes the folder to save in, for it is better to fail before the training than after."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExampleError(f"--out {path} cannot be made a folder: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise ExampleError(f"--out {path} is not writable")
-
-
 def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The whole job; returns what it measured."""
     began = time.perf_counter()
@@ -212,23 +202,27 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = lowrank.LoraConfig(
         rank=flags.rank, alpha=flags.alpha, targets=targets, dora=flags.dora
     )
+    announce = partial(console.print, soft_wrap=True)
     text = read_text(flags.text)  # a wrong path should not cost a download first
+    if not flags.resume and not flags.replace:
+        folders.check(flags.out)
     file = flags.model or smollm2.fetch(console.print)
     with console.status(f"reading {file.name}"):
         pretrained = smollm2.load(file)
     this_run = resume.describe(flags, config, text, file)
-    going_on = resume.goes_on(this_run, flags.resume, partial(console.print, soft_wrap=True))
+    going_on = not flags.replace and resume.goes_on(this_run, flags.resume, announce)
     model, params = Llama(pretrained.config), pretrained.variables
     data, prompts = prepare(flags, text, pretrained)
-    console.print(f"{pretrained.name}: {size(params)[0]:,} parameters")
+    announce(f"{pretrained.name}: {size(params)[0]:,} parameters, decoded from {pretrained.stored}")
 
     # The adapter: which weights are multiplied, what mirrors them, and the model that knows both.
     apply = lowrank.lift(model.apply)
     shape = jax.ShapeDtypeStruct((flags.batch, flags.length), jnp.int32)
     plan = lowrank.plan(model.apply, params, shape)
     key = jax.random.key(flags.seed)
+    check_rank(config, params, plan)
     jax.eval_shape(lambda tree: lowrank.init(key, tree, config, plan=plan), params)  # mistakes show
-    make_folder(flags.out)
+    folders.make(flags.out, flags.replace, announce)
 
     loss = jax.jit(partial(next_token_loss, apply))
     stages: dict[str, dict[str, float]] = {}
@@ -257,19 +251,15 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     # Merged, the weights have the shapes they had: what was compiled for the first look serves the
     # second. A quantized base is not merged, for it would be dense again.
-    whole, base_name = lowrank.merge, ""
+    whole, base_name, measured = lowrank.merge, "", []
     if flags.quantize != "none":
         whole, base_name = lowrank.combine, f", {flags.quantize}"
         evaluate("before, dense", params)
-        quant = quantization(flags.quantize)
-        measured = list(islice(batches(data["train"], flags.batch, flags.seed), MEASURED_BATCHES))
+        measured = loftq_windows(data["train"], flags.batch, flags.seed)
     with console.status("starting"):
-        if flags.quantize != "none" and flags.start == "loftq":
-            base, lora = begin(key, model.apply, params, config, plan, quant, measured)
-        else:
-            if flags.quantize != "none":
-                params = lowrank.quantize(params, quant, plan=plan, donate=True)
-            base, lora = lowrank.init(key, params, config, plan=plan)
+        base, lora = start(
+            key, model.apply, params, config, plan, flags.quantize, flags.start, measured
+        )
     optimizer = make_optimizer(flags.learning_rate, flags.steps)
     opt_state = optimizer.init(lora)
     report = lowrank.report(model.apply, lowrank.combine(base, lora), shape)
@@ -299,9 +289,11 @@ def run(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     kept, found = (loss(whole(base, adapter), probe) for adapter in (lora, restored))
     if not same(lora, restored) or kept != found:
         raise ExampleError(f"the adapter in {flags.out} is not the one saved: {found} != {kept}")
-    console.print(
-        f"adapter saved in {flags.out}, loaded back, equal: loss {found:.4f}", soft_wrap=True
+    announce(
+        f"adapter saved in {flags.out}, loaded back, equal: {found:.4f} nats per token on the "
+        f"first {len(probe)} held-out windows"
     )
+    endings.print_end(announce, flags, stages, pretrained.stored)
     console.print(f"done in {time.perf_counter() - began:.0f} s")
     return {"stages": stages, "losses": losses, "memory": held}
 

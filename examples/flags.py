@@ -1,14 +1,19 @@
 """The main job's command line: what is asked for, and one line for what cannot be."""
 
 import argparse
+import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import jax
 from frozen import FORMATS
 from smollm2 import ExampleError
 from texts import DICTIONARY
+
+import lowrank_jax as lowrank
 
 STARTS = ("loftq", "zero")  # a checkpoint knows them by their places: append only
 
@@ -38,6 +43,13 @@ def number(kind: type, above: int = 0) -> Callable[[str], float]:
         return value
 
     return convert
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag for the model."""
+    parser.add_argument(
+        "--model", type=Path, help="a Llama in a GGUF file (SmolLM2-135M, fetched once)"
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -74,14 +86,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=number(float), default=1e-3, help="peak rate (%(default)s)")
     add("--batch", type=number(int), default=4, help="windows in a step (%(default)s)")
     add("--length", type=number(int, above=1), default=128, help="tokens in a window (%(default)s)")
-    add("--model", type=Path, help="a Llama in a GGUF file (SmolLM2-135M, fetched once)")
+    add_model(parser)
     add("--text", type=Path, default=DICTIONARY, help="text to learn (The Devil's Dictionary)")
     add(
         "--out",
         type=Path,
         default=Path("adapter"),
-        help="folder of the adapter; a finished run in it is replaced, an unfinished one is not "
+        help="folder of the adapter; a finished run in it is replaced, anything else is not "
         "(%(default)s)",
+    )
+    add(
+        "--replace",
+        action="store_true",
+        help="rename what --out holds to OUT.old, and start anew",
     )
     add(
         "--seed",
@@ -102,7 +119,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="go on from the checkpoint in --out, which must be of these flags (--save-every may "
         "change); without one, start from the beginning; if the run is finished, evaluate it again",
     )
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if flags.replace and flags.resume:
+        raise ExampleError("--replace starts anew and --resume goes on: pass one of them")
+    return flags
+
+
+def check_rank(config: lowrank.LoraConfig, params: Any, plan: lowrank.Plan) -> None:
+    """Raises an error for a rank that a layer named by --targets cannot have."""
+    if "all-linear" in config.targets:
+        return  # which gives each layer the largest rank it can have, up to this one
+    one = dataclasses.replace(config, rank=1)
+    _, lora = jax.eval_shape(lambda tree: lowrank.init(0, tree, one, plan=plan), params)
+    is_node = lambda leaf: isinstance(leaf, lowrank.LowRank)
+    nodes = [node for node in jax.tree.leaves(lora, is_leaf=is_node) if is_node(node)]
+    sizes = lambda node, axes: math.prod(node.shape[axis] for axis in axes)
+    most = min(min(sizes(node, node.fan_in), sizes(node, node.fan_out)) for node in nodes)
+    if config.rank > most:
+        raise ExampleError(
+            f"--rank {config.rank} is more than a layer of --targets can have: pass --rank {most} "
+            "or less, or --targets all-linear, which gives each layer the largest rank it can have"
+        )
 
 
 def target_patterns(text: str) -> tuple[str, ...]:

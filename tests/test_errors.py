@@ -5,6 +5,7 @@
 
 import dataclasses
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -19,7 +20,11 @@ from jax import P
 
 import lowrank_jax as lowrank
 
-PAGE = Path(__file__).parents[1] / "docs" / "mistakes.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "mistakes.md"
+sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "examples")]  # for the page, by itself
+
+from command_mistakes import COMMANDS, empty_folder, run_command, saved  # noqa: E402
 
 IDS = np.zeros((1, 4), np.int32)
 KEY = jax.random.key(0)
@@ -66,6 +71,26 @@ def dropping_out():
         nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
     ))  # fmt: skip
     return fn(params, jnp.ones((2, 4)))
+
+
+class Modern(nnx.Module):
+    def __init__(self):
+        self.body = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.body(x)
+
+
+def adapted_module():
+    module, x = Modern(), jnp.ones((1, 6))
+    plan = lowrank.plan(Modern.__call__, module, x)
+    config = lowrank.LoraConfig(rank=2, targets="body/kernel")
+    return lowrank.combine(*lowrank.init(KEY, module, config, plan=plan))(x)
+
+
+def state_left_out():
+    fn, params, _ = lowrank.functional_with_state(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    return fn(params, jnp.ones((2, 3)))
 
 
 # name -> (the mistake, the kind of error, words of its text)
@@ -200,6 +225,33 @@ MISTAKES = {
         lowrank.ConfigError,
         r"key is True; expected a PRNG key \(jax.random.key\(0\)\) or an integer seed in \[0, 2",
     ),
+    "an integer for the key of dropout": (
+        lambda: lowrank.combine(BASE, LORA, dropout=0.1, key=0),
+        lowrank.ConfigError,
+        r"combine: key is an int, 0; expected a PRNG key \(jax.random.key\(0\)\)",
+    ),
+    "names of PEFT's in LoraConfig": (
+        lambda: lowrank.LoraConfig(
+            r=8,
+            lora_alpha=16,
+            target_modules=["q_proj"],
+            lora_dropout=0.1,
+            modules_to_save=["head"],
+        ),
+        lowrank.ConfigError,
+        r"other names than PEFT: r is rank; lora_alpha is alpha; target_modules is targets, pat.*; "
+        r"lora_dropout is an argument of combine: .*; modules_to_save is train",
+    ),
+    "PEFT's configuration for from_dict": (
+        lambda: lowrank.LoraConfig.from_dict({"peft_type": "LORA", "r": 8}),
+        lowrank.ConfigError,
+        r"keys \['peft_type', 'r'\]; peft_type is of an adapter_config.json, which lowrank.peft",
+    ),
+    "names of bitsandbytes in QuantConfig": (
+        lambda: lowrank.QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True),
+        lowrank.ConfigError,
+        r'names than bitsandbytes: load_in_4bit is format="nf4"; bnb_4bit_use_double_quant is doub',
+    ),
     "a plan that is a tree": (
         lambda: init(plan=VARIABLES),
         lowrank.ConfigError,
@@ -312,10 +364,30 @@ MISTAKES = {
         lowrank.LowrankError,
         r"the function that uses the parameters must be lifted",
     ),
-    "lift of a module": (
+    "an adapted NNX module, called": (
+        adapted_module,
+        lowrank.LowrankError,
+        r"for an NNX module lowrank.lift\(type\(module\).__call__\)\(module, ...\)",
+    ),
+    "lift of what is not a function": (
         lambda: lowrank.lift({"model": Net()}),
         lowrank.ConfigError,
-        r"lift takes \(fn\): fn is a dict; expected a function of \(params, \*args\): model.apply",
+        r"lift takes \(fn\): fn is a dict; expected a function of \(params, \*args\): model",
+    ),
+    "lift of a Linen module": (
+        lambda: lowrank.lift(Net()),
+        lowrank.ConfigError,
+        r"lift takes \(fn\): fn is a Net; expected .*: model.apply of a Linen module",
+    ),
+    "lift of an NNX module": (
+        lambda: lowrank.lift(Modern()),
+        lowrank.ConfigError,
+        r"fn is a Modern; expected .* `fn, params = lowrank.functional\(model\)` .* an NNX module",
+    ),
+    "plan of an NNX module": (
+        lambda: lowrank.plan(Modern(), jnp.ones((1, 6))),
+        lowrank.ConfigError,
+        r"plan takes \(fn, params\): fn is a Modern; expected .* lowrank.functional\(model\)",
     ),
     "unknown fallback": (
         lambda: lowrank.lift(lambda p: p, fallback="ignore"),
@@ -352,6 +424,26 @@ MISTAKES = {
         lowrank.StateError,
         r"(?s)Call model.eval\(\) before.*functional_with_state.*RngCount",
     ),
+    "a function with state, called without it": (
+        state_left_out,
+        lowrank.TreeError,
+        r"(?s)takes it after params, out, state = fn\(params, state, \*args\).*mean .*: missing",
+    ),
+    "PEFT's folder for checkpoint.restore": (
+        lambda: lowrank.checkpoint.restore(saved("peft-folder")),
+        lowrank.CheckpointError,
+        r"peft-folder: it holds a PEFT adapter, not a checkpoint: lowrank.peft.load\(direc",
+    ),
+    "a checkpoint for peft.load": (
+        lambda: lowrank.peft.load(saved("adapter"), {"head": {"kernel": jnp.ones((4, 3))}}),
+        lowrank.CheckpointError,
+        r"holds a checkpoint of lowrank_jax, not a PEFT adapter: lowrank.checkpoint.restore\(",
+    ),
+    "an adapter for huggingface.load": (
+        lambda: lowrank.huggingface.load(saved("peft-folder"), {"w": jnp.ones((4, 3))}),
+        lowrank.CheckpointError,
+        r"peft-folder holds neither .*: it holds a PEFT adapter, not a model",
+    ),
     "restoring where nothing was saved": (
         lambda: lowrank.checkpoint.restore("nowhere"),
         lowrank.CheckpointError,
@@ -373,8 +465,24 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake(mistake):
     make, kind, words = MISTAKES[mistake]
-    with pytest.raises(kind, match=words):
+    with empty_folder(), pytest.raises(kind, match=words):
         make()
+
+
+@pytest.mark.parametrize("mistake", COMMANDS)
+def test_mistaken_command(mistake):
+    require_examples()
+    status, printed, _ = run_command(mistake)
+    assert status == 1
+    assert re.search(COMMANDS[mistake][2], printed)
+    assert printed.startswith(("lowrank_jax: ", "error: "))
+    assert printed.count("\n") == 1
+
+
+def require_examples():
+    """Skip a test where what the examples import is not installed."""
+    for name in ("rich", "tokenizers", "gguf"):
+        pytest.importorskip(name)
 
 
 def page():
@@ -387,17 +495,26 @@ def page():
         "wrong, it lists them all. These are common mistakes, and the message each gives.",
     ]
     for name, (make, kind, _) in MISTAKES.items():
-        with pytest.raises(kind) as caught:
+        with empty_folder(), pytest.raises(kind) as caught:
             make()
-        message = re.sub(r"\S*/nowhere", "nowhere", str(caught.value))
-        lines += ["", f"## {name[0].upper()}{name[1:]}", "", "```text"]
-        text = f"{kind.__name__}: {message}"
-        wrap = lambda line: textwrap.wrap(line, 98, subsequent_indent="    ")
-        lines += [part for line in text.split("\n") for part in wrap(line)] + ["```"]
+        message = re.sub(r"\S*/(nowhere|adapter|peft-folder)\b", r"\1", str(caught.value))
+        lines += format_entry(name, f"{kind.__name__}: {message}")
+    lines += ["", "## On the command line"]
+    for name in COMMANDS:
+        _, printed, command = run_command(name)
+        lines += format_entry(name, printed.rstrip("\n"), f"{command}\n", level="###")
     return "\n".join(lines) + "\n"
 
 
+def format_entry(name, message, before="", level="##"):
+    """The lines of a heading and of a message below it, wrapped."""
+    wrap = lambda line: textwrap.wrap(line, 98, subsequent_indent="    ")
+    text = [part for line in (before + message).split("\n") for part in wrap(line)]
+    return ["", f"{level} {name[0].upper()}{name[1:]}", "", "```text", *text, "```"]
+
+
 def test_the_documentation_shows_these_messages():
+    require_examples()
     assert page() == PAGE.read_text()
 
 

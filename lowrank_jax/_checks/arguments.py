@@ -337,7 +337,6 @@ count = Validator(lambda value: is_index(value) and value >= 0, "an integer in [
 positive = Validator(
     lambda value: is_finite(value) and value >= np.finfo(np.float32).tiny, "a finite number above 0"
 )
-function_of_params = Validator(callable, "a function of (params, *args): model.apply, say")
 tree_of_arrays = Validator(_is_tree_of_arrays, "a tree of arrays")
 name_text = Validator(lambda value: isinstance(value, str) and bool(value), "non-empty text")
 floating_dtype = Validator(_is_floating_dtype, "a floating dtype")

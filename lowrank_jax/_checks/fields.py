@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -62,18 +61,6 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ConfigError if a value is not one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be one of {tuple(choices)}, not {quote_value(value)}")
-
-
-def check_keys(cls: type, values: object) -> None:
-    """Raise ConfigError if the argument of from_dict is not a mapping of fields of the class."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            f"{cls.__name__}.from_dict takes a mapping, as to_dict returns it, not "
-            f"{describe_value(values)}"
-        )
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known, key=str):
-        raise ConfigError(f"unknown {cls.__name__} keys {unknown}; known are {sorted(known)}")
 
 
 def check_scale(what: str, scale: float) -> None:

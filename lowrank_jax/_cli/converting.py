@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,45 +12,95 @@ import jax
 from lowrank_jax import checkpoint, peft
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._checks.arguments import path as path_like
+from lowrank_jax._cli.naming import TABLES, choose_names
 from lowrank_jax._errors import CheckpointError, LowrankError
+from lowrank_jax._files.kinds import find_kinds
 from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._jax.paths import to_nested_dict
-from lowrank_jax.names import Names
+from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax.peft._folder import CONFIG, find_tensors
 from lowrank_jax.peft._tensors import split_key
 
 
 @check_arguments(CheckpointError, source=path_like, target=path_like)
-def convert(source: Path, target: Path, names: Names = None) -> str:
-    """Convert the adapter in source, and write it to target; return the kind of the result.
+def convert(
+    source: Path, target: Path, names: str | None = None, base_model: str | None = None
+) -> list[str]:
+    """Convert the adapter in source, write it to target, and return lines that say what was done.
 
     Args:
       source: the folder to read, a checkpoint or a PEFT adapter.
       target: the folder to write.
-      names: leaf -> module, for a checkpoint, see peft.save. The leaves of a converted PEFT adapter
-        are named after its modules: `model/layers/0/self_attn/q_proj/kernel`.
+      names: how the modules of a checkpoint are named, see choose_names. The leaves of a converted
+        PEFT adapter are named after its modules: `model/layers/0/self_attn/q_proj/kernel`.
+      base_model: name or folder of the model that the adapter is for, which PEFT's configuration
+        records.
 
     Raises:
-      CheckpointError: source is neither, is damaged, or cannot be converted.
+      CheckpointError: source is neither, is damaged, or cannot be converted, or target holds
+        something else.
     """
     if source.resolve() == target.resolve():
         raise CheckpointError(f"{target} is the folder to read: pass another to write to")
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is not a folder: pass a checkpoint or a PEFT adapter")
     if checkpoint.exists(source):
-        saved = checkpoint.restore(source)
-        try:
-            peft.save(target, saved.lora, saved.config, names=names)
-        except LowrankError as error:
-            raise CheckpointError(f"{source} could not be converted: {error}") from error
-        return "a PEFT adapter"
+        return _convert_checkpoint(source, target, names, base_model)
     if not (source / CONFIG).exists():
         raise CheckpointError(f"{source} holds neither a checkpoint nor {CONFIG}")
     if names is not None:
         raise CheckpointError(
             "names is for a checkpoint's leaves; those of a PEFT adapter are named by its modules"
         )
+    refuse_other_kinds(target, "a checkpoint of lowrank_jax")
     _, lora, config = peft.load(source, _build_params(source))
-    checkpoint.save(target, lora=lora, config=config)
-    return "a checkpoint of lowrank_jax"
+    checkpoint.save(target, lora=lora, config=_with_base_model(config, base_model))
+    return [f"{target}: a checkpoint of lowrank_jax, made of {source}"]
+
+
+def _convert_checkpoint(
+    source: Path, target: Path, names: str | None, base_model: str | None
+) -> list[str]:
+    """Write the checkpoint in source as a PEFT adapter."""
+    refuse_other_kinds(target, "a PEFT adapter")
+    saved = checkpoint.restore(source)
+    config = _with_base_model(saved.config, base_model)
+    folder = Path(base_model) if base_model and Path(base_model).is_dir() else None
+    try:
+        names = choose_names(saved.lora, names, folder)
+        peft.save(target, saved.lora, config, names=TABLES.get(names))
+    except LowrankError as error:
+        raise CheckpointError(f"{source} could not be converted: {error}") from error
+    model = config.extras.get("base_model_name_or_path")
+    return [
+        f"{target}: a PEFT adapter, made of {source}",
+        f"modules named by --names {names}, such as {_read_first_module(target)}",
+        f"base model: {model or 'not named (--base-model NAME, which AutoPeftModel needs)'}",
+    ]
+
+
+def _with_base_model(config: LoraConfig, name: str | None) -> LoraConfig:
+    """Return a configuration that records the name of the base model, if there is one."""
+    if name is None:
+        return config
+    extras = {**config.extras, "base_model_name_or_path": name}
+    return dataclasses.replace(config, extras=extras)
+
+
+def _read_first_module(folder: Path) -> str:
+    """Return the name of the first module of a PEFT adapter."""
+    with TensorFile(find_tensors(folder)) as file:
+        found = next(filter(None, map(split_key, file.entries)), ("", ""))
+    return found[0]
+
+
+def refuse_other_kinds(folder: Path, kind: str) -> None:
+    """Raise CheckpointError if a folder to write to holds something else than `kind`."""
+    if others := [other for other in find_kinds(folder) if other != kind]:
+        raise CheckpointError(
+            f"{folder} holds {others[0]}, and {kind} beside it would be a mixture: pass another "
+            "folder to write to"
+        )
 
 
 def _build_params(folder: Path) -> Any:

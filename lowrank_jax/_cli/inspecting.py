@@ -1,58 +1,94 @@
-"""Describe what a folder holds: a PEFT adapter, a checkpoint, or a model."""
+"""Describe what a folder or file holds: a PEFT adapter, a checkpoint, or a model."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lowrank_jax import checkpoint
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._checks.arguments import path as path_like
+from lowrank_jax._cli.files import describe_gguf, describe_safetensors, format_sizes
 from lowrank_jax._display.text import to_printable
 from lowrank_jax._errors import CheckpointError
+from lowrank_jax._files.gguf import SUFFIX
+from lowrank_jax._files.hub_config import CONFIG as MODEL_CONFIG
 from lowrank_jax._files.hub_config import parse_quantization
+from lowrank_jax._files.kinds import INDEX, MANIFEST, SINGLE, find_kinds
 from lowrank_jax._files.safetensors import TensorFile
-from lowrank_jax._files.shards import INDEX, SINGLE, open_folder
+from lowrank_jax._files.shards import open_folder
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import LowRank, is_node
 from lowrank_jax.huggingface._folder import read_model_config
-from lowrank_jax.peft._folder import CONFIG, find_tensors
+from lowrank_jax.peft._folder import CONFIG, TENSORS, find_tensors
 from lowrank_jax.peft._folder import read_config_bytes as read_adapter
 from lowrank_jax.peft._parsing import parse_config
 from lowrank_jax.peft._tensors import split_key
 
 _FACTOR_PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 _LIST_LIMIT = 10
+_PICKLES = (".bin", ".pt", ".pth")
 
 
-@check_arguments(CheckpointError, folder=path_like)
-def describe(folder: Path) -> list[str]:
-    """Return lines that describe a folder; lines with problems start with "odd: ".
+@check_arguments(CheckpointError, place=path_like)
+def describe(place: Path) -> list[str]:
+    """Return lines that describe a folder or file; lines with problems start with "odd: ".
 
     Raises:
-      CheckpointError: the folder is not one of the known kinds, or is damaged.
+      CheckpointError: it is not of one of the known kinds, or is damaged.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder")
-    if (folder / CONFIG).exists():
-        return _describe_adapter(folder)
-    if checkpoint.exists(folder):
-        return _describe_checkpoint(folder)
-    if (folder / SINGLE).exists() or (folder / INDEX).exists():
-        return _describe_model(folder)
-    pickles = sorted(
-        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
-    )
+    if place.is_dir():
+        return _describe_folder(place)
+    if not place.exists():
+        raise CheckpointError(f"{place} does not exist: pass a folder or a file")
+    if place.suffix == SUFFIX:
+        return describe_gguf(place)
+    if place.suffix == ".safetensors":
+        return describe_safetensors(place)
     raise CheckpointError(
-        f"{folder} holds no {CONFIG}, no manifest.json, no {SINGLE} and no {INDEX}: it is not an "
+        f"{place} is not a folder, a .gguf or a .safetensors file"
+        + ("; it is a pickle, and nothing here unpickles" if place.suffix in _PICKLES else "")
+    )
+
+
+def _describe_folder(folder: Path) -> list[str]:
+    """Describe all that a folder holds, one part after the other, and name the rest of it."""
+    is_model = (folder / SINGLE).exists() or (folder / INDEX).exists()
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    lines, named = [], {CONFIG, TENSORS, MANIFEST, SINGLE, INDEX}
+    if (folder / CONFIG).exists():
+        lines += _describe_adapter(folder)
+    if checkpoint.exists(folder):
+        lines += _describe_checkpoint(folder)
+        named |= {path.name for path in there if path.name.startswith("arrays-")}
+    if is_model:
+        lines += _describe_model(folder)
+        named |= {MODEL_CONFIG, *(path.name for path in there if path.suffix == ".safetensors")}
+    for path in there:
+        if path.name not in named and path.suffix in (SUFFIX, ".safetensors") and path.is_file():
+            lines += [f"{to_printable(path.name)}:", *describe(path)]
+            named.add(path.name)
+    rest = [_describe_entry(path) for path in there if path.name not in named]
+    if lines:
+        return lines + ([f"also in the folder: {_join(rest)}"] if rest else [])
+    pickles = [path.name for path in there if path.suffix in _PICKLES]
+    raise CheckpointError(
+        f"{folder} holds no {CONFIG}, no {MANIFEST}, no {SINGLE} and no {INDEX}: it is not an "
         "adapter, checkpoint or model"
         + (f"; {pickles[0]} is a pickle, and nothing here unpickles" if pickles else "")
+        + (f"; it holds {_join(rest)}" if rest else "; it is empty")
     )
+
+
+def _describe_entry(path: Path) -> str:
+    """Name a file, or a folder with the kinds of what it holds."""
+    if not path.is_dir():
+        return to_printable(path.name)
+    kinds = find_kinds(path)
+    return to_printable(f"{path.name}/") + (f" ({', '.join(kinds)})" if kinds else "")
 
 
 def _describe_adapter(folder: Path) -> list[str]:
@@ -63,7 +99,7 @@ def _describe_adapter(folder: Path) -> list[str]:
         f"base model: {to_printable(config['base_model_name_or_path'] or 'not named')}",
     ]
     with TensorFile(find_tensors(folder)) as file:
-        lines.append(_format_sizes(file.entries.values()))
+        lines.append(format_sizes(file.entries.values()))
         split = {key: split_key(key) for key in file.entries}
         parts: dict[str, dict[str, str]] = {}
         for key, of in split.items():
@@ -121,7 +157,7 @@ def _describe_checkpoint(folder: Path) -> list[str]:
     lines = [
         f"a checkpoint of lowrank_jax{' with DoRA' if dora else ''}, {step}, {state} an optimizer",
         f"base: {base}",
-        _format_sizes(arrays),
+        format_sizes(arrays),
         *_format_ranks(ranks),
     ]
     lines += [f"leaves trained whole: {len(whole)}, {_join_names(whole)}"] if whole else []
@@ -142,7 +178,7 @@ def _describe_model(folder: Path) -> list[str]:
         files = {tensors.file(key) for key in tensors}
     lines = [
         f"{kind}: {', '.join(map(to_printable, names[:_LIST_LIMIT]))}",
-        _format_sizes(entries.values()),
+        format_sizes(entries.values()),
     ]
     lines.append(f"{len(files)} file{'s' * (len(files) != 1)}")
     odd = [] if config else ["there is no config.json: transformers will not load it"]
@@ -160,18 +196,6 @@ def _is_finite(array: np.ndarray) -> bool:
     return array.dtype.kind in "iub" or bool(np.isfinite(array.astype(np.float32)).all())
 
 
-def _format_sizes(arrays: Iterable[Any]) -> str:
-    """Format the count, dtypes and bytes of arrays, or of entries with shape and dtype."""
-    sizes: Counter = Counter()
-    count = number = total = 0
-    for array in arrays:
-        size = math.prod(array.shape)
-        sizes[np.dtype(array.dtype).name] += size
-        count, number, total = count + 1, number + size, total + size * array.dtype.itemsize
-    dtypes = ", ".join(f"{name} {size:,}" for name, size in sizes.most_common())
-    return f"{count} tensors, {number:,} numbers ({dtypes}), {total:,} bytes"
-
-
 def _format_ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:
     total = sum(ranks.values())
     pairs = [f"{n} of rank {r}, scale {s:.6g}" for (r, s), n in sorted(ranks.items())]
@@ -179,10 +203,12 @@ def _format_ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:
 
 
 def _join_names(names: list[str]) -> str:
-    left = len(names) - _LIST_LIMIT
-    return ", ".join(map(to_printable, sorted(names)[:_LIST_LIMIT])) + (
-        f" and {left} more" if left > 0 else ""
-    )
+    return _join([*map(to_printable, sorted(names))])
+
+
+def _join(texts: list[str]) -> str:
+    left = len(texts) - _LIST_LIMIT
+    return ", ".join(texts[:_LIST_LIMIT]) + (f" and {left} more" if left > 0 else "")
 
 
 def _format_problems(problems: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lowrank_jax._display.terminal import WidthTable
 from lowrank_jax._display.text import to_printable, to_printable_lines
 
 Row = tuple[str, ...]
@@ -71,20 +72,10 @@ class Table:
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>{note}"
 
     def rich(self) -> Any:
-        """Render as a rich.table.Table; only rich calls this, so it can be imported."""
-        from rich import box
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
+        """Render by rich, in the width that its console has."""
         kept = [i for i in range(len(self.columns)) if self._has_content(i) or not self.rows]
-        table = RichTable(box=box.SIMPLE, pad_edge=False, caption=self.note or None)
-        for i in kept:  # only the outer columns, paths and notes, wrap in a narrow terminal
-            name, outer = self.columns[i], i in (0, len(self.columns) - 1)
-            side = "right" if name in self.right else "left"
-            table.add_column(name, justify=side, overflow="fold", no_wrap=not outer)
-        for row in self.rows:
-            table.add_row(*(Text(row[i]) for i in kept))
-        return table
+        pick = lambda row: tuple(row[i] for i in kept)
+        return WidthTable(pick(self.columns), [*map(pick, self.rows)], self.right, self.note)
 
     def _has_content(self, column: int) -> bool:
         """Whether a column has a cell other than "" and "-"."""

@@ -11,6 +11,7 @@ _UNPRINTABLE = re.compile(
     r"\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _UNPRINTABLE_LINES = re.compile(f"(?!\n){_UNPRINTABLE.pattern}")
+_PIECE = re.compile(r"[^\s/]*(?:/|\s+|$)|[^\s/]+")
 _NAME, _LINE, _TEXT = 200, 1000, 8000
 
 
@@ -30,6 +31,20 @@ def to_printable_lines(text: str) -> str:
     if len(text) <= _LINE and not _UNPRINTABLE_LINES.search(text):
         return text
     return shorten("\n".join(to_printable(line, _LINE) for line in text.split("\n")), _TEXT)
+
+
+def break_text(text: str, width: int) -> list[str]:
+    """Break text into lines after spaces and slashes; a longer word keeps its line.
+
+    >>> break_text("params/layers/self_attn/q_proj/kernel", 16)
+    ['params/layers/', 'self_attn/', 'q_proj/kernel']
+    """
+    lines = [""]
+    for piece in _PIECE.findall(text):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
 
 
 def quote_value(value: object) -> str:

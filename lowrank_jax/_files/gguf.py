@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.gguf_header import TensorInfo, read_header
+from lowrank_jax._files.gguf_header import Header, TensorInfo, read_header
 from lowrank_jax._files.safetensors import Entry
 from lowrank_jax._files.shards import Tensors
 
@@ -33,24 +34,32 @@ _UNQUANTIZED = {0: np.float32, 1: np.float16}  # types that are not in blocks
 _HEAD_FIELDS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 
 
+def open_gguf(path: Path) -> tuple[Any, Header]:
+    """Return the package gguf and the header of a file.
+
+    Raises:
+      CheckpointError: the package is not installed, or the file is damaged.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise CheckpointError(
+            "reading a GGUF file needs a package: pip install 'lowrank_jax[gguf]'"
+        ) from error
+    sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    try:
+        return gguf, read_header(path, sizes)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not a GGUF file, or is damaged ({error})") from error
+
+
 class GgufTensors(Tensors):
     """Mapping of Hugging Face's names to float32 arrays, dequantized at every look-up."""
 
     def __init__(self, path: Path):
-        try:
-            import gguf
-        except ImportError as error:
-            raise CheckpointError(
-                "reading a GGUF file needs a package: pip install 'lowrank_jax[gguf]'"
-            ) from error
+        gguf, header = open_gguf(path)
         self.path, self._decode = path, gguf.quants.dequantize
         self._kind = gguf.GGMLQuantizationType
-        try:
-            header = read_header(
-                path, {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-            )
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{path} is not a GGUF file, or is damaged ({error})") from error
         self._data = header.data
         architecture = header.fields.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in _HAS_PAIRED_ROWS:

@@ -12,9 +12,11 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError, list_first_problems, list_problems
 from lowrank_jax._files.json_text import read_json_object
+from lowrank_jax._files.kinds import INDEX as INDEX
+from lowrank_jax._files.kinds import SINGLE as SINGLE
+from lowrank_jax._files.kinds import describe_other_kind
 from lowrank_jax._files.safetensors import Entry, TensorFile
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_LIMIT = 1 << 26
 
 
@@ -85,6 +87,13 @@ def _locate_files(folder: Path) -> tuple[list[Path], set[str]]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], set()
     if not (folder / INDEX).is_file():
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is not a folder: pass the folder of a model, with its config.json and "
+                "safetensors files"
+            )
+        if other := describe_other_kind(folder, "a model"):
+            raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {other}")
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         raise CheckpointError(
             f"{folder} holds neither {SINGLE} nor {INDEX}"

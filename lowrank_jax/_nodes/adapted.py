@@ -95,7 +95,8 @@ class Adapted(Wrapper):
     >>> config = lowrank.LoraConfig(rank=2, targets="w")
     >>> base, lora = lowrank.init(jax.random.key(0), params, config)
     >>> lowrank.combine(base, lora)["w"]
-    Adapted(base=float32[4, 3], delta=LowRank(a=float32[4, 2], b=float32[2, 3], scale=2.0, rank=2))
+    Adapted(base=float32[4, 3],
+     delta=LowRank(shape=(4, 3), rank=2, scale=2.0, a=float32[4, 2], b=float32[2, 3]))
     """
 
     base: Any

@@ -126,7 +126,7 @@ class IA3(LowRank):
 
     >>> node = IA3(magnitude=jnp.ones(3), inputs=(4,))
     >>> node, node.shape
-    (IA3(magnitude=float32[3], inputs=(4,), rank=0), (4, 3))
+    (IA3(shape=(4, 3), rank=0, scale=1.0, inputs=(4,), magnitude=float32[3]), (4, 3))
     """
 
     a: Any = None

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 
 from lowrank_jax._errors import AxesError, make_not_lifted_error
-from lowrank_jax._nodes.serialization import Node
+from lowrank_jax._nodes.serialization import Node, list_array_fields
 from lowrank_jax._primitives.contract import RANK, Labels
 
 
@@ -38,7 +38,7 @@ class LowRank(Node):
     >>> import jax.numpy as jnp
     >>> node = LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), scale=0.5)
     >>> node, node.rank, node.shape
-    (LowRank(a=float32[4, 2], b=float32[2, 3], scale=0.5, rank=2), 2, (4, 3))
+    (LowRank(shape=(4, 3), rank=2, scale=0.5, a=float32[4, 2], b=float32[2, 3]), 2, (4, 3))
     """
 
     a: Any
@@ -67,9 +67,18 @@ class LowRank(Node):
         at, columns = len(self.stacked), self.a.shape[-1]
         return self.rank >= min(math.prod(f.shape[at:]) // columns for f in (self.a, self.b))
 
-    def _extra_repr(self) -> list[str]:
-        known = all(array is None or hasattr(array, "shape") for array in (self.a, self.b))
-        return [f"rank={self.rank}" + " (full)" * self.is_full] if known else []
+    def _get_shown_fields(self) -> dict[str, Any]:
+        """Return shape, rank and scale, the fields that differ from their default, and arrays."""
+        fields = super()._get_shown_fields()
+        arrays = {name: fields.pop(name) for name in list_array_fields(self) if name in fields}
+        if not all(hasattr(array, "shape") for array in arrays.values()):
+            return {**fields, **arrays}  # specs, say, in place of the arrays
+        known: dict[str, Any] = {"rank": self.rank} | ({"is_full": True} if self.is_full else {})
+        known["scale"] = self.scale
+        if not self.adapters:
+            fields = {name: fields[name] for name in fields if name not in ("fan_in", "fan_out")}
+            known = {"shape": self.shape, **known}
+        return {**known, **fields, **arrays}
 
     @property
     def labels(self) -> tuple[Labels, Labels]:

@@ -25,7 +25,7 @@ from lowrank_jax._errors import AxesError, LowrankError
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes.decoding import Decoding as Decoding
 from lowrank_jax._nodes.decoding import get_flat_order as get_flat_order
-from lowrank_jax._nodes.serialization import Node
+from lowrank_jax._nodes.serialization import Node, list_array_fields
 
 Axes = tuple[int, ...]
 
@@ -60,8 +60,9 @@ class Quantized(Node):
     >>> import lowrank_jax as lowrank
     >>> quant = lowrank.QuantConfig(targets="w", double_quant=False)
     >>> node = lowrank.quantize({"w": jnp.ones((128, 6))}, quant)["w"]
-    >>> node.codes.shape, node.codes.dtype.name, node.scales.shape, node.shape
-    ((2, 64, 6), 'uint4', (2, 6), (128, 6))
+    >>> node
+    Quantized(shape=(128, 6), format='nf4', block_size=64, packing='uint4', weight_dtype='float32',
+     codes=uint4[2, 64, 6], scales=float32[2, 6])
     """
 
     codes: Any
@@ -163,6 +164,15 @@ class Quantized(Node):
         if self.nested_map is not None:
             second["nested_map"] = second["nested"]
         return dataclasses.replace(self, codes=make(codes), scales=make(tuple(scales)), **second)
+
+    def _get_shown_fields(self) -> dict[str, Any]:
+        """Return shape and format, and the arrays."""
+        fields = super()._get_shown_fields()
+        arrays = {name: fields[name] for name in list_array_fields(self) if name in fields}
+        if not all(hasattr(array, "shape") for array in arrays.values()):
+            return fields  # specs, say, in place of the arrays
+        names = ("format", "block_size", "packing", "weight_dtype")
+        return {"shape": self.shape, **{name: getattr(self, name) for name in names}, **arrays}
 
     def __jax_array__(self):
         raise LowrankError(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax._errors import make_not_lifted_error
+
 _FLAX = "flax.serialization"
 _RENAMED_FIELDS = {"moved": "base_modified"}  # old name -> name today
 _WIDE = {"uint4": np.uint8, "int4": np.int8}  # dtypes that Flax's msgpack cannot hold -> wider ones
@@ -35,15 +37,35 @@ class Node:
         """Unpickle or copy the node; a pickle of an older release has the old field names."""
         vars(self).update(with_current_names(state))
 
-    def __repr__(self) -> str:
-        """Show dtypes and shapes of arrays, and static fields that differ from the default."""
-        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore
-        shown = [f"{f.name}={_summarize(v)}" for f, v in fields if v is not None and v != f.default]
-        return f"{type(self).__name__}({', '.join([*shown, *self._extra_repr()])})"
+    def __jax_array__(self) -> Any:
+        """Raise the error of a node that is used as an array."""
+        raise make_not_lifted_error(f"a {type(self).__name__} node")
 
-    def _extra_repr(self) -> list[str]:
-        """Further entries of the repr."""
-        return []
+    def _refuse_arithmetic(self, *_: object) -> Any:
+        """Raise the same error where Python would say that a node has no such operator."""
+        return self.__jax_array__()
+
+    # x @ node calls __jax_array__; these are node @ x, and node[...] as Flax NNX reads a variable
+    __getitem__ = __matmul__ = __mul__ = __add__ = __sub__ = __truediv__ = _refuse_arithmetic
+    __iter__ = None  # iter() would index the node: it raises TypeError, as iter() of any object
+
+    def __repr__(self) -> str:
+        """Show the node in a line: what describes it, and dtypes and shapes instead of arrays."""
+        shown = [f"{name}={_summarize(value)}" for name, value in self._get_shown_fields().items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """Render for treescope, which alone calls this."""
+        from treescope import repr_lib  # type: ignore[import-not-found]
+
+        return repr_lib.render_object_constructor(
+            type(self), self._get_shown_fields(), path, subtree_renderer, roundtrippable=False
+        )
+
+    def _get_shown_fields(self) -> dict[str, Any]:
+        """Return what a reader wants to know: by default, fields that differ from their default."""
+        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore
+        return {f.name: v for f, v in fields if v is not None and v != f.default}
 
 
 class Wrapper(Node):

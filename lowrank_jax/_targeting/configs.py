@@ -12,10 +12,15 @@ from lowrank_jax._checks.fields import (
     check_alpha,
     check_choice,
     check_json,
-    check_keys,
     check_rank,
     check_scale,
     to_pairs,
+)
+from lowrank_jax._checks.keywords import (
+    BITSANDBYTES_KEYWORDS,
+    PEFT_KEYWORDS,
+    check_keys,
+    explain_keywords,
 )
 from lowrank_jax._checks.regexes import RegexBudget
 from lowrank_jax._codecs import check_block_size, get_format
@@ -26,6 +31,7 @@ from lowrank_jax._jax.paths import ALL_LINEAR
 from lowrank_jax._nodes.methods import find_method, method_names
 from lowrank_jax._targeting.values import (
     FrozenMapping,
+    Readable,
     freeze,
     from_json,
     normalize_axis_pairs,
@@ -39,8 +45,9 @@ FACTOR_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PATTERN_MAPS = ("rank_pattern", "alpha_pattern", "stack", "axes", "train_rows")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+@explain_keywords("PEFT", PEFT_KEYWORDS)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class LoraConfig(Readable):
     r"""Configuration of adapters: which leaves get which adapter.
 
     $W_\text{eff} = W + s\,a\,b$ with $s = \alpha / r$, or $\alpha / \sqrt{r}$ with `rslora`.
@@ -80,6 +87,8 @@ class LoraConfig:
     Source: LoRA, arXiv 2106.09685, section 4.1.
 
     >>> config = LoraConfig(rank=8, targets="**/kernel", rank_pattern={"**/head/*": 2})
+    >>> config
+    LoraConfig(rank=8, targets='**/kernel', rank_pattern={'**/head/*': 2})
     >>> LoraConfig.from_dict(config.to_dict()) == config
     True
     """
@@ -166,7 +175,7 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
         """Create the configuration from the values of `to_dict`; an unknown key is an error."""
-        check_keys(cls, values)
+        check_keys(cls, values, PEFT_KEYWORDS)
         parsed, budget = {}, RegexBudget(cls)
         for name, value in values.items():
             if name in _PATTERN_MAPS:
@@ -187,8 +196,9 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantConfig:
+@explain_keywords("bitsandbytes", BITSANDBYTES_KEYWORDS)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class QuantConfig(Readable):
     r"""Configuration of quantization: which leaves, and in which format.
 
     $W = \text{table}[\text{codes}] \cdot \text{absmax}$, in blocks along the contracted axes.
@@ -209,6 +219,8 @@ class QuantConfig:
     Source: QLoRA, arXiv 2305.14314, section 3.
 
     >>> config = QuantConfig(block_size=128, exclude="**/head/*")
+    >>> config
+    QuantConfig(block_size=128, exclude='**/head/*')
     >>> QuantConfig.from_dict(config.to_dict()) == config
     True
     """
@@ -243,6 +255,6 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
         """Create the configuration from the values of `to_dict`; an unknown key is an error."""
-        check_keys(cls, values)
+        check_keys(cls, values, BITSANDBYTES_KEYWORDS)
         budget = RegexBudget(cls)
         return cls(**{name: from_json(value, budget) for name, value in values.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -46,6 +47,37 @@ class FrozenMapping(Mapping):
 
     def __repr__(self) -> str:
         return repr(dict(self._items))
+
+
+class Readable:
+    """A dataclass whose repr is a call with the fields that differ from their default."""
+
+    def __repr__(self) -> str:
+        shown = [f"{name}={value!r}" for name, value in self._get_changed_fields().items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """Render for treescope, which alone calls this."""
+        from treescope import repr_lib  # type: ignore[import-not-found]
+
+        return repr_lib.render_object_constructor(
+            type(self), self._get_changed_fields(), path, subtree_renderer, roundtrippable=True
+        )
+
+    def _get_changed_fields(self) -> dict[str, Any]:
+        """Return the fields that differ from their default, as plain values."""
+        default = type(self)()
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        changed = [name for name in names if getattr(self, name) != getattr(default, name)]
+        return {name: _to_plain(getattr(self, name)) for name in changed}
+
+
+def _to_plain(value: Any) -> Any:
+    """Return a mapping as a dict, and a single pattern without its tuple."""
+    if isinstance(value, FrozenMapping):
+        return dict(value)
+    is_pattern = isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], str)
+    return value[0] if is_pattern else value
 
 
 def normalize_patterns(name: str, value: object) -> tuple[Pattern, ...]:

@@ -11,7 +11,8 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import check_arguments, function_of_params
+from lowrank_jax._checks.arguments import check_arguments
+from lowrank_jax._checks.functions import function_of_params
 from lowrank_jax._errors import AxesError, ConfigError, LowrankError, TreeError, list_problems
 from lowrank_jax._interpreter.interpret import Context, Record, interpret
 from lowrank_jax._interpreter.table import OPERATIONS

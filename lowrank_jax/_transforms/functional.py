@@ -114,7 +114,7 @@ def functional_with_state(
     split, params, state = _SplitModule.of(model, wrt, method)
 
     def fn(
-        params: PyTree, state: PyTree, /, *args: PyTree, **kwargs: PyTree
+        params: PyTree, state: PyTree = None, /, *args: PyTree, **kwargs: PyTree
     ) -> tuple[PyTree, PyTree]:
         out, after = split.apply(params, state, args, kwargs)
         changed = split.find_changed(params, state, after, args, kwargs)
@@ -325,10 +325,23 @@ def _match_leaves(expected: dict[str, str], tree: PyTree, what: str) -> list[Any
         raise make_not_lifted_error("an adapted weight")
     came = dict(flatten(tree)[0])
     problems = [f"{path} ({kind}): missing" for path, kind in expected.items() if path not in came]
-    problems += [f"{path}: unexpected" for path in sorted(came.keys() - expected.keys())]
+    problems += [
+        f"{path or 'an array instead of a tree'}: unexpected"
+        for path in sorted(came.keys() - expected.keys())
+    ]
     if problems:
-        raise TreeError(
-            f"the {what} given are not those of the model: pass a tree with the structure that "
-            f"functional returned:\n{list_problems(problems)}"
-        )
+        raise TreeError(f"{_REMEDIES[what]}:\n{list_problems(problems)}")
     return [came[path] for path in expected]
+
+
+_REMEDIES = {
+    "params": (
+        "the params given are not those of the model: pass a tree with the structure that "
+        "functional returned"
+    ),
+    "state": (
+        "the state given is not that of the model: the function of functional_with_state takes "
+        "it after params, out, state = fn(params, state, *args); pass the state that "
+        "functional_with_state returned, or that the last call did"
+    ),
+}

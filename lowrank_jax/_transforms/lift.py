@@ -14,9 +14,9 @@ import numpy as np
 
 from lowrank_jax._checks.arguments import (
     check_arguments,
-    function_of_params,
     refuse_unsupported_dtypes,
 )
+from lowrank_jax._checks.functions import function_of_params
 from lowrank_jax._errors import (
     ConfigError,
     LowrankError,

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax._checks.arguments import check_arguments, function_of_params
+from lowrank_jax._checks.arguments import check_arguments
+from lowrank_jax._checks.functions import function_of_params
 from lowrank_jax._interpreter.survey import Survey, Value, is_numeric_dtype, make_argument_value
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._interpreter.views import View

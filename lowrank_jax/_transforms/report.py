@@ -12,10 +12,10 @@ import jax
 
 from lowrank_jax._checks.arguments import (
     check_arguments,
-    function_of_params,
     refuse_unsupported_dtypes,
     tree_of_arrays,
 )
+from lowrank_jax._checks.functions import function_of_params
 from lowrank_jax._display.table import (
     Table,
     TableMapping,

@@ -27,6 +27,7 @@ from lowrank_jax._files.atomic import (
     remove_temporary,
     write_temporary,
 )
+from lowrank_jax._files.kinds import MANIFEST, describe_other_kind
 from lowrank_jax._files.locks import lock_folder
 from lowrank_jax._trees.fingerprint import list_differences, sha256
 from lowrank_jax.checkpoint._orbax import (
@@ -44,7 +45,6 @@ from lowrank_jax.checkpoint._quiet import silence_orbax
 # that an error in writing or parsing is noticed too.
 
 _FORMAT, _VERSION = "lowrank_jax.checkpoint", 1
-_MANIFEST = "manifest.json"
 _ARRAYS_FOLDER = re.compile(r"arrays-[0-9a-f]{32}")
 # OCDBT compresses small arrays within its index: by how much each may exceed its size on disk
 _INLINE_SLACK = 4096
@@ -88,12 +88,12 @@ def _commit(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]
     fsync(directory)
     text = serialize_manifest(body)
     manifest = write_temporary(directory, lambda file: file.write(text))
-    commit_files(directory, {_MANIFEST: manifest}, "checkpoint")
+    commit_files(directory, {MANIFEST: manifest}, "checkpoint")
 
 
 def has_manifest(directory: Path) -> bool:
     """Whether the directory holds an archive."""
-    return (directory / _MANIFEST).is_file()
+    return (directory / MANIFEST).is_file()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -102,9 +102,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: there is no manifest, it is of an unknown version, or it is damaged.
     """
-    path = directory / _MANIFEST
+    path = directory / MANIFEST
     if not has_manifest(directory):
-        why = "does not exist" if not directory.exists() else f"holds no {_MANIFEST}"
+        why = "does not exist" if not directory.exists() else f"holds no {MANIFEST}"
+        if other := describe_other_kind(directory, "a checkpoint"):
+            raise CheckpointError(f"there is no checkpoint at {directory}: {other}")
         raise CheckpointError(
             f"there is no checkpoint at {directory}: it {why}; pass the directory given to save "
             "(the first save there may not have finished)"
@@ -245,8 +247,8 @@ def _remove_leftovers(directory: Path) -> None:
     with contextlib.suppress(OSError, CheckpointError):
         fsync(directory)
         names = os.listdir(directory)
-        keep = read_manifest(directory)["folder"] if _MANIFEST in names else None
-        (directory / f"{_MANIFEST}.new").unlink(missing_ok=True)  # written by older releases
+        keep = read_manifest(directory)["folder"] if MANIFEST in names else None
+        (directory / f"{MANIFEST}.new").unlink(missing_ok=True)  # written by older releases
         remove_temporary(directory)
         for path in directory.glob("arrays-*"):
             # match, not fullmatch: an unfinished Orbax folder has a suffix after its name

@@ -75,6 +75,8 @@ def merge(
         raise CheckpointError(
             f"names is for a checkpoint's leaves, but {adapter} is not a checkpoint: leave it out"
         )
+    with open_folder(base):  # what is wrong with the base is said before the rest
+        pass
     if checkpoint.exists(adapter):
         with tempfile.TemporaryDirectory() as place:
             saved = checkpoint.restore(adapter)

@@ -9,11 +9,12 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.atomic import replace_files
+from lowrank_jax._files.kinds import ADAPTER_CONFIG, describe_other_kind
 from lowrank_jax._files.safetensors import write_tensors
 from lowrank_jax._files.within import file_within, read_within
 
 CONFIG, TENSORS, PICKLE = (
-    "adapter_config.json",
+    ADAPTER_CONFIG,
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
@@ -37,6 +38,8 @@ def _check_exists(folder: Path, name: str) -> None:
     try:
         (folder / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:
+        if name == CONFIG and (other := describe_other_kind(folder, "a PEFT adapter")):
+            raise CheckpointError(f"{folder} holds no {CONFIG}: {other}") from error
         pickled = (folder / PICKLE).exists() and name == TENSORS
         raise CheckpointError(
             f"{folder} holds no {name}"

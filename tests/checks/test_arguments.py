@@ -92,6 +92,7 @@ TAKEN = {
     ("checkpoint_policy", "policy"): {"function"},
     ("partition", "tree"): PASSED | {"dict of text"},
     ("trainable_mask", "tree"): PASSED | NODES,
+    ("tabulate", "tree"): PASSED | NODES,
     ("fingerprint", "tree"): SAVED,
     ("dequantize", "frozen"): PASSED,
     ("factor_labels", "lora"): {"None"} | EMPTY | NODES,

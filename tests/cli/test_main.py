@@ -1,6 +1,7 @@
 """`python -m lowrank_jax`: what it prints and writes, and how it says no."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_llama import write_gguf
 
 import lowrank_jax as lowrank
-from lowrank_jax._cli.main import TABLES, main
+from lowrank_jax._cli.main import main
 from lowrank_jax._files.safetensors import TensorFile, write_tensors
 from lowrank_jax._files.shards import open_folder
 from lowrank_jax._jax.paths import flatten
@@ -77,14 +79,17 @@ model.layers.1.input_layernorm, model.norm
     MODELS / "llama": """a dense model: LlamaForCausalLM
 35 tensors, 20,064 numbers (float32 20,064), 80,256 bytes
 3 files
+also in the folder: generation_config.json
 """,
     MODELS / "tied": """a dense model: LlamaForCausalLM
 34 tensors, 18,016 numbers (bfloat16 18,016), 36,032 bytes
 1 file
+also in the folder: generation_config.json
 """,
     GOLDEN / "bitsandbytes_files" / "llama": """a model quantized by bitsandbytes: LlamaForCausalLM
 105 tensors, 53,712 numbers (uint8 40,354, float32 13,358), 93,786 bytes
 2 files
+also in the folder: generation_config.json
 """,
 }
 
@@ -139,7 +144,61 @@ def test_inspect_says_what_is_odd(tmp_path, capsys):
     assert "odd: model-00001-of-00003.safetensors: of no file of this model" in odd
 
 
+def test_inspect_takes_files(tmp_path, capsys):
+    text = said(capsys, "inspect", PEFT / "lora" / TENSORS)
+    assert text.startswith("a safetensors file\n28 tensors, 1,856 numbers (float32 1,856), 7,424")
+    assert "layers.0.mlp.down_proj.lora_A.weight [2, 48], " in text
+    assert text.endswith(" and 25 more\n")
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "tiny.gguf")
+    text = said(capsys, "inspect", tmp_path / "tiny.gguf")
+    assert re.fullmatch(
+        r"a GGUF file of llama: \w+\n\d+ tensors, [\d,]+ numbers \(F32 [\d,]+.*\), [\d,]+ bytes\n",
+        text,
+    )
+
+
+def test_inspect_names_everything_in_a_folder(tmp_path, capsys):
+    folder = adapter(tmp_path)
+    run(folder)  # a checkpoint, in a folder of its own
+    shutil.copytree(folder / "run", folder, dirs_exist_ok=True)
+    shutil.copy(MODELS / "tied" / "model.safetensors", folder / "extra.safetensors")
+    (folder / "notes.txt").touch()
+    lines = said(capsys, "inspect", folder).splitlines()
+    assert lines[0] == "a PEFT adapter"
+    assert lines[4] == "a checkpoint of lowrank_jax, step 7, without an optimizer"
+    assert lines[8:10] == ["extra.safetensors:", "a safetensors file"]
+    assert lines[-1] == "also in the folder: notes.txt, run/ (a checkpoint of lowrank_jax)"
+
+
+def test_lines_of_a_terminal_are_broken_between_words(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    plain = FOLDERS[PEFT / "saved"]
+    text = said(capsys, "inspect", PEFT / "saved")
+    assert text != plain
+    assert text.split() == plain.split()
+    assert max(map(len, text.splitlines())) <= 80
+
+
 # merge and convert
+
+
+def test_convert_names_the_base_model_and_finds_the_table(tmp_path, capsys):
+    out = tmp_path / "peft"
+    text = said(capsys, "convert", run(tmp_path), out, "--base-model", "some/llama")
+    assert "named by --names llama, such as model.layers.0.mlp.up_proj\n" in text
+    assert "base model: some/llama\n" in text
+    assert json.loads((out / CONFIG).read_text())["base_model_name_or_path"] == "some/llama"
+    assert "base model: some/llama\n" in said(capsys, "inspect", out)
+
+
+def test_merge_finds_the_table_in_the_base(tmp_path, capsys):
+    text = said(capsys, "merge", MODELS / "llama", run(tmp_path), tmp_path / "out")
+    assert text.endswith("modules named by --names llama\n")
+    said(capsys, "merge", MODELS / "llama", tmp_path / "run", tmp_path / "two", "--names", "llama")
+    with open_folder(tmp_path / "out") as one, open_folder(tmp_path / "two") as two:
+        chex.assert_trees_all_equal(dict(one), dict(two))
 
 
 def test_merge_is_that_of_the_library(tmp_path, capsys):
@@ -161,7 +220,11 @@ def test_merge_of_a_checkpoint(tmp_path, capsys):
 def test_convert_there_and_back(tmp_path, capsys):
     out = tmp_path / "peft"
     text = said(capsys, "convert", run(tmp_path), out, "--names", "llama")
-    assert text == f"{out}: a PEFT adapter, made of {tmp_path}/run\n"
+    assert text == (
+        f"{out}: a PEFT adapter, made of {tmp_path}/run\n"
+        "modules named by --names llama, such as model.layers.0.mlp.up_proj\n"
+        "base model: not named (--base-model NAME, which AutoPeftModel needs)\n"
+    )
     assert json.loads((out / CONFIG).read_text())["lora_alpha"] == 5
     assert "of rank 3, scale 1.66667" in said(capsys, "inspect", out)
     text = said(capsys, "convert", out, tmp_path / "back")
@@ -190,13 +253,21 @@ def test_converted_twice_it_merges_to_the_same(case, tmp_path, capsys):
 # Mistakes
 
 
+def odd_run(folder):
+    """A checkpoint whose leaves no table names."""
+    node = lowrank.LowRank(jnp.ones((2, 4, 1)), jnp.ones((2, 1, 4)), None, (1,), (2,), (0,))
+    config = lowrank.LoraConfig(rank=1, targets="**/kernel")
+    lowrank.checkpoint.save(folder / "odd", lora={"body": {"kernel": node}}, config=config)
+    return folder / "odd"
+
+
 def pickled(folder):
     (folder / "pytorch_model.bin").touch()
     return folder
 
 
 MISTAKES = {
-    "nothing there": (lambda p: ["inspect", p / "none"], r"none is not a folder"),
+    "nothing there": (lambda p: ["inspect", p / "none"], r"none does not exist: pass a folder or"),
     "nothing known": (lambda p: ["inspect", p], r"not an adapter, checkpoint or model"),
     "a pickle": (
         lambda p: ["inspect", pickled(p)],
@@ -204,7 +275,23 @@ MISTAKES = {
     ),
     "no model": (
         lambda p: ["merge", p / "none", PEFT / "lora", p / "out"],
-        r"holds neither model\.safetensors",
+        r"none is not a folder: pass the folder of a model",
+    ),
+    "no model is said before what is wrong with the adapter": (
+        lambda p: ["merge", p / "none", odd_run(p), p / "out"],
+        r"none is not a folder",
+    ),
+    "stacked layers that no table names": (
+        lambda p: ["convert", odd_run(p), p / "out"],
+        r"'body/kernel' stacks layers.*--names TABLE, one of bert, gemma, gemma2, gpt2, llama",
+    ),
+    "convert into a checkpoint": (
+        lambda p: ["convert", PEFT / "lora", adapter(p)],
+        r"adapter holds a PEFT adapter, and a checkpoint .* beside it .* another folder",
+    ),
+    "a file of another kind": (
+        lambda p: ["inspect", pickled(p) / "pytorch_model.bin"],
+        r"not a folder, a \.gguf or a \.safetensors file; it is a pickle",
     ),
     "no adapter": (
         lambda p: ["merge", MODELS / "llama", p, p / "out"],
@@ -260,8 +347,17 @@ def test_an_unknown_table_is_named(capsys):
     with pytest.raises(SystemExit) as left:
         main(["convert", "a", "b", "--names", "lama"])
     assert left.value.code == 2
-    assert "'lama' is not one of BERT, GEMMA" in capsys.readouterr().err
-    assert {"LLAMA", "GPT2", "VIT"} <= set(TABLES)
+    error = capsys.readouterr().err
+    assert "'lama' is not one of bert, gemma, " in error
+    assert {"llama", "gpt2", "vit", "paths"} <= {*re.findall(r"\w+", error)}
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"lowrank_jax {lowrank.__version__} (JAX ")
 
 
 def test_the_module_runs():
@@ -274,4 +370,4 @@ def test_the_module_runs():
     assert good.stdout.startswith("a PEFT adapter\n")
     bad = subprocess.run([*command, "/none"], capture_output=True, text=True, env=environment)
     assert (bad.returncode, bad.stdout) == (1, "")
-    assert bad.stderr == "lowrank_jax: /none is not a folder\n"
+    assert bad.stderr == "lowrank_jax: /none does not exist: pass a folder or a file\n"

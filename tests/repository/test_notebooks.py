@@ -1,6 +1,10 @@
 """The notebooks: run to their end, paired with their text, their outputs kept."""
 
+import ast
 import os
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,9 @@ assert curve[-1][1]["Python"] < before["Python"] - 0.15
 assert all(np.allclose(sweep[0][name], before[name], rtol=1e-5) for name in before)
 assert abs(difference).max() < 1e-4
 assert jax.tree.all(jax.tree.map(np.array_equal, restored.lora, lora))
+axis = figure.axes[0]
+assert axis.get_title() and axis.get_xlabel()
+assert axis.get_ylabel() == "held-out loss (nats per character)"
 assert set(plan) >= {"mix/kernel", "head/kernel"}
 """,
 }
@@ -66,6 +73,31 @@ def test_outputs_and_plots_are_kept(path):
     assert sum("<table>" in d.get("text/html", "") for d in data) >= 3
     cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
     assert all(cell.execution_count == i for i, cell in enumerate(cells, 1))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_images_have_texts_and_objects_leave_none(path):
+    kept = outputs(read(path))
+    images = [output for output in kept if "image/png" in output.get("data", {})]
+    assert all(len(image.metadata["image/png"]["alt"]) > 40 for image in images)
+    texts = [output.get("data", {}).get("text/plain", "") for output in kept]
+    assert not [text for text in texts if text.startswith("<") and "Image" not in text]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_installs_what_the_others_import(path):
+    first, *others = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert '"pip", "install"' in first.source
+    extra = re.search(r"\.\.\[(\w+)\]", first.source)[1]
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"][extra]]
+    brought = {re.match(r"[\w-]+", name)[0].lower() for name in wanted} | {"lowrank_jax"}
+    brought |= {*sys.stdlib_module_names, "ipython"}  # which ipykernel brings
+    trees = [ast.parse(cell.source) for cell in others]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0].lower() for name in names} <= brought
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -129,6 +129,7 @@ class Model:
                 "params": jax.tree.map(jnp.copy, self.params), "quant": self.quant,
             },
             "dequantize": lambda: {"frozen": self.frozen},
+            "tabulate": lambda: {"tree": self.tree},
             "specs": lambda: {"tree": self.base, "dense_specs": {"w": P(), "v": P(), "bias": P()}},
             "peft.save": lambda: {
                 "directory": self.place(), "lora": self.adapter, "config": self.config,

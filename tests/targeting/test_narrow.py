@@ -62,8 +62,8 @@ def test_plan_report_and_repr_say_so(net):
     leaves = {name: report[f"params/{name}/kernel"] for name in RANKS}
     assert [leaf.full for leaf in leaves.values()] == [True, True, True, False]
     assert "LoRA r=8 (full) s=2" in str(report)
-    assert "rank=8 (full)" in repr(lora["params"]["router"]["kernel"])
-    assert "rank=16)" in repr(lora["params"]["wide"]["kernel"])
+    assert "rank=8, is_full=True, " in repr(lora["params"]["router"]["kernel"])
+    assert "is_full" not in repr(lora["params"]["wide"]["kernel"])
 
 
 @pytest.mark.parametrize(
