@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._files.json_text import read_json_object
-from lowrank_jax._jax.paths import find_nearest_names
 
 _CONFIG_LIMIT = 1_000_000  # bytes
 
@@ -60,7 +60,7 @@ def read_sizes(like: str) -> Sizes:
     path = Path(like)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        near = find_nearest_names(like, MODELS, 1)
+        near = difflib.get_close_matches(like, MODELS, 1)
         raise ConfigError(
             f"--like {like}: neither a folder with a config.json nor one of {', '.join(MODELS)}"
             + (f"; did you mean {near[0]}?" if near else "")

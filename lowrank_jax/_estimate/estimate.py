@@ -13,7 +13,7 @@ import jax
 from lowrank_jax._checks.arguments import (
     check_arguments,
     count,
-    function_of_params,
+    function,
     integers,
 )
 from lowrank_jax._display.table import Table, format_bytes
@@ -113,7 +113,7 @@ class Estimate:
 _COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#bbbbbb", "#dddddd", "#ee6677", "#aa3377")
 
 
-@check_arguments(step=function_of_params, donate=count | integers)
+@check_arguments(step=function, donate=count | integers)
 def estimate(
     step: Callable, *args: Any, target: str | None = None, donate: int | Sequence[int] = ()
 ) -> Estimate:
