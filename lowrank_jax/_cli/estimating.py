@@ -24,6 +24,13 @@ from lowrank_jax._trees.quantize import quantize
 DTYPES = ("bfloat16", "float32")
 
 
+def _parse_count(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     add = command.add_argument
@@ -32,10 +39,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--chip", choices=sorted(CHIPS), help="compile for it; the default is this machine")
     add("--quantize", choices=("nf4", "fp4", "int8", "none"), default="none")
     add("--packing", choices=PACKINGS, default="uint4", help="of codes of 4 bits; on a CPU, uint8")
-    add("--rank", type=int, default=16)
+    add("--rank", type=_parse_count, default=16)
     add("--dora", action="store_true")
-    add("--batch", type=int, default=1, help="sequences in a step")
-    add("--tokens", type=int, default=1024, help="tokens of a sequence")
+    add("--batch", type=_parse_count, default=1, help="sequences in a step")
+    add("--tokens", type=_parse_count, default=1024, help="tokens of a sequence")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the base and of activations")
     add("--optimizer-bits", type=int, choices=(8, 32), default=32, help="of AdamW's states")
     add("--no-remat", action="store_true", help="keep each layer's activations for backward")

@@ -68,12 +68,37 @@ def read_sizes(like: str) -> Sizes:
     return _parse_sizes(read_json_object(file, _CONFIG_LIMIT), file)
 
 
+# the types of models that have a Llama's matrices, by config.json
+_LLAMAS = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+
+
 def _parse_sizes(fields: Mapping[str, Any], file: Path) -> Sizes:
-    """Read the sizes of a config.json; a missing number of key-value heads is that of heads."""
-    heads = fields.get("num_attention_heads")
-    found = {"num_key_value_heads": heads, "tie_word_embeddings": False, **fields}
-    if "head_dim" not in found and _is_size(heads) and _is_size(found.get("hidden_size")):
-        found["head_dim"] = found["hidden_size"] // heads
+    """Read the sizes of a config.json, with the defaults of transformers for a Llama."""
+    kind = fields.get("model_type", "llama")
+    if kind not in _LLAMAS:
+        raise ConfigError(
+            f"{file}: model_type is {kind!r}; only models with a Llama's matrices can be estimated "
+            f"by their sizes ({', '.join(_LLAMAS)}): for another, pass its own step to "
+            "lowrank.estimate"
+        )
+    given = {name: value for name, value in fields.items() if value is not None}
+    heads, width = given.get("num_attention_heads"), given.get("hidden_size")
+    found = {"num_key_value_heads": heads, "tie_word_embeddings": False, **given}
+    if "head_dim" not in found and isinstance(heads, int) and isinstance(width, int):
+        found["head_dim"] = width // max(1, heads)
     names = [field.name for field in dataclasses.fields(Sizes)]
     sizes: dict[str, Any] = {name: found.get(name) for name in names}
     for name, value in sizes.items():
@@ -81,6 +106,17 @@ def _parse_sizes(fields: Mapping[str, Any], file: Path) -> Sizes:
             raise ConfigError(
                 f"{file}: {name} is {value!r}; expected a positive integer, as in a Llama's config"
             )
+    if not isinstance(found["tie_word_embeddings"], bool):
+        raise ConfigError(
+            f"{file}: tie_word_embeddings is {found['tie_word_embeddings']!r}; expected true or "
+            "false"
+        )
+    if sizes["head_dim"] % 2 or sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+        raise ConfigError(
+            f"{file}: head_dim is {sizes['head_dim']}, and {sizes['num_attention_heads']} heads "
+            f"share {sizes['num_key_value_heads']} of keys and values; expected an even head_dim, "
+            "and a number of heads that those of keys divide"
+        )
     return Sizes(**sizes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import re
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +19,9 @@ from lowrank_jax._checks.arguments import (
 from lowrank_jax._display.table import Table, format_bytes
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._estimate.advice import list_advice
-from lowrank_jax._estimate.chips import Chip, find_chip
+from lowrank_jax._estimate.chips import find_chip
+from lowrank_jax._estimate.compilation import compile_step
 from lowrank_jax._estimate.groups import GROUPS, group_arguments
-from lowrank_jax._estimate.placement import count_devices, place_on_chips
-from lowrank_jax._nodes.sizes import count_device_bytes, count_packed_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +29,12 @@ class Estimate:
     """The memory of one call of a step, in bytes on each device.
 
     Args:
-      arguments: of the arguments, while the step runs.
+      arguments: of the arguments, while the step runs, and of arrays that it closes over. What is
+        in the memory of an accelerator's host is not counted.
       temporaries: of activations and all else that lives only in the step.
       outputs: of the results, without those that reuse the memory of donated arguments.
       groups: the arguments by what they are: "base", "scales", "adapters", "optimizer", "other",
-        and "padding", which the compiler adds; their sum is `arguments`.
+        "closed over", and "padding", which the compiler adds; their sum is `arguments`.
       target: name of the chip, or of the present backend.
       devices: number of devices.
       capacity: memory of the chip in bytes, or None.
@@ -145,7 +145,7 @@ def estimate(
     >>> found.groups["base"], found.arguments
     (262144, 270336)
     """
-    numbers = (donate,) if isinstance(donate, int) else tuple(donate)
+    numbers = tuple(donate) if isinstance(donate, Sequence) else (operator.index(donate),)
     if missing := [number for number in numbers if number not in range(len(args))]:
         raise ConfigError(
             f"donate names the argument {missing[0]}, but step is given {len(args)} arguments, "
@@ -160,91 +160,18 @@ def estimate(
             "the function without jax.jit"
         )
     chip = None if target is None else find_chip(target)
-    placed = args if chip is None else place_on_chips(args, chip)
-    lowered = _lower(jitted, placed, chip)
-    leaves = jax.tree.leaves(placed)
-    bytes_of = [count_device_bytes(leaf) if hasattr(leaf, "dtype") else 0 for leaf in leaves]
-    try:
-        compiled = lowered.compile(compiler_options=chip.options if chip else None)
-    except jax.errors.JaxRuntimeError as error:
-        if chip is None or "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sizes = _read_exhausted(error, sum(bytes_of))
-    else:
-        sizes = _read_sizes(compiled, placed)
-    groups: dict[str, int] = dict.fromkeys((*GROUPS, "padding"), 0)
-    for size, group in zip(bytes_of, group_arguments(placed), strict=True):
+    found = compile_step(jitted, args, chip)
+    groups: dict[str, int] = dict.fromkeys((*GROUPS, "closed over", "padding"), 0)
+    for size, group in zip(found.sizes, group_arguments(found.args), strict=True):
         groups[group] += size
-    groups["padding"] = _count_padding(sizes, leaves)
-    arguments = sum(groups.values())
+    groups["closed over"], groups["padding"] = found.constants, found.padding
     return Estimate(
-        arguments=arguments,
-        temporaries=sizes.temporaries,
-        outputs=sizes.outputs,
+        arguments=sum(groups.values()),
+        temporaries=found.temporaries,
+        outputs=found.outputs,
         groups=groups,
         target=target or jax.default_backend(),
-        devices=count_devices(placed),
+        devices=found.devices,
         capacity=chip and chip.memory,
-        advice=list_advice(placed, groups, sizes.temporaries, sizes.outputs),
+        advice=list_advice(found, groups),
     )
-
-
-def _lower(jitted: Any, args: Sequence[Any], chip: Chip | None) -> Any:
-    """Trace and lower the step, for the chip if there is one."""
-    try:
-        return jitted.lower(*args)
-    except ValueError as error:
-        if chip is None or "device" not in str(error):
-            raise
-        raise ConfigError(
-            f"step cannot be compiled for {chip.name}, because it holds devices of this machine "
-            f"({str(error).splitlines()[0][:300]}): give the shardings to the arguments alone, and "
-            "build meshes inside of step from jax.sharding.get_abstract_mesh()"
-        ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """What the compiler says, in bytes: arguments that the program reads, temporaries, outputs."""
-
-    arguments: int | None
-    temporaries: int
-    outputs: int
-    used: tuple[bool, ...] | None = None
-
-
-def _read_sizes(compiled: Any, args: Sequence[Any]) -> _Sizes:
-    """Read the buffer assignment of a compiled program."""
-    memory = compiled.memory_analysis()
-    is_none = lambda value: value is None
-    formats = jax.tree.leaves(compiled.input_formats, is_leaf=is_none)
-    given = jax.tree.leaves((args, {}), is_leaf=is_none)
-    used = None
-    if len(formats) == len(given):  # without static arguments
-        pairs = zip(formats, given, strict=True)
-        used = tuple(found is not None for found, leaf in pairs if leaf is not None)
-    return _Sizes(
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        used,
-    )
-
-
-def _read_exhausted(error: Exception, held: int) -> _Sizes:
-    """Read the total from the message of a compiler that refuses a program larger than memory."""
-    # "Used 17.96G of 15.75G hbm", or "the total memory required ... (17.96G) exceeds available HBM"
-    match = re.search(r"(?:Used |\()([\d.]+)([KMG])(?: of|\) exceeds)", str(error))
-    if match is None:
-        raise error
-    total = int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])
-    return _Sizes(None, max(0, total - held), 0)
-
-
-def _count_padding(sizes: _Sizes, leaves: Sequence[Any]) -> int:
-    """Count the bytes that the compiler adds to the arguments: a TPU pads arrays to its tiles."""
-    if sizes.arguments is None or sizes.used is None or len(sizes.used) != len(leaves):
-        return 0
-    pairs = zip(leaves, sizes.used, strict=True)
-    read = sum(count_packed_bytes(leaf) for leaf, used in pairs if used and hasattr(leaf, "dtype"))
-    return max(0, sizes.arguments - read)

@@ -18,21 +18,22 @@ def group_arguments(args: Sequence[Any]) -> list[str]:
     """Return the group of each leaf of the arguments, in the order of jax.tree.leaves(args).
 
     The optimizer's are the arrays of Optax's states and of a field `opt_state`. Adapters are nodes
-    elsewhere. The base is the argument that holds adapted or quantized weights, or a leaf at every
-    path of an adapter; without any of these, the first argument. All else is "other".
+    elsewhere. The base is what holds adapted or quantized weights, or a leaf at every path of the
+    adapter; without any of these, the first argument. All else is "other".
     """
     # ({"w": W}, {"w": LowRank(a, b)}, (ScaleByAdamState(count, mu, nu),), x)
     #   base      adapters, adapters    optimizer ...                      other
-    bases = _find_bases(args)
+    leaves = _flatten(tuple(args))
+    bases = _find_bases(leaves)
     groups: list[str] = []
-    for number, arg in enumerate(args):
-        for path, leaf in _flatten(arg):
-            if _is_state(leaf) or _has_state_key(path):
-                groups += ["optimizer"] * len(jax.tree.leaves(leaf))
-            elif is_node(leaf):
-                groups += _group_node(leaf)
-            else:
-                groups += ["base" if number in bases else "other"] * len(jax.tree.leaves(leaf))
+    for path, leaf in leaves:
+        if _is_optimizer(path, leaf):
+            groups += ["optimizer"] * len(jax.tree.leaves(leaf))
+        elif is_node(leaf):
+            groups += _group_node(leaf)
+        else:
+            is_base = any(path[: len(base)] == base for base in bases)
+            groups += ["base" if is_base else "other"] * len(jax.tree.leaves(leaf))
     return groups
 
 
@@ -54,20 +55,45 @@ def _has_state_key(path: tuple[Any, ...]) -> bool:
     return "opt_state" in names
 
 
-def _find_bases(args: Sequence[Any]) -> set[int]:
-    """Return the numbers of the arguments that are, or contain, the frozen parameters."""
-    flat = [_flatten(arg) for arg in args]
-    bases, adapted = set(), []
-    for number, leaves in enumerate(flat):
-        own = {path for path, leaf in leaves if is_adapter(leaf) and not isinstance(leaf, Adapted)}
-        if own:
-            adapted.append((number, own))
-        if any(isinstance(strip_norms(leaf), Adapted | Quantized | Normed) for _, leaf in leaves):
-            bases.add(number)
-    for number, paths in adapted:
-        others = (i for i in range(len(args)) if i != number)
-        bases |= {i for i in others if paths <= {path for path, _ in flat[i]}}
-    return bases or ({0} if args and not adapted else set())
+def _is_optimizer(path: tuple[Any, ...], leaf: Any) -> bool:
+    return _is_state(leaf) or _has_state_key(path)
+
+
+def _find_bases(leaves: Sequence[tuple[tuple[Any, ...], Any]]) -> set[tuple[Any, ...]]:
+    """Return the paths of the subtrees of frozen parameters."""
+    rest = [(path, leaf) for path, leaf in leaves if not _is_optimizer(path, leaf)]
+    own = [path for path, leaf in rest if is_adapter(leaf) and not isinstance(leaf, Adapted)]
+    frozen = (Adapted, Quantized, Normed)
+    # the argument that holds them, or where there is one argument, the field of it
+    depth = 1 if len({path[0] for path, _ in rest}) > 1 else 2
+    bases = {path[:depth] for path, leaf in rest if isinstance(strip_norms(leaf), frozen)}
+    if not own:
+        return bases or {path[:1] for path, _ in rest[:1]}
+    plain = [path for path, leaf in rest if not is_adapter(leaf)]
+    for number in {path[0] for path in own}:
+        bases |= _find_mirrored(plain, [path for path in own if path[0] == number])
+    return bases
+
+
+def _find_mirrored(
+    paths: Sequence[tuple[Any, ...]], own: Sequence[tuple[Any, ...]]
+) -> set[tuple[Any, ...]]:
+    """Return the prefixes below which there is each path of the adapter, less its own prefix."""
+    # adapter at (1, params, w), as of a TrainState: ("w",) is sought below (0,), (0, base), ...
+    shared = 0
+    while all(len(path) > shared + 1 and path[shared] == own[0][shared] for path in own):
+        shared += 1
+    below: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
+    for path in paths:
+        for depth in range(1, min(len(path), 5)):
+            below.setdefault(path[:depth], set()).add(path[depth:])
+    for start in range(
+        1, shared + 1
+    ):  # the longest match first: the whole path within the argument
+        wanted = {path[start:] for path in own}
+        if found := {prefix for prefix, rest in below.items() if wanted <= rest}:
+            return found
+    return set()
 
 
 def _group_node(node: Any) -> list[str]:

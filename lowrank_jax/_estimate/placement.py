@@ -12,18 +12,6 @@ from lowrank_jax._errors import ConfigError
 from lowrank_jax._estimate.chips import Chip, make_devices
 
 
-def count_devices(args: Sequence[Any]) -> int:
-    """Count the devices that the arguments are on."""
-    return max((_count_sharding(leaf) for leaf in jax.tree.leaves(args)), default=1)
-
-
-def _count_sharding(leaf: Any) -> int:
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return sharding.mesh.size
-    return 1 if sharding is None else len(sharding.device_set)
-
-
 def place_on_chips(args: Sequence[Any], chip: Chip) -> tuple[Any, ...]:
     """Return the arguments as shapes, on a mesh of the chip that is shaped like their own.
 
@@ -42,10 +30,19 @@ def place_on_chips(args: Sequence[Any], chip: Chip) -> tuple[Any, ...]:
         is_named = isinstance(own, jax.sharding.NamedSharding)
         spec = own.spec if is_named else jax.sharding.PartitionSpec()
         weak = getattr(leaf, "weak_type", False)
-        sharding = jax.sharding.NamedSharding(mesh, spec)
+        kind = getattr(own, "memory_kind", None)
+        kind = kind if kind == "pinned_host" else None  # the names of a CPU's are its own
+        sharding = jax.sharding.NamedSharding(mesh, spec, memory_kind=kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak)
 
     return tuple(jax.tree.map(place, arg) for arg in args)
+
+
+def find_mesh(args: Sequence[Any]) -> Any:
+    """Return the mesh of the first argument that is on one, or None."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args))
+    named = (own.mesh for own in shardings if isinstance(own, jax.sharding.NamedSharding))
+    return next(named, None)
 
 
 def _make_mesh(args: Sequence[Any], chip: Chip) -> jax.sharding.Mesh:

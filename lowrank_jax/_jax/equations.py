@@ -9,7 +9,7 @@ import jax
 from jax.extend.core import Literal, Var
 
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._jax.types import Equation, Shape
+from lowrank_jax._jax.types import Equation, Jaxpr, Shape
 
 
 def _get_params(eqn: Equation, names: Iterable[str]) -> dict[str, Any]:
@@ -209,6 +209,24 @@ class Jit(NamedTuple):
         """Read the parameters of an equation."""
         shardings = [jaxprs.drop_unspecified(one) for one in eqn.params["out_shardings"]]
         return cls(eqn.params["jaxpr"], eqn.params["name"], shardings)
+
+
+def collect_constants(jaxpr: Jaxpr) -> list[Any]:
+    """Collect the arrays that a traced function, or a body inside of it, closes over, each once."""
+    found: dict[int, Any] = {}
+
+    def collect(jaxpr: Any) -> None:
+        inner, consts = jaxprs.split_jaxpr(jaxpr)
+        found.update({id(const): const for const in consts if hasattr(const, "dtype")})
+        for eqn in inner.eqns:
+            for value in eqn.params.values():
+                bodies = value if isinstance(value, tuple | list) else (value,)
+                for body in bodies:
+                    if hasattr(jaxprs.split_jaxpr(body)[0], "eqns"):
+                        collect(body)
+
+    collect(jaxpr)
+    return [*found.values()]
 
 
 def get_remat_options(eqn: Equation) -> dict[str, Any]:

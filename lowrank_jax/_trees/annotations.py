@@ -54,6 +54,9 @@ def read_specs(tree: PyTree, rules: Rules | None) -> dict[str, Spec | None]:
         return found
     specs, problems = {}, []
     for path, leaf in annotated.items():
+        if is_spec(leaf):  # a spec beside annotations, for a leaf or for a branch
+            specs[path] = leaf
+            continue
         names, own, is_logical = _get_names(leaf)
         pairs = _to_pairs(rules if rules is not None else own)
         known = {name for name, _ in pairs}
@@ -89,8 +92,8 @@ def _find_annotations(tree: PyTree) -> dict[str, Any]:
 def _is_annotated(wrapper: Any) -> bool:
     """Whether a wrapper has names of axes, around a value that is not their spec already."""
     # nnx.get_partition_spec returns variables around specs, which keep their names
-    inner = jax.tree.leaves(wrapper, is_leaf=is_spec)
-    return bool(_get_names(wrapper)[0]) and not any(map(is_spec, inner))
+    inner = jax.tree.leaves(wrapper, is_leaf=lambda leaf: isinstance(leaf, Spec))
+    return bool(inner and _get_names(wrapper)[0]) and not isinstance(inner[0], Spec)
 
 
 def _get_names(leaf: Any) -> tuple[tuple[Any, ...], Rules | None, bool]:
@@ -119,7 +122,8 @@ def _flat_names(names: Sequence[Any]) -> list[str]:
 def _to_pairs(rules: Rules | None) -> list[tuple[str, Any]]:
     if rules is None:
         return []
-    return [*rules.items()] if isinstance(rules, Mapping) else [tuple(pair) for pair in rules]
+    pairs = rules.items() if isinstance(rules, Mapping) else rules
+    return [(name, axes) for name, axes in pairs]
 
 
 def _apply_rules(names: Sequence[Any], pairs: Sequence[tuple[str, Any]]) -> PartitionSpec:

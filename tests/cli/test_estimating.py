@@ -11,6 +11,7 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax._cli import estimating, plain_llama
+from lowrank_jax._cli.main import main
 
 TINY = {
     "vocab_size": 64,
@@ -95,6 +96,34 @@ def test_a_config_without_sizes_is_refused(folder, config, words):
     (folder / "config.json").write_text(json.dumps(TINY | config))
     with pytest.raises(lowrank.ConfigError, match=words):
         plain_llama.read_sizes(str(folder))
+
+
+def test_other_models_are_refused_and_defaults_are_taken(folder):
+    write = lambda **fields: (folder / "config.json").write_text(json.dumps(TINY | fields))
+    for fields, words in (
+        ({"model_type": "mixtral", "num_local_experts": 8}, "model_type is 'mixtral'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"num_key_value_heads": 3}, "4 heads share 3"),
+    ):
+        write(**fields)
+        with pytest.raises(lowrank.ConfigError, match=words):
+            plain_llama.read_sizes(str(folder))
+    write(num_key_value_heads=None, head_dim=None, model_type="qwen3")
+    sizes = plain_llama.read_sizes(str(folder))
+    assert (sizes.num_key_value_heads, sizes.head_dim) == (4, 8)
+
+
+def test_the_command(folder, capsys, fast_compile):
+    assert main(["estimate", "--like", str(folder), "--tokens", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "adapters" in out
+    assert "temporaries" in out
+    assert main(["estimate", "--like", "mixtral"]) == 1
+    assert "neither a folder with a config.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["estimate", "--like", str(folder), "--batch", "0"])
+    assert "'0' is not a positive integer" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_known_names_those_that_are():

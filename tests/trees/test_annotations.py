@@ -146,6 +146,25 @@ def test_names_of_fewer_axes_than_the_leaf_has_are_refused():
         lowrank.specs(nn.unbox(stacked), stacked)
 
 
+def test_specs_stand_beside_boxes():
+    w = jnp.ones((8, 4))
+    box = nn.Partitioned(w, ("data", "model"))
+    given = {"w": box, "head": P(None, "model"), "layers": P("model"), "norm": None}
+    tree = {"w": w, "head": w, "layers": {"a": w, "b": w}, "norm": w}
+    found = lowrank.specs(tree, given)
+    assert found["w"] == P("data", "model")
+    assert found["head"] == P(None, "model")
+    assert found["layers"] == {"a": P("model"), "b": P("model")}
+    assert found["norm"] == P()
+
+
+def test_boxes_may_hold_quantized_leaves_alone():
+    box = {"w": nn.Partitioned(jnp.ones((64, 8)), (None, "model"))}
+    quant = lowrank.QuantConfig(block_size=32, targets="w")
+    frozen = lowrank.quantize(box, quant)
+    assert nn.unbox(lowrank.specs(frozen, frozen))["w"].codes == P(None, None, "model")
+
+
 def test_arrays_without_names_and_rules_without_annotations_are_refused():
     params = {"w": jnp.ones((8, 4))}
     with pytest.raises(lowrank.TreeError, match="Parameters will do if"):
