@@ -25,7 +25,7 @@ import jax
 
 # helpers that assert
 pytest.register_assert_rewrite(
-    "checkpoints", "codec_reference", "initializer_methods", "peft_files", "small_weights"
+    "checkpoints", "codec_reference", "guides", "initializer_methods", "peft_files", "small_weights"
 )
 
 # CPU, GPU and TPU multiply float32 in float32: an invariant of float32 does not hold in bfloat16.
