@@ -69,7 +69,8 @@ def specs(tree: PyTree, dense_specs: PyTree, *, rules: Rules | None = None) -> A
             problems.append(f"{path}: no spec")
             continue
         used.add(at)
-        spec = given[at] if given[at] is not None else PartitionSpec()
+        own = given[at]
+        spec = PartitionSpec() if own is None else own
         ndim = _count_axes(leaf, many)
         if len(_get_entries(spec)) > ndim:
             problems.append(f"{path}: {_get_entries(spec)} for a leaf of {ndim} axes")
