@@ -18,6 +18,7 @@ from lowrank_jax._many.align import align
 from lowrank_jax._many.equalize import equalize
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.methods import get_label
+from lowrank_jax._nodes.selection import Selection, attach_selection
 from lowrank_jax._nodes.serialization import list_array_fields
 
 
@@ -80,6 +81,11 @@ def select(many: PyTree, index: Any) -> PyTree:
       The adapter; for integers [B] each of its arrays has a leading axis of size B. A traced index
       outside of [0, n) gives NaN, so that it cannot pass unseen.
 
+      Select by one traced integer inside the function that jax.vmap maps, as below. A lifted
+      function then knows the stack that the factors are from, and where that is cheaper it
+      multiplies by the factors of all adapters and keeps each example's own, instead of copying
+      factors for each example. The values are the same to rounding.
+
     Raises:
       TreeError: many is not a stack.
       ConfigError: index is not an integer or integers, or is not in [0, n).
@@ -100,7 +106,11 @@ def select(many: PyTree, index: Any) -> PyTree:
     (aligned, unflatten), count = align([many]), count_adapters(many)
     index = _check_index(index, count)
     take = lambda array: _take(array, index, count)
-    nodes = {path: _map_arrays(take, [node]) for path, (node,) in aligned.items()}
+    nodes = {}
+    for path, (node,) in aligned.items():
+        nodes[path] = _map_arrays(take, [node])
+        if jaxprs.is_tracer(index) and not index.ndim and type(node) is LowRank:
+            nodes[path] = attach_selection(nodes[path], Selection(node, index))
     return unflatten(nodes)
 
 

@@ -54,6 +54,11 @@ class LowRank(Node):
 
     required: ClassVar[tuple[str, ...]] = ("a", "b")  # array fields that are never None
 
+    # A Selection, if `select` made the node: where its arrays were taken from. It is no part of the
+    # pytree. Every node that a transformation or a map over trees makes lacks it, and is then its
+    # arrays alone, as are copies.
+    __slots__ = ("selection",)
+
     @property
     def rank(self) -> int:
         """r, the inner dimension."""
