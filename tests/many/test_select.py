@@ -105,6 +105,50 @@ def test_a_mixed_batch_trains_each_adapter_by_its_own_examples(kind):
     assert all(bool((leaf != 0).any()) for leaf in jax.tree.leaves(got))
 
 
+@pytest.mark.slow
+def test_second_derivatives_of_a_mixed_batch():
+    base, _, many = make_stack("lora")
+    index, tokens = INDEX[:6], TOKENS[:6]
+    tangent = jax.tree.map(jnp.ones_like, many)
+
+    def mixed(many):
+        return (jax.vmap(answer, (None, None, 0, 0))(base, many, index, tokens) ** 2).sum()
+
+    def gathered(many):
+        one = lambda lora, t: LIFTED(lowrank.combine(base, lora), t)
+        return (jax.vmap(one)(lowrank.select(many, index), tokens) ** 2).sum()
+
+    twice = lambda fn: jax.jit(lambda m: jax.jvp(jax.grad(fn), (m,), (tangent,))[1])(many)
+    chex.assert_trees_all_close(twice(mixed), twice(gathered), rtol=2e-3, atol=2e-2)
+    both = lambda fn: jax.jit(lambda m: jax.grad(lambda m: sum(
+        (g**2).sum() for g in jax.tree.leaves(jax.grad(fn)(m))
+    ))(m))(many)  # fmt: skip
+    got, expected = both(mixed), both(gathered)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert jnp.linalg.norm(one - other) <= 1e-4 * jnp.linalg.norm(other)
+
+
+def test_a_scan_over_layers_does_not_copy_the_stack():
+    """A step holds no array of the size of all adapters' factors of all layers."""
+    shape = (3, 6, 32, 4)
+    node = lowrank.LowRank(
+        jnp.ones(shape), jnp.ones((3, 6, 4, 32)), fan_in=(1,), fan_out=(2,), stack=(0,)
+    )
+    params = {"layers": draw(0, (6, 32, 32))}
+    step = lambda x, w: (jnp.tanh(x @ w), None)
+    fn = lowrank.lift(lambda p, x: jax.lax.scan(step, x, p["layers"])[0])
+    run = jax.jit(jax.vmap(
+        lambda many, k, x: fn(lowrank.combine(params, lowrank.select(many, k)), x),
+        in_axes=(None, 0, 0),
+    ))  # fmt: skip
+    arguments = {"layers": node}, jnp.arange(20) % 3, draw(1, (20, 32))
+    compiled = run.lower(*arguments).compile()
+    whole = node.a.nbytes + node.b.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < whole
+    moved = re.findall(r"= f32\[6,3,(?:32,4|4,32)\]\S* (?!parameter|get-tuple)", compiled.as_text())
+    assert not moved
+
+
 def test_no_factor_is_copied_for_each_example():
     params = {"w": draw(0, (96, 80))}
     fn = lowrank.lift(lambda p, x: x @ p["w"])
