@@ -111,13 +111,19 @@ def select(many: PyTree, index: Any) -> PyTree:
     (aligned, unflatten), count = align([many], decode=False), count_adapters(many)
     index = _check_index(index, count)
     take = lambda array: _take(array, index, count)
-    is_per_example = jaxprs.is_tracer(index) and not index.ndim
     nodes: dict[str, Any] = {}
     for path, (node,) in aligned.items():
         nodes[path] = jax.tree.map(take, node)
-        if is_per_example and type(node) is LowRank and not has_quantized_factors(node):
+        if type(node) is LowRank and _may_be_lazy(node, index):
             nodes[path] = attach_selection(nodes[path], Selection(node, index))
     return unflatten(nodes)
+
+
+def _may_be_lazy(node: LowRank, index: Any) -> bool:
+    """Whether products may read the stack itself: one traced index, dense factors, no mesh."""
+    if not jaxprs.is_tracer(index) or index.ndim or has_quantized_factors(node):
+        return False
+    return all(map(jaxprs.has_no_mesh, (index, *jax.tree.leaves(node))))
 
 
 def count_adapters(many: PyTree) -> int:
