@@ -69,6 +69,7 @@ from lowrank_jax._trees.quantization_error import QuantizationErrors as Quantiza
 from lowrank_jax._trees.quantization_error import quantization_error as quantization_error
 from lowrank_jax._trees.quantize import dequantize as dequantize
 from lowrank_jax._trees.quantize import quantize as quantize
+from lowrank_jax._trees.quantize_adapter import quantize_adapter as quantize_adapter
 from lowrank_jax._trees.specs import specs as specs
 from lowrank_jax._trees.tabulate import tabulate as tabulate
 

@@ -454,6 +454,16 @@ MISTAKES = {
         lowrank.TreeError,
         r"the adapter has no magnitude: there is nothing to fold",
     ),
+    "training a quantized adapter": (
+        lambda: lowrank.trainable_mask(lowrank.quantize_adapter(LORA, lowrank.QuantConfig())),
+        lowrank.TreeError,
+        r"is an adapter with quantized factors, which has no gradient: train lowrank.dequantize",
+    ),
+    "quantize_adapter of parameters": (
+        lambda: lowrank.quantize_adapter(BASE, lowrank.QuantConfig()),
+        lowrank.TreeError,
+        r"not LowRank, Full or None: pass .* init; lowrank.quantize is for parameters",
+    ),
     "a magnitude of another model": (
         another_magnitude,
         lowrank.TreeError,

@@ -11,16 +11,20 @@ from lowrank_jax._errors import ConfigError, TreeError, list_problems
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+from lowrank_jax._nodes.quantized_factors import dequantize_factors
 
 # A node, or None where an adapter leaves the leaf alone.
 MaybeNode = LowRank | Full | None
 
 
-def align(loras: Sequence[PyTree]) -> tuple[dict[str, list[MaybeNode]], Any]:
+def align(
+    loras: Sequence[PyTree], *, decode: bool = True
+) -> tuple[dict[str, list[MaybeNode]], Any]:
     """Align adapters of one model leaf by leaf.
 
     Args:
       loras: adapters, trees with a node at each adapted leaf and None elsewhere.
+      decode: whether quantized factors are decoded.
 
     Returns:
       (path -> the node of each adapter, or None, for each leaf that any of them adapts; a function
@@ -41,7 +45,8 @@ def align(loras: Sequence[PyTree]) -> tuple[dict[str, list[MaybeNode]], Any]:
             problems = [f"{path}: in adapter {number} only" for path in own if path not in paths[0]]
             problems += [f"{path}: in adapter 0 only" for path in paths[0] if path not in own]
             raise TreeError(f"the adapters are of different models:\n{list_problems(problems)}")
-    slots = [dict(leaves) for leaves, _ in flat]
+    keep = dequantize_factors if decode else lambda node: node
+    slots = [{path: keep(node) for path, node in leaves} for leaves, _ in flat]
     rows = {path: [own[path] for own in slots] for path in paths[0]}
     adapted = {path: row for path, row in rows.items() if any(node is not None for node in row)}
     treedef = flat[0][1]

@@ -14,6 +14,7 @@ from lowrank_jax._many.align import MaybeNode
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import LoHa
 from lowrank_jax._nodes.methods import get_label
+from lowrank_jax._nodes.padding import pad_rank
 from lowrank_jax._nodes.serialization import list_array_fields
 
 
@@ -195,40 +196,6 @@ def make_neutral(node: LowRank) -> LowRank:
     arrays = {"a": jnp.zeros_like, "b": jnp.zeros_like, "magnitude": jnp.ones_like}
     held = {n: fn(getattr(node, n)) for n, fn in arrays.items() if getattr(node, n) is not None}
     return dataclasses.replace(node, **held)
-
-
-def pad_rank(node: LowRank, rank: int) -> LowRank:
-    """The same adapter with factors of a larger rank, the new columns of a and rows of b zero.
-
-    The two products of LoHa are padded each: a [*fan_in, 2 r] is two halves side by side.
-
-    Raises:
-      ConfigError: the method's padding would be trained, or the rank is smaller.
-    """
-    if node.rank == rank:
-        return node
-    if node.rank > rank:
-        raise ConfigError(f"an adapter of rank {node.rank} does not fit into rank {rank}")
-    halves = {LowRank: 1, LoHa: 2}.get(type(node))
-    if halves is None:
-        raise ConfigError(
-            f"{get_label(node)} of ranks {node.rank} and {rank}: padding would change its fixed "
-            "matrices, or be trained; use one rank"
-        )
-    at = node.b.ndim - 1 - len(node.fan_out)
-    return dataclasses.replace(
-        node,
-        a=_pad_parts(node.a, node.a.ndim - 1, rank, halves),
-        b=_pad_parts(node.b, at, rank, halves),
-    )
-
-
-def _pad_parts(array: jax.Array, axis: int, rank: int, parts: int) -> jax.Array:
-    """An axis of `parts` equal parts, each padded at its end to this rank."""
-    pieces = jnp.split(array, parts, axis)
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, rank - pieces[0].shape[axis])
-    return jnp.concatenate([jnp.pad(piece, widths) for piece in pieces], axis)
 
 
 def multiply_delta(node: LowRank, factor: float | jax.Array) -> LowRank:

@@ -18,8 +18,9 @@ from lowrank_jax._jax.paths import find_nearest_names
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._many.align import align
 from lowrank_jax._many.equalize import fit_into, make_neutral
-from lowrank_jax._many.stack import stack_nodes
-from lowrank_jax._nodes import Full
+from lowrank_jax._many.stack import are_quantized_alike, stack_nodes
+from lowrank_jax._nodes import Full, LowRank
+from lowrank_jax._nodes.quantized_factors import dequantize_factors, encode_as
 
 
 class Pool:
@@ -39,7 +40,7 @@ class Pool:
     """
 
     def __init__(self, like: PyTree, slots: int):
-        aligned, self._unflatten = align([like])
+        aligned, self._unflatten = align([like], decode=False)
         self._like = {path: node for path, (node,) in aligned.items()}
         self._neutral = self._fit({}, "the adapter that changes nothing")
         self._slots = slots
@@ -89,7 +90,7 @@ class Pool:
             raise ConfigError(f"the name of an adapter is text, not {name!r}")
         if any(map(jaxprs.is_tracer, jax.tree.leaves(lora))):
             raise ConfigError("put is a change of the pool, which no traced function can make")
-        aligned, _ = align([self._unflatten(self._like), lora])
+        aligned, _ = align([self._unflatten(self._like), lora], decode=False)
         there = {path: pair[1] for path, pair in aligned.items() if pair[1] is not None}
         fitted = self._fit(there, f"adapter {name!r}")
         slot = self._names.get(name)
@@ -150,7 +151,7 @@ class Pool:
                     raise ConfigError("the pool has no adapter there: make it of one that has")
                 if isinstance(node, Full) or isinstance(like, Full):
                     raise ConfigError("it is trained whole, which a slot cannot hold")
-                out[path] = make_neutral(like) if node is None else fit_into(node, like)
+                out[path] = _fit_node(node, like)
             except LowrankError as error:
                 problems.append(f"{path}: {error}")
         if problems:
@@ -163,6 +164,15 @@ class Pool:
 
     def _write(self, nodes: dict[str, Any], slot: int) -> None:
         self._tree = _write_slot(self._tree, self._unflatten(nodes), slot)
+
+
+def _fit_node(node: LowRank | None, like: LowRank) -> LowRank:
+    """Fit a node to a slot, in the slot's format; None becomes the adapter that changes nothing."""
+    if node is not None and are_quantized_alike([node, like]):
+        return node
+    dense = dequantize_factors(like)
+    fitted = make_neutral(dense) if node is None else fit_into(dequantize_factors(node), dense)
+    return encode_as(fitted, like)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -178,7 +188,8 @@ def pool(lora_like: PyTree, slots: int) -> Pool:
     Args:
       lora_like: an adapter with every leaf, the largest ranks and the factors' dtypes of those to
         come. DoRA must be folded (`fold_norms`): without the base no unfolded magnitude changes
-        nothing.
+        nothing. Of an adapter with quantized factors (`quantize_adapter`) the slots are quantized
+        in its format, and so is what is put into them.
       slots: how many adapters it can hold.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,8 @@ from lowrank_jax._many.align import align
 from lowrank_jax._many.equalize import equalize
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.methods import get_label
+from lowrank_jax._nodes.quantized_factors import dequantize_factors, has_quantized_factors
+from lowrank_jax._nodes.selection import Selection, attach_selection
 from lowrank_jax._nodes.serialization import list_array_fields
 
 
@@ -34,6 +35,8 @@ def stack(loras: Sequence[PyTree]) -> PyTree:
       alpha keep one scale and map `combine(scale=)` instead.
     - A leaf that only some adapters have: the others get factors of zeros.
     - LoRA beside DoRA whose norms are folded (`fold_norms`): LoRA gets gains of 1.
+    - Quantized factors (`quantize_adapter`): they are decoded, unless all adapters have the same
+      rank, scale and format.
 
     Under `jax.vmap` the stack is one adapter; `jax.vmap(init)` over keys gives the same shapes.
 
@@ -55,11 +58,14 @@ def stack(loras: Sequence[PyTree]) -> PyTree:
     >>> many["w"].a.shape, many["w"].b.shape
     ((2, 4, 2), (2, 2, 3))
     """
-    aligned, unflatten = align(loras)
+    aligned, unflatten = align(loras, decode=False)
     out, problems = {}, []
     for path, nodes in aligned.items():
         try:
-            out[path] = stack_nodes(equalize(nodes))
+            same: list[Any] = nodes
+            if not are_quantized_alike(nodes):
+                same = equalize([dequantize_factors(node) for node in nodes])
+            out[path] = stack_nodes(same)
         except LowrankError as error:
             problems.append(f"{path}: {error}")
     if problems:
@@ -80,6 +86,11 @@ def select(many: PyTree, index: Any) -> PyTree:
       The adapter; for integers [B] each of its arrays has a leading axis of size B. A traced index
       outside of [0, n) gives NaN, so that it cannot pass unseen.
 
+      Select by one traced integer inside the function that jax.vmap maps, as below. A lifted
+      function then knows the stack that the factors are from, and where that is cheaper it
+      multiplies by the factors of all adapters and keeps each example's own, instead of copying
+      factors for each example. The values are the same to rounding.
+
     Raises:
       TreeError: many is not a stack.
       ConfigError: index is not an integer or integers, or is not in [0, n).
@@ -97,11 +108,22 @@ def select(many: PyTree, index: Any) -> PyTree:
     >>> jax.vmap(one)(jnp.array([0, 7, 7, 1, 0]), x).shape
     (5, 3)
     """
-    (aligned, unflatten), count = align([many]), count_adapters(many)
+    (aligned, unflatten), count = align([many], decode=False), count_adapters(many)
     index = _check_index(index, count)
     take = lambda array: _take(array, index, count)
-    nodes = {path: _map_arrays(take, [node]) for path, (node,) in aligned.items()}
+    nodes: dict[str, Any] = {}
+    for path, (node,) in aligned.items():
+        nodes[path] = jax.tree.map(take, node)
+        if type(node) is LowRank and _may_be_lazy(node, index):
+            nodes[path] = attach_selection(nodes[path], Selection(node, index))
     return unflatten(nodes)
+
+
+def _may_be_lazy(node: LowRank, index: Any) -> bool:
+    """Whether products may read the stack itself: one traced index, dense factors, no mesh."""
+    if not jaxprs.is_tracer(index) or index.ndim or has_quantized_factors(node):
+        return False
+    return all(map(jaxprs.has_no_mesh, (index, *jax.tree.leaves(node))))
 
 
 def count_adapters(many: PyTree) -> int:
@@ -110,7 +132,7 @@ def count_adapters(many: PyTree) -> int:
     Raises:
       TreeError: it is one adapter, or its leaves hold different numbers of them.
     """
-    aligned, _ = align([many])
+    aligned, _ = align([many], decode=False)
     counts = {}
     nodes = ((path, node) for path, (node,) in aligned.items() if node is not None)
     for path, node in nodes:
@@ -136,17 +158,18 @@ def _first_array(node: LowRank | Full) -> Any:
 
 def stack_nodes(nodes: Sequence[LowRank | Full]) -> LowRank | Full:
     """Stack nodes with equal static fields into one node."""
-    return _map_arrays(lambda *arrays: jnp.stack(arrays), nodes)
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *nodes)
 
 
-def _map_arrays(fn: Any, nodes: Sequence[Any]) -> Any:
-    """Replace each array of the first node by fn(that array of every node)."""
-    made = {
-        name: fn(*(getattr(node, name) for node in nodes))
-        for name in list_array_fields(nodes[0])
-        if getattr(nodes[0], name) is not None
-    }
-    return dataclasses.replace(nodes[0], **made)
+def are_quantized_alike(nodes: Sequence[Any]) -> bool:
+    """Whether all nodes have quantized factors, of the same format, scale and shapes."""
+    if not all(map(has_quantized_factors, nodes)):
+        return False
+    describe = lambda node: (
+        jax.tree.structure(node),
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(node)],
+    )
+    return all(describe(node) == describe(nodes[0]) for node in nodes)
 
 
 def _check_index(index: Any, count: int) -> Any:
@@ -174,4 +197,5 @@ def _take(array: jax.Array, index: Any, count: int) -> jax.Array:
     index = index.astype(jnp.promote_types(index.dtype, jnp.int32))  # int8 cannot hold count
     # JAX counts a negative index from the end: make it one beyond the end
     index = jnp.where(index < 0, count, index)
-    return jnp.asarray(array).at[index].get(mode="fill", fill_value=jnp.nan)
+    fill = jnp.nan if jnp.issubdtype(array.dtype, jnp.inexact) else None  # codes have scales of NaN
+    return jnp.asarray(array).at[index].get(mode="fill", fill_value=fill)

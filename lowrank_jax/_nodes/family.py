@@ -48,8 +48,9 @@ class LoHa(LowRank):
         # products: sum_pq (a_p c_q)(b_p d_q). With r = 2: a_1 [4, 2] and a_2 [4, 2] are multiplied
         # as [4, 2, 1] * [4, 1, 2] and reshaped to [4, 4]; b_1 and b_2, [2, 3], as [2, 1, 3] *
         # [1, 2, 3], reshaped to [4, 3] with p outer and q inner, as in a.
-        at = self.b.ndim - 1 - len(self.fan_out)
-        (a, c), (b, d) = jnp.split(self.a, 2, -1), jnp.split(self.b, 2, at)
+        whole_a, whole_b = super().factors()
+        at = whole_b.ndim - 1 - len(self.fan_out)
+        (a, c), (b, d) = jnp.split(whole_a, 2, -1), jnp.split(whole_b, 2, at)
         a = (a[..., :, None] * c[..., None, :]).reshape(*a.shape[:-1], -1)
         pairs = jnp.expand_dims(b, at + 1) * jnp.expand_dims(d, at)
         return a, pairs.reshape(*b.shape[:at], -1, *b.shape[at + 1 :])

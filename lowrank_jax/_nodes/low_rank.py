@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 
 from lowrank_jax._errors import AxesError, make_not_lifted_error
+from lowrank_jax._nodes.quantized import Quantized, dequantize_node
 from lowrank_jax._nodes.serialization import Node, list_array_fields
 from lowrank_jax._primitives.contract import RANK, Labels
 
@@ -21,7 +22,7 @@ class LowRank(Node):
     r"""The factors of one leaf: $\Delta W = s\,a\,b$, transposed to the axes of the weight.
 
     Args:
-      a: [*stack, *fan_in, r], floating.
+      a: [*stack, *fan_in, r], floating; Quantized in an adapter that is stored.
       b: [*stack, r, *fan_out], dtype of a.
       magnitude: DoRA's magnitude m, [*stack, *fan_out], or None. With it
         $W_\text{eff} = m\,(W + s\,a\,b) / \lVert W + s\,a\,b\rVert$, with the norm of each output
@@ -53,6 +54,11 @@ class LowRank(Node):
     base_modified: bool = dataclasses.field(default=False, metadata={"static": True})
 
     required: ClassVar[tuple[str, ...]] = ("a", "b")  # array fields that are never None
+
+    # A Selection, if `select` made the node: where its arrays were taken from. It is no part of the
+    # pytree. Every node that a transformation or a map over trees makes lacks it, and is then its
+    # arrays alone, as are copies.
+    __slots__ = ("selection",)
 
     @property
     def rank(self) -> int:
@@ -106,7 +112,8 @@ class LowRank(Node):
 
     def factors(self) -> tuple[Any, Any]:
         """Return arrays [*stack, *fan_in, r] and [*stack, r, *fan_out] whose product is ΔW / s."""
-        return self.a, self.b
+        a, b = (x if not isinstance(x, Quantized) else dequantize_node(x) for x in (self.a, self.b))
+        return a, b
 
     def for_shape(self, shape: Sequence[int]) -> LowRank:
         """Return the adapter of a weight of this shape, without stack axes that a loop removed.

@@ -33,6 +33,10 @@ class Node:
             register(cls, to_state, from_state)
         return super().__new__(cls)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle or copy the fields of the node alone."""
+        return dict(vars(self))
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or copy the node; a pickle of an older release has the old field names."""
         vars(self).update(with_current_names(state))

@@ -13,6 +13,7 @@ from lowrank_jax._operators.branch import apply_adapter, get_stacked_key_axes, m
 from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers
 from lowrank_jax._primitives.bilinear import product_dtype
 from lowrank_jax._primitives.contract import RANK, Labels, arrange, contract, count_multiplies
+from lowrank_jax._primitives.selected_dot import ENTRY
 
 if TYPE_CHECKING:
     from lowrank_jax._operators.low_rank import LowRankWeight
@@ -85,11 +86,13 @@ def _apply_factors(
         (w.a.astype(w.dtype), w.a_axes),
         (w.b.astype(w.dtype), w.b_axes),
     ]
+    drop_entry = lambda labels: tuple(label for label in labels if label != ENTRY)
     # x [n, in] · a [in, r] · b [r, out] costs n·r·(in + out). With w.T, x [n, out] is multiplied
     # by b first for the same cost, while x·a would be an outer product over n, out, in and r. The
     # count over labels finds the order, also for stacked and partly contracted weights.
     totals = []
-    for (_, first), (_, second) in (factors, factors[::-1]):
+    for pairs in (factors, factors[::-1]):
+        first, second = (drop_entry(labels) for _, labels in pairs)
         one, left = count_multiplies(sizes, x_labels, first, {*second, *out})
         two, _ = count_multiplies(sizes, left, second, out)
         totals.append(one + two)
@@ -97,9 +100,12 @@ def _apply_factors(
         factors.reverse()
     (first, first_axes), (second, second_axes) = factors
     precision = {"precision": options.get("precision")}
-    pair = lambda x, xl, y, yl, keep, **kw: (
-        contract(y, yl, x, xl, keep, **kw) if on_left else contract(x, xl, y, yl, keep, **kw)
-    )
+
+    def pair(x: jax.Array, xl: Labels, y: jax.Array, yl: Labels, keep: set, **kw: Any) -> Any:
+        if ENTRY in yl:
+            return contract(x, xl, y, yl, keep, index=w.entry, **kw)
+        return contract(y, yl, x, xl, keep, **kw) if on_left else contract(x, xl, y, yl, keep, **kw)
+
     inner, labels = pair(x, x_labels, first, first_axes, {*second_axes, *out}, **precision)
     inner = w.apply_scale(inner).astype(dtype)
     return pair(inner, labels, second, second_axes, {*out}, **precision, **last)

@@ -16,6 +16,7 @@ from lowrank_jax._operators.branch import multiply_labeled
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.weight import Options, Weight
 from lowrank_jax._primitives.contract import Labels, accumulator_dtype, arrange, contract
+from lowrank_jax._primitives.selected_dot import ENTRY, take_entries
 
 if TYPE_CHECKING:
     from lowrank_jax._operators.low_rank import LowRankWeight
@@ -58,10 +59,23 @@ def gather(w: LowRankWeight, indices: jax.Array, options: Options) -> Any | None
             parts |= {name: array, name + "_axes": labels}
         weight = w.replace(**parts)
         return weight._renumber(place, base if isinstance(base, Weight) else DenseWeight(base))
+    if w.entry is not None:
+        # Of a table of adapters [n, vocab, r] the rows of all n were read, [n, batch, time, r]: few
+        # numbers, of which one entry is kept. The other factor stays a table.
+        (a, a_labels), (b, b_labels) = (
+            take_entries(array, labels, w.entry) if {*labels} - {*own} else (array, labels)
+            for array, labels, own in ((a, a_labels, w.a_axes), (b, b_labels, w.b_axes))
+        )
+        if ENTRY in a_labels and ENTRY in b_labels:
+            b, b_labels = take_entries(b, b_labels, w.entry)
+        if ENTRY in a_labels:  # contract wants it second
+            a, a_labels, b, b_labels = b, b_labels, a, a_labels
     sizes = {**w.sizes(), **dict(zip(out, base.shape, strict=True))}
     dtype = w.dtype
     scaled = w.apply_scale if w.gain is None else w.replace(multiplier=None).apply_scale
-    branch, labels = contract(scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out)
+    branch, labels = contract(
+        scaled(a.astype(dtype)), a_labels, b.astype(dtype), b_labels, out, index=w.entry
+    )
     branch = arrange(branch, labels, out, sizes).astype(base.dtype)
     ids, id_labels = _in_bounds(indices, options, w.shape), tuple(("n", i) for i in batch)
     inside = arrange(ids, id_labels, out, sizes)

@@ -11,10 +11,12 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lowrank_jax._operators.regroup import regroup
 from lowrank_jax._operators.weight import Indexer, Weight, make_reverser, make_slicer
 from lowrank_jax._primitives.contract import Labels, labeled_spec, reshape_groups
+from lowrank_jax._primitives.selected_dot import ENTRY
 
 
 class LabeledWeight(Weight):
@@ -147,6 +149,12 @@ class LabeledWeight(Weight):
         fronts = {name: self.labels(name).index(0) for name in names}
         arrays = {name: _move_to_front(getattr(self, name), at) for name, at in fronts.items()}
         arrays["base"], rebuild_base = stacked
+        # The scan axis of a table of adapters [n, layers, in, r] is not its first: a scan over it
+        # would copy the whole table to move that axis. So each step slices the table in place, by
+        # its number. What is scanned over is for derivatives alone, and XLA removes it elsewhere.
+        tables = [name for name in names if ENTRY in self.labels(name) and fronts[name]]
+        if tables:
+            arrays["number"] = jnp.arange(self.shape[0])
         rest = {
             name + "_axes": tuple(label for label in self.labels(name) if label != 0)
             for name in names
@@ -155,6 +163,11 @@ class LabeledWeight(Weight):
 
         def rebuild(slices: dict[str, Any]) -> Self | None:
             base = rebuild_base(slices.pop("base"))
+            number = slices.pop("number", None)
+            for name in tables:
+                table = lax.stop_gradient(getattr(self, name))
+                own = lax.dynamic_index_in_dim(table, number, fronts[name], keepdims=False)
+                slices[name] = _take_tangent(own, slices[name])
             return self.replace(**rest)._renumber(place, base, **slices)
 
         return arrays, rebuild
@@ -177,6 +190,18 @@ class LabeledWeight(Weight):
             name: fn(getattr(self, name), own) for name, own in self._array_specs(spec).items()
         }
         return self.with_base(self.base.reshard(spec, fn), **parts)
+
+
+@jax.custom_jvp
+def _take_tangent(value: jax.Array, carrier: jax.Array) -> jax.Array:
+    """Return value, an equal of carrier, with the derivatives of carrier."""
+    return value
+
+
+@_take_tangent.defjvp
+def _take_tangent_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """JVP rule: the primal is again the function, for derivatives of any order."""
+    return _take_tangent(*primals), tangents[1]
 
 
 def _move_to_front(array: jax.Array, axis: int) -> jax.Array:

@@ -19,6 +19,7 @@ from jax import lax
 
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes import Adapted, LowRank
+from lowrank_jax._nodes.selection import get_selection
 from lowrank_jax._operators import conv, dot, gather, scaling
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.dora import as_weight, compute_gain
@@ -31,6 +32,7 @@ from lowrank_jax._primitives.contract import (
     arrange,
     contract,
 )
+from lowrank_jax._primitives.selected_dot import ENTRY, take_entries
 
 _STATIC = {"static": True}
 
@@ -47,7 +49,10 @@ class LowRankWeight(LabeledWeight):
       multiplier: scalar that scales the adapter's change, or None.
       key: dropout keys, [*stack], or None.
       gain: DoRA's gain c, [*stack, *fan_out], or None. The weight is then c * (base + s a b).
-      a_axes, b_axes, key_axes, gain_axes: for each axis of an array, the weight axis, or RANK.
+      entry: the number of the adapter, if a and b are tables of n adapters' factors, with one more
+        axis, labeled ENTRY; else None.
+      a_axes, b_axes, key_axes, gain_axes: for each axis of an array, the weight axis, RANK or
+        ENTRY.
       scale: s.
       rate: dropout rate.
       path: of the leaf.
@@ -59,6 +64,7 @@ class LowRankWeight(LabeledWeight):
     multiplier: Any
     key: Any
     gain: Any
+    entry: Any
     a_axes: Labels = dataclasses.field(metadata=_STATIC)
     b_axes: Labels = dataclasses.field(metadata=_STATIC)
     key_axes: Labels = dataclasses.field(metadata=_STATIC)
@@ -83,11 +89,16 @@ class LowRankWeight(LabeledWeight):
     @classmethod
     def of(cls, node: Adapted, path: Hashable) -> LowRankWeight:
         """Return the operator of a node with LowRank factors."""
+        selection = get_selection(node.delta)
         base, node = as_weight(node.base), jaxprs.to_device(node)
         assert isinstance(node.delta, LowRank)
         delta = node.delta.for_shape(base.shape)
         fan_in, fan_out, stack = delta.axes(base.ndim)
         (a, b), gain = delta.factors(), compute_gain(node.base, delta)
+        lead, entry = (), None
+        if selection is not None and type(delta) is LowRank:
+            many = jaxprs.to_device(selection.many)
+            (a, b), lead, entry = (many.a, many.b), (ENTRY,), selection.index
         return cls(
             base=base,
             a=a,
@@ -95,8 +106,9 @@ class LowRankWeight(LabeledWeight):
             multiplier=node.multiplier,
             key=node.key,
             gain=gain,
-            a_axes=(*stack, *fan_in, RANK),
-            b_axes=(*stack, RANK, *fan_out),
+            entry=entry,
+            a_axes=(*lead, *stack, *fan_in, RANK),
+            b_axes=(*lead, *stack, RANK, *fan_out),
             key_axes=() if node.key is None else stack,
             gain_axes=() if gain is None else (*stack, *fan_out),
             scale=delta.scale,
@@ -108,6 +120,14 @@ class LowRankWeight(LabeledWeight):
         """Return the size along each label: the weight's axes, and RANK."""
         return {**dict(enumerate(self.shape)), RANK: self.a.shape[self.a_axes.index(RANK)]}
 
+    def take_entry(self) -> LowRankWeight:
+        """Return the weight with the factors of its own adapter in place of the tables."""
+        if self.entry is None:
+            return self
+        a, a_axes = take_entries(self.a, self.a_axes, self.entry)
+        b, b_axes = take_entries(self.b, self.b_axes, self.entry)
+        return self.replace(a=a, a_axes=a_axes, b=b, b_axes=b_axes, entry=None)
+
     def apply_scale(self, value: jax.Array) -> jax.Array:
         """Multiply by scale and multiplier; the dtype is kept."""
         if self.multiplier is not None:
@@ -117,6 +137,8 @@ class LowRankWeight(LabeledWeight):
 
     def materialize(self) -> jax.Array:
         """Return the dense weight, summed in float32 and cast once."""
+        if self.entry is not None:
+            return self.take_entry().materialize()
         dtype = accumulator_dtype(self.dtype, self.a.dtype)
         axes = tuple(range(self.ndim))
         change, labels = contract(
@@ -176,18 +198,16 @@ class LowRankWeight(LabeledWeight):
         return scaling.scale_axes(self, by, axes, fn)
 
     def specs(self, spec: jax.P) -> LowRankWeight | None:
-        """Return PartitionSpecs in place of the arrays; the multiplier is replicated."""
+        """Return PartitionSpecs in place of the arrays; scalars are replicated."""
         whole = super().specs(spec)
-        if whole is None or self.multiplier is None:
-            return whole
-        return whole.replace(multiplier=type(spec)())
+        scalars = dict.fromkeys(self.get_arrays("multiplier", "entry"), type(spec)())
+        return None if whole is None else whole.replace(**scalars)
 
     def reshard(self, spec: jax.P, fn: Callable) -> LowRankWeight | None:
-        """Reshard the arrays by spec; the multiplier is replicated."""
-        whole = super().reshard(spec, fn)
-        if whole is None or self.multiplier is None:
-            return whole
-        return whole.replace(multiplier=fn(self.multiplier, type(spec)()))
+        """Reshard the arrays by spec; scalars are replicated."""
+        whole, found = super().reshard(spec, fn), self.get_arrays("multiplier", "entry")
+        scalars = {name: fn(array, type(spec)()) for name, array in found.items()}
+        return None if whole is None else whole.replace(**scalars)
 
     # Products
 
@@ -199,11 +219,11 @@ class LowRankWeight(LabeledWeight):
         self, other: jax.Array, sizes: jax.Array, numbers: RaggedNumbers, options: Options
     ) -> Any:
         """lax.ragged_dot_general."""
-        return dot.ragged_dot(self, other, sizes, numbers, options)
+        return dot.ragged_dot(self.take_entry(), other, sizes, numbers, options)
 
     def conv(self, other: jax.Array, options: Options) -> Any:
         """lax.conv_general_dilated."""
-        return conv.conv(self, other, options)
+        return conv.conv(self.take_entry(), other, options)
 
     def gather(self, indices: jax.Array, options: Options) -> jax.Array | Weight | None:
         """lax.gather; a weight if only stack axes are indexed."""

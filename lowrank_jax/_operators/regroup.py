@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowrank_jax._primitives.contract import RANK, Labels
+from lowrank_jax._primitives.selected_dot import ENTRY
 
 
 def regroup(
@@ -22,7 +23,7 @@ def regroup(
 
     Args:
       array: the array.
-      labels: for each of its axes, the axis of the weight, or RANK.
+      labels: for each of its axes, the axis of the weight, RANK or ENTRY.
       groups: (old axes, new axes) of each group of axes that the reshape maps on each other, as
         from `reshape_groups`.
       sizes: the size of each new axis.
@@ -34,6 +35,8 @@ def regroup(
     #     a [2, 3, r] labeled (0, 1, RANK)  has all of the first group: a [6, r] labeled (0, RANK).
     #     a [3, r] labeled (1, RANK)        has part of it: None; 0 and 1 cannot be merged in it.
     #     b [r, 4] labeled (RANK, 2)        follows the second group: only its label changes.
+    if ENTRY in labels:
+        return _regroup_entries(array, labels, groups, sizes)
     mine = []
     for old, new in groups:
         held = [axis for axis in old if axis in labels]
@@ -60,3 +63,24 @@ def regroup(
     rank = array.shape[order.index(RANK)] if tail else 1
     shape = tuple(rank if label == RANK else sizes[label] for label in named)
     return array.reshape(shape), tuple(named)
+
+
+def _regroup_entries(
+    array: jax.Array,
+    labels: Labels,
+    groups: Sequence[tuple[list[int], list[int]]],
+    sizes: Mapping[Any, int],
+) -> tuple[jax.Array, Labels] | None:
+    """Reshape each entry of a table of factors; its axis ENTRY becomes the first one."""
+    at = labels.index(ENTRY)
+    own, made = (*labels[:at], *labels[at + 1 :]), []
+
+    def reshape(entry: jax.Array) -> Any:
+        found = regroup(entry, own, groups, sizes)
+        if found is None:
+            return None
+        made.extend(found[1])
+        return found[0]
+
+    array = jax.vmap(reshape, at)(array)
+    return None if array is None else (array, (ENTRY, *made))

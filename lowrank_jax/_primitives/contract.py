@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from lowrank_jax._primitives.bilinear import DotOptions, Labels, bilinear
+from lowrank_jax._primitives.selected_dot import ENTRY, selected_dot
 
 RANK = "r"  # labels the inner axis of the factors
 
@@ -22,6 +23,8 @@ def contract(
     y: jax.Array,
     y_labels: Labels,
     keep: Collection[Hashable],
+    *,
+    index: jax.Array | None = None,
     **options: Unpack[DotOptions],
 ) -> tuple[jax.Array, Labels]:
     """Multiply x and y and sum each label that is not in keep.
@@ -32,6 +35,7 @@ def contract(
       y: array.
       y_labels: labels of the axes of y.
       keep: labels that later factors or the result still need.
+      index: if y has the axis ENTRY, the number of the entry that x is multiplied by.
       options: precision and preferred_element_type of lax.dot_general.
 
     Returns:
@@ -43,11 +47,14 @@ def contract(
     ((2, 4), ('n', 'r'))
     """
     x, x_labels = _sum_out(x, x_labels, {*y_labels, *keep})
-    y, y_labels = _sum_out(y, y_labels, {*x_labels, *keep})
+    y, y_labels = _sum_out(y, y_labels, {*x_labels, *keep, ENTRY})
     shared = [label for label in x_labels if label in y_labels]
     batch = [label for label in shared if label in keep]
-    rest = [label for label in (*x_labels, *y_labels) if label not in shared]
+    rest = [label for label in (*x_labels, *y_labels) if label not in (*shared, ENTRY)]
     out = (*batch, *rest)
+    if ENTRY in y_labels:
+        assert index is not None
+        return selected_dot(x, y, index, x_labels, y_labels, out, **options), out
     return bilinear(x, y, x_labels, y_labels, out, **options), out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -23,6 +23,7 @@ from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
 from lowrank_jax._nodes.methods import get_method
+from lowrank_jax._nodes.quantized_factors import has_quantized_factors
 
 if TYPE_CHECKING:  # imported in functions: importing the library should only cost importing jax
     import optax
@@ -40,6 +41,9 @@ def trainable_mask(tree: PyTree) -> Any:
     Returns:
       A tree of the same structure with a bool at each leaf: a mask for optax.masked, or labels
       for optax.partition.
+
+    Raises:
+      TreeError: factors are quantized, which cannot be trained.
 
     Source: optax.masked. It passes gradients of frozen leaves through; only_adapters zeroes them.
 
@@ -65,6 +69,7 @@ def trainable_mask(tree: PyTree) -> Any:
         return jax.tree.map(lambda _: is_adapter(node), node)
 
     leaves, treedef = flatten(tree, is_leaf=is_node)
+    _refuse_quantized(leaves)
     return jax.tree.unflatten(treedef, [mark(leaf) for _, leaf in leaves])
 
 
@@ -83,7 +88,7 @@ def factor_labels(lora: PyTree) -> Any:
       A tree of the same structure with a label at each leaf.
 
     Raises:
-      TreeError: a leaf is not LowRank or Full.
+      TreeError: a leaf is not LowRank or Full, or its factors are quantized.
 
     Source: LoRA+, arXiv 2402.12354, which gives a and b their own learning rates.
 
@@ -108,7 +113,18 @@ def factor_labels(lora: PyTree) -> Any:
         )
 
     leaves, treedef = flatten(lora, is_leaf=is_node)
+    _refuse_quantized(leaves)
     return jax.tree.unflatten(treedef, [label(leaf) for _, leaf in leaves])
+
+
+def _refuse_quantized(leaves: Sequence[tuple[str, Any]]) -> None:
+    """Raise TreeError if the factors of an adapter are quantized."""
+    for path, leaf in leaves:
+        if has_quantized_factors(leaf.delta if isinstance(leaf, Adapted) else leaf):
+            raise TreeError(
+                f"{path!r} is an adapter with quantized factors, which has no gradient: train "
+                "lowrank.dequantize(lora), and quantize the result"
+            )
 
 
 @check_arguments(tx=transformation)
@@ -223,8 +239,9 @@ def map_adapters(fn: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree) -
 
 def _collect_nodes(tree: PyTree) -> dict[str, Any]:
     """Return path -> LowRank or Full, a flat dict for any kind of container of parameters."""
-    found = {}
-    for path, leaf in flatten(tree, is_leaf=is_node)[0]:
+    found, leaves = {}, flatten(tree, is_leaf=is_node)[0]
+    _refuse_quantized(leaves)
+    for path, leaf in leaves:
         if is_adapter(leaf):
             found[path] = leaf.delta if isinstance(leaf, Adapted) else leaf
     return found

@@ -33,6 +33,7 @@ from lowrank_jax._jax.statics import Static, has_plain_keys
 from lowrank_jax._jax.types import Jaxpr, PyTree
 from lowrank_jax._nodes import Adapted, Full, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._nodes.selection import get_selection, restore_selections
 from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._nodes.validation import check_node
 from lowrank_jax._operators.dora import as_weight
@@ -285,7 +286,9 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
         paths: tuple[str, ...],
         known: tuple[bool, ...] | None,
         dynamic: Sequence[Any],
+        selections: Sequence[Any],
     ) -> Any:
+        dynamic = restore_selections(dynamic, selections)
         ctx = Context(OPERATIONS, refuse=fallback == "raise")
         out = evaluate(fn, call, dynamic, paths, ctx, known)
         if fallback == "warn":
@@ -300,19 +303,20 @@ def lift(fn: Callable, *, fallback: str = "warn") -> Callable:
         call, dynamic, paths = split_arguments(args, kwargs)
         if not any(map(is_node, dynamic)):
             return fn(*args, **kwargs)
-        traced = any(map(jaxprs.is_tracer, jax.tree.leaves(dynamic)))
+        selections = [get_selection(leaf) for leaf in dynamic]
+        traced = any(map(jaxprs.is_tracer, jax.tree.leaves((dynamic, selections))))
         # Under an outer jit that trace is the cache, and fn is traced in it. Else, also in eager
         # grad or vmap, the inner jit is the cache; not where a trace of fn captures tracers, which
         # the next call does not have, nor, where it is optional, with unhashable static arguments.
         if traced and (closes_over_tracers or _find_unhashable(call) or not jaxprs.is_eager()):
-            return run(call, paths, None, dynamic)
+            return run(call, paths, None, dynamic, selections)
         check_hashable(call)
         known = tuple(not jaxprs.is_tracer(leaf) for leaf in dynamic)
         try:
-            return jitted(call, paths, known, dynamic)
+            return jitted(call, paths, known, dynamic, selections)
         except ClosesOverTracers:
             closes_over_tracers = True
-        return run(call, paths, None, dynamic)
+        return run(call, paths, None, dynamic, selections)
 
     return lifted
 

@@ -17,6 +17,7 @@ from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Normed, as_dense, is_adapter, is_node
 from lowrank_jax._nodes.host import count_nonfinite, quantize_on_host
 from lowrank_jax._nodes.quantized import Axes, Quantized, quantize_array
+from lowrank_jax._nodes.quantized_factors import dequantize_factors, has_quantized_factors
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._targeting.targets import (
@@ -263,13 +264,13 @@ def dequantize(frozen: PyTree) -> Any:
     """Decode the quantized leaves of a tree in float32, each cast once to its dtype.
 
     Args:
-      frozen: a tree as returned by quantize.
+      frozen: a tree as returned by quantize, or an adapter as returned by quantize_adapter.
 
     Returns:
       The tree with dense arrays, rounded to the values of their codes.
 
     Raises:
-      TreeError: the tree holds adapters; use merge.
+      TreeError: the tree holds adapted weights; use merge.
 
     Source: QLoRA, arXiv 2305.14314, equation 6.
 
@@ -278,6 +279,9 @@ def dequantize(frozen: PyTree) -> Any:
     True
     """
     leaves, treedef = flatten(frozen, is_leaf=is_node)
+    if any(has_quantized_factors(leaf) for _, leaf in leaves):
+        decode = lambda leaf: dequantize_factors(leaf) if is_adapter(leaf) else as_dense(leaf)
+        return jax.tree.unflatten(treedef, [decode(leaf) for _, leaf in leaves])
     if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
         raise TreeError(
             f"{adapted[0]!r} is adapted: lowrank.merge(base, lora) gives dense weights, adapters "

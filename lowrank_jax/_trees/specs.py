@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax._primitives.contract import RANK, labeled_spec
+from lowrank_jax._primitives.contract import RANK, Labels, labeled_spec
 from lowrank_jax._trees.annotations import Rules, Spec, count_named_axes, read_specs
 
 
@@ -180,8 +180,21 @@ def _make_specs(leaf: object, spec: Spec, ndim: int, many: int = 0) -> Any:
         return leaf.map_axes(lambda labels: wrap(labeled_spec(entries, labels)))
     if not isinstance(leaf, LowRank):
         return wrap(entries)
+    make = lambda labels: wrap(labeled_spec(entries, labels))
     parts = {
-        name: wrap(labeled_spec(entries, (*ahead, *labels)))
+        name: _map_factor_axes(getattr(leaf, name), (*ahead, *labels), make)
         for name, labels in leaf.array_labels.items()
     }
     return dataclasses.replace(leaf, **parts)
+
+
+def _map_factor_axes(array: Any, labels: Labels, make: Callable[[Labels], Any]) -> Any:
+    """Return make(labels) in place of an array; axes in which blocks run are not split."""
+    if not isinstance(array, Quantized):
+        return make(labels)
+    # stack axes, which lead; the blocks of a factor are small, and few devices could share them
+    return array.map_axes(
+        lambda axes: make(
+            tuple(RANK if n is None or n >= array.leading else labels[n] for n in axes)
+        )
+    )

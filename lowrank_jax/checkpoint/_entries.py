@@ -21,9 +21,11 @@ from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3
 from lowrank_jax._nodes.methods import ADAPTER_METHODS
-from lowrank_jax._nodes.serialization import with_current_names
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._nodes.serialization import list_array_fields, with_current_names
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint, to_numpy
+from lowrank_jax.checkpoint._formats import read_quantized, write_format
 
 _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}
@@ -49,13 +51,19 @@ class _SavedArray:
 
 
 def collect_arrays(nodes: dict[str, Any]) -> dict[str, Any]:
-    """Return "path/field" -> array of nodes, without static and absent fields."""
-    return {
-        f"{path}/{field.name}": getattr(node, field.name)
-        for path, node in nodes.items()
-        for field in dataclasses.fields(node)
-        if not field.metadata.get("static") and getattr(node, field.name) is not None
-    }
+    """Return "path/field" -> array of nodes, without static and absent fields.
+
+    The arrays of a quantized factor are "path/field/codes" and so on.
+    """
+    found = {}
+    for path, node in nodes.items():
+        for name in list_array_fields(node):
+            value = getattr(node, name)
+            if isinstance(value, Quantized):
+                found |= collect_arrays({f"{path}/{name}": value})
+            elif value is not None:
+                found[f"{path}/{name}"] = value
+    return found
 
 
 def write_entry(
@@ -148,6 +156,11 @@ def _read_entries(entries: list[Mapping], body: Mapping, read: Callable) -> dict
 def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """Add a node's arrays to `arrays`; return its entry: path, type, static fields, arrays."""
     parts = collect_arrays({"": node}).items()
+    quantized = {
+        name: write_format(getattr(node, name))
+        for name in list_array_fields(node)
+        if isinstance(getattr(node, name), Quantized)
+    }
     return {
         "path": path.split("/"),
         "type": type(node).__name__,
@@ -155,6 +168,7 @@ def write_node(path: str, node: Any, arrays: dict[str, np.ndarray]) -> dict[str,
         "arrays": {
             name[1:]: write_entry(f"lora/{path}{name}", leaf, arrays) for name, leaf in parts
         },
+        **({"quantized": quantized} if quantized else {}),
     }
 
 
@@ -187,7 +201,13 @@ def read_node(entry: Mapping, body: Mapping) -> Any:
             or (name == "weight_dtype" and value and not _is_floating_dtype(value))
         ],
     )
-    arrays = {name: read_entry(part, body) for name, part in entry["arrays"].items()}
+    arrays: dict[str, Any] = {
+        name: read_entry(part, body) for name, part in entry["arrays"].items()
+    }
+    for name, values in entry.get("quantized", {}).items():
+        own = [key for key in arrays if key.startswith(f"{name}/")]
+        parts = {key.split("/", 1)[1]: arrays.pop(key) for key in own}
+        arrays[name] = read_quantized(f"{path}/{name}", parts, values)
     return kind(**arrays, **static)
 
 

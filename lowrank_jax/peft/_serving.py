@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._nodes import Adapted, Full, LowRank, attach_norms
 from lowrank_jax._nodes.methods import get_label
+from lowrank_jax._nodes.padding import pad_rank
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._operators.materialize import materialize
 
@@ -80,14 +80,9 @@ def find_rank(rank: int, ranks: Sequence[int] | None) -> int:
 
 def _pad_factors(node: LowRank, rank: int, scale: float) -> LowRank:
     """Return a node of the same product with a larger rank and scale."""
-    # node of rank 2 and scale 1, stack axes [layers]; rank 3 and scale 2 are wanted:
-    #   a [layers, i, 2] -> [layers, i, 3]              padded on the last axis
-    #   b [layers, 2, o] -> [layers, 3, o] * (1 / 2)    padded on the axis after the stack
-    a, b = node.a, node.b
-    pad = jnp.pad if isinstance(a, jax.Array) else np.pad
-    padding, axis = (0, rank - node.rank), len(node.stack)
-    a = pad(a, [*[(0, 0)] * (a.ndim - 1), padding])
-    b = pad(b, [(0, 0) if i != axis else padding for i in range(b.ndim)])
-    if node.scale != scale:  # in a narrower dtype the quotient would be lost by rounding
-        b = b.astype(jnp.promote_types(b.dtype, jnp.float32)) * (node.scale / scale)
-    return dataclasses.replace(node, a=a, b=b, scale=scale)
+    node = pad_rank(node, rank)
+    if node.scale == scale:
+        return node
+    # in a narrower dtype the quotient would be lost by rounding
+    b = node.b.astype(jnp.promote_types(node.b.dtype, jnp.float32)) * (node.scale / scale)
+    return dataclasses.replace(node, b=b, scale=scale)

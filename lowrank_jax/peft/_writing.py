@@ -25,6 +25,7 @@ from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Full, LowRank, as_dense, collect_adapters, is_node, strip_norms
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.methods import get_label, get_method
+from lowrank_jax._nodes.quantized_factors import dequantize_factors
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan, Use
 from lowrank_jax._trees.fingerprint import to_numpy
@@ -150,7 +151,8 @@ def convert_adapter(
     # form that the tensors take, to_host by default
     leaves = dict(flatten(lora, is_leaf=lambda x: x is None or is_node(x))[0])
     bases = {} if base is None else dict(flatten(base, is_leaf=is_node)[0])
-    nodes = _rebase_nodes(collect_adapters(lora), bases, original)
+    nodes = {path: dequantize_factors(node) for path, node in collect_adapters(lora).items()}
+    nodes = _rebase_nodes(nodes, bases, original)
     if for_serving:
         nodes = unify_factors(nodes, ranks)
     elif ranks is not None:

@@ -86,6 +86,7 @@ TAKEN = {
     ("map_adapters", "tree"): {"node"},
     ("compress", "lora"): NODES,
     ("pool", "lora_like"): NODES,
+    ("quantize_adapter", "lora"): NODES,
     ("pool", "slots"): {"3"},
     ("select", "index"): {"0", "int array", "old key"},
     ("blend", "weights"): {"old key"},

@@ -15,6 +15,6 @@ def test_the_guide_runs_and_prints_what_it_says(capsys):
         exec(compile(block, GUIDE.name, "exec"), space)
     said = re.findall(r"print\(.*#\s*(\([\d, ]+\))", "\n".join(blocks))
     assert capsys.readouterr().out.split("\n")[:-1] == said
-    assert len(said) == 4
+    assert len(said) == 5
     # the sweep learns, and its winner is the best of its runs
     assert float(space["losses"].min()) < 0.9 * float(jnp.mean(space["y"] ** 2))

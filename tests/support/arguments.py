@@ -106,6 +106,7 @@ class Model:
             "extract": lambda: {
                 "base": self.params, "tuned": jax.tree.map(lambda x: x + 1, self.params), "rank": 1,
             },
+            "quantize_adapter": lambda: {"lora": self.lora, "quant": lowrank.QuantConfig()},
             "pool": lambda: {"lora_like": self.lora, "slots": 2},
             "covariances": lambda: {"fn": users_function, "config": self.config},
             "fingerprint": lambda: {"tree": self.params},

@@ -1,0 +1,89 @@
+"""Write and parse the formats of quantized factors in the entries of a checkpoint's manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank_jax._codecs import get_format
+from lowrank_jax._codecs.formats import check_block_size
+from lowrank_jax._codecs.packing import PACKINGS
+from lowrank_jax._errors import CheckpointError
+from lowrank_jax._nodes.quantized import Quantized
+
+_TYPES = {
+    "format": str,
+    "block_size": int,
+    "packing": str,
+    "blocked": list,
+    "trailing": int,
+    "order": list | None,
+    "strides": list,
+    "weight_dtype": str,
+}
+
+
+def write_format(factor: Quantized) -> dict[str, Any]:
+    """Return the static fields of a quantized factor as plain values."""
+    plain = lambda value: [*map(int, value)] if isinstance(value, tuple) else value
+    return {name: plain(getattr(factor, name)) for name in _TYPES}
+
+
+def read_quantized(path: str, arrays: Mapping[str, Any], values: Mapping[str, Any]) -> Quantized:
+    """Make a quantized factor of its arrays and of the values of `write_format`.
+
+    Raises:
+      CheckpointError: a value or an array is unknown, missing, or not of its type.
+    """
+    fields = {field.name for field in dataclasses.fields(Quantized)} - _TYPES.keys()
+    if values.keys() != _TYPES.keys() or not {"codes", "scales"} <= arrays.keys() <= fields:
+        raise CheckpointError(
+            f"{path!r} is quantized, with the fields {sorted({*values, *arrays})}, not all known "
+            "to this lowrank_jax: use the release that wrote it, or a newer one"
+        )
+    wrong = [name for name, kind in _TYPES.items() if not _is_valid(name, values[name], kind)]
+    if wrong:
+        raise CheckpointError(
+            f"{path!r} is quantized, with {wrong[0]} {values[wrong[0]]!r}: restore another copy"
+        )
+    static: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    factor = Quantized(**arrays, **static)
+    if not _are_codes_of(factor):
+        raise CheckpointError(
+            f"{path!r} has codes {factor.codes.dtype}{factor.codes.shape} and scales "
+            f"{factor.scales.dtype}{factor.scales.shape}, which are not those of {factor.format} "
+            f"in blocks of {factor.block_size}: restore another copy"
+        )
+    return factor
+
+
+def _is_valid(name: str, value: Any, kind: Any) -> bool:
+    """Whether a static field has a value of its type."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    if isinstance(value, list):
+        return all(type(item) is int and item >= 0 for item in value)
+    if name == "packing":
+        return value in PACKINGS
+    if name == "format":
+        get_format(value)
+    if name == "block_size":
+        check_block_size(value)
+    return True
+
+
+def _are_codes_of(factor: Quantized) -> bool:
+    """Whether codes and scales have the dtypes and shapes of the format."""
+    form, place = get_format(factor.format), factor.leading + 1
+    packed = form.is_packed and factor.packing == "uint8"
+    codes = tuple(factor.codes.shape)
+    dtype = "int8" if not form.is_packed else "uint8" if packed else "uint4"
+    elements = factor.block_size // (2 if packed else 1)
+    return (
+        0 < place < len(codes)
+        and codes[place] == elements
+        and codes[:place] + codes[place + 1 :] == tuple(factor.scales.shape)
+        and factor.codes.dtype == dtype
+        and factor.scales.dtype == ("float32" if factor.nested is None else "uint8")
+    )
