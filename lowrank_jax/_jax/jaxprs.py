@@ -118,6 +118,10 @@ def get_user_layer(eqn: Equation) -> str:
     return str(eqn.source_info.name_stack)
 
 
+# In JAX 0.10 a scan that is differentiated in reverse twice loses the rules of custom_jvp in it.
+KEEPS_RULES_IN_SCANS = jax.__version_info__ >= (0, 12)
+
+
 def is_tracer(value: object) -> bool:
     """Whether a value is being traced."""
     return isinstance(value, Tracer)

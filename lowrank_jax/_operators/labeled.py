@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax._jax import jaxprs
 from lowrank_jax._operators.regroup import regroup
 from lowrank_jax._operators.weight import Indexer, Weight, make_reverser, make_slicer
 from lowrank_jax._primitives.contract import Labels, labeled_spec, reshape_groups
@@ -152,7 +153,8 @@ class LabeledWeight(Weight):
         # The scan axis of a table of adapters [n, layers, in, r] is not its first: a scan over it
         # would copy the whole table to move that axis. So each step slices the table in place, by
         # its number. What is scanned over is for derivatives alone, and XLA removes it elsewhere.
-        tables = [name for name in names if ENTRY in self.labels(name) and fronts[name]]
+        in_place = jaxprs.KEEPS_RULES_IN_SCANS  # which the tangents of the slices need
+        tables = [n for n in names if in_place and ENTRY in self.labels(n) and fronts[n]]
         if tables:
             arrays["number"] = jnp.arange(self.shape[0])
         rest = {

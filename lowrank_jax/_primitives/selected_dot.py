@@ -325,8 +325,14 @@ def _transpose_table(
     out: Labels,
     **options: Unpack[DotOptions],
 ) -> jax.Array:
-    """Return the table's cotangent: of each entry, the sum over its examples of x times ct."""
+    """Return the table's cotangent: of each entry, the sum over its examples of x times ct.
+
+    The sum over examples is of float32 or wider: one of bfloat16 stays at 256 times its terms.
+    """
     labels = _label_entries(yl, il)
+    options["preferred_element_type"] = jnp.promote_types(
+        product_dtype(x.dtype, ct.dtype), jnp.float32
+    )
     each = bilinear(x, ct, xl, out, labels, **options)
     take = lambda table: take_entries(table, yl, index, il)[0]
     return jax.linear_transpose(take, jax.ShapeDtypeStruct(aval.shape, each.dtype))(each)[0]

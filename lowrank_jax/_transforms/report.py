@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -325,7 +326,7 @@ def report(fn: Callable, tree: PyTree, *args: PyTree, **kwargs: PyTree) -> Repor
     counted = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_node) if hasattr(leaf, "shape")]
     return Report(
         leaves,
-        sum_leaves(count_elements, deltas),
+        sum(map(_count_values, deltas)),
         sum(map(count_elements, counted)),
         memory(count_bytes),
         memory(count_device_bytes),
@@ -342,9 +343,16 @@ def _report_leaf(
     if isinstance(node, Quantized):
         return LeafReport("frozen", shape, None, None, 0, format, bits, uses)
     delta = node.delta if isinstance(node, Adapted) else node
-    count = sum_leaves(count_elements, delta)
+    count = _count_values(delta)
     if isinstance(delta, Full):
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
     still = count_dead_features(node.base, delta) if isinstance(node, Adapted) else 0
     numbers = delta.rank, delta.scale, count
     return LeafReport(get_label(delta), shape, *numbers, format, bits, uses, still, delta.is_full)
+
+
+def _count_values(delta: Any) -> int:
+    """Count the values of an adapter, of quantized factors those that their codes stand for."""
+    is_quantized = lambda leaf: isinstance(leaf, Quantized)
+    leaves = jax.tree.leaves(delta, is_leaf=is_quantized)
+    return sum(math.prod(leaf.shape) for leaf in leaves if hasattr(leaf, "shape"))

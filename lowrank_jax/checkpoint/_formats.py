@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from lowrank_jax._codecs import get_format
 from lowrank_jax._codecs.formats import check_block_size
 from lowrank_jax._codecs.packing import PACKINGS
-from lowrank_jax._errors import CheckpointError
-from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._errors import CheckpointError, ConfigError
+from lowrank_jax._nodes.quantized import Quantized, dequantize_node
 
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _TYPES = {
     "format": str,
     "block_size": int,
@@ -49,7 +52,7 @@ def read_quantized(path: str, arrays: Mapping[str, Any], values: Mapping[str, An
         )
     static: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     factor = Quantized(**arrays, **static)
-    if not _are_codes_of(factor):
+    if not _are_codes_of(factor) or not _is_decodable(factor):
         raise CheckpointError(
             f"{path!r} has codes {factor.codes.dtype}{factor.codes.shape} and scales "
             f"{factor.scales.dtype}{factor.scales.shape}, which are not those of {factor.format} "
@@ -66,10 +69,15 @@ def _is_valid(name: str, value: Any, kind: Any) -> bool:
         return all(type(item) is int and item >= 0 for item in value)
     if name == "packing":
         return value in PACKINGS
-    if name == "format":
-        get_format(value)
-    if name == "block_size":
-        check_block_size(value)
+    if name == "weight_dtype":
+        return value in _FLOATS
+    try:
+        if name == "format":
+            get_format(value)
+        if name == "block_size":
+            check_block_size(value)
+    except ConfigError:
+        return False
     return True
 
 
@@ -86,4 +94,18 @@ def _are_codes_of(factor: Quantized) -> bool:
         and codes[:place] + codes[place + 1 :] == tuple(factor.scales.shape)
         and factor.codes.dtype == dtype
         and factor.scales.dtype == ("float32" if factor.nested is None else "uint8")
+        and all(
+            array is None or array.dtype == "float32" for array in (factor.nested, factor.offset)
+        )
     )
+
+
+def _is_decodable(factor: Quantized) -> bool:
+    """Whether the static fields and the arrays fit each other, so that decoding has a shape."""
+    try:
+        dense = jax.eval_shape(dequantize_node, factor)
+    except Exception:  # whatever a field of a damaged file does to decoding
+        return False
+    is_flat = factor.order is not None
+    first = None if is_flat or not factor.blocked else factor.shape[factor.leading]
+    return dense.shape == tuple(factor.shape) and (is_flat or factor.blocked[:1] == (first,))

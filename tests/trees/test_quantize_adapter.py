@@ -140,12 +140,13 @@ def test_a_manifest_with_another_format_is_refused(tmp_path):
     known = {name: (a.shape, a.dtype.name, None) for name, a in arrays.items()}
     body = {"arrays": {part["name"]: known[part["name"]] for part in entry["arrays"].values()}}
     assert entries.read_node(entry, body).a.shape == (2, 64, 3)
-    for field, value in {
-        "format": "fp5", "block_size": 33, "packing": "uint2", "blocked": [-1], "trailing": True,
-        "strides": None, "order": "a",
-    }.items():  # fmt: skip
+    for field, value in (
+        ("format", "fp5"), ("block_size", 33), ("packing", "uint2"), ("blocked", [-1]),
+        ("trailing", True), ("strides", None), ("order", "a"), ("weight_dtype", "int32"),
+        ("weight_dtype", "float99"), ("blocked", []), ("blocked", [96, 4]),
+    ):  # fmt: skip
         wrong = {**entry["quantized"], "a": {**entry["quantized"]["a"], field: value}}
-        with pytest.raises(lowrank.LowrankError):
+        with pytest.raises(lowrank.CheckpointError, match="w/a"):
             entries.read_node({**entry, "quantized": wrong}, body)
     for values in (
         {},
