@@ -274,3 +274,15 @@ def test_features_that_dora_cannot_train_are_said():
     assert traced == [()]
     plain = lowrank.init(KEY, params, dataclasses.replace(config, dora=False), plan=plan)
     assert not lowrank.report(fn, lowrank.combine(*plain), x).notes
+
+
+def test_values_of_quantized_factors_are_counted_and_not_their_codes():
+    base, lora = lowrank.init(
+        0, {"w": jnp.ones((256, 64))}, lowrank.LoraConfig(rank=4, targets="w")
+    )
+    stored = lowrank.quantize_adapter(lora, lowrank.QuantConfig(packing="uint8"))
+    fn = lambda params, x: x @ params["w"]
+    of = lambda lora: lowrank.report(fn, lowrank.combine(base, lora), jnp.ones((1, 256)))
+    assert of(stored).trainable == of(lora).trainable == 4 * (256 + 64)
+    assert of(stored)["w"].trainable == 4 * (256 + 64)
+    assert of(stored).memory.adapters < of(lora).memory.adapters / 4
