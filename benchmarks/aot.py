@@ -25,8 +25,10 @@ if "xla_gpu_autotune_level" not in os.environ.get("XLA_FLAGS", ""):
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lowrank_jax import ConfigError
+from lowrank_jax._estimate.chips import CHIPS, make_devices
 
 INSTALL = """\
 python3.13 -m venv aot && . aot/bin/activate
@@ -38,40 +40,17 @@ pip install --no-deps qwix==0.1.8  # for the cases of qwix"""
 
 GIB = 2**30
 # Usable memory in GiB, as the compilers say it.
-MEMORY = {"h100": 79.1, "v5e": 15.75, "cpu": float("inf")}
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  core_count: 132 fpus_per_core: 128 registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+MEMORY = {name: chip.memory / GIB for name, chip in CHIPS.items()} | {"cpu": float("inf")}
 
 
 def device(name: str) -> Any:
-    """A device of the target "h100", "v5e" or "cpu"."""
+    """A device of the target "h100", "v5e", "v6e", "v5p" or "cpu"."""
     if name == "cpu":
         return jax.devices("cpu")[0]
     try:
-        if name == "h100":
-            topology = topologies.get_topology_desc(
-                "h100", "cuda", target_config=H100, topology="1x1x1"
-            )
-        else:
-            topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1")
-    except Exception as error:
-        raise SystemExit(
-            f"no compiler for {name} here ({str(error)[:200]}); make one:\n{INSTALL}"
-        ) from error
-    return topology.devices[0]
+        return make_devices(CHIPS[name], 1)[0]
+    except ConfigError as error:
+        raise SystemExit(f"{error}; or make an environment:\n{INSTALL}") from error
 
 
 @dataclasses.dataclass

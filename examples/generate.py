@@ -6,8 +6,8 @@
     python examples/generate.py --adapter peft-folder
 
 The adapter is a folder of finetune.py, or one that PEFT can load. Without --prompt, questions are
-read line by line until the input ends; each is asked by itself. With --raw a prompt is no question:
-it is continued as it stands, like the text of the training.
+read line by line until the input ends; each is asked by itself. With --raw a prompt is not a
+question: it is continued as it stands, like the text of the training.
 
 Both answers are one computation: jax.vmap over the adapter's scale, 0 and 1, so that the base's
 weights are read once for both.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax._cli.plain_llama import MODELS, make_model, make_shapes, read_sizes
+from lowrank_jax._codecs.formats import FORMATS
 from lowrank_jax._codecs.packing import PACKINGS
 from lowrank_jax._estimate.chips import CHIPS
 from lowrank_jax._estimate.estimate import Estimate, estimate
@@ -37,7 +38,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     what = "a folder with a config.json, or " + ", ".join(MODELS)
     add("--like", required=True, metavar="MODEL", help=what)
     add("--chip", choices=sorted(CHIPS), help="compile for it; the default is this machine")
-    add("--quantize", choices=("nf4", "fp4", "int8", "none"), default="none")
+    add("--quantize", choices=(*FORMATS, "none"), default="none")
     add("--packing", choices=PACKINGS, default="uint4", help="of codes of 4 bits; on a CPU, uint8")
     add("--rank", type=_parse_count, default=16)
     add("--dora", action="store_true")

@@ -86,7 +86,7 @@ _LLAMAS = (
 
 
 def _parse_sizes(fields: Mapping[str, Any], file: Path) -> Sizes:
-    """Read the sizes of a config.json, with the defaults of transformers for a Llama."""
+    """Read the sizes of a config.json, with the defaults of transformers."""
     kind = fields.get("model_type", "llama")
     if kind not in _LLAMAS:
         raise ConfigError(
@@ -96,7 +96,8 @@ def _parse_sizes(fields: Mapping[str, Any], file: Path) -> Sizes:
         )
     given = {name: value for name, value in fields.items() if value is not None}
     heads, width = given.get("num_attention_heads"), given.get("hidden_size")
-    found = {"num_key_value_heads": heads, "tie_word_embeddings": False, **given}
+    tied = kind.startswith("gemma")  # the default of its configuration
+    found = {"num_key_value_heads": heads, "tie_word_embeddings": tied, **given}
     if "head_dim" not in found and isinstance(heads, int) and isinstance(width, int):
         found["head_dim"] = width // max(1, heads)
     names = [field.name for field in dataclasses.fields(Sizes)]

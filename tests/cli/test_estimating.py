@@ -111,7 +111,9 @@ def test_other_models_are_refused_and_defaults_are_taken(folder):
             plain_llama.read_sizes(str(folder))
     write(num_key_value_heads=None, head_dim=None, model_type="qwen3")
     sizes = plain_llama.read_sizes(str(folder))
-    assert (sizes.num_key_value_heads, sizes.head_dim) == (4, 8)
+    assert (sizes.num_key_value_heads, sizes.head_dim, sizes.tie_word_embeddings) == (4, 8, False)
+    write(model_type="gemma2")
+    assert plain_llama.read_sizes(str(folder)).tie_word_embeddings
 
 
 def test_the_command(folder, capsys, fast_compile):
