@@ -1,15 +1,18 @@
 """Memory that loading takes when a model is quantized as it is read.
 
-    python benchmarks/load_memory.py [--gb 2] [--dtype float32 bfloat16]
+    python benchmarks/load_memory.py [--gb 2] [--dtype float32 bfloat16] [--processes 2]
 
 A Llama's linear weights are written as shards of safetensors, of random values, and read by
 lowrank.huggingface.load with NF4, in a process of its own for each case, on CPU. Printed is the
 most memory that the process had resident at one time, of all that it did: getrusage's ru_maxrss.
+With several processes, of four devices each, every kernel is split over all devices, and each
+process holds its share.
 """
 
 import argparse
 import math
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -70,12 +73,21 @@ def write(folder: Path, layers: int, dtype: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-def read(folder: Path, layers: int, stacked: bool, dtype: str) -> None:
-    """Load, and print what it took."""
+def read(folder: Path, layers: int, stacked: bool, dtype: str, place: list[int]) -> None:
+    """Load, and print what it took; place: this process, of how many, and their port."""
     import jax
 
     import lowrank_jax as lowrank
 
+    own, processes, port = place
+    shardings = None
+    if processes > 1:
+        jax.config.update("jax_num_cpu_devices", 4)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, own)
+        mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        split = jax.P(None, None, "data") if stacked else jax.P(None, "data")
+        shardings = jax.NamedSharding(mesh, split)
     jax.devices()
     before = peak()
     frozen = lowrank.huggingface.load(
@@ -83,12 +95,15 @@ def read(folder: Path, layers: int, stacked: bool, dtype: str) -> None:
         like(layers, stacked, dtype),
         names=lowrank.names.LLAMA,
         quant=lowrank.QuantConfig(targets="**/kernel", packing="uint8"),
+        shardings=shardings,
     )
-    result = sum(array.nbytes for array in jax.tree.leaves(frozen)) / MB
+    shards = [shard for array in jax.tree.leaves(frozen) for shard in array.addressable_shards]
+    result = sum(shard.data.nbytes for shard in shards) / MB
     dense = layers * SIZE * jax.numpy.dtype(dtype).itemsize / MB
     print(
         f"{dtype:8} {'stacked' if stacked else 'layers':7} {dense:5.0f} MB dense, {result:4.0f} MB "
-        f"quantized: peak {peak():4.0f} MB, of which {before:4.0f} before loading",
+        f"quantized{' here' if processes > 1 else ''}: peak {peak():4.0f} MB, of which "
+        f"{before:4.0f} before loading",
         flush=True,
     )
 
@@ -98,6 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gb", type=float, default=2)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--place", nargs=3, type=int, default=[0, 1, 0], help=argparse.SUPPRESS)
     parser.add_argument("--step", nargs=3, metavar=("WHAT", "FOLDER", "LAYERS"))
     options = parser.parse_args()
     if options.step:
@@ -106,14 +123,25 @@ def main() -> None:
         if what == "write":
             write(Path(folder), int(layers), dtype)
         else:
-            read(Path(folder), int(layers), what == "stacked", dtype)
+            read(Path(folder), int(layers), what == "stacked", dtype, options.place)
         return
     for dtype in options.dtype:
         layers = round(options.gb * 1e9 / SIZE / (4 if dtype == "float32" else 2))
         with tempfile.TemporaryDirectory() as folder:
             for what in ("write", "layers", "stacked"):
                 step = ["--dtype", dtype, "--step", what, folder, str(layers)]
-                subprocess.run([sys.executable, __file__, *step], check=True)
+                count = 1 if what == "write" else options.processes
+                with socket.socket() as free:
+                    free.bind(("127.0.0.1", 0))
+                    port = free.getsockname()[1]
+                started = [
+                    subprocess.Popen(
+                        [sys.executable, __file__, *step, "--place", *map(str, (own, count, port))]
+                    )
+                    for own in range(count)
+                ]
+                if any(list(map(subprocess.Popen.wait, started))):
+                    raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,14 @@ def is_split(array: jax.typing.ArrayLike, axis: int | None = None) -> bool:
     return any(entry is not None for entry in entries)
 
 
+def is_first_axis_split(array: Any) -> bool:
+    """Whether the first axis of an array is known to be sharded."""
+    if is_tracer(array):
+        return is_split(array, 0)
+    concrete = isinstance(array, jax.Array)
+    return concrete and array.sharding.shard_shape(array.shape)[0] < array.shape[0]
+
+
 def count_shards(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, entry: str | Sequence[str] | None
 ) -> int:

@@ -26,10 +26,16 @@ def gather_shards(leaf: object) -> Any:
 
 
 def place_array(leaf: jax.Array | np.ndarray, sharding: Any) -> jax.Array:
-    """Place an array that each process holds whole on a sharding that may span all processes."""
-    if not getattr(sharding, "is_fully_addressable", True):
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-    return jax.device_put(leaf, sharding)
+    """Place an array on a sharding that may span all processes.
+
+    The array is one that each process holds whole, of which only its own shards are copied, or one
+    that spans all processes already.
+    """
+    spans = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if spans or (isinstance(leaf, jax.Array) and getattr(sharding, "is_fully_addressable", True)):
+        return jax.device_put(leaf, sharding)
+    # device_put would first copy a memory-mapped array whole
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def write_on_first_process(write: Callable[[], None]) -> None:
@@ -41,17 +47,28 @@ def write_on_first_process(write: Callable[[], None]) -> None:
     if jax.process_count() == 1:
         write()
         return
-    from jax.experimental import multihost_utils
-
     error = None
     if jax.process_index() == 0:
         try:
             write()
         except CheckpointError as found:
             error = found
-    # The broadcast is also the barrier: nobody goes on before process 0 has written.
-    failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+    raise_everywhere(error)
+
+
+def raise_everywhere(error: BaseException | None) -> None:
+    """Raise the error of process 0, if it has one, in every process; all of them call this.
+
+    Raises:
+      CheckpointError: process 0 has an error; there it is the error itself.
+    """
+    failed = error is not None
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # The broadcast is also the barrier: nobody goes on before process 0 is here.
+        failed = bool(multihost_utils.broadcast_one_to_all(np.array(failed)))
     if error is not None:
         raise error
     if failed:
-        raise CheckpointError("process 0 could not write the checkpoint: its own error says why")
+        raise CheckpointError("process 0 could not write: its own error says why")

@@ -5,10 +5,11 @@ Besides the codes it needs a few megabytes of memory for each core, whatever the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,29 +17,61 @@ import jax
 import numpy as np
 
 from lowrank_jax._codecs import get_format, host
+from lowrank_jax._jax.host_arrays import HostArray, allocate_aligned
 from lowrank_jax._nodes.decoding import get_flat_order
 from lowrank_jax._nodes.quantized import Quantized
 
 PIECE = 1 << 18  # number of values that a thread encodes at a time
-_ALIGNED = 64  # alignment in bytes that JAX requires of a NumPy buffer to use it without a copy
 
 
 def quantize_on_host(
-    leaf: np.ndarray | Iterable[np.ndarray], shapes: Quantized
+    read: np.ndarray | Callable[[tuple[int, ...]], np.ndarray],
+    shapes: Quantized,
+    depth: int | None = None,
+    shardings: Quantized | None = None,
 ) -> tuple[Quantized, tuple[int, int]]:
     """Quantize a leaf on the host, with the result of `quantize_array` on a device.
 
     Args:
-      leaf: a NumPy array, or for a stack an iterable of its layers.
+      read: a NumPy array, or for a stack a function from the index of a layer to the layer. Layers
+        of which no device of this process has a part are not read.
       shapes: the node to make, with shapes in place of arrays.
+      depth: the number of stack axes that the index has, all of them for an array.
+      shardings: the node with shardings in place of arrays; of each array only the shards of this
+        process are held in memory.
 
     Returns:
-      The node with NumPy arrays, and two counts: of values that are not finite, and of blocks of
-      scales that are too large for double quantization.
+      The node with NumPy arrays, or with shardings with arrays on their devices; and two counts,
+      over the layers that were read: of values that are not finite, and of blocks of scales that
+      are too large for double quantization.
     """
-    node = jax.tree.map(lambda part: allocate_aligned(part.shape, part.dtype), shapes)
-    bad = _fill(node, np.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf)
-    return node, (bad, 0 if node.nested is None else _count_nonfinite_in(node.nested))
+    if isinstance(read, np.ndarray):
+        read, depth = read.__getitem__, shapes.stacked
+    depth = depth or 0
+    axes, parts = range(depth), jax.tree.leaves(shapes)
+    places = [None] * len(parts) if shardings is None else jax.tree.leaves(shardings)
+    arrays = [
+        HostArray(part.shape, part.dtype, place) for part, place in zip(parts, places, strict=True)
+    ]
+    make = functools.partial(jax.tree.unflatten, jax.tree.structure(shapes))
+    scratch, counts = None, [0, 0]
+    for index in np.ndindex(*shapes.shape[:depth]):
+        if not any(array.holds(axes, index) for array in arrays):
+            continue
+        own: Any = [array.view(axes, index) for array in arrays]
+        in_place = all(part is not None for part in own)
+        if not in_place:
+            scratch = scratch or [allocate_aligned(p.shape[depth:], p.dtype) for p in parts]
+            own = scratch
+        node = make(own)
+        counts[0] += _fill(node, np.asarray(read(index)))
+        counts[1] += 0 if node.nested is None else _count_nonfinite_in(node.nested)
+        if not in_place:
+            for array, part in zip(arrays, own, strict=True):
+                array.write(axes, index, part)
+    if shardings is None:
+        return make([array.to_numpy() for array in arrays]), (counts[0], counts[1])
+    return make([array.place() for array in arrays]), (counts[0], counts[1])
 
 
 def count_nonfinite(array: np.ndarray) -> int:
@@ -160,11 +193,3 @@ def _count_cores() -> int:
     """Count the cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # only on some systems
     return len(allowed(0)) if allowed else os.cpu_count() or 1
-
-
-def allocate_aligned(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> np.ndarray:
-    """Allocate an array whose alignment lets JAX use it without a copy; a uint4 takes a byte."""
-    size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
-    buffer = np.empty(size + _ALIGNED, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNED
-    return buffer[start : start + size].view(dtype).reshape(shape)

@@ -33,10 +33,11 @@ def compute_squared_norm(
     """Sum the squares over the fan-in axes: float32 [*stack, *fan_out], sharded as the leaf."""
     axes = (*stack, *fan_out)
     sharding = get_dense_sharding(leaf)
+    together = isinstance(leaf, Quantized) and jaxprs.is_first_axis_split(leaf.codes)
     if sharding is None:
-        return _sum_squares(leaf, axes, len(stack))
+        return _sum_squares(leaf, axes, len(stack), together)
     out = jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, axes))
-    run = lambda leaf: _sum_squares(leaf, axes, len(stack))
+    run = lambda leaf: _sum_squares(leaf, axes, len(stack), together)
     with jaxprs.use_mesh_of(jax.tree.leaves(leaf)[0]):
         return jaxprs.call_with_auto_axes(run, out, leaf)
 
@@ -48,14 +49,20 @@ def get_dense_sharding(leaf: jax.Array | Quantized) -> jax.NamedSharding | None:
     return jax.typeof(leaf).sharding if jaxprs.is_split(leaf) else None
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _sum_squares(leaf: jax.Array | Quantized, axes: tuple[int, ...], stacked: int) -> jax.Array:
-    """Sum squares over all axes but `axes`, in whose order the result is: [*stack, *fan_out]."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _sum_squares(
+    leaf: jax.Array | Quantized, axes: tuple[int, ...], stacked: int, together: bool = False
+) -> jax.Array:
+    """Sum squares over all axes but `axes`, in whose order the result is: [*stack, *fan_out].
+
+    together: whether a quantized stack is vmapped, as needed if it is sharded, and not looped over.
+    """
     # A quantized stack [12, i, o] with axes (0, 2) is looped over, so that one layer at a time is
     # decoded: each layer [i, o] has the axes (1,), and lax.map stacks the results [o] to [12, o].
     if isinstance(leaf, Quantized) and stacked and axes[0] == 0 and leaf.stacked:
         inner = tuple(axis - 1 for axis in axes[1:])
-        return lax.map(lambda leaf: _sum_squares(leaf, inner, stacked - 1), leaf)
+        one = lambda leaf: _sum_squares(leaf, inner, stacked - 1)
+        return jax.vmap(one)(leaf) if together else lax.map(one, leaf)
     dense = dequantize_node(leaf) if isinstance(leaf, Quantized) else leaf
     fan_in = tuple(axis for axis in range(dense.ndim) if axis not in axes)
     squares = jnp.sum(jnp.square(dense.astype(accumulator_dtype(dense.dtype))), fan_in)

@@ -23,7 +23,9 @@ def is_spec(leaf: object) -> bool:
     return leaf is None or isinstance(leaf, Spec)
 
 
-def read_specs(tree: PyTree, rules: Rules | None) -> dict[str, Spec | None]:
+def read_specs(
+    tree: PyTree, rules: Rules | None, what: str = "dense_specs"
+) -> dict[str, Spec | None]:
     """Return path -> spec of a tree of specs, or of annotated parameters.
 
     Args:
@@ -31,6 +33,7 @@ def read_specs(tree: PyTree, rules: Rules | None) -> dict[str, Spec | None]:
         variables, whose names of axes become specs. Parameters without names are replicated.
       rules: logical axis -> mesh axis, several or None; as a mapping, or as Flax's pairs, of which
         the first wins whose mesh axis the leaf does not use already.
+      what: the name of the argument that the tree is, for errors.
 
     Raises:
       TreeError: the tree holds neither specs nor annotations; a logical axis has no rule; or there
@@ -39,12 +42,12 @@ def read_specs(tree: PyTree, rules: Rules | None) -> dict[str, Spec | None]:
     annotated = _find_annotations(tree)
     if not annotated:
         found = dict(flatten(tree, is_leaf=is_spec)[0])
+        order = ": the order is (tree, dense_specs)" if what == "dense_specs" else ""
         if wrong := [path for path, spec in found.items() if not is_spec(spec)]:
             raise TreeError(
-                f"dense_specs holds {type(found[wrong[0]]).__name__} at {wrong[0]!r}, where a "
-                "PartitionSpec, a NamedSharding or None is expected: the order is (tree, "
-                "dense_specs). Parameters will do if Flax's annotations name their axes "
-                "(nn.with_partitioning, nnx.with_partitioning)"
+                f"{what} holds {type(found[wrong[0]]).__name__} at {wrong[0]!r}, where a "
+                f"PartitionSpec, a NamedSharding or None is expected{order}. Parameters will do if "
+                "Flax's annotations name their axes (nn.with_partitioning, nnx.with_partitioning)"
             )
         if rules is not None:
             raise TreeError(

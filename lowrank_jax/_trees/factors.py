@@ -33,6 +33,7 @@ from lowrank_jax._primitives.contract import (
 from lowrank_jax._targeting.targets import (
     Target,
 )
+from lowrank_jax._trees.shardings import find_sharding
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 
@@ -45,7 +46,7 @@ def apply_initializer(
     initializer: Initializer,
     dtype: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Return a, b and the residual (or None) of a leaf; on explicit mesh axes, sharded as the leaf.
+    """Return a, b and the residual (or None) of a leaf, sharded as the leaf.
 
     a: [*stack, *fan_in, r], b: [*stack, r, *fan_out], the residual has the shape of the leaf.
     """
@@ -63,8 +64,8 @@ def apply_initializer(
     run = _compile_initializer(form)
     make = lambda key, leaf, data: run(key, leaf, data, target, dtype)
     sharding = get_dense_sharding(leaf)
-    if sharding is None:
-        return make(key, leaf, data)
+    if sharding is None:  # no explicit mesh axes
+        return run(key, leaf, data, target, dtype, find_sharding(leaf))
     like = lambda labels: jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, labels))
     plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     moves = jax.eval_shape(make, key, plain, data)[2] is not None
@@ -90,14 +91,20 @@ def _compile_initializer(form: Any) -> Callable:
     if form not in _compiled_by_function:
         known = weakref.ref(form)
         run = lambda *args: _run_initializer(Static(known()), *args)
-        _compiled_by_function[form] = jax.jit(run, static_argnums=(3, 4))
+        _compiled_by_function[form] = jax.jit(run, static_argnums=(3, 4, 5))
     return _compiled_by_function[form]
 
 
 def _run_initializer(
-    form: Static, key: jax.Array, leaf: jax.Array, data: PyTree, target: Target, dtype: str
+    form: Static,
+    key: jax.Array,
+    leaf: jax.Array,
+    data: PyTree,
+    target: Target,
+    dtype: str,
+    sharding: jax.NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Return a, b and the residual with the axes of the leaf."""
+    """Return a, b and the residual with the axes of the leaf, whose dense sharding is given."""
     # A leaf [64, 12, 8, 16] with stack (1,), fan_in (0,), fan_out (2, 3) is transposed by order
     # (1, 0, 2, 3) and reshaped to matrices [12, 64, 128], over which the initializer is vmapped.
     # a [12, 64, r] and b [12, r, 128] become a [12, 64, r] and b [12, r, 8, 16]; the residual
@@ -141,7 +148,13 @@ def _run_initializer(
     if residual is not None:
         residual = residual.reshape(stack + fan_in + fan_out)
         residual = jnp.transpose(residual, invert_permutation(order))
-    return a, b, residual
+    if sharding is None:
+        return a, b, residual
+    like = lambda labels: sharding.update(spec=labeled_spec(sharding.spec, labels))
+    constrain = jax.lax.with_sharding_constraint
+    a = constrain(a, like((*target.stack, *target.fan_in, RANK)))
+    b = constrain(b, like((*target.stack, RANK, *target.fan_out)))
+    return a, b, None if residual is None else constrain(residual, sharding)
 
 
 def _check_result(made: Any, name: str) -> None:
@@ -156,7 +169,7 @@ def _check_result(made: Any, name: str) -> None:
         )
 
 
-_run_pytree = jax.jit(_run_initializer, static_argnums=(0, 4, 5))
+_run_pytree = jax.jit(_run_initializer, static_argnums=(0, 4, 5, 6))
 
 
 def _compute_rounding_error(

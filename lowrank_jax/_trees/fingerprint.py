@@ -128,9 +128,7 @@ def fingerprint(tree: PyTree) -> Fingerprint:
     # other nodes (quantized leaves) are hashed array by array
     leaves = flatten(plain)[0]
     if jax.process_count() > 1:  # leaves are gathered by all processes, in one order
-        return Fingerprint(
-            tuple(sorted(_describe_leaf(path, gather_shards(leaf)) for path, leaf in leaves))
-        )
+        return Fingerprint(tuple(sorted(_describe_leaf(path, leaf) for path, leaf in leaves)))
     # hashlib releases the GIL, so threads read and hash several leaves at once
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return Fingerprint(
@@ -147,12 +145,15 @@ def _describe_leaf(path: str, leaf: object) -> tuple[str, tuple[int, ...], str, 
 def to_numpy(path: str, leaf: Any) -> np.ndarray:
     """Convert a leaf to a contiguous NumPy array that no jax.Array keeps alive.
 
+    Of an array that spans several processes, all of them take part.
+
     Raises:
       TreeError: the leaf has no values, or is not numeric.
     """
     try:
         if jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
+        leaf = gather_shards(leaf)
         if isinstance(leaf, jax.Array):
             # numpy.asarray caches its host copy in the jax.Array: use a new one on the same buffers
             shards = [shard.data for shard in leaf.addressable_shards]

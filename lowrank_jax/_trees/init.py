@@ -45,6 +45,7 @@ from lowrank_jax._targeting.targets import (
 )
 from lowrank_jax._trees.factors import apply_initializer
 from lowrank_jax._trees.quantize import check_quantized, quantize_leaf
+from lowrank_jax._trees.shardings import place_node, place_norms, place_tree
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 
@@ -57,6 +58,7 @@ def init(
     *,
     plan: Plan | None = None,
     initializer: Initializer | str | Mapping[Pattern, Initializer | str] | None = None,
+    shardings: PyTree = None,
 ) -> tuple[Any, Any]:
     r"""Create the adapter of a parameter tree.
 
@@ -78,6 +80,10 @@ def init(
         with data is a callable pytree whose arrays lead with the stack axes of the leaf. The weight
         of a float64 leaf is passed as float64. The error of rounding the factors to `factor_dtype`
         is added to the residual, so that the function is preserved.
+      shardings: a tree of NamedSharding like the dense params, or of PartitionSpec within
+        jax.set_mesh, by which base and lora are placed, as `lowrank.specs` says; an entry at a
+        branch applies to all leaves below it. Without it the adapter of a leaf that is sharded, is
+        sharded like it.
 
     Returns:
       (base, lora). base is params itself, except for leaves whose initializer returned a residual,
@@ -91,7 +97,8 @@ def init(
       AxesError: the axes of a leaf are not known or not possible.
       ConfigError: a leaf is selected twice or too narrow for its rank, or the initializer does not
         apply to it.
-      TreeError: params holds adapters, or the plan belongs to another tree.
+      TreeError: params holds adapters, the plan belongs to another tree, or shardings do not fit
+        params.
 
     Warns:
       PlanWarning: "all-linear" skips leaves that reach a product through operations that no rule
@@ -113,6 +120,9 @@ def init(
             f"params already holds adapters ({adapted[0]!r} and {len(adapted) - 1} more): pass the "
             "base, or lowrank.merge(base, lora) to start from the merged weights"
         )
+    if shardings is not None:
+        params = place_tree(params, shardings)
+        leaves, treedef = flatten(params, is_leaf=is_node)
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
     targets = resolve_targets(arrays, config, plan)
     whole, rows = select_full(arrays, config), select_rows(arrays, config)
@@ -130,8 +140,8 @@ def init(
             node = init_full(leaf)
         elif path in rows:
             node = init_rows(path, leaf, rows[path], config.factor_dtype)
-        base.append(leaf)
-        lora.append(node)
+        base.append(place_norms(path, leaf))
+        lora.append(place_node(path, node, leaf))
     return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
 
 

@@ -16,6 +16,7 @@ from lowrank_jax._display.table import Table, TableMapping, collapse_rows, forma
 from lowrank_jax._errors import TreeError, list_problems
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
+from lowrank_jax._jax.processes import gather_shards
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import is_adapter, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized, dequantize_node
@@ -165,7 +166,9 @@ def _measure_leaf(dense: jax.Array | np.ndarray, node: Quantized) -> Quantizatio
     squares = norm = total = largest = 0.0
     for index in np.ndindex(node.shape[: node.stacked]):
         layer = jax.tree.map(lambda array, index=index: array[index], node)
-        *sums, most = (np.asarray(part, np.float64) for part in _compare(dense[index], layer))
+        *sums, most = (
+            np.asarray(gather_shards(part), np.float64) for part in _compare(dense[index], layer)
+        )
         squares, norm, total = np.add((squares, norm, total), [part.sum() for part in sums])
         largest = np.maximum(largest, most)
     relative = math.sqrt(squares / norm) if norm else math.inf if squares else 0.0

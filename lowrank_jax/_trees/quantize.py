@@ -27,6 +27,12 @@ from lowrank_jax._targeting.targets import (
     warn_skipped,
 )
 from lowrank_jax._trees.donation import Donation
+from lowrank_jax._trees.shardings import (
+    find_sharding,
+    place_leaf,
+    resolve_shardings,
+    shard_leaf,
+)
 from lowrank_jax._trees.specs import specs
 
 Array: TypeAlias = jax.Array | np.ndarray
@@ -34,7 +40,12 @@ Array: TypeAlias = jax.Array | np.ndarray
 
 @check_arguments()
 def quantize(
-    params: PyTree, quant: QuantConfig, *, plan: Plan | None = None, donate: bool = False
+    params: PyTree,
+    quant: QuantConfig,
+    *,
+    plan: Plan | None = None,
+    donate: bool = False,
+    shardings: PyTree = None,
 ) -> Any:
     r"""Quantize leaves of a parameter tree to blocks of small integers with a scale for each block.
 
@@ -43,8 +54,9 @@ def quantize(
 
     Leaves are quantized one by one, so that besides the result at most one dense leaf of memory is
     needed. A NumPy array is encoded on the host in small pieces, and only its codes are copied to
-    the device. Under jit a stack is looped over layer by layer, which gathers it if its layers are
-    sharded: call quantize eagerly then.
+    the device. A leaf that is sharded stays so: each device encodes its part. Under jit a stack is
+    looped over layer by layer, which gathers it if its layers are sharded: call quantize eagerly
+    then.
 
     Args:
       params: any pytree of arrays; it may hold NumPy arrays (memory-mapped ones are read once, in
@@ -55,6 +67,9 @@ def quantize(
       donate: delete each dense leaf once it is encoded and no other leaf of params that shares its
         buffer is still needed. Nothing is deleted if one of the errors below is raised. It has no
         effect under jit: use `donate_argnums` of jit.
+      shardings: a tree of NamedSharding like params, or of PartitionSpec within jax.set_mesh, by
+        which every leaf of the result is placed; an entry at a branch applies to all leaves below
+        it. Of a NumPy array a process reads the layers, and keeps the shards, of its own devices.
 
     Returns:
       The tree with Quantized leaves, for lift, init, plan and dequantize.
@@ -63,7 +78,7 @@ def quantize(
       PatternError: a pattern matches no leaf, or no leaf is selected.
       AxesError: the contracted axes of a leaf are not known, or a leaf has no elements.
       TreeError: params holds nodes or shapes instead of arrays, the plan belongs to another tree,
-        or a leaf has values that are not finite.
+        shardings do not fit it or would split a block, or a leaf has values that are not finite.
       ConfigError: the scales of a leaf are too large for double quantization.
 
     Traced values cannot be checked. A block with a value that is not finite then decodes to NaN;
@@ -93,6 +108,15 @@ def quantize(
             "jax.eval_shape(lambda params: lowrank.quantize(params, quant, plan=plan), params)"
         )
     axes = {path: resolve_block_axes(path, arrays[path], plan) for path in chosen}
+    places: dict[str, Any] = {}
+    if shardings is not None:
+        at = resolve_shardings(params, shardings)
+        places = dict(flatten(at)[0])
+        shapes = {
+            path: eval_quantized_shapes(leaf, *axes[path], quant) if path in axes else leaf
+            for path, leaf in arrays.items()
+        }
+        resolve_shardings(shapes, places)  # raises where a block would be split
     donation = None
     if donate:  # all leaves are checked before the first one is deleted
         check_quantized(
@@ -102,8 +126,11 @@ def quantize(
         donation = Donation(arrays, axes)
     out, bad = [], {}
     for path, leaf in leaves:
+        place = places.get(path)
+        if place is not None and (path not in axes or not isinstance(leaf, np.ndarray)):
+            leaf = place_leaf(leaf, place)
         if path in axes:
-            leaf, bad[path] = quantize_leaf(path, leaf, *axes[path], quant)
+            leaf, bad[path] = quantize_leaf(path, leaf, *axes[path], quant, place)
             if not any(map(jaxprs.is_tracer, bad[path])):
                 jax.block_until_ready(leaf)  # dispatch must not run ahead: one dense leaf at a time
                 if donation is not None:
@@ -157,26 +184,50 @@ def resolve_block_axes(path: str, leaf: Array, plan: Plan | None) -> tuple[Axes,
 
 
 def quantize_leaf(
-    path: str, leaf: Array, fan_in: Axes, stack: Axes, quant: QuantConfig
+    path: str,
+    leaf: Array,
+    fan_in: Axes,
+    stack: Axes,
+    quant: QuantConfig,
+    place: jax.NamedSharding | None = None,
 ) -> tuple[Any, Any]:
     """Quantize a leaf, a NumPy array on the host; return the node and two counts.
+
+    The result of a NumPy array is placed by the sharding `place`, that of a jax.Array as the array.
 
     The counts, for `check_quantized`, are of values that are not finite, and of blocks of scales
     that are too large for double quantization.
     """
     if isinstance(leaf, np.ndarray):
-        node, bad = quantize_on_host(leaf, eval_quantized_shapes(leaf, fan_in, stack, quant))
-        return jax.device_put(node), bad
-    together = 0 in stack and _is_first_axis_split(leaf)
+        shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)
+        at = shard_leaf(path, shapes, place)
+        node, bad = quantize_on_host(leaf, shapes, shardings=at)
+        return (jax.device_put(node) if at is None else node), bad
+    together = 0 in stack and jaxprs.is_first_axis_split(leaf)
     encode = lambda leaf: _quantize_on_device(leaf, fan_in, stack, quant, together)
     if not jaxprs.is_split(leaf):
-        return encode(leaf)
+        at = _find_shardings(path, leaf, fan_in, stack, quant)
+        return _quantize_on_device(leaf, fan_in, stack, quant, together, at)
     shapes, _ = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     sharding = jax.typeof(leaf).sharding
     number = jax.NamedSharding(sharding.mesh, jax.P())
     out = specs({path: shapes}, {path: sharding})[path], (number, number)
     with jaxprs.use_mesh_of(leaf):
         return jaxprs.call_with_auto_axes(encode, out, leaf)
+
+
+def _find_shardings(
+    path: str, leaf: Array, fan_in: Axes, stack: Axes, quant: QuantConfig
+) -> tuple[jax.NamedSharding, ...] | None:
+    """Return the shardings of the arrays that a sharded leaf becomes; None if it is not sharded."""
+    sharding = find_sharding(leaf)
+    if sharding is None:
+        return None
+    shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)
+    try:
+        return tuple(jax.tree.leaves(shard_leaf(path, shapes, sharding)))
+    except TreeError:  # a block would be split: the compiler chooses
+        return None
 
 
 def eval_quantized_shapes(
@@ -187,17 +238,14 @@ def eval_quantized_shapes(
     return jax.eval_shape(lambda leaf: _quantize_on_device(leaf, fan_in, stack, quant)[0], shapes)
 
 
-def _is_first_axis_split(leaf: jax.Array) -> bool:
-    """Whether the first axis is known to be sharded."""
-    if jaxprs.is_tracer(leaf):
-        return jaxprs.is_split(leaf, 0)
-    concrete = isinstance(leaf, jax.Array)
-    return concrete and leaf.sharding.shard_shape(leaf.shape)[0] < leaf.shape[0]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _quantize_on_device(
-    leaf: jax.Array, fan_in: Axes, stack: Axes, quant: QuantConfig, together: bool = False
+    leaf: jax.Array,
+    fan_in: Axes,
+    stack: Axes,
+    quant: QuantConfig,
+    together: bool = False,
+    shardings: tuple[jax.NamedSharding, ...] | None = None,
 ) -> tuple[Any, Any]:
     """Quantize a leaf on its device; return the node and the counts of `quantize_leaf`."""
     node = quantize_array(
@@ -210,6 +258,9 @@ def _quantize_on_device(
         packing=quant.packing,
         together=together,
     )
+    if shardings is not None:
+        at = jax.tree.unflatten(jax.tree.structure(node), shardings)
+        node = jax.lax.with_sharding_constraint(node, at)
     return node, (
         _count_nonfinite(leaf),
         jnp.zeros(()) if node.nested is None else _count_nonfinite(node.nested),

@@ -59,7 +59,22 @@ def specs(tree: PyTree, dense_specs: PyTree, *, rules: Rules | None = None) -> A
     >>> split["w"].a == P("data", None), split["w"].b == P(None, "model")
     (True, True)
     """
-    given, named = read_specs(dense_specs, rules), count_named_axes(dense_specs)
+    return derive_specs(
+        tree, read_specs(dense_specs, rules), count_named_axes(dense_specs), "dense_specs"
+    )
+
+
+def derive_specs(
+    tree: PyTree, given: Mapping[str, Spec | None], named: Mapping[str, int], what: str
+) -> Any:
+    """Return `specs` of a tree.
+
+    Args:
+      tree: see specs.
+      given: path of a leaf or a branch -> spec.
+      named: path -> number of axes that an annotation names.
+      what: the name of the argument that the specs are from, for errors.
+    """
     leaves, treedef = flatten(tree, is_leaf=is_node)
     many = _count_adapter_axes([leaf for _, leaf in leaves])
     found, used, problems = [], set(), []
@@ -81,7 +96,8 @@ def specs(tree: PyTree, dense_specs: PyTree, *, rules: Rules | None = None) -> A
                 "layers needs a name for its axis (metadata_params, transform_metadata)"
             )
             continue
-        if problem := _explain_indivisible(strip_norms(getattr(leaf, "base", leaf)), spec):
+        inner = strip_norms(leaf.base if isinstance(leaf, Adapted) else leaf)
+        if problem := _explain_indivisible(inner, spec, ndim):
             problems.append(f"{path}: {problem}")
             continue
         found.append(_make_specs(leaf, spec, ndim, many))
@@ -90,8 +106,8 @@ def specs(tree: PyTree, dense_specs: PyTree, *, rules: Rules | None = None) -> A
         problems += [f"{path}: a spec, but no leaf" for path in unused]
     if problems:
         raise TreeError(
-            "dense_specs does not fit the tree: pass the specs of the dense parameters, at the "
-            f"same level of the tree:\n{list_problems(problems)}"
+            f"{what} does not fit the tree: pass the specs of the dense parameters, at the same "
+            f"level of the tree:\n{list_problems(problems)}"
         )
     return jax.tree.unflatten(treedef, found)
 
@@ -109,11 +125,13 @@ def _get_entries(spec: Spec) -> PartitionSpec:
     return spec.spec if isinstance(spec, NamedSharding) else spec
 
 
-def _explain_indivisible(leaf: object, spec: Spec) -> str | None:
-    """Explain why a quantized leaf cannot be sharded by the spec, or return None if it can."""
+def _explain_indivisible(leaf: object, spec: Spec, ndim: int) -> str | None:
+    """Explain why a leaf cannot be sharded by the spec, or return None if it can."""
     # Codes [4, 2, 64, 6] of a leaf [4, 16, 8, 6]: the blocks span axes 1 and 2 of the leaf. Axis 2
     # lies within a block and cannot be split. Axis 1 becomes the axis of 2 blocks, so at most two
     # devices can share it.
+    if isinstance(spec, NamedSharding) and (problem := _explain_uneven(leaf, spec, ndim)):
+        return problem
     if not isinstance(leaf, Quantized) or leaf.order is not None:
         return None
     first, entries = leaf.leading, tuple(_get_entries(spec))
@@ -135,6 +153,23 @@ def _explain_indivisible(leaf: object, spec: Spec) -> str | None:
         f"axis {first} is {blocks} blocks of {leaf.block_size}, which {devices} devices "
         f"({', '.join(names)}) cannot share; split another axis, or quantize it in smaller blocks"
     )
+
+
+def _explain_uneven(leaf: object, spec: NamedSharding, ndim: int) -> str | None:
+    """Explain which axis of an array its devices cannot share evenly, or return None."""
+    shape = getattr(leaf, "shape", ())
+    shape = shape[len(shape) - ndim :]  # without an axis of stacked adapters
+    for axis, entry in enumerate(spec.spec):
+        if entry is None or (isinstance(leaf, Quantized) and axis >= leaf.leading):
+            continue
+        size, devices = shape[axis], jaxprs.count_shards(spec.mesh, entry)
+        if size % devices:
+            names = (entry,) if isinstance(entry, str) else entry
+            return (
+                f"axis {axis} is of size {size}, which {devices} devices ({', '.join(names)}) "
+                "cannot share; split another axis, or pad it"
+            )
+    return None
 
 
 def _count_adapter_axes(leaves: Sequence[Any]) -> int:

@@ -10,18 +10,22 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from lowrank_jax._errors import CheckpointError
+from lowrank_jax._jax.processes import raise_everywhere
 
 
 class Saving:
     """A save that is running in a thread, returned by `checkpoint.save_async`.
 
     Its error is raised by `wait`, or by the next save to the same path, whichever comes first. At
-    exit the program waits for it, and prints an error that has not been raised.
+    exit the program waits for it, and prints an error that has not been raised. With several
+    processes the thread is that of process 0, and all of them call `wait`.
 
     Args:
       directory: where it writes.
-      write: the function that writes the checkpoint.
+      write: the function that writes the checkpoint; None in processes other than 0.
 
     >>> import tempfile
     >>> import jax.numpy as jnp, lowrank_jax as lowrank
@@ -34,25 +38,29 @@ class Saving:
     True
     """
 
-    def __init__(self, directory: os.PathLike, write: Callable[[], None]):
+    def __init__(self, directory: os.PathLike, write: Callable[[], None] | None):
         self._directory = Path(directory).resolve()
         self._write: Callable[[], None] | None = write
         self._error: BaseException | None = None
+        self._has_waited = False
         self._thread = threading.Thread(target=self._run, name=f"save to {directory}")
         self._thread.start()
         _pending[self._directory] = self
 
     def _run(self) -> None:
         try:
-            assert self._write is not None
-            self._write()
+            if self._write is not None:
+                self._write()
         except BaseException as error:
             self._error = error
         self._write = None  # it holds the arrays
 
     def done(self) -> bool:
-        """Whether the save has ended, with or without an error."""
-        return not self._thread.is_alive()
+        """Whether the save has ended, with or without an error.
+
+        In processes other than 0 this is not known before `wait` has returned: it is False.
+        """
+        return self._has_waited if jax.process_index() else not self._thread.is_alive()
 
     def wait(self) -> None:
         """Wait until the checkpoint is complete on disk.
@@ -60,11 +68,21 @@ class Saving:
         Raises:
           CheckpointError: it could not be written; an older checkpoint is unchanged.
         """
+        self.join()
+        if not self._has_waited:
+            self._has_waited = True
+            try:
+                raise_everywhere(self._error)
+            except CheckpointError as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
+
+    def join(self) -> None:
+        """Wait for the thread of this process alone."""
         self._thread.join()
         if _pending.get(self._directory) is self:
             del _pending[self._directory]
-        if self._error is not None:
-            raise self._error
 
 
 _pending: dict[Path, Saving] = {}
@@ -85,10 +103,9 @@ def finish_pending_save(directory: Path) -> None:
 def _finish_all() -> None:
     """Wait for all saves at exit, and print their errors."""
     for saving in list(_pending.values()):
-        try:
-            saving.wait()
-        except BaseException as error:
-            traceback.print_exception(error)
+        saving.join()  # not wait: other processes may have exited
+        if saving._error is not None:
+            traceback.print_exception(saving._error)
 
 
 # Orbax runs each step of a save in an executor (asyncio.to_thread), and executors accept no work

@@ -16,7 +16,7 @@ import numpy as np
 from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._jax.paths import MAX_KEYS, flatten
-from lowrank_jax._jax.processes import gather_shards, place_array
+from lowrank_jax._jax.processes import place_array
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Full, LowRank
 from lowrank_jax._nodes.family import IA3
@@ -72,7 +72,7 @@ def write_entry(
     """Add a leaf's values to `arrays`; return its entry."""
     name = quote(name, errors="surrogatepass")
     form = classify_leaf(leaf)
-    arrays[name] = to_numpy(name, gather_shards(leaf))
+    arrays[name] = to_numpy(name, leaf)
     return {"name": name, "form": form}
 
 

@@ -102,7 +102,8 @@ def save_async(
 
     All values are copied to the host before it returns, so that the arrays may be donated, deleted
     or changed afterwards. An earlier save_async to the same path is waited for first. At exit the
-    program waits for its saves.
+    program waits for its saves. With several processes, all of them call save_async and then
+    `wait`: the shards are gathered before save_async returns, and process 0 writes.
 
     Args:
       directory: a path on a local or mounted file system.
@@ -135,10 +136,10 @@ def save_async(
     7
     """
     directory = resolve_directory(directory)
-    if jax.process_count() > 1:
-        raise CheckpointError("save_async supports one process only: call save in all processes")
     finish_pending_save(directory)
     body, arrays = _build_contents(lora, config, base, opt_state, step, extra)
+    if jax.process_index():
+        return Saving(directory, None)
     arrays = {name: array.copy() for name, array in arrays.items()}
     return Saving(directory, lambda: _write(directory, body, arrays))
 

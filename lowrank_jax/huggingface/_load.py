@@ -22,6 +22,7 @@ from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._trees.quantize import check_quantized, choose_targets, resolve_block_axes
+from lowrank_jax._trees.shardings import resolve_shardings
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._folder import (
     has_tied_embeddings,
@@ -45,6 +46,7 @@ def load(
     plan: Plan | None = None,
     dtype: Any = None,
     ignore: str | Sequence[str] = (),
+    shardings: PyTree = None,
 ) -> Any:
     """Load a model's folder into a tree of parameters, optionally quantizing it on the way.
 
@@ -52,7 +54,9 @@ def load(
     transposed from OIHW to HWIO, and layers are stacked where the leaf stacks them. If config.json
     ties the embeddings, an output projection without a tensor of its own is the embedding. All
     names and shapes are checked before a tensor is read. Then one tensor is read at a time, and
-    with quant encoded on the host: peak memory is the quantized model and one tensor.
+    with quant encoded on the host: peak memory is the quantized model and one tensor. Of a sharded
+    model, a process reads the layers, and keeps the shards, of its own devices: peak memory is its
+    shards and one tensor.
 
     Args:
       folder: a folder with model.safetensors, or with shards and their index; or a GGUF file of a
@@ -68,6 +72,9 @@ def load(
       dtype: the dtype of floating leaves, in place of like's.
       ignore: a glob, or several, of tensors that may be left over, such as "vision_tower.*".
         Buffers, such as masks and rotary frequencies, are always ignored.
+      shardings: a tree of NamedSharding like `like`, or of PartitionSpec within jax.set_mesh, by
+        which the result is placed, in place of like's own; an entry at a branch applies to all
+        leaves below it.
 
     Returns:
       The tree with jax.Arrays, and Quantized leaves. A leaf with a value that is not floating, and
@@ -79,7 +86,8 @@ def load(
         in 4 bits, or not as quant says.
       PatternError: a pattern of quant matches no leaf.
       AxesError: the axes of a leaf to quantize are unknown.
-      TreeError: like holds a node or a leaf without a dtype.
+      TreeError: like holds a node or a leaf without a dtype; or shardings do not fit like, or would
+        split a block.
 
     Source: transformers 5.23, modeling_utils.py and quantizer_bnb_4bit.py; safetensors.
 
@@ -95,6 +103,9 @@ def load(
     """
     folder = Path(folder)
     leaves = _collect_leaves(like, dtype)
+    own = {path: _get_sharding(leaf) for path, leaf in flatten(like)[0]}
+    if shardings is not None:
+        own = dict(flatten(resolve_shardings(like, shardings))[0])
     with _open_model(folder) as (tensors, tied):
         ignored = (ignore,) if isinstance(ignore, str) else ignore
         found = match_tensors(tensors, leaves, names, plan, ignored, tied)
@@ -104,7 +115,7 @@ def load(
         given, bad = dict(flatten(like)[0]), {}
         out = dict(given)
         for path, mapping in found.leaves.items():
-            leaf_dtype, sharding = leaves[path].dtype, _get_sharding(given[path])
+            leaf_dtype, sharding = leaves[path].dtype, own[path]
             if path in coded:
                 out[path] = coded[path](leaf_dtype, sharding)
             elif quant is not None and path in blocks:

@@ -14,13 +14,13 @@ import numpy as np
 
 from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.shards import Tensors
-from lowrank_jax._nodes.host import allocate_aligned
+from lowrank_jax._jax.host_arrays import HostArray
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.configs import QuantConfig
+from lowrank_jax._trees.shardings import shard_leaf
 from lowrank_jax.bitsandbytes._layout import to_quantized
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._leaves import TensorMapping
-from lowrank_jax.huggingface._reading import place_leaf
 
 
 def find_prequantized(
@@ -97,24 +97,33 @@ def _read_leaf(
     """Read a Quantized leaf layer by layer."""
     # Each layer is converted alone, and copied into preallocated arrays: 24 layers [128, 48] have
     # codes [2, 64, 48] and scales [2, 48] each, and the leaf [24, 2, 64, 48] and [24, 2, 48].
-    # At any time only one layer's arrays are in memory beside the leaf.
-    layer, layout = mapping.layer_layout, mapping.layout
-    whole, stack = None, tuple(layout.shape[axis] for axis in layout.stack)
+    # At any time only one layer's arrays are in memory beside the leaf's own shards.
+    layer, layout, arrays, structure = mapping.layer_layout, mapping.layout, [], None
+    stack = tuple(layout.shape[axis] for axis in layout.stack)
     for index, key in mapping.keys.items():
+        if arrays and not any(array.holds(layout.stack, index) for array in arrays):
+            continue
         state = tensors.state(key)
         node = to_quantized(state, layer.shape, layer.fan_in, packing)
         node = dataclasses.replace(node, weight_dtype=jnp.dtype(dtype).name)
-        if whole is None:
-            whole = jax.tree.map(
-                lambda part: allocate_aligned((*stack, *part.shape), part.dtype), node
-            )
-        if jax.tree.structure(node) != jax.tree.structure(whole):
+        parts, own = jax.tree.flatten(node)
+        if not arrays:
+            structure = own
+            whole = [jax.ShapeDtypeStruct((*stack, *part.shape), part.dtype) for part in parts]
+            places = jax.tree.leaves(
+                shard_leaf(mapping.path, jax.tree.unflatten(own, whole), sharding)
+            ) or [None] * len(parts)
+            arrays = [
+                HostArray(part.shape, part.dtype, place)
+                for part, place in zip(whole, places, strict=True)
+            ]
+        if own != structure:
             raise CheckpointError(
                 f"{key} has another nested_quant_map than other layers of {mapping.path!r}: load "
                 "it with unrolled layers"
             )
-        for place, part in zip(jax.tree.leaves(whole), jax.tree.leaves(node), strict=True):
-            place[(*index, ...)] = np.asarray(part)
-    assert whole is not None
-    assert whole.shape == layout.shape
-    return place_leaf(whole, mapping.path, sharding)
+        for array, part in zip(arrays, parts, strict=True):
+            array.write(layout.stack, index, np.asarray(part))
+    made = jax.tree.unflatten(structure, [array.place() for array in arrays])
+    assert made.shape == layout.shape
+    return made

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from lowrank_jax._files.shards import Tensors
-from lowrank_jax._jax.processes import place_array
-from lowrank_jax._jax.types import PyTree
+from lowrank_jax._jax.host_arrays import HostArray
 from lowrank_jax._nodes.host import quantize_on_host
 from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax._trees.quantize import eval_quantized_shapes
-from lowrank_jax._trees.specs import specs
+from lowrank_jax._trees.shardings import shard_leaf
 from lowrank_jax.huggingface._leaves import TensorMapping
 
 
@@ -28,8 +26,15 @@ def read_leaf(
     dtype: DTypeLike,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """Read a dense leaf."""
-    return place_leaf(_read_host(tensors, mapping, dtype), mapping.path, sharding)
+    """Read a dense leaf; of a sharded one, the shards of this process only."""
+    if not mapping.layout.stack and sharding is None:
+        # without a buffer to fill, the tensor itself is cast and turned
+        return jax.device_put(_cast(mapping.from_tensor(tensors[mapping.keys[()]]), dtype))
+    leaf, stack = HostArray(mapping.layout.shape, dtype, sharding), mapping.layout.stack
+    for index, key in mapping.keys.items():
+        if leaf.holds(stack, index):
+            leaf.write(stack, index, mapping.from_tensor(tensors[key]))
+    return leaf.place()
 
 
 def read_quantized(
@@ -40,17 +45,20 @@ def read_quantized(
     quant: QuantConfig,
     sharding: jax.sharding.Sharding | None,
 ) -> tuple[Any, Any]:
-    """Read and quantize a leaf; return it, and the flag for `check_quantized`."""
-    # If the first axis is a stack axis of the tensors and of the blocks, layers are encoded one by
+    """Read and quantize a leaf; return it, and the counts for `check_quantized`."""
+    # If the first axes are stack axes of the tensors and of the blocks, layers are encoded one by
     # one, so that no dense copy of the whole leaf exists.
     fan_in, stack = axes
     shape = jax.ShapeDtypeStruct(mapping.layout.shape, dtype)
-    reads_layers = mapping.layout.stack[:1] == stack[:1] == (0,)
-    leaf = (_iter_layers if reads_layers else _read_host)(tensors, mapping, dtype)
-    node, bad = quantize_on_host(leaf, eval_quantized_shapes(shape, fan_in, stack, quant))
-    del leaf
+    shapes = eval_quantized_shapes(shape, fan_in, stack, quant)
+    depth, own = 0, mapping.layout.stack
+    while own[: depth + 1] == stack[: depth + 1] == (*range(depth + 1),):
+        depth += 1
+    read = lambda index: _read_layer(tensors, mapping, index, dtype)
+    shardings = shard_leaf(mapping.path, shapes, sharding)
+    node, bad = quantize_on_host(read, shapes, depth, shardings)
     _trim_heap()
-    return place_leaf(node, mapping.path, sharding), bad
+    return (jax.device_put(node) if shardings is None else node), bad
 
 
 def _trim_heap() -> None:
@@ -59,51 +67,22 @@ def _trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _read_host(tensors: Tensors, mapping: TensorMapping, dtype: DTypeLike) -> np.ndarray:
-    """Read a whole leaf into a new array."""
-    if not mapping.layout.stack:
-        return _cast(mapping.from_tensor(tensors[mapping.keys[()]]), dtype)
-    leaf = np.empty(mapping.layout.shape, dtype)
-    _fill_layers(mapping.layers_first(leaf), (), tensors, mapping)
-    return leaf
-
-
-def _iter_layers(
-    tensors: Tensors, mapping: TensorMapping, dtype: DTypeLike
-) -> Iterator[np.ndarray]:
-    """Yield a leaf's slices along its first axis, which is a stack axis."""
-    # With shape [24, 8, in, out] and stack (0, 1), each part is [8, in, out] and holds the eight
-    # tensors (number, 0) to (number, 7); `inner` is (0,), the part's own stack axis.
-    shape, inner = mapping.layout.shape[1:], tuple(axis - 1 for axis in mapping.layout.stack[1:])
-    rest = tuple(axis for axis in range(len(shape)) if axis not in inner)
-    for number in range(mapping.layout.shape[0]):
-        if not inner:
-            yield _cast(mapping.from_tensor(tensors[mapping.keys[number,]]), dtype)
-            continue
-        part = np.empty(shape, dtype)
-        _fill_layers(part.transpose(inner + rest), (number,), tensors, mapping)
-        yield part
+def _read_layer(
+    tensors: Tensors, mapping: TensorMapping, first: tuple[int, ...], dtype: DTypeLike
+) -> np.ndarray:
+    """Read the part of a leaf at an index of its leading stack axes, perhaps ()."""
+    # With shape [24, 8, in, out] and stack (0, 1), `first` (3, 5) is one tensor, and (3,) a part
+    # [8, in, out] of the eight tensors (3, 0) to (3, 7); `inner` is then (0,).
+    depth, layout = len(first), mapping.layout
+    inner = tuple(axis - depth for axis in layout.stack[depth:])
+    if not inner:
+        return _cast(mapping.from_tensor(tensors[mapping.keys[first]]), dtype)
+    part = HostArray(layout.shape[depth:], dtype, None)
+    for index, key in mapping.keys.items():
+        if index[:depth] == first:
+            part.write(inner, index[depth:], mapping.from_tensor(tensors[key]))
+    return part.to_numpy()
 
 
 def _cast(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     return array.astype(dtype, copy=False)
-
-
-def _fill_layers(
-    view: np.ndarray, first: tuple[int, ...], tensors: Tensors, mapping: TensorMapping
-) -> None:
-    """Write the layers whose index starts with `first` into the view, cast to its dtype."""
-    for index, key in mapping.keys.items():
-        if index[: len(first)] == first:
-            view[index[len(first) :]] = mapping.from_tensor(tensors[key])
-
-
-def place_leaf(leaf: PyTree, path: str, sharding: jax.sharding.Sharding | None) -> Any:
-    """Put a leaf of NumPy arrays on the default device, or place it by like's sharding."""
-    if sharding is None:
-        return jax.device_put(leaf)  # on CPU without a copy
-    if isinstance(sharding, jax.NamedSharding):
-        sharding = specs({path: leaf}, {path: sharding})[path]
-    else:
-        sharding = jax.tree.map(lambda _: sharding, leaf)
-    return jax.tree.map(place_array, leaf, sharding)

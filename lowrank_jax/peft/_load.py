@@ -28,6 +28,7 @@ from lowrank_jax._nodes import Full, LowRank, attach_norms, is_node, strip_norms
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
+from lowrank_jax._trees.shardings import find_sharding, place_node, place_tree
 from lowrank_jax.names import Names, Parameter
 from lowrank_jax.peft._config import collect_extras, compute_alpha
 from lowrank_jax.peft._factors import match_factors
@@ -42,7 +43,12 @@ _BATCH_SIZE = 1 << 20  # bytes, which are briefly held both on the host and on t
 
 @check_arguments(CheckpointError)
 def load(
-    directory: str | os.PathLike, params: PyTree, *, plan: Plan | None = None, names: Names = None
+    directory: str | os.PathLike,
+    params: PyTree,
+    *,
+    plan: Plan | None = None,
+    names: Names = None,
+    shardings: PyTree = None,
 ) -> tuple[Any, Any, LoraConfig]:
     r"""Load an adapter that `peft` saved.
 
@@ -60,6 +66,7 @@ def load(
         jax.ShapeDtypeStruct.
       plan: the plan of the function that uses params; required for kernels with more than two axes.
       names: leaf -> module, as for lowrank.names.parameter; for instance the table LLAMA.
+      shardings: as for init, which places the adapter likewise.
 
     Returns:
       (base, lora, config): the first two as from init; config names the leaves by their paths.
@@ -68,6 +75,7 @@ def load(
       CheckpointError: a field of the configuration is wrong or not supported; tensors are missing,
         unexpected, of a wrong shape or dtype, or not finite (all are listed); or a file is damaged
         or links out of the directory.
+      TreeError: shardings do not fit params.
 
     Source: peft 0.21.2, utils/save_and_load.py and tuners/lora.
 
@@ -85,6 +93,8 @@ def load(
     folder = Path(directory)
     text = read_config_bytes(folder)
     config = parse_config(text, str(folder / CONFIG))
+    if shardings is not None:
+        params = place_tree(params, shardings)
     leaves = flatten(params, is_leaf=is_node)[0]
     floating = {
         path: strip_norms(leaf)
@@ -102,7 +112,7 @@ def load(
             )
         if not builds:
             raise CheckpointError(f"the adapter at {folder} holds no tensor")
-        nodes = _build_nodes(builds)
+        nodes = _build_nodes(builds, dict(leaves))
     if matching.not_finite:
         raise CheckpointError(
             f"the adapter at {folder} holds NaN or infinity: save it again from a run that did not "
@@ -120,11 +130,20 @@ def load(
         raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
 
 
-def _build_nodes(builds: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Build the nodes, and move them to the device in batches: each transfer has a fixed cost."""
+def _build_nodes(
+    builds: Mapping[str, Callable[[], Any]], leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Build the nodes, and move them to the device in batches: each transfer has a fixed cost.
+
+    The node of a sharded leaf is placed as the leaf, each shard where it belongs.
+    """
     nodes, batch, size = {}, {}, 0
     for path, build in builds.items():
-        batch[path] = node = build()
+        node = build()
+        if find_sharding(leaves[path]) is not None:
+            nodes[path] = place_node(path, node, leaves[path])
+            continue
+        batch[path] = node
         size += sum(leaf.nbytes for leaf in jax.tree.leaves(node))
         if size >= _BATCH_SIZE:
             nodes |= jax.device_put(batch)

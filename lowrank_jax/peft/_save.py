@@ -12,6 +12,7 @@ import jax
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError, TreeError
 from lowrank_jax._jax.paths import flatten, unflatten_by_path
+from lowrank_jax._jax.processes import write_on_first_process
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import collect_adapters, is_adapter, is_node
 from lowrank_jax._targeting.configs import LoraConfig
@@ -45,7 +46,8 @@ def save(
     Both files are replaced atomically: they are written under temporary names, flushed and renamed.
     An error leaves the old adapter. If the process is killed, the directory has the old adapter,
     the new one, or one without configuration, which nothing loads. A file lock, released when its
-    process ends, excludes a second writer.
+    process ends, excludes a second writer. With several processes, all of them call save, and
+    process 0 writes.
 
     Args:
       directory: created if missing; other files in it are not changed.
@@ -88,12 +90,10 @@ def save(
     >>> node.a.shape, node.scale, found.targets, found.extras["task_type"]
     ((4, 2), 2.0, ('layers_0/attn/query/kernel',), 'CAUSAL_LM')
     """
-    if jax.process_count() > 1:
-        raise CheckpointError("save does not support programs of several processes")
     if base is not None and original is None:
         _check_base(collect_adapters(lora), base)
     contents, text = convert_adapter(lora, config, base, original, plan, names, for_serving)
-    write_folder(Path(directory), text, contents)
+    write_on_first_process(lambda: write_folder(Path(directory), text, contents))
 
 
 @check_arguments(CheckpointError)

@@ -1,0 +1,109 @@
+"""Shardings of leaves on their devices: resolved from the caller's, or read from the arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import NamedSharding, P
+
+from lowrank_jax._errors import TreeError
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.processes import place_array
+from lowrank_jax._jax.types import PyTree
+from lowrank_jax._nodes import Normed, is_node, strip_norms
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._trees.annotations import count_named_axes, read_specs
+from lowrank_jax._trees.specs import derive_specs, specs
+
+
+def shard_leaf(path: str, leaf: PyTree, sharding: jax.sharding.Sharding | None) -> Any:
+    """Return the shardings of a leaf's arrays, given that of the dense leaf; None for None."""
+    if sharding is None:
+        return None
+    if isinstance(sharding, NamedSharding):
+        return specs({path: leaf}, {path: sharding})[path]
+    return jax.tree.map(lambda _: sharding, leaf)
+
+
+def resolve_shardings(tree: PyTree, shardings: PyTree) -> Any:
+    """Return the tree with a NamedSharding in place of every array.
+
+    Args:
+      tree: dense or quantized parameters, or their shapes.
+      shardings: like `dense_specs` of `specs`, but on a mesh: that of its NamedShardings, or of
+        jax.set_mesh for PartitionSpecs.
+
+    Raises:
+      TreeError: a leaf has no sharding, or cannot be sharded so; there is no mesh, or several.
+    """
+    given = read_specs(shardings, None, "shardings")
+    meshes = {spec.mesh for spec in given.values() if isinstance(spec, NamedSharding)}
+    if not meshes and not (mesh := jax.sharding.get_mesh()).empty:
+        meshes = {mesh}
+    if len(meshes) != 1:
+        raise TreeError(
+            f"shardings are on {len(meshes)} meshes: pass a tree of jax.NamedSharding on one mesh, "
+            "like the parameters, or PartitionSpecs within jax.set_mesh(mesh)"
+        )
+    (mesh,) = meshes
+    on_mesh = {
+        path: spec if isinstance(spec, NamedSharding) else NamedSharding(mesh, spec or P())
+        for path, spec in given.items()
+    }
+    return derive_specs(tree, on_mesh, count_named_axes(shardings), "shardings")
+
+
+def place_tree(tree: PyTree, shardings: PyTree) -> Any:
+    """Place parameters on the devices of `shardings`, given as to `resolve_shardings`.
+
+    Of a NumPy array, memory-mapped or not, only the shards of this process are copied. Shapes get
+    the sharding as theirs.
+    """
+    return jax.tree.map(place_leaf, tree, resolve_shardings(tree, shardings))
+
+
+def place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
+    """Place one array, or give a shape its sharding."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if jaxprs.is_tracer(leaf):
+        return jax.lax.with_sharding_constraint(leaf, sharding)
+    return place_array(leaf, sharding)
+
+
+def find_sharding(leaf: Any) -> NamedSharding | None:
+    """Return the NamedSharding of the dense leaf if its arrays lie on several devices, else None.
+
+    A leaf stored flat keeps that of its stack axes. Of a tracer nothing is known.
+    """
+    leaf = strip_norms(leaf)
+    array = leaf.codes if isinstance(leaf, Quantized) else leaf
+    if jaxprs.is_tracer(array) or not getattr(array, "committed", True):
+        return None
+    own = getattr(array, "sharding", None)
+    if not isinstance(own, NamedSharding) or own.mesh.size < 2:
+        return None
+    if not isinstance(leaf, Quantized):
+        return own
+    entries = dict(zip(leaf.labels, own.spec, strict=False))
+    spec = P(*(entries.get(axis) for axis in range(leaf.ndim)))
+    return NamedSharding(own.mesh, spec, memory_kind=own.memory_kind)
+
+
+def place_node(path: str, node: Any, leaf: Any) -> Any:
+    """Place an adapter node as the leaf that it belongs to, if that lies on several devices."""
+    sharding = find_sharding(leaf)
+    if sharding is None or not is_node(node):
+        return node
+    return jax.tree.map(place_array, node, shard_leaf(path, node, sharding))
+
+
+def place_norms(path: str, leaf: Any) -> Any:
+    """Place the squared norms of a leaf, if it has some, as the leaf itself."""
+    sharding = find_sharding(leaf)
+    if sharding is None or not isinstance(leaf, Normed):
+        return leaf
+    at = shard_leaf(path, leaf, sharding).squares
+    return dataclasses.replace(leaf, squares=place_array(leaf.squares, at))
