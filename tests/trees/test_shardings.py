@@ -62,7 +62,9 @@ def test_the_adapter_of_a_sharded_leaf_is_sharded():
         check_places((base, lora), [lowrank.specs(tree, own) for tree in (base, lora)])
         wanted = lowrank.merge(*lowrank.init(0, params(), CONFIG, initializer=name))
         chex.assert_trees_all_close(lowrank.merge(base, lora), wanted, atol=1e-5)
-    config = lowrank.LoraConfig(targets=(), train_rows={"w": (1, 5)})
+    own["table"] = own["w"]
+    placed["table"] = placed["w"]
+    config = lowrank.LoraConfig(rank=2, targets="w", train_rows={"table": (1, 5)})
     _, lora = lowrank.init(0, placed, config)
     check_places(lora, lowrank.specs(lora, own))
 
