@@ -54,9 +54,9 @@ def quantize(
 
     Leaves are quantized one by one, so that besides the result at most one dense leaf of memory is
     needed. A NumPy array is encoded on the host in small pieces, and only its codes are copied to
-    the device. A leaf that is sharded stays so: each device encodes its part. Under jit a stack is
-    looped over layer by layer, which gathers it if its layers are sharded: call quantize eagerly
-    then.
+    the device. A leaf that is sharded stays so, in whole blocks: each device encodes its part.
+    Under jit a stack is looped over layer by layer, which gathers it if its layers are sharded:
+    call quantize eagerly then.
 
     Args:
       params: any pytree of arrays; it may hold NumPy arrays (memory-mapped ones are read once, in
@@ -78,7 +78,8 @@ def quantize(
       PatternError: a pattern matches no leaf, or no leaf is selected.
       AxesError: the contracted axes of a leaf are not known, or a leaf has no elements.
       TreeError: params holds nodes or shapes instead of arrays, the plan belongs to another tree,
-        shardings do not fit it or would split a block, or a leaf has values that are not finite.
+        shardings do not fit it, its sharding would split a block, or a leaf has values that are not
+        finite.
       ConfigError: the scales of a leaf are too large for double quantization.
 
     Traced values cannot be checked. A block with a value that is not finite then decodes to NaN;
@@ -224,10 +225,7 @@ def _find_shardings(
     if sharding is None:
         return None
     shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)
-    try:
-        return tuple(jax.tree.leaves(shard_leaf(path, shapes, sharding)))
-    except TreeError:  # a block would be split: the compiler chooses
-        return None
+    return tuple(jax.tree.leaves(shard_leaf(path, shapes, sharding)))
 
 
 def eval_quantized_shapes(

@@ -90,6 +90,8 @@ def test_errors_name_the_leaf_and_the_remedy():
         lowrank.init(0, raw, CONFIG, shardings={"w": at(None, "data"), "bias": at()})
     with pytest.raises(TreeError, match="w: axis 0 is 3 blocks of 32, which 2 devices"):
         lowrank.quantize(raw, QUANT, shardings={"w": at("model"), "bias": at()})
+    with pytest.raises(TreeError, match="w: axis 0 is 3 blocks of 32, which 2 devices"):
+        lowrank.quantize(jax.device_put(raw, {"w": at("model"), "bias": at()}), QUANT)
     with pytest.raises(TreeError, match="on 0 meshes: pass a tree of jax.NamedSharding"):
         lowrank.init(0, raw, CONFIG, shardings={"w": P("data"), "bias": None})
     other = NamedSharding(jax.make_mesh((8,), ("x",)), P())
