@@ -178,12 +178,17 @@ def _abbreviate(value: object) -> str:
     return repr(value[:200]) if isinstance(value, str) else repr(str(value)[:80])
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors in the order of safetensors.torch: by descending item size, then by name.
+def order_tensors(tensors: Mapping[str, Any]) -> list[str]:
+    """Return names in the order of safetensors.torch: by descending item size, then by name.
 
     Item sizes are powers of two, so that each tensor is aligned to its own item size.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors in the order of `order_tensors`; each is computed, if it is lazy, once."""
+    order = order_tensors(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in order:

@@ -6,7 +6,6 @@ import contextlib
 import os
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from lowrank_jax._checks.arguments import check_arguments
@@ -22,7 +21,7 @@ from lowrank_jax.huggingface._folder import (
     read_side_files,
     write_model,
 )
-from lowrank_jax.huggingface._writing import collect_tensors, split_shards
+from lowrank_jax.huggingface._writing import collect_tensors, split_shards, write_in_turn
 from lowrank_jax.names import Names
 
 
@@ -41,7 +40,8 @@ def save(
 
     Names and orientation are torch's; dtypes are those of the leaves. After an error the old model
     is unchanged. A killed process leaves the old model, the new one, or a folder that does not
-    load. A lock, released when its process dies, excludes a second writer.
+    load. A lock, released when its process dies, excludes a second writer. With several processes,
+    all of them call save; each tensor is gathered, and process 0 writes.
 
     Args:
       folder: created if missing; a model in it is replaced.
@@ -73,8 +73,6 @@ def save(
     ...         {name: (tensors.entry(name).shape, tensors.entry(name).dtype) for name in tensors}
     {'head.bias': ((3,), dtype('float32')), 'head.weight': ((3, 4), dtype(bfloat16))}
     """
-    if jax.process_count() > 1:
-        raise CheckpointError("save supports one process only; this program has several")
     if max_shard < 1:
         raise CheckpointError(f"max_shard is {max_shard} bytes: pass 1 or more")
     leaves = {path: strip_norms(leaf) for path, leaf in flatten(params, is_leaf=is_node)[0]}
@@ -92,8 +90,8 @@ def save(
         tensor.dtype for tensor in tensors.values() if jnp.issubdtype(tensor.dtype, jnp.floating)
     }
     dtype = kinds.pop().name if len(kinds) == 1 else None
-    write_model(
-        Path(folder),
+    side_files = read_side_files(origin, dtype) if origin else {}
+    write_in_turn(
         split_shards(tensors, max_shard),
-        read_side_files(origin, dtype) if origin else {},
+        lambda files: write_model(Path(folder), files, side_files),
     )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from lowrank_jax._errors import CheckpointError, list_problems
-from lowrank_jax._files.safetensors import DTYPES
+from lowrank_jax._files.safetensors import DTYPES, order_tensors
 from lowrank_jax._files.shards import SINGLE, Tensors
 from lowrank_jax._files.torch_layout import find_use, resolve_names, validate_name
+from lowrank_jax._jax.processes import raise_everywhere
 from lowrank_jax._nodes import as_dense, is_adapter
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.plan import Plan
@@ -139,6 +140,43 @@ def split_shards(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, dic
         f"model-{number:05}-of-{len(shards):05}.safetensors": shard
         for number, shard in enumerate(shards, start=1)
     }
+
+
+def write_in_turn(
+    files: Mapping[str, Mapping[str, LazyTensor]],
+    write: Callable[[Mapping[str, Mapping[str, LazyTensor]]], None],
+) -> None:
+    """Call write(files) in process 0, while the others take part in gathering each tensor.
+
+    All processes compute the tensors in the order in which they are written, also those that
+    process 0 no longer writes after an error, which is then raised in every process.
+    """
+    if jax.process_count() == 1:
+        write(files)
+        return
+    queue = [tensors[name] for tensors in files.values() for name in order_tensors(tensors)]
+    error, written = None, 0
+
+    def take(tensor: LazyTensor) -> np.ndarray:
+        nonlocal written
+        written += 1
+        return np.asarray(tensor)
+
+    if jax.process_index() == 0:
+        counted = {
+            file: {
+                name: LazyTensor(tensor.shape, tensor.dtype, functools.partial(take, tensor))
+                for name, tensor in tensors.items()
+            }
+            for file, tensors in files.items()
+        }
+        try:
+            write(counted)
+        except CheckpointError as found:
+            error = found
+    for tensor in queue[written:]:
+        np.asarray(tensor)
+    raise_everywhere(error)
 
 
 def _natural_key(name: str) -> list[tuple[bool, int, str]]:

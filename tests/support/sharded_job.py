@@ -37,6 +37,7 @@ SHARDINGS = {
     "norm": at(),
     "head": {"kernel": at(None, ("data", "model"))},
 }
+FILE = "model.safetensors"
 QUANT = lowrank.QuantConfig(targets="**/kernel", packing="uint8", block_size=32)
 CONFIG = lowrank.LoraConfig(rank=4, targets=("up/kernel", "down/kernel", "head/kernel"))
 
@@ -134,6 +135,14 @@ def laws() -> None:
         folder / "adapter", shapes, plan=PLAN, names=NAMES, shardings=SHARDINGS
     )
     compare("peft.save, peft.load", again, lora, lora_at)
+    lowrank.huggingface.save(folder / "again", got, names=NAMES, plan=PLAN, dequantize=True)
+    lowrank.huggingface.save(folder / "put", put, names=NAMES, plan=PLAN)
+    same = lambda one, two: (one / FILE).read_bytes() == (two / FILE).read_bytes()
+    tell("huggingface.save", [] if same(folder / "put", folder / "model") else ["differs"])
+    try:
+        lowrank.huggingface.save(folder / "again" / FILE, put, names=NAMES, plan=PLAN)
+    except lowrank.CheckpointError as error:
+        tell("error", str(error))
     errors = lowrank.quantization_error(put, got)
     alone = lowrank.quantization_error(raw, whole)
     tell("quantization_error", max(abs(errors[p].relative - alone[p].relative) for p in alone))
