@@ -33,7 +33,7 @@ from lowrank_jax._primitives.contract import (
 from lowrank_jax._targeting.targets import (
     Target,
 )
-from lowrank_jax._trees.shardings import find_sharding
+from lowrank_jax._trees.shardings import find_constraint
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 
@@ -65,7 +65,7 @@ def apply_initializer(
     make = lambda key, leaf, data: run(key, leaf, data, target, dtype)
     sharding = get_dense_sharding(leaf)
     if sharding is None:  # no explicit mesh axes
-        return run(key, leaf, data, target, dtype, find_sharding(leaf))
+        return run(key, leaf, data, target, dtype, find_constraint(leaf))
     like = lambda labels: jax.NamedSharding(sharding.mesh, labeled_spec(sharding.spec, labels))
     plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     moves = jax.eval_shape(make, key, plain, data)[2] is not None

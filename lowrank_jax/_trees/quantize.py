@@ -28,7 +28,7 @@ from lowrank_jax._targeting.targets import (
 )
 from lowrank_jax._trees.donation import Donation
 from lowrank_jax._trees.shardings import (
-    find_sharding,
+    find_constraint,
     place_leaf,
     resolve_shardings,
     shard_leaf,
@@ -221,7 +221,7 @@ def _find_shardings(
     path: str, leaf: Array, fan_in: Axes, stack: Axes, quant: QuantConfig
 ) -> tuple[jax.NamedSharding, ...] | None:
     """Return the shardings of the arrays that a sharded leaf becomes; None if it is not sharded."""
-    sharding = find_sharding(leaf)
+    sharding = find_constraint(leaf)
     if sharding is None:
         return None
     shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)

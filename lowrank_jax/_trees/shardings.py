@@ -92,10 +92,20 @@ def find_sharding(leaf: Any) -> NamedSharding | None:
     return NamedSharding(own.mesh, spec, memory_kind=own.memory_kind)
 
 
+def find_constraint(leaf: Any) -> NamedSharding | None:
+    """Return `find_sharding`, where a compiled function may be constrained to it, else None.
+
+    Explicit mesh axes are in the types of the arrays, and allow no constraint.
+    """
+    sharding = find_sharding(leaf)
+    kinds = () if sharding is None else sharding.mesh.axis_types
+    return sharding if jax.sharding.AxisType.Auto in kinds else None
+
+
 def place_node(path: str, node: Any, leaf: Any) -> Any:
     """Place an adapter node as the leaf that it belongs to, if that lies on several devices."""
     sharding = find_sharding(leaf)
-    if sharding is None or not is_node(node):
+    if sharding is None or not is_node(node) or any(map(jaxprs.is_tracer, jax.tree.leaves(node))):
         return node
     return jax.tree.map(place_array, node, shard_leaf(path, node, sharding))
 
@@ -103,7 +113,7 @@ def place_node(path: str, node: Any, leaf: Any) -> Any:
 def place_norms(path: str, leaf: Any) -> Any:
     """Place the squared norms of a leaf, if it has some, as the leaf itself."""
     sharding = find_sharding(leaf)
-    if sharding is None or not isinstance(leaf, Normed):
+    if sharding is None or not isinstance(leaf, Normed) or jaxprs.is_tracer(leaf.squares):
         return leaf
     at = shard_leaf(path, leaf, sharding).squares
     return dataclasses.replace(leaf, squares=place_array(leaf.squares, at))

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 
 from lowrank_jax._files.shards import Tensors
 from lowrank_jax._jax.host_arrays import HostArray
@@ -23,7 +22,7 @@ from lowrank_jax.huggingface._leaves import TensorMapping
 def read_leaf(
     tensors: Tensors,
     mapping: TensorMapping,
-    dtype: DTypeLike,
+    dtype: jax.typing.DTypeLike,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     """Read a dense leaf; of a sharded one, the shards of this process only."""
@@ -40,7 +39,7 @@ def read_leaf(
 def read_quantized(
     tensors: Tensors,
     mapping: TensorMapping,
-    dtype: DTypeLike,
+    dtype: jax.typing.DTypeLike,
     axes: tuple[Axes, Axes],
     quant: QuantConfig,
     sharding: jax.sharding.Sharding | None,
@@ -68,7 +67,7 @@ def _trim_heap() -> None:
 
 
 def _read_layer(
-    tensors: Tensors, mapping: TensorMapping, first: tuple[int, ...], dtype: DTypeLike
+    tensors: Tensors, mapping: TensorMapping, first: tuple[int, ...], dtype: jax.typing.DTypeLike
 ) -> np.ndarray:
     """Read the part of a leaf at an index of its leading stack axes, perhaps ()."""
     # With shape [24, 8, in, out] and stack (0, 1), `first` (3, 5) is one tensor, and (3,) a part
@@ -84,5 +83,5 @@ def _read_layer(
     return part.to_numpy()
 
 
-def _cast(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+def _cast(array: np.ndarray, dtype: jax.typing.DTypeLike) -> np.ndarray:
     return array.astype(dtype, copy=False)
