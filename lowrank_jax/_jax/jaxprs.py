@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -128,21 +129,44 @@ def is_tracer(value: object) -> bool:
 
 
 def has_no_mesh(value: jax.typing.ArrayLike) -> bool:
-    """Whether a value's type has no mesh and does not vary over manual mesh axes."""
-    kind = jax.typeof(value)
-    return not getattr(kind, "vma", None) and kind.sharding.mesh.empty
+    """Whether a value's type has no mesh."""
+    return jax.typeof(value).sharding.mesh.empty
 
 
 def has_auto_axes(value: jax.typing.ArrayLike) -> bool:
     """Whether a value's type has no mesh, or one whose axes all have AxisType.Auto."""
-    kind = jax.typeof(value)
-    axes = kind.sharding.mesh.axis_types
-    return not getattr(kind, "vma", None) and all(axis == AxisType.Auto for axis in axes)
+    axes = jax.typeof(value).sharding.mesh.axis_types
+    return all(axis == AxisType.Auto for axis in axes)
 
 
 def is_manual() -> bool:
     """Whether this code is traced inside shard_map, for one device of a mesh."""
-    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    return bool(get_manual_axes())
+
+
+def get_manual_axes() -> dict[str, int]:
+    """Return name -> size of the mesh axes of the shard_map (or pmap) that traces this code."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.shape.items(), mesh.axis_types, strict=True)
+    return {name: size for (name, size), kind in kinds if kind == AxisType.Manual}
+
+
+def find_varying_axes(value: jax.typing.ArrayLike) -> frozenset[str] | None:
+    """Return the manual mesh axes along which devices may hold different values of an array.
+
+    None if types do not tell: inside shard_map with check_vma=False, or pmap.
+    """
+    kind = jax.typeof(value)
+    if AxisType.Manual not in kind.sharding.mesh.axis_types:
+        return frozenset()  # a constant, which all devices share
+    index = jax.eval_shape(functools.partial(jax.lax.axis_index, next(iter(get_manual_axes()))))
+    if not _get_varying_axes(index):  # each device's own number varies wherever types tell
+        return None
+    return _get_varying_axes(kind)
+
+
+def _get_varying_axes(kind: Any) -> frozenset[str]:
+    return frozenset(getattr(kind.manual_axis_type, "varying", ()))
 
 
 def has_explicit_axes(value: jax.typing.ArrayLike) -> bool:

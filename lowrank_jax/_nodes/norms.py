@@ -72,36 +72,48 @@ def _sum_squares(
     return jnp.transpose(squares, [kept.index(axis) for axis in axes])
 
 
-def compute_norm(
-    squares: jax.Array,
+def compute_squared_norm_change(
     product: Callable[[jax.Array], jax.Array],
     a: jax.Array,
     b: jax.Array,
     scale: float,
     stacked: int,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Compute the norm of each output feature of W + s a b, [*stack, *fan_out], without gradient.
+    """Compute what s a b adds to the squared norm of each output feature, [*stack, *fan_out].
 
     Args:
-      squares: squared norm of W, [*stack, *fan_out].
-      product: a -> a^T W, [*stack, r, *fan_out], accumulated in float32.
+      product: a -> a^T W, [*stack, r, *fan_out], accumulated in dtype.
       a: [*stack, *fan_in, r], in the dtype of the products.
       b: [*stack, r, *fan_out], in the dtype of the products.
       scale: s.
       stacked: number of stack axes.
+      dtype: of the sums.
+
+    Returns:
+      A sum over fan-in; of a part of it, that part of the sum. It has no gradient.
     """
     # With one stack axis, a [12, i, r] and b [12, r, o]: gram = a^T a [12, r, r], mixed = gram b
     # [12, r, o], product(a) = a^T W [12, r, o]; times b and summed over r, both terms are [12, o].
-    a, b, squares = map(lax.stop_gradient, (a, b, squares.astype(accumulator_dtype(squares.dtype))))
+    a, b = map(lax.stop_gradient, (a, b))
     lead, inner = tuple(range(stacked)), tuple(range(stacked, a.ndim - 1))
-    options: dict[str, Any] = {"precision": _EXACT, "preferred_element_type": squares.dtype}
+    options: dict[str, Any] = {"precision": _EXACT, "preferred_element_type": dtype}
     gram = lax.dot_general(a, a, ((inner, inner), (lead, lead)), **options)
-    b = b.astype(squares.dtype)
+    b = b.astype(dtype)
     mixed = lax.dot_general(gram, b, (((stacked + 1,), (stacked,)), (lead, lead)), **options)
-    change = jnp.sum((2 * scale * product(a) + scale**2 * mixed) * b, stacked)
+    return jnp.sum((2 * scale * product(a) + scale**2 * mixed) * b, stacked)
+
+
+def compute_norm(squares: jax.Array, change: jax.Array) -> jax.Array:
+    """Compute the norm of each output feature of W + s a b, [*stack, *fan_out], without gradient.
+
+    Args:
+      squares: squared norm of W, [*stack, *fan_out].
+      change: what s a b adds to it.
+    """
     # The terms may cancel, and rounding then leaves a sum slightly below 0: take 0, a feature
     # without direction.
-    total = squares + change
+    total = squares.astype(change.dtype) + change
     total = jnp.where(total < 0, 0, total)  # XLA's maximum on CPU drops NaN
     return jnp.sqrt(lax.stop_gradient(total))
 

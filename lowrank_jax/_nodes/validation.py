@@ -7,8 +7,9 @@ import math
 from lowrank_jax import _codecs
 from lowrank_jax._errors import TreeError
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, strip_norms
+from lowrank_jax._nodes import Adapted, Full, LowRank, strip_norms
 from lowrank_jax._nodes.family import Rows
+from lowrank_jax._nodes.fan_in import check_fan_in
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._primitives.contract import RANK
@@ -38,6 +39,7 @@ def check_node(node: Node, path: str) -> None:
         _check_ranks(delta, path)
         if delta.magnitude is not None:
             _check_magnitude(node, delta, path)
+            check_fan_in(node.base, delta, path)
 
 
 def _check_codes(leaf: Quantized, path: str) -> None:
@@ -80,16 +82,10 @@ def _check_ranks(delta: LowRank, path: str) -> None:
 
 def _check_magnitude(node: Adapted, delta: LowRank, path: str) -> None:
     """Raise TreeError if the magnitude or the stored norm does not fit the output features."""
-    fan_in, fan_out, stack = delta.for_shape(node.base.shape).axes(node.base.ndim)
+    _, fan_out, stack = delta.for_shape(node.base.shape).axes(node.base.ndim)
     sizes = lambda axes: tuple(node.base.shape[axis] for axis in axes)
     if tuple(delta.magnitude.shape) != sizes((*stack, *fan_out)):
         raise TreeError(
             f"{path!r}: DoRA's magnitude has shape {tuple(delta.magnitude.shape)}, but the output "
             f"features of the base have {sizes((*stack, *fan_out))}; it belongs to another model"
-        )
-    if isinstance(node.base, Normed) and math.prod(sizes(fan_in)) != node.base.terms:
-        raise TreeError(
-            f"{path!r}: here are {math.prod(sizes(fan_in))} of the {node.base.terms} weights of "
-            "each output feature, and DoRA's norm is of all of them; inside shard_map split other "
-            "axes, or lift the function that shard_map returned"
         )

@@ -13,10 +13,17 @@ import jax
 import numpy as np
 from jax import lax
 
+from lowrank_jax._errors import TreeError
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import LowRank, Normed, attach_norms, strip_norms
-from lowrank_jax._nodes.norms import compute_norm, divide_by_norms, make_dimension_numbers
+from lowrank_jax._nodes.fan_in import find_fan_in_axes, get_fan_in_error
+from lowrank_jax._nodes.norms import (
+    compute_norm,
+    compute_squared_norm_change,
+    divide_by_norms,
+    make_dimension_numbers,
+)
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.quantized import QuantizedWeight
@@ -44,10 +51,22 @@ def compute_norms(leaf: PyTree, delta: LowRank) -> jax.Array:
     """Return the norm of each output feature of W + s a b, [*stack, *fan_out], without gradient."""
     own = leaf if isinstance(leaf, Normed) else attach_norms(leaf, delta)
     delta = delta.for_shape(own.shape)
+    axes = find_fan_in_axes(own, delta)
+    if axes is None:
+        raise TreeError(f"DoRA's norm: {get_fan_in_error(own, delta)}")
+    change = _compute_changes(own, delta)
+    if axes:  # this device has a part of the fan-in, and has summed that
+        change = lax.psum(change, axes)
+    return compute_norm(own.squares, change)
+
+
+def _compute_changes(own: Normed, delta: LowRank) -> jax.Array:
+    """Return what s a b adds to the squared norms of W, [*stack, *fan_out]."""
     fan_in, _, stack = delta.axes(own.ndim)
-    operands = as_weight(own), (own.squares, *delta.factors())
-    run = lambda base, parts: _compute_norms(base, parts, delta.scale, fan_in, stack)
-    if not any(map(jaxprs.is_split, jax.tree.leaves(operands))):
+    operands = as_weight(own), delta.factors()
+    exact = accumulator_dtype(own.squares.dtype)
+    run = lambda base, parts: _compute_change(base, parts, delta.scale, fan_in, stack, exact)
+    if not any(map(jaxprs.is_split, jax.tree.leaves((operands, own.squares)))):
         return run(*operands)
     sharding = jax.typeof(own.squares).sharding
     with jaxprs.use_mesh_of(own.squares):
@@ -73,14 +92,15 @@ def _has_values(leaf: object) -> bool:
     return not jaxprs.is_tracer(leaf) and leaf.is_fully_addressable and not leaf.is_deleted()
 
 
-def _compute_norms(
+def _compute_change(
     base: Weight,
-    parts: tuple[jax.Array, jax.Array, jax.Array],
+    factors: tuple[jax.Array, jax.Array],
     scale: float,
     fan_in: Sequence[int],
     stack: Sequence[int],
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Return the norms, [*stack, *fan_out], from parts: W's squared norms, a, b."""
+    """Return what s a b adds to the squared norms of W, [*stack, *fan_out], from (a, b)."""
     # A quantized stack [layers, in, out] is mapped over layer by layer, so that one layer at a time
     # is decoded: the stack axis goes first, and the rest is renumbered, `in` from axis 1 to 0.
     if stack and not isinstance(base, DenseWeight):
@@ -89,10 +109,12 @@ def _compute_norms(
         layers = front and front.unstack()
         if layers:
             arrays, rebuild = layers
-            inner = [[rest.index(axis) for axis in axes] for axes in (fan_in, stack[1:])]
-            one = lambda layer: _compute_norms(rebuild(layer[0]), layer[1], scale, *inner)
-            return lax.map(one, (arrays, parts))
-    squares, a, b = parts
+            inner, outer = ([rest.index(axis) for axis in axes] for axes in (fan_in, stack[1:]))
+            one = lambda layer: _compute_change(
+                rebuild(layer[0]), layer[1], scale, inner, outer, dtype
+            )
+            return lax.map(one, (arrays, factors))
+    a, b = factors
     exact = accumulator_dtype(base.dtype)
     options = {"precision": lax.Precision.HIGHEST, "preferred_element_type": exact}
 
@@ -102,4 +124,4 @@ def _compute_norms(
         return DenseWeight(base.materialize()).dot(*arguments) if out is None else out
 
     a, b = a.astype(base.dtype), b.astype(base.dtype)
-    return compute_norm(squares, product, a, b, scale, len(stack))
+    return compute_squared_norm_change(product, a, b, scale, len(stack), dtype)

@@ -25,7 +25,9 @@ from lowrank_jax._nodes import (
     Normed,
     attach_norms,
     is_node,
+    strip_norms,
 )
+from lowrank_jax._nodes.fan_in import check_fan_in
 from lowrank_jax._operators.dora import compute_gain
 from lowrank_jax._operators.materialize import materialize
 from lowrank_jax._trees.init import to_typed_key
@@ -92,6 +94,7 @@ def combine(
         if isinstance(node, LowRank) and node.magnitude is not None and not node.folded:
             _, fan_out, stack = node.for_shape(leaf.shape).axes(leaf.ndim)
             known = isinstance(leaf, Normed) and leaf.axes == (*stack, *fan_out)
+            check_fan_in(leaf if known else strip_norms(leaf), node, path)
             leaf = leaf if known else attach_norms(leaf, node)
         masks = None
         if dropout and isinstance(node, LowRank):
@@ -258,6 +261,7 @@ def fold_norms(base: PyTree, lora: PyTree) -> Any:
     def fold(path: str, node: LowRank | Full) -> LowRank | Full:
         if not isinstance(node, LowRank) or node.magnitude is None:
             return node
+        check_fan_in(leaves[path], node, path)
         return dataclasses.replace(node, magnitude=compute_gain(leaves[path], node), folded=True)
 
     pairs, treedef = flatten(lora, is_leaf=is_node)

@@ -31,6 +31,7 @@ from lowrank_jax._nodes import (
 )
 from lowrank_jax._nodes.adapted import Leaf
 from lowrank_jax._nodes.family import init_rows
+from lowrank_jax._nodes.fan_in import check_is_whole
 from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._operators.dora import compute_norms
@@ -211,7 +212,7 @@ def _init_leaf(
 ) -> tuple[Leaf, LowRank]:
     """Return the base and the adapter of one leaf."""
     if start := find_method(config.method).start:
-        return _add_magnitude(leaf, start(key, leaf, target, config), config)
+        return _add_magnitude(path, leaf, start(key, leaf, target, config), config)
     if initializer is None:
         initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
     quant = getattr(initializer, "quant", None)
@@ -232,15 +233,16 @@ def _init_leaf(
             leaf = _quantize_residual(path, residual, leaf, target, quant)
     axes = target.fan_in, target.fan_out, target.stack
     node = LowRank(a, b, None, *axes, target.scale, target.kind, base_modified=residual is not None)
-    return _add_magnitude(leaf, node, config)
+    return _add_magnitude(path, leaf, node, config)
 
 
 def _add_magnitude(
-    leaf: jax.Array | Quantized, node: LowRank, config: LoraConfig
+    path: str, leaf: jax.Array | Quantized, node: LowRank, config: LoraConfig
 ) -> tuple[Leaf, LowRank]:
     """With DoRA, attach squared norms to the leaf and the magnitude to its adapter."""
     if not config.dora:
         return leaf, node
+    check_is_whole(leaf, path)
     normed = attach_norms(leaf, node)
     return normed, dataclasses.replace(node, magnitude=_compute_norms(normed, node))
 

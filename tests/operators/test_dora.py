@@ -371,25 +371,30 @@ def test_sharded_bases(kind, spec, quant):
         np.testing.assert_allclose(one / largest, other / largest, atol=2e-5)
 
 
-def test_inside_shard_map_a_part_of_the_inputs_is_refused():
+def test_inside_shard_map_a_part_of_the_inputs_needs_types():
     fn, x, base, lora = matrix(shape=(8, 4))
     mesh = eight(AxisType.Auto)
 
-    def apply(spec, summed):
+    def apply(spec, summed, check_vma=True):
         layout = {"w": spec}
         run = lambda base, lora, x: summed(lowrank.lift(fn)(lowrank.combine(base, lora), x))
         specs = lowrank.specs(base, layout), lowrank.specs(lora, layout)
         entry = spec[0] if len(spec) else None
         mapped = jax.shard_map(
-            run, mesh=mesh, in_specs=(*specs, P(None, entry)), out_specs=P(None, *spec[1:])
+            run,
+            mesh=mesh,
+            in_specs=(*specs, P(None, entry)),
+            out_specs=P(None, *spec[1:]),
+            check_vma=check_vma,
         )
         return jax.jit(mapped)(base, lora, x)
 
     want = jax.jit(lambda lora: lowrank.lift(fn)(lowrank.combine(base, lora), x))(lora)
-    got = apply(P(None, "model"), lambda y: y)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    summed = functools.partial(lax.psum, axis_name="data")
+    for got in (apply(P(None, "model"), lambda y: y), apply(P("data", None), summed)):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     with pytest.raises(lowrank.TreeError, match="here are 2 of the 8 weights"):
-        apply(P("data", None), functools.partial(lax.psum, axis_name="data"))
+        apply(P("data", None), summed, check_vma=False)
 
 
 def test_a_magnitude_of_another_model_is_refused():
