@@ -60,11 +60,24 @@ def make_args(mesh, split, quant, **options):
     )
 
 
-def find_gathers(fn, *args):
-    """(dtype, number of elements) of the arrays that all devices gather."""
+def find_collectives(fn, *args):
+    """(dtype, number of elements) of the arrays that devices gather, and of those they sum."""
     text = jax.jit(fn).lower(*args).compile().as_text()
-    found = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
-    return [(dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in found]
+    gathers, sums = [], []
+    for line in text.splitlines():
+        if kind := re.search(r" (all-gather|all-reduce|reduce-scatter)(?:-start)?\(", line):
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", line[: kind.start()])  # several at a time
+            sizes = [
+                (dtype, math.prod(map(int, filter(None, s.split(","))))) for dtype, s in arrays
+            ]
+            (gathers if kind[1] == "all-gather" else sums).extend(sizes)
+    return gathers, sums
+
+
+def assert_sums_are_of_factors(sums, lora):
+    """Each factor's gradient once, of a layer in the loop; on CPU, numbers that tie codes to x."""
+    factors = sorted(leaf.size // LAYERS for leaf in jax.tree.leaves(lora))
+    assert sorted(size for _, size in sums if size > 1) == factors
 
 
 def make_gradient(model):
@@ -84,7 +97,8 @@ def test_codes_are_gathered_and_not_the_weight(packing, split):
     mesh = make_mesh()
     whole, (base, lora, x) = make_args(mesh, split, FOUR_BITS[packing])
     gradient = make_gradient(make_model(mesh))
-    gathers = find_gathers(gradient, lora, base, x)
+    gathers, sums = find_collectives(gradient, lora, base, x)
+    assert_sums_are_of_factors(sums, lora)
     numbers = [count for dtype, count in gathers if dtype not in ("u8", "u4", "s8")]
     assert max(numbers) < WIDTH * HIDDEN // 8  # scales and factors
     assert sum(dtype in ("u8", "u4") for dtype, _ in gathers) >= 2
@@ -96,7 +110,8 @@ def test_codes_are_gathered_and_not_the_weight(packing, split):
 def test_a_dense_weight_is_gathered_as_the_plain_models():
     mesh = make_mesh()
     _, (base, lora, x) = make_args(mesh, "in", None)
-    gathers = find_gathers(make_gradient(make_model(mesh)), lora, base, x)
+    gathers, sums = find_collectives(make_gradient(make_model(mesh)), lora, base, x)
+    assert_sums_are_of_factors(sums, lora)
     assert max(count for _, count in gathers) == WIDTH * HIDDEN
 
 
