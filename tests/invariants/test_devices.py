@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
@@ -72,6 +73,54 @@ def test_pmap():
 
     y, grads = jax.pmap(each, axis_name="i", in_axes=(None, None, 0))(lora, base, x)
     assert_expected((jax.tree.map(lambda g: np.asarray(g)[0], grads), y.reshape(16, 8)))
+
+
+@pytest.mark.parametrize(
+    ("quantized", "dora", "count"),
+    [
+        pytest.param(False, False, 8, marks=pytest.mark.slow),
+        pytest.param(True, False, 4, marks=pytest.mark.slow),
+        (True, True, 4),
+    ],
+)
+def test_training_under_pmap(quantized, dora, count):
+    """Three steps of Adam, the gradients averaged over devices: adapters and losses of one."""
+    params = {"w": normal(32, 64) / 8, "v": normal(64, 32) / 8}
+    if quantized:
+        params = lowrank.quantize(params, lowrank.QuantConfig(block_size=32, targets="*"))
+    config = lowrank.LoraConfig(rank=2, alpha=3, targets="*", dora=dora)
+    base, lora = lowrank.init(jax.random.key(3), params, config)
+    lora, tx = noisy(lora), optax.adam(1e-2)
+    x = np.asarray(normal(3, 16, 32, seed=1))
+
+    def step(fn, mean, lora, state, base, x):
+        loss = lambda lora: jnp.square(fn(base, lora, x) - 1).mean()
+        value, grads = mean(jax.value_and_grad(loss)(lora))
+        updates, state = tx.update(grads, state, lora)
+        return optax.apply_updates(lora, updates), state, value
+
+    def train(step, lora, state, base, batches):
+        values = []
+        for batch in batches:
+            lora, state, value = step(lora, state, base, batch)
+            values.append(value)
+        return lora, values
+
+    lifted = lowrank.lift(fn, fallback="raise")
+    live = lambda base, lora, x: lifted(lowrank.combine(base, lora), x)
+    mapped = jax.pmap(
+        functools.partial(step, live, functools.partial(lax.pmean, axis_name="i")),
+        axis_name="i",
+        devices=jax.devices()[:count],
+    )
+    copies = jax.tree.map(lambda leaf: np.stack([leaf] * count), (lora, tx.init(lora), base))
+    got = train(mapped, *copies, x.reshape(3, count, -1, 32))
+    merged = lambda base, lora, x: fn(lowrank.merge(base, lora), x)
+    alone = jax.jit(functools.partial(step, merged, lambda tree: tree))
+    want = train(alone, lora, tx.init(lora), base, x)
+    for device in range(count):
+        mine = jax.tree.map(lambda leaf, device=device: np.asarray(leaf)[device], got)
+        chex.assert_trees_all_close(mine, want, rtol=1e-4, atol=1e-5)
 
 
 def column_row(p, x):

@@ -43,6 +43,7 @@ class Expected(NamedTuple):
 
 LOOPS = {
     "loop_two_trees": Expected(),
+    "loop_pmap": Expected(),
     "loop_train_state": Expected(donated=True),
     "loop_nnx_optimizer": Expected(donated=True),
     "loop_accumulation": Expected(traces=2, moments=3),  # it trains twice; there is the accumulator
@@ -119,8 +120,8 @@ def runs(llama):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.setattr(characters, "pretrained", lambda: (llama[0], start(llama[1])))
             patch.setattr(characters, "pretrain", lambda *args: start(pretrain(*args)))
-            for module in (jax, nnx):
-                patch.setattr(module, "jit", counting(module.jit, traces))
+            for module, jit in ((jax, "jit"), (jax, "pmap"), (nnx, "jit")):
+                patch.setattr(module, jit, counting(getattr(module, jit), traces))
             results = importlib.import_module(name).main(["--steps", str(STEPS)])
         return Run(*results, len(traces), printed.getvalue(), *began)
 
@@ -159,8 +160,9 @@ def test_the_step_is_traced_once(runs, name):
     assert runs(name).traces == LOOPS[name].traces
 
 
-def test_one_tree_and_two_trees_train_the_same_adapter(runs):
-    one, two = runs("loop_train_state"), runs("loop_two_trees")
+@pytest.mark.parametrize("name", ["loop_train_state", "loop_pmap"])
+def test_one_tree_and_many_devices_train_the_adapter_of_two_trees(runs, name):
+    one, two = runs(name), runs("loop_two_trees")
     chex.assert_trees_all_close(one.lora, two.lora, rtol=1e-3, atol=1e-5)
     assert one.after == pytest.approx(two.after, abs=1e-4)
 
