@@ -37,7 +37,7 @@ def specs(tree: PyTree, dense_specs: PyTree, *, rules: Rules | None = None) -> A
       dense_specs: a tree of PartitionSpec, NamedSharding or None (replicated) like the dense
         parameters. An entry at a branch applies to all leaves below it. Or the parameters
         themselves, in the boxes of Flax Linen or the variables of NNX whose annotations name their
-        axes; those without names are replicated.
+        axes; those without names, and axes after the last name, are replicated.
       rules: for annotated parameters, logical axis -> mesh axis, several, or None to replicate it:
         a mapping, or the pairs that Flax takes.
 
@@ -90,7 +90,9 @@ def derive_specs(
         if len(_get_entries(spec)) > ndim:
             problems.append(f"{path}: {_get_entries(spec)} for a leaf of {ndim} axes")
             continue
-        if named.get(at, ndim) != ndim:
+        # Flax's attention names the axes of its kernels [embed, heads, kv] by two names, and means
+        # the first two. Of a leaf with a stack axis, the names would be those of other axes.
+        if named.get(at, ndim) != ndim and _has_stack(leaf):
             problems.append(
                 f"{path}: the annotation names {named[at]} axes of {ndim}; a scan or vmap over "
                 "layers needs a name for its axis (metadata_params, transform_metadata)"
@@ -118,6 +120,12 @@ def _find_spec(given: Mapping[str, Any], path: str) -> str | None:
     parts = path.split("/")
     above = ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
     return next((name for name in above if name in given), None)
+
+
+def _has_stack(leaf: object) -> bool:
+    """Whether a leaf is an adapter of stacked weights."""
+    node = leaf.delta if isinstance(leaf, Adapted) else leaf
+    return isinstance(node, LowRank) and bool(node.stack)
 
 
 def _get_entries(spec: Spec) -> PartitionSpec:

@@ -139,11 +139,27 @@ def test_a_logical_axis_without_a_rule_is_named(boxed):
         lowrank.specs(base, boxed)
 
 
-def test_names_of_fewer_axes_than_the_leaf_has_are_refused():
+def test_names_of_fewer_axes_than_a_stacked_leaf_has_are_refused():
     """As of a vmapped init that knows nothing of the names: split along the wrong axes."""
     stacked = {"w": nn.Partitioned(jnp.ones((2, 8, 4)), ("data", "model"))}
-    with pytest.raises(lowrank.TreeError, match="names 2 axes of 3"):
-        lowrank.specs(nn.unbox(stacked), stacked)
+    config = lowrank.LoraConfig(rank=2, targets="w", axes={"w": (1, 2)})
+    base, lora = lowrank.init(0, nn.unbox(stacked), config)
+    for tree in (lora, lowrank.combine(base, lora)):
+        with pytest.raises(lowrank.TreeError, match="names 2 axes of 3"):
+            lowrank.specs(tree, stacked)
+
+
+def test_names_of_fewer_axes_are_of_the_first_ones():
+    """As those of the kernels of Flax's attention, [embed, heads, kv] and [heads, kv, embed]."""
+    axes = {"in": (0, (1, 2)), "out": ((0, 1), 2)}
+    boxes = {name: nn.Partitioned(jnp.ones((8, 4, 8)), ("data", "model")) for name in axes}
+    base, lora = lowrank.init(
+        0, nn.unbox(boxes), lowrank.LoraConfig(rank=2, targets="*", axes=axes)
+    )
+    assert lowrank.specs(base, boxes) == dict.fromkeys(axes, P("data", "model"))
+    split = lowrank.specs(lora, boxes)
+    assert (split["in"].a, split["in"].b) == (P("data", None), P(None, "model", None))
+    assert (split["out"].a, split["out"].b) == (P("data", "model", None), P(None, None))
 
 
 def test_specs_stand_beside_boxes():
