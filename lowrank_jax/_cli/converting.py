@@ -19,6 +19,8 @@ from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._jax.paths import to_nested_dict
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax.peft._folder import CONFIG, find_tensors
+from lowrank_jax.peft._load import load_matched
+from lowrank_jax.peft._matching import Matching, open_matching
 from lowrank_jax.peft._tensors import split_key
 
 
@@ -53,7 +55,8 @@ def convert(
             "names is for a checkpoint's leaves; those of a PEFT adapter are named by its modules"
         )
     refuse_other_kinds(target, "a checkpoint of lowrank_jax")
-    _, lora, config = peft.load(source, _build_params(source))
+    with open_matching(source) as matching:
+        _, lora, config = load_matched(matching, _build_params(matching), None, None)
     checkpoint.save(target, lora=lora, config=_with_base_model(config, base_model))
     return [f"{target}: a checkpoint of lowrank_jax, made of {source}"]
 
@@ -103,15 +106,17 @@ def refuse_other_kinds(folder: Path, kind: str) -> None:
         )
 
 
-def _build_params(folder: Path) -> Any:
+def _build_params(matching: Matching) -> Any:
     """Return the tree that a PEFT adapter is for, with the leaves that its file has tensors for."""
     # lora_A [r, in], lora_B [out, r]              -> kernel [in, out]
     # lora_embedding_A [r, rows], _B [features, r] -> embedding [rows, features]
     # weight [out, in], fully trained              -> kernel [in, out], or an embedding as it is
     # weight [features], of a norm                 -> scale [features]
     leaves: dict[str, Any] = {}
-    with TensorFile(find_tensors(folder)) as file:
-        entries = {split: e for key, e in file.entries.items() if (split := split_key(key))}
+    folder, found = matching.folder, matching.file.entries
+    entries = {
+        (m, p): found[key] for m, parts in matching.parts.items() for p, key in parts.items()
+    }
     for (module, part), entry in entries.items():
         last, shape = "bias", entry.shape
         if part == "lora_A.weight":

@@ -43,13 +43,14 @@ def describe_safetensors(path: Path) -> list[str]:
 
 def format_sizes(arrays: Iterable[Any]) -> str:
     """Format the count, dtypes and bytes of arrays, or of entries with shape and dtype."""
-    sizes: Counter = Counter()
-    count = total = 0
+    sizes: Counter = Counter()  # dtype -> numbers; the names of dtypes are slow to make
+    count = 0
     for array in arrays:
-        size = math.prod(array.shape)
-        sizes[np.dtype(array.dtype).name] += size
-        count, total = count + 1, total + size * array.dtype.itemsize
-    return _format_counts(count, sizes, total)
+        sizes[array.dtype] += math.prod(array.shape)
+        count += 1
+    total = sum(size * dtype.itemsize for dtype, size in sizes.items())
+    named = Counter({np.dtype(dtype).name: size for dtype, size in sizes.items()})
+    return _format_counts(count, named, total)
 
 
 def _format_counts(count: int, sizes: Counter[str], total: int) -> str:

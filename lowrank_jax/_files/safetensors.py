@@ -100,10 +100,10 @@ class TensorFile:
         # Sorted by offset, each tensor must start where the last one stopped. This rules out
         # overlaps, so that the arrays together are never larger than the file.
         at = 0
-        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-            if entry.start != at:
+        for start, stop, name in sorted((e.start, e.stop, name) for name, e in entries.items()):
+            if start != at:
                 raise self._make_error(f"there is a gap or an overlap before {_abbreviate(name)}")
-            at = entry.stop
+            at = stop
         if at != size - 8 - length:
             raise self._make_error(
                 f"it holds {size - 8 - length} bytes of data, its header says {at}"
@@ -116,7 +116,7 @@ class TensorFile:
             raise self._make_error("its __metadata__ is not an object of strings")
 
     def _parse_entry(self, name: str, value: Any) -> Entry:
-        """Validate one tensor's description."""
+        """Validate one tensor's description; a header may have hundreds of thousands of them."""
         if len(name) > NAME_LIMIT or not name.isprintable():
             raise self._make_error(
                 f"it names a tensor {_abbreviate(name)}, of {len(name)} characters: expected at "
@@ -131,7 +131,7 @@ class TensorFile:
                 f"{_abbreviate(name)} is of dtype {_abbreviate(dtype)}, which is not supported"
             )
         lists = type(shape) is list and type(place) is list and len(place) == 2
-        if not lists or len(shape) > AXES_LIMIT or not _are_natural((*shape, *place)):
+        if not lists or len(shape) > AXES_LIMIT or not _are_natural(shape + place):
             raise self._make_error(
                 f"shape or data_offsets of {_abbreviate(name)} are not lists of natural numbers"
             )
@@ -141,10 +141,7 @@ class TensorFile:
                 f"the size of {_abbreviate(name)} does not match its shape {shape}"
             )
         # [2**62, 0] has no bytes in the file, but NumPy refuses it: zeros count as 1 here
-        if (
-            start == stop
-            and math.prod(size or 1 for size in shape) * known.itemsize >= _OFFSET_LIMIT
-        ):
+        if start == stop and math.prod(filter(None, shape)) * known.itemsize >= _OFFSET_LIMIT:
             raise self._make_error(f"{_abbreviate(name)} has the shape {shape}, too large an array")
         return Entry(tuple(shape), known, start, stop)
 
@@ -168,9 +165,10 @@ class TensorFile:
             yield self._file.read(min(CHUNK, entry.stop - start))
 
 
-def _are_natural(values: tuple[Any, ...]) -> bool:
+def _are_natural(values: list[Any]) -> bool:
     """Whether all values are integers in [0, _OFFSET_LIMIT); bool is rejected."""
-    return {*map(type, values)} == {int} and min(values) >= 0 and max(values) < _OFFSET_LIMIT
+    kinds = {*map(type, values)}
+    return kinds == {int} and min(values) >= 0 and max(values) < _OFFSET_LIMIT
 
 
 def _abbreviate(value: object) -> str:

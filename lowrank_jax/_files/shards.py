@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from lowrank_jax._files.kinds import describe_other_kind
 from lowrank_jax._files.safetensors import Entry, TensorFile
 
 _INDEX_LIMIT = 1 << 26
+_FOLDERS = {"", ".", ".."}
+_SEPARATOR = re.compile(f"[{re.escape('/' + os.sep + (os.altsep or ''))}]")
 
 
 class Tensors(Mapping):
@@ -107,11 +110,12 @@ def _locate_files(folder: Path) -> tuple[list[Path], set[str]]:
             "maps tensor names to file names"
         )
     names = sorted({*where.values()})
-    if outside := [name for name in names if not _is_inside(name)]:
+    if outside := [name for name in names if name in _FOLDERS or _SEPARATOR.search(name)]:
         raise CheckpointError(
             f"{folder / INDEX} names files outside its folder:\n{list_problems(outside)}"
         )
-    if strange := [name for name in names if not _is_file_name(name)]:
+    # what is printable has no lone surrogates, and file systems allow 255 bytes
+    if strange := [n for n in names if not n.isprintable() or len(n.encode()) > 255]:
         raise CheckpointError(f"{folder / INDEX} has invalid file names:\n{list_problems(strange)}")
     # an index may name far more files than there are: only the first that are missing are sought
     lost = (name for name in names if not (folder / name).is_file())
@@ -122,14 +126,3 @@ def _locate_files(folder: Path) -> tuple[list[Path], set[str]]:
             f"{list_first_problems(missing, max(len(absent), len(missing)))}"
         )
     return [folder / name for name in names], {*where}
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name is of a file in the folder itself."""
-    separators = {"/", os.sep, os.altsep or "/"}
-    return name not in ("", ".", "..") and not any(sign in name for sign in separators)
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether a name is printable and short enough for a file system (255 bytes)."""
-    return name.isprintable() and len(name.encode()) < 256

@@ -102,11 +102,11 @@ def load(
     (4, 3)
     """
     folder = Path(folder)
-    leaves = _collect_leaves(like, dtype)
     own = {path: _get_sharding(leaf) for path, leaf in flatten(like)[0]}
     if shardings is not None:
         own = dict(flatten(resolve_shardings(like, shardings))[0])
     with _open_model(folder) as (tensors, tied):
+        leaves = _collect_leaves(like, dtype)
         ignored = (ignore,) if isinstance(ignore, str) else ignore
         found = match_tensors(tensors, leaves, names, plan, ignored, tied)
         found.refuse(folder, names)

@@ -9,7 +9,7 @@ from pathlib import Path
 from lowrank_jax import checkpoint, peft
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError
-from lowrank_jax._files.shards import open_folder
+from lowrank_jax._files.shards import Tensors, open_folder
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.huggingface._folder import (
     has_tied_embeddings,
@@ -20,6 +20,8 @@ from lowrank_jax.huggingface._folder import (
 )
 from lowrank_jax.huggingface._merging import flatten_model, merge_tensors
 from lowrank_jax.names import Names
+from lowrank_jax.peft._load import load_matched
+from lowrank_jax.peft._matching import open_matching
 
 
 @check_arguments(CheckpointError)
@@ -69,24 +71,35 @@ def merge(
     [2.0, 2.0, 2.0]
     """
     base, adapter, folder = Path(base), Path(adapter), Path(folder)
+    check_folders(base, adapter, folder, names)
+    with open_folder(base) as tensors:  # what is wrong with the base is said before the rest
+        return merge_opened(tensors, base, adapter, folder, names)
+
+
+def check_folders(base: Path, adapter: Path, folder: Path, names: Names) -> None:
+    """Raise CheckpointError if a folder would be overwritten, or if names would be ignored."""
     if folder.resolve() in (base.resolve(), adapter.resolve()):
         raise CheckpointError(f"{folder} is base or adapter: pass another folder to write to")
     if names is not None and not checkpoint.exists(adapter):
         raise CheckpointError(
             f"names is for a checkpoint's leaves, but {adapter} is not a checkpoint: leave it out"
         )
-    with open_folder(base):  # what is wrong with the base is said before the rest
-        pass
+
+
+def merge_opened(
+    tensors: Tensors, base: Path, adapter: Path, folder: Path, names: Names
+) -> list[str]:
+    """Merge an adapter into a model whose tensor files are open; see merge."""
     if checkpoint.exists(adapter):
         with tempfile.TemporaryDirectory() as place:
             saved = checkpoint.restore(adapter)
             peft.save(place, saved.lora, saved.config, names=names)
-            return merge(base, place, folder)
+            return merge_opened(tensors, base, Path(place), folder, None)
     config = read_model_config(base)
     refuse_quantized(base, config)
-    with open_folder(base) as tensors:
-        found = flatten_model(tensors, adapter, has_tied_embeddings(config))
-        _, nodes, _ = peft.load(adapter, found.leaves, plan=Plan(found.uses), names=found.names)
-        nodes = {key: node for key, node in nodes.items() if node is not None}
-        write_model(folder, merge_tensors(tensors, nodes, found), read_side_files(base))
+    with open_matching(adapter) as matching:
+        found = flatten_model(tensors, matching, has_tied_embeddings(config))
+        _, nodes, _ = load_matched(matching, found.leaves, Plan(found.uses), found.names)
+    nodes = {key: node for key, node in nodes.items() if node is not None}
+    write_model(folder, merge_tensors(tensors, nodes, found), read_side_files(base))
     return sorted(nodes)

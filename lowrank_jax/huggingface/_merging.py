@@ -8,23 +8,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._files.safetensors import Entry, TensorFile
+from lowrank_jax._files.safetensors import Entry
 from lowrank_jax._files.shards import Tensors
 from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._targeting.plan import Use
 from lowrank_jax._trees.adapters import merge
 from lowrank_jax.huggingface._folder import LazyTensor
 from lowrank_jax.names import Parameter
-from lowrank_jax.peft._folder import CONFIG, find_tensors, read_config_bytes
-from lowrank_jax.peft._parsing import AdapterConfig, parse_config
-from lowrank_jax.peft._tensors import TOKENS, split_key
+from lowrank_jax.peft._matching import Matching
+from lowrank_jax.peft._parsing import AdapterConfig
+from lowrank_jax.peft._tensors import TOKENS
 
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "wpe")
 
@@ -47,26 +46,19 @@ class FlatModel:
 
 @dataclasses.dataclass
 class _Adapter:
-    """An adapter's config and the shapes of its tensors: module -> part -> shape."""
+    """An adapter's configuration, and the shapes of its tensors: module -> part -> shape."""
 
     config: AdapterConfig
     parts: dict[str, dict[str, tuple[int, ...]]]
 
 
-def _read_adapter(folder: Path) -> _Adapter:
-    """Read the config, and the header of the tensor file."""
-    config = parse_config(read_config_bytes(folder), str(folder / CONFIG))
-    parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    with TensorFile(find_tensors(folder)) as file:
-        for key, entry in file.entries.items():
-            module, part = split_key(key) or ("", key)
-            parts.setdefault(module, {})[part] = entry.shape
-    return _Adapter(config, parts)
-
-
-def flatten_model(tensors: Tensors, adapter_folder: Path, tied: bool) -> FlatModel:
+def flatten_model(tensors: Tensors, matching: Matching, tied: bool) -> FlatModel:
     """Return the tensors that an adapter may change; tied: see match_tensors."""
-    adapter = _read_adapter(adapter_folder)
+    shapes = {
+        module: {part: matching.shape(key) for part, key in parts.items()}
+        for module, parts in matching.parts.items()
+    }
+    adapter = _Adapter(matching.config, shapes)
     prefix = _find_prefix(tensors, adapter)
     found = FlatModel({}, {}, {}, {})
     for key in tensors:

@@ -14,7 +14,6 @@ import numpy as np
 
 from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import CheckpointError, LowrankError, list_problems
-from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.torch_layout import (
     describe_stack_mismatch,
     fill_indices,
@@ -32,9 +31,9 @@ from lowrank_jax._trees.shardings import find_sharding, place_node, place_tree
 from lowrank_jax.names import Names, Parameter
 from lowrank_jax.peft._config import collect_extras, compute_alpha
 from lowrank_jax.peft._factors import match_factors
-from lowrank_jax.peft._folder import CONFIG, find_tensors, read_config_bytes
-from lowrank_jax.peft._matching import Matching, Place
-from lowrank_jax.peft._parsing import AdapterConfig, parse_config
+from lowrank_jax.peft._folder import CONFIG
+from lowrank_jax.peft._matching import Matching, Place, make_misfit_error, open_matching
+from lowrank_jax.peft._parsing import AdapterConfig
 from lowrank_jax.peft._tensors import PREFIX, TOKENS
 from lowrank_jax.peft._whole import match_tokens, match_whole
 
@@ -90,29 +89,29 @@ def load(
     >>> config.rank, config.alpha, lowrank.merge(base, again)["head"]["kernel"][0].tolist()
     (2, 1, [1.0, 1.0, 1.0])
     """
-    folder = Path(directory)
-    text = read_config_bytes(folder)
-    config = parse_config(text, str(folder / CONFIG))
     if shardings is not None:
         params = place_tree(params, shardings)
+    with open_matching(Path(directory)) as matching:
+        return load_matched(matching, params, plan, names)
+
+
+def load_matched(
+    matching: Matching, params: PyTree, plan: Plan | None, names: Names
+) -> tuple[Any, Any, LoraConfig]:
+    """Load an adapter that is open; see load."""
+    folder, config = matching.folder, matching.config
     leaves = flatten(params, is_leaf=is_node)[0]
     floating = {
         path: strip_norms(leaf)
         for path, leaf in leaves
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
-    with TensorFile(find_tensors(folder)) as file:
-        if read_config_bytes(folder) != text:
-            raise CheckpointError(f"{folder} was saved again while it was read: load it again")
-        matching = Matching(file, config)
-        builds = _match(matching, floating, resolve_names(floating, names), plan)
-        if problems := [*matching.problems, *matching.list_unused()]:
-            raise CheckpointError(
-                f"the adapter at {folder} does not fit params:\n{list_problems(problems)}"
-            )
-        if not builds:
-            raise CheckpointError(f"the adapter at {folder} holds no tensor")
-        nodes = _build_nodes(builds, dict(leaves))
+    builds = _match(matching, floating, resolve_names(floating, names), plan)
+    if problems := [*matching.problems, *matching.list_unused()]:
+        raise make_misfit_error(folder, problems)
+    if not builds:
+        raise CheckpointError(f"the adapter at {folder} holds no tensor")
+    nodes = _build_nodes(builds, dict(leaves))
     if matching.not_finite:
         raise CheckpointError(
             f"the adapter at {folder} holds NaN or infinity: save it again from a run that did not "
@@ -164,6 +163,7 @@ def _match(
     builds = {}
     # weights first: a bias uses the lora_bias that was taken with the factors of its weight
     for path in sorted(named, key=lambda path: named[path].kind != "weight"):
+        matching.refuse_many(matching.problems)
         leaf, name = leaves[path], named[path]
         use = find_use(plan, path)
         stack = find_stack_axes(name, use)

@@ -5,22 +5,28 @@ A tensor is read only after its shape was checked. All problems are collected in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax._errors import CheckpointError
+from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.torch_layout import TorchLayout, infer_layout
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.plan import Use
 from lowrank_jax._trees.fingerprint import to_numpy
 from lowrank_jax.names import Parameter
+from lowrank_jax.peft._opening import open_adapter
 from lowrank_jax.peft._parsing import AdapterConfig
-from lowrank_jax.peft._tensors import find_tied_module, split_key
+from lowrank_jax.peft._tensors import FACTOR_PAIRS, PREFIX, find_tied_module, split_key
+
+_ENOUGH, _SHOWN = 500, 19  # problems after which matching stops, and how many of these are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +60,19 @@ class Place:
         return not isinstance(self.leaf, Quantized | jax.ShapeDtypeStruct)
 
 
+def make_misfit_error(folder: Path, problems: list[str]) -> CheckpointError:
+    """Make the error that lists why an adapter does not fit params."""
+    return CheckpointError(
+        f"the adapter at {folder} does not fit params:\n{list_problems(problems)}"
+    )
+
+
 @dataclasses.dataclass
 class Matching:
     """The state of matching a file with the leaves of a tree.
 
     Args:
-      file, config: the two files of the adapter.
+      folder, config, file: the adapter's folder and its two files.
       parts: module -> part -> key, of the tensors that no leaf has taken yet.
       problems: a line for each problem.
       unnamed: leaves whose stack does not fit the module's name; reported only if some tensor
@@ -72,20 +85,38 @@ class Matching:
     # parts["lm_head"]["lora_A.weight"]. Leaves pop what belongs to them, so what is left at the
     # end has no leaf, which makes an unexpected tensor an error without a second pass.
 
-    file: TensorFile
+    folder: Path
     config: AdapterConfig
+    file: TensorFile
     parts: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
     unnamed: list[str] = dataclasses.field(default_factory=list)
     folds: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
     not_finite: set[str] = dataclasses.field(default_factory=set)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in self.file.entries:
             if (split := split_key(key)) is None:
                 self.problems.append(f"{key[:200]}: unexpected, not a key of an adapter")
             elif (twin := self.parts.setdefault(split[0], {}).setdefault(split[1], key)) != key:
                 self.problems.append(f"{key[:200]}: unexpected, the same tensor as {twin[:200]}")
+
+        if self.problems and not self.parts:  # no key is of an adapter: there is nothing to match
+            raise make_misfit_error(self.folder, self.problems)
+        halves = [
+            f"{PREFIX}{module}.{second if first in parts else first}: missing"
+            for module, parts in self.parts.items()
+            for first, second in FACTOR_PAIRS.items()
+            if (first in parts) != (second in parts)
+        ]
+        self.refuse_many(halves)
+
+    def refuse_many(self, problems: list[str]) -> None:
+        """Raise the error at once if there are so many problems that the rest adds nothing."""
+        if len(problems) >= _ENOUGH:
+            raise make_misfit_error(
+                self.folder, [*problems[:_SHOWN], "and more: matching stopped here"]
+            )
 
     def list_unused(self) -> list[str]:
         """Return a line for each key that no leaf took."""
@@ -174,3 +205,14 @@ class Matching:
                 "weight in params; load it onto params without weight tying, or, if these have "
                 "none, pass plan=lowrank.plan(fn, params, *args)"
             )
+
+
+@contextlib.contextmanager
+def open_matching(folder: Path) -> Iterator[Matching]:
+    """Open an adapter's folder to match its tensors with leaves.
+
+    Raises:
+      CheckpointError: see open_adapter; or the file has no tensor of an adapter.
+    """
+    with open_adapter(folder) as adapter:
+        yield Matching(*adapter)

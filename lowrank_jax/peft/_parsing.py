@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lowrank_jax._errors import CheckpointError, list_problems
 from lowrank_jax._files.json_text import parse_json
 from lowrank_jax.peft._config import DEFAULTS
-from lowrank_jax.peft._patterns import Automaton, ModulePatterns, Suffixes
+from lowrank_jax.peft._patterns import Automaton, Budget, ModulePatterns, Suffixes
 from lowrank_jax.peft._regex import RegexError, parse_regex
 
 # Fields that change the mathematics of an adapter in a way that is not supported, and how.
@@ -37,10 +37,12 @@ class AdapterConfig:
     Args:
       values: field -> value.
       patterns: rank_pattern and alpha_pattern, compiled.
+      budget: the steps that matching regexes may still take.
     """
 
     values: Mapping[str, Any]
     patterns: Mapping[str, ModulePatterns]
+    budget: Budget
 
     def __getitem__(self, field: str) -> Any:
         return self.values[field]
@@ -81,13 +83,13 @@ class AdapterConfig:
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             return None
         try:
-            saved = Automaton(False, "modules_to_save")
+            saved = Automaton(False, "modules_to_save", self.budget)
             for name in self["modules_to_save"] or ():
                 saved.append(parse_regex(rf"(^|.*\.){name}($|\..*)"))
             return _ModuleFilters(
                 lambda module: saved.first(module) is not None,
-                _make_filter(excluded, "exclude_modules"),
-                _make_filter(targets, "target_modules"),
+                _make_filter(excluded, "exclude_modules", self.budget),
+                _make_filter(targets, "target_modules", self.budget),
             )
         except RegexError:
             return None
@@ -135,10 +137,10 @@ class _ModuleFilters(NamedTuple):
     is_targeted: Callable[[str], bool]
 
 
-def _make_filter(targets: str | Iterable[str], what: str) -> Callable[[str], bool]:
+def _make_filter(targets: str | Iterable[str], what: str, budget: Budget) -> Callable[[str], bool]:
     """Make a predicate that tells whether target_modules or exclude_modules includes a module."""
     if isinstance(targets, str):
-        automaton = Automaton(True, what)
+        automaton = Automaton(True, what, budget)
         automaton.append(parse_regex(targets))
         return lambda module: automaton.first(module) is not None
     names = Suffixes()
@@ -179,11 +181,11 @@ def parse_config(text: bytes, where: str) -> AdapterConfig:
         for field, (kind, right) in _CHECKS.items()
         if not right(values[field])
     ]
-    patterns = {}
+    patterns, budget = {}, Budget()
     for field in _PATTERNS:
         if isinstance(values[field], dict):
             try:
-                patterns[field] = ModulePatterns(values[field], field)
+                patterns[field] = ModulePatterns(values[field], field, budget)
             except RegexError as error:
                 problems.append(
                     f"{field}: the regex {error}; the regex is malformed or not supported: use the "
@@ -193,7 +195,7 @@ def parse_config(text: bytes, where: str) -> AdapterConfig:
         problems.append("lora_bias and use_dora: PEFT does not support both")
     if problems:
         raise CheckpointError(f"{where} cannot be read:\n{list_problems(problems)}")
-    return AdapterConfig(values, patterns)
+    return AdapterConfig(values, patterns, budget)
 
 
 def _shorten(value: object) -> str:

@@ -18,6 +18,8 @@ _PARTS = (
     *("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"),
     *(MAGNITUDE, TOKENS, "base_layer.weight", "base_layer.bias"),
 )
+# of a linear layer or convolution, and of an embedding
+FACTOR_PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 
 
 def split_key(key: str) -> tuple[str, str] | None:

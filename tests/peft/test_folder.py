@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lowrank
+from lowrank_jax._cli import merging
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._files.safetensors import TensorFile, write_tensors
 from lowrank_jax.peft import _folder
@@ -105,7 +106,7 @@ def test_a_save_that_comes_between_is_noticed(tmp_path, monkeypatch):
         save(tmp_path, 2.0, rank=3)
         return _folder.find_tensors(folder)
 
-    monkeypatch.setattr(lowrank.peft._load, "find_tensors", late)
+    monkeypatch.setattr(lowrank.peft._opening, "find_tensors", late)
     refused(tmp_path, "was saved again while it was read: load it again")
     monkeypatch.undo()
     chex.assert_trees_all_equal(load(tmp_path), adapter(2.0, 3))
@@ -314,3 +315,32 @@ def test_every_tensor_that_is_not_finite_is_named(value, tmp_path):
         with pytest.raises(CheckpointError, match="holds NaN or infinity") as error:
             load(bad)
         assert str(error.value).splitlines()[1:] == [f"  - {key}" for key in sorted(bad)]
+
+
+def test_matching_stops_after_many_problems(tmp_path):
+    """A file of a megabyte could have thousands of them, and 20 are shown."""
+    params = {f"m{i}": {"kernel": jnp.ones((4, 3))} for i in range(600)}
+    factors = {
+        f"base_model.model.m{i}.lora_A.weight": np.ones((2, 4), np.float32) for i in range(600)
+    }
+    save(tmp_path, 1.0)
+    for count, text in ((600, "and more: matching stopped here"), (400, "... and 380 more")):
+        with (tmp_path / TENSORS).open("wb") as file:
+            write_tensors(file, dict([*factors.items()][:count]))
+        with pytest.raises(lowrank.CheckpointError) as info:
+            lowrank.peft.load(tmp_path, params)
+        assert "base_model.model.m0.lora_B.weight: missing" in str(info.value)
+        assert str(info.value).endswith(text)
+        assert str(info.value).count("\n") <= 21
+
+
+def test_a_merge_parses_each_header_once(tmp_path, monkeypatch):
+    save(tmp_path / "adapter", 1.0)
+    lowrank.huggingface.save(tmp_path / "base", PARAMS)
+    paths, parse = [], TensorFile._read_header
+    record = lambda file: paths.append(file.path.name) or parse(file)
+    monkeypatch.setattr(TensorFile, "_read_header", record)
+    for merge in (lowrank.huggingface.merge, merging.merge):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        assert sorted(paths) == [TENSORS, "model.safetensors"]
+        paths.clear()

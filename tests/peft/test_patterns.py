@@ -9,7 +9,7 @@ import pytest
 
 import lowrank_jax as lowrank
 from lowrank_jax.peft._parsing import parse_config
-from lowrank_jax.peft._patterns import ModulePatterns
+from lowrank_jax.peft._patterns import Budget, ModulePatterns
 
 # as adapters on the Hub have them
 MODULES = [
@@ -43,7 +43,7 @@ def test_the_first_key_that_matches_a_module_counts():
     chance = random.Random(0)
     for _ in range(150):
         keys = chance.sample(KEYS, chance.randint(1, 8))
-        patterns = ModulePatterns(keys, "rank_pattern")
+        patterns = ModulePatterns(keys, "rank_pattern", Budget())
         for module in MODULES:
             assert patterns.first(module) == get_pattern_key(keys, module), (keys, module)
 

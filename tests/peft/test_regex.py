@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lowrank_jax.peft._patterns import Automaton, ModulePatterns
+from lowrank_jax.peft._patterns import Automaton, Budget, ModulePatterns
 from lowrank_jax.peft._regex import RegexError, parse_regex
 
 # as adapters on the Hub have them
@@ -82,7 +82,7 @@ def regex(chance, depth=3):
 
 
 def matches(pattern, text, whole):
-    automaton = Automaton(whole, "a field")
+    automaton = Automaton(whole, "a field", Budget())
     automaton.append(parse_regex(pattern))
     return automaton.first(text) is not None
 
@@ -144,4 +144,4 @@ REFUSED += ["(?P=x)", "(a{1000}){1000}", "(" * 40 + ")" * 40, "a*" * 501, "((){1
 @pytest.mark.parametrize("pattern", REFUSED)
 def test_what_is_not_supported_is_refused(pattern):
     with pytest.raises(RegexError):
-        ModulePatterns([pattern], "rank_pattern")
+        ModulePatterns([pattern], "rank_pattern", Budget())
