@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from lowrank_jax import checkpoint
@@ -18,17 +20,18 @@ from lowrank_jax._files.gguf import SUFFIX
 from lowrank_jax._files.hub_config import CONFIG as MODEL_CONFIG
 from lowrank_jax._files.hub_config import parse_quantization
 from lowrank_jax._files.kinds import INDEX, MANIFEST, SINGLE, find_kinds
-from lowrank_jax._files.safetensors import TensorFile
 from lowrank_jax._files.shards import open_folder
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._nodes import LowRank, is_node
+from lowrank_jax._nodes.quantized import Quantized
+from lowrank_jax._nodes.quantized_factors import dequantize_factors
+from lowrank_jax._nodes.serialization import list_array_fields
+from lowrank_jax._nodes.sizes import count_packed_bytes, sum_leaves
 from lowrank_jax.huggingface._folder import read_model_config
-from lowrank_jax.peft._folder import CONFIG, TENSORS, find_tensors
-from lowrank_jax.peft._folder import read_config_bytes as read_adapter
-from lowrank_jax.peft._parsing import parse_config
-from lowrank_jax.peft._tensors import split_key
+from lowrank_jax.peft._folder import CONFIG, TENSORS
+from lowrank_jax.peft._opening import open_adapter
+from lowrank_jax.peft._tensors import FACTOR_PAIRS, split_key
 
-_FACTOR_PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 _LIST_LIMIT = 10
 _PICKLES = (".bin", ".pt", ".pth")
 
@@ -93,12 +96,11 @@ def _describe_entry(path: Path) -> str:
 
 def _describe_adapter(folder: Path) -> list[str]:
     """Describe a PEFT adapter; its tensors are read to find zero factors, infinities and NaNs."""
-    config = parse_config(read_adapter(folder), str(folder / CONFIG))
-    lines = [
-        "a PEFT adapter" + (" with DoRA" if config["use_dora"] else ""),
-        f"base model: {to_printable(config['base_model_name_or_path'] or 'not named')}",
-    ]
-    with TensorFile(find_tensors(folder)) as file:
+    with open_adapter(folder) as (_, config, file):
+        lines = [
+            "a PEFT adapter" + (" with DoRA" if config["use_dora"] else ""),
+            f"base model: {to_printable(config['base_model_name_or_path'] or 'not named')}",
+        ]
         lines.append(format_sizes(file.entries.values()))
         split = {key: split_key(key) for key in file.entries}
         parts: dict[str, dict[str, str]] = {}
@@ -113,7 +115,7 @@ def _describe_adapter(folder: Path) -> list[str]:
         for module, named in parts.items():
             if not any(part.startswith("lora_") for part in named):
                 whole.append(module)
-            for first, second in _FACTOR_PAIRS.items():
+            for first, second in FACTOR_PAIRS.items():
                 if (first in named) != (second in named):
                     odd.append(f"{to_printable(module)}: has one of {first} and {second}")
                 elif first in named:
@@ -146,11 +148,12 @@ def _describe_checkpoint(folder: Path) -> list[str]:
     for path, node in nodes.items():
         if isinstance(node, LowRank):
             ranks[node.rank, node.scale] += 1
-        arrays = [np.asarray(x) for x in vars(node).values() if hasattr(x, "__array__")]
-        odd += [f"{to_printable(path)}: not finite"] if not all(map(_is_finite, arrays)) else []
+        dense = [np.asarray(x) for x in jax.tree.leaves(dequantize_factors(node))]
+        odd += [f"{to_printable(path)}: not finite"] if not all(map(_is_finite, dense)) else []
     dora = any(getattr(node, "magnitude", None) is not None for node in nodes.values())
     whole = [path for path, node in nodes.items() if not isinstance(node, LowRank)]
-    arrays = [x for n in nodes.values() for x in vars(n).values() if hasattr(x, "__array__")]
+    quantized = [x for x in _list_parts(nodes.values()) if isinstance(x, Quantized)]
+    arrays = jax.tree.leaves(found.lora)
     step = "no step" if found.step is None else f"step {found.step}"
     base = "not recorded" if found.fingerprint is None else repr(found.fingerprint)
     state = "with" if found.opt_state is not None else "without"
@@ -161,7 +164,20 @@ def _describe_checkpoint(folder: Path) -> list[str]:
         *_format_ranks(ranks),
     ]
     lines += [f"leaves trained whole: {len(whole)}, {_join_names(whole)}"] if whole else []
+    if quantized:
+        formats = ", ".join(sorted({part.format for part in quantized}))
+        count = sum(part.size for part in quantized)
+        stored = sum_leaves(count_packed_bytes, quantized)
+        lines.append(
+            f"quantized factors: {len(quantized)} in {formats}, {count:,} parameters in {stored:,} "
+            "bytes"
+        )
     return lines + _format_problems(odd)
+
+
+def _list_parts(nodes: Iterable[Any]) -> list[Any]:
+    """List the values of the fields of nodes that hold arrays; a quantized one is one value."""
+    return [getattr(node, name) for node in nodes for name in list_array_fields(node)]
 
 
 def _describe_model(folder: Path) -> list[str]:
@@ -193,7 +209,9 @@ def _describe_model(folder: Path) -> list[str]:
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    return array.dtype.kind in "iub" or bool(np.isfinite(array.astype(np.float32)).all())
+    if array.dtype.kind in "iub" or not array.size:
+        return True
+    return bool(np.isfinite(array.astype(np.float32)).all())
 
 
 def _format_ranks(ranks: Mapping[tuple[int, float], int]) -> list[str]:

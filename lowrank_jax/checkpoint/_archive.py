@@ -44,7 +44,9 @@ from lowrank_jax.checkpoint._quiet import silence_orbax
 # Hashes of files are checked before Orbax parses any of them, and those of arrays after it, so
 # that an error in writing or parsing is noticed too.
 
-_FORMAT, _VERSION = "lowrank_jax.checkpoint", 1
+# Files with quantized arrays have a version of their own, which older releases refuse; all others
+# keep the version that every release reads.
+_FORMAT, VERSION, QUANTIZED_VERSION = "lowrank_jax.checkpoint", 1, 2
 _ARRAYS_FOLDER = re.compile(r"arrays-[0-9a-f]{32}")
 # OCDBT compresses small arrays within its index: by how much each may exceed its size on disk
 _INLINE_SLACK = 4096
@@ -83,7 +85,7 @@ def _commit(directory: Path, body: dict[str, Any], arrays: dict[str, np.ndarray]
             name: [list(array.shape), array.dtype.name, sha]
             for (name, array), sha in zip(arrays.items(), hashes, strict=True)
         }
-    head = {"format": _FORMAT, "version": _VERSION}
+    head = {"format": _FORMAT, "version": VERSION}
     body = {**head, **body, "arrays": entries, "folder": folder.name, "files": files}
     fsync(directory)
     text = serialize_manifest(body)
@@ -116,10 +118,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         body = json.loads(text)
         if not isinstance(body, dict) or body.get("format") != _FORMAT:
             raise CheckpointError(f"{path} is not a manifest of lowrank_jax.checkpoint")
-        if body.get("version") != _VERSION:
+        if body.get("version") not in (VERSION, QUANTIZED_VERSION):
             raise CheckpointError(
                 f"{path} is of format version {body.get('version')!r}; this lowrank_jax reads "
-                f"version {_VERSION}: use the release that wrote it, or a newer one"
+                f"versions {VERSION} and {QUANTIZED_VERSION}: use the release that wrote it, or a "
+                "newer one"
             )
         body.pop("sha256", None)
         if text == serialize_manifest(body) and _ARRAYS_FOLDER.fullmatch(body["folder"]):

@@ -31,7 +31,7 @@ _SCALARS = {"bool": bool, "int": int, "float": float}
 _KINDS = {"bool": "b", "int": "iu", "float": "f"}
 _PRNGS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 # keys of the body that `_save` writes, and those that `_archive` adds
-_KEYS = {"step", "config", "base", "lora", "opt_state", "extra"}
+_KEYS = {"step", "config", "base", "lora", "opt_state", "extra", "formats"}
 _ARCHIVE = {"format", "version", "arrays", "folder", "files"}
 
 

@@ -11,8 +11,12 @@ import jax
 from lowrank_jax._codecs import get_format
 from lowrank_jax._codecs.formats import check_block_size
 from lowrank_jax._codecs.packing import PACKINGS
+from lowrank_jax._display.text import quote_value
 from lowrank_jax._errors import CheckpointError, ConfigError
+from lowrank_jax._jax.paths import flatten
+from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes.quantized import Quantized, dequantize_node
+from lowrank_jax._trees.fingerprint import list_differences
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _TYPES = {
@@ -31,6 +35,48 @@ def write_format(factor: Quantized) -> dict[str, Any]:
     """Return the static fields of a quantized factor as plain values."""
     plain = lambda value: [*map(int, value)] if isinstance(value, tuple) else value
     return {name: plain(getattr(factor, name)) for name in _TYPES}
+
+
+def collect_formats(tree: PyTree) -> dict[str, dict[str, Any]]:
+    """Return path -> static fields of the Quantized nodes of a tree, also those within nodes."""
+    leaves = flatten(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))[0]
+    return {path: write_format(leaf) for path, leaf in leaves if isinstance(leaf, Quantized)}
+
+
+def read_formats(body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the manifest's static fields of quantized arrays outside of lora, by path.
+
+    Raises:
+      CheckpointError: a field is unknown, missing, or not of its type.
+    """
+    found = body.get("formats", {})
+    if not isinstance(found, dict) or not all(map(_is_format, found.values())):
+        raise CheckpointError(
+            f"the manifest has the formats {quote_value(found)}, not all known to this "
+            "lowrank_jax: use the release that wrote it, or a newer one"
+        )
+    return found
+
+
+def _is_format(values: object) -> bool:
+    """Whether a value has the fields of `write_format`, each of its type."""
+    return (
+        isinstance(values, dict)
+        and values.keys() == _TYPES.keys()
+        and all(_is_valid(name, values[name], kind) for name, kind in _TYPES.items())
+    )
+
+
+def compare_formats(
+    wanted: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """List the differences in static fields of the quantized arrays that both trees have."""
+    show = lambda formats: {
+        f"{path}.{name}": repr(formats[path][name])
+        for path in sorted(wanted.keys() & saved.keys())
+        for name in _TYPES
+    }
+    return list_differences(show(wanted), show(saved))
 
 
 def read_quantized(path: str, arrays: Mapping[str, Any], values: Mapping[str, Any]) -> Quantized:

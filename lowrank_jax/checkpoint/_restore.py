@@ -31,6 +31,7 @@ from lowrank_jax.checkpoint._fitting import (
     refuse_malformed,
     refuse_other_base,
 )
+from lowrank_jax.checkpoint._formats import collect_formats, compare_formats, read_formats
 from lowrank_jax.checkpoint._paths import checkpoint_errors, resolve_directory
 
 
@@ -141,6 +142,7 @@ def _restore_body(
     where = f"the manifest in {directory}"
     with checkpoint_errors(f"{where} is malformed: not written by save", where):
         config, trained_on, step, nodes, saved = read_body(body)
+        formats = read_formats(body)
         refuse_malformed(nodes)
         compute_dense_shapes(nodes)
     get = like.get if isinstance(like, Mapping) else lambda name: getattr(like, name, None)
@@ -161,11 +163,12 @@ def _restore_body(
         if likes["lora"] is not None:
             wanted = collect_adapters(likes["lora"])
             nodes = rename_legacy_paths(nodes, wanted)
+            others = compare_formats(collect_formats(wanted), collect_formats(nodes))
             shardings |= match_leaves(
                 "lora",
                 collect_arrays(wanted),
                 collect_arrays(nodes),
-                compare_static_fields(wanted, nodes),
+                [*compare_static_fields(wanted, nodes), *others],
             )
             trees = {"lora": unflatten_by_path(likes["lora"], nodes, is_node)}
         elif base is not None and not isinstance(base, Fingerprint):
@@ -176,7 +179,8 @@ def _restore_body(
             if likes[what] is not None:
                 wanted = dict(flatten(likes[what])[0])
                 leaves = rename_legacy_paths(leaves or {}, wanted)
-                shardings |= match_leaves(what, wanted, leaves)
+                own = {f"{what}/{path}": v for path, v in collect_formats(likes[what]).items()}
+                shardings |= match_leaves(what, wanted, leaves, compare_formats(own, formats))
                 trees[what] = unflatten_by_path(likes[what], leaves)
             else:
                 trees[what] = None if leaves is None else to_nested_dict(leaves)

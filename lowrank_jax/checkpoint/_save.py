@@ -17,16 +17,14 @@ from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import collect_adapters
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint
-from lowrank_jax.checkpoint._archive import write_archive
+from lowrank_jax.checkpoint._archive import QUANTIZED_VERSION, write_archive
 from lowrank_jax.checkpoint._background import Saving, finish_pending_save
-from lowrank_jax.checkpoint._entries import (
-    write_entries,
-    write_node,
-)
+from lowrank_jax.checkpoint._entries import write_entries, write_node
 from lowrank_jax.checkpoint._fitting import (
     refuse_malformed,
     refuse_misshapen,
 )
+from lowrank_jax.checkpoint._formats import collect_formats
 from lowrank_jax.checkpoint._paths import checkpoint_errors, resolve_directory
 
 
@@ -168,6 +166,14 @@ def _build_contents(
             "opt_state": write_entries("opt_state", opt_state, arrays),
             "extra": write_entries("extra", extra, arrays),
         }
+        formats = {
+            f"{what}/{path}": values
+            for what, tree in (("opt_state", opt_state), ("extra", extra))
+            for path, values in collect_formats(tree).items()
+        }
+        body |= {"formats": formats} if formats else {}
+        if formats or any("quantized" in entry for entry in body["lora"]):
+            body["version"] = QUANTIZED_VERSION
     return body, arrays
 
 

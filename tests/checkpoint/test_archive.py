@@ -62,9 +62,9 @@ def test_a_leaf_is_verified_beyond_its_file(copy):
 
 
 def test_unknown_version_is_refused(copy):
-    edit(copy, lambda body: body.update(version=2))
+    edit(copy, lambda body: body.update(version=3))
     with pytest.raises(
-        CheckpointError, match=r"format version 2; this lowrank_jax reads version 1"
+        CheckpointError, match=r"format version 3; this lowrank_jax reads versions 1 and 2"
     ):
         checkpoint.restore(copy)
 

@@ -1,5 +1,7 @@
 """A checkpoint against the base and the tree that it is restored into."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -67,3 +69,44 @@ def test_like_lists_all_that_differs(tmp_path):
     checkpoint.save(tmp_path, lora=lora, config=config)
     with pytest.raises(CheckpointError, match="0/count: missing, expected int32"):
         checkpoint.restore(tmp_path, like={"opt_state": tx.init(lora)})
+
+
+STORED = {"format": "nf4", "block_size": 32, "double_quant": False, "packing": "uint4"}
+
+
+def quantized(dtype=jnp.float32, **changes):
+    quant = lowrank.QuantConfig(targets="w", **{**STORED, **changes})
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, dtype)
+    return lowrank.quantize_adapter({"w": lowrank.LowRank(draw(0, 64, 2), draw(1, 2, 128))}, quant)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"format": "fp4"}, "w/a.format: 'nf4', expected 'fp4'"),
+        ({"format": "int8"}, "w/a.format: 'nf4', expected 'int8'"),
+        ({"block_size": 64}, "w/b.block_size: 32, expected 64"),
+        ({"double_quant": True}, "w/a/scales: float32[2, 2], expected uint8[2, 2]"),
+        ({"packing": "uint8"}, "w/b.packing: 'uint4', expected 'uint8'"),
+        ({"dtype": jnp.bfloat16}, "w/a.weight_dtype: 'float32', expected 'bfloat16'"),
+    ],
+)
+@pytest.mark.parametrize("what", ["lora", "extra"])
+def test_like_must_have_the_format_of_quantized_factors(what, change, text, tmp_path):
+    """nf4 and fp4 have codes of the same shapes and dtypes: their arrays do not tell them apart."""
+    lora, config = quantized(), lowrank.LoraConfig(rank=2, targets="w")
+    checkpoint.save(tmp_path, lora=lora, config=config, extra=lora)
+    same(lora, getattr(checkpoint.restore(tmp_path, like={what: quantized()}), what))
+    with pytest.raises(CheckpointError) as info:
+        checkpoint.restore(tmp_path, like={what: quantized(**change)})
+    assert f"the saved {what} does not match like.{what}: restore without it" in str(info.value)
+    assert text in str(info.value)
+
+
+def test_only_files_with_quantized_arrays_are_of_a_later_version(tmp_path):
+    lora, config = quantized(), lowrank.LoraConfig(rank=2, targets="w")
+    dense = lowrank.dequantize(lora)
+    for lora_, extra, version in ((dense, dense, 1), (lora, None, 2), (dense, lora, 2)):
+        checkpoint.save(tmp_path, lora=lora_, config=config, extra=extra)
+        assert json.loads((tmp_path / "manifest.json").read_text())["version"] == version
+        same(lora_, checkpoint.restore(tmp_path).lora)

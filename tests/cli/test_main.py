@@ -1,5 +1,6 @@
 """`python -m lowrank_jax`: what it prints and writes, and how it says no."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -107,6 +108,21 @@ def test_inspect_knows_a_checkpoint(tmp_path, capsys):
         "2 tensors, 480 numbers (float32 480), 1,920 bytes\n"
         "adapted weights: 1, 1 of rank 3, scale 1.66667\n"
     )
+
+
+def test_inspect_counts_quantized_factors(tmp_path, capsys):
+    """64 x 2 and 2 x 128 parameters: a byte for two codes, and a float32 for 32 of them."""
+    lora = {"w": lowrank.LowRank(jnp.ones((64, 2)), jnp.ones((2, 128)))}
+    quant = lowrank.QuantConfig(targets="w", block_size=32, double_quant=False)
+    stored, config = lowrank.quantize_adapter(lora, quant), lowrank.LoraConfig(rank=2, targets="w")
+    lowrank.checkpoint.save(tmp_path, lora=stored, config=config)
+    text = said(capsys, "inspect", tmp_path)
+    assert "quantized factors: 2 in nf4, 384 parameters in 240 bytes" in text
+    assert "4 tensors, 396 numbers (uint4 384, float32 12)" in text
+    broken = dataclasses.replace(stored["w"].a, scales=jnp.full_like(stored["w"].a.scales, jnp.nan))
+    lora = {"w": dataclasses.replace(stored["w"], a=broken)}
+    lowrank.checkpoint.save(tmp_path, lora=lora, config=config)
+    assert "odd: w: not finite" in said(capsys, "inspect", tmp_path)
 
 
 def test_inspect_says_what_is_odd(tmp_path, capsys):
