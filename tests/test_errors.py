@@ -312,10 +312,10 @@ MISTAKES = {
         lowrank.TreeError,
         r"first argument is the adapter, not a base: the order is \(base, lora\)",
     ),
-    "combine of a combined tree": (
+    "combine of one adapter twice": (
         lambda: lowrank.combine(lowrank.combine(BASE, LORA), LORA),
         lowrank.TreeError,
-        r"first argument is a combined tree.*partition",
+        r"already combined with this adapter \(see 'params/attention/key/kernel'\)",
     ),
     "combine with a tree of arrays": (
         lambda: lowrank.combine(BASE, BASE),

@@ -78,17 +78,26 @@ def strip_norms(leaf: object) -> Any:
     return leaf.value if isinstance(leaf, Normed) else leaf
 
 
+def find_frozen(leaf: Any) -> Any:
+    """Return the frozen array or Quantized leaf inside of adapters and norms."""
+    while isinstance(leaf, Normed | Adapted):
+        leaf = leaf.inner
+    return leaf
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapted(Wrapper):
     r"""A frozen leaf and its adapter: $W_\text{eff} = W + m\,(W' - W)$.
 
     Args:
-      base: the frozen leaf: an array, Quantized or Normed.
+      base: the frozen leaf: an array, Quantized, Normed, or Adapted by a frozen adapter.
       delta: LowRank (W' = W + s a b) or Full (W' = its value).
       multiplier: m, a float32 scalar, or None for 1.
       key: typed PRNG keys [*stack] for dropout, or None.
       rate: dropout rate of the input of the adapter branch, static.
+      depth: how many times the tree was combined again after this adapter, static. Only adapters of
+        depth 0 are trained, and partition takes these off.
 
     >>> import lowrank_jax as lowrank
     >>> params = {"w": jnp.ones((4, 3))}
@@ -104,6 +113,7 @@ class Adapted(Wrapper):
     multiplier: Any = None
     key: Any = None
     rate: float = dataclasses.field(default=0.0, metadata={"static": True})
+    depth: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def inner(self) -> Leaf:
@@ -123,8 +133,18 @@ def is_node(value: object) -> bool:
 
 
 def is_adapter(value: object) -> bool:
-    """Whether a value is an adapter (LowRank or Full) or holds one (Adapted)."""
-    return isinstance(value, LowRank | Full | Adapted)
+    """Whether a value is an adapter (LowRank or Full) or holds one to train (Adapted)."""
+    return isinstance(value, LowRank | Full) or (isinstance(value, Adapted) and not value.depth)
+
+
+def add_depth(leaf: Any, count: int) -> Any:
+    """Return a leaf whose adapters, one inside the other, are count combines deeper."""
+    if isinstance(leaf, Normed):
+        value = add_depth(leaf.value, count)
+        return leaf if value is leaf.value else dataclasses.replace(leaf, value=value)
+    if not isinstance(leaf, Adapted):
+        return leaf
+    return dataclasses.replace(leaf, base=add_depth(leaf.base, count), depth=leaf.depth + count)
 
 
 def as_dense(leaf: Leaf | Full) -> Any:

@@ -22,11 +22,12 @@ def check_node(node: Node, path: str) -> None:
             f"{path!r} is a LowRank adapter without its base: pass lowrank.combine(base, lora) to "
             "the lifted function"
         )
-    leaf = strip_norms(node.base if isinstance(node, Adapted) else node)
-    if isinstance(leaf, Quantized):
-        _check_codes(leaf, path)
+    node = strip_norms(node)
+    if isinstance(node, Quantized):
+        _check_codes(node, path)
     if not isinstance(node, Adapted):
         return
+    check_node(node.base, path)
     delta = node.delta
     if not isinstance(delta, LowRank | Full):
         raise TreeError(f"{path!r} holds an Adapted node whose delta is {type(delta).__name__}")

@@ -10,19 +10,15 @@ a weight that is transposed, or the left operand, needs no separate rule.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax._jax import jaxprs
-from lowrank_jax._nodes import Adapted, LowRank
-from lowrank_jax._nodes.selection import get_selection
 from lowrank_jax._operators import conv, dot, gather, scaling
 from lowrank_jax._operators.dense import DenseWeight
-from lowrank_jax._operators.dora import as_weight, compute_gain
 from lowrank_jax._operators.labeled import LabeledWeight
 from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers, Weight
 from lowrank_jax._primitives.contract import (
@@ -32,7 +28,7 @@ from lowrank_jax._primitives.contract import (
     arrange,
     contract,
 )
-from lowrank_jax._primitives.selected_dot import ENTRY, take_entries
+from lowrank_jax._primitives.selected_dot import take_entries
 
 _STATIC = {"static": True}
 
@@ -78,43 +74,16 @@ class LowRankWeight(LabeledWeight):
     @property
     def product_kind(self) -> str:  # type: ignore[override]
         """The adapter is factored; a quantized base is dequantized in the product."""
-        base_kind = self.base.product_kind
-        return "factored" if isinstance(self.base, DenseWeight) else f"factored, {base_kind}"
+        if isinstance(self.base, DenseWeight):
+            return "factored"
+        kind = self.base.product_kind
+        return kind if isinstance(self.base, LowRankWeight) else f"factored, {kind}"
 
     @property
     def materialize_note(self) -> str:  # type: ignore[override]
         """A materialized weight has no factor input, so its dropout is not applied."""
-        return "" if self.key is None or not self.rate else "; its dropout is left out"
-
-    @classmethod
-    def of(cls, node: Adapted, path: Hashable) -> LowRankWeight:
-        """Return the operator of a node with LowRank factors."""
-        selection = get_selection(node.delta)
-        base, node = as_weight(node.base), jaxprs.to_device(node)
-        assert isinstance(node.delta, LowRank)
-        delta = node.delta.for_shape(base.shape)
-        fan_in, fan_out, stack = delta.axes(base.ndim)
-        (a, b), gain = delta.factors(), compute_gain(node.base, delta)
-        lead, entry = (), None
-        if selection is not None and type(delta) is LowRank:
-            many = jaxprs.to_device(selection.many)
-            (a, b), lead, entry = (many.a, many.b), (ENTRY,), selection.index
-        return cls(
-            base=base,
-            a=a,
-            b=b,
-            multiplier=node.multiplier,
-            key=node.key,
-            gain=gain,
-            entry=entry,
-            a_axes=(*lead, *stack, *fan_in, RANK),
-            b_axes=(*lead, *stack, RANK, *fan_out),
-            key_axes=() if node.key is None else stack,
-            gain_axes=() if gain is None else (*stack, *fan_out),
-            scale=delta.scale,
-            rate=node.rate,
-            path=path,
-        )
+        drops = self.key is not None and self.rate
+        return "; its dropout is left out" if drops else self.base.materialize_note
 
     def sizes(self) -> dict[Any, int]:
         """Return the size along each label: the weight's axes, and RANK."""
@@ -164,8 +133,9 @@ class LowRankWeight(LabeledWeight):
         return plain + (changed - same) * jnp.asarray(self.multiplier, plain.dtype)
 
     def for_use(self, number: int) -> LowRankWeight:
-        """Return the weight with the dropout key of this use."""
-        return self if self.key is None else self.replace(key=_fold_in(self.key, number))
+        """Return the weight with the dropout keys of this use."""
+        key = None if self.key is None else _fold_in(self.key, number)
+        return self.replace(base=self.base.for_use(number), key=key)
 
     # Structural operations
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from lowrank_jax._errors import LowrankError
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, LowRank, as_dense
-from lowrank_jax._operators.low_rank import LowRankWeight
-from lowrank_jax._primitives.contract import accumulator_dtype
+from lowrank_jax._nodes import Adapted, LowRank, as_dense, strip_norms
+from lowrank_jax._operators.wrapping import wrap_adapted
 
 
 def materialize(node: PyTree) -> jax.Array:
@@ -21,14 +19,7 @@ def materialize(node: PyTree) -> jax.Array:
     """
     if isinstance(node, LowRank):
         raise LowrankError("a LowRank adapter without its base has no weight: pass combine(...)")
+    node = strip_norms(node)
     if not isinstance(node, Adapted):
         return as_dense(node)
-    node = jaxprs.to_device(node)
-    if isinstance(node.delta, LowRank):
-        return LowRankWeight.of(node, None).materialize()
-    if node.multiplier is None:
-        return node.delta.value.astype(node.base.dtype)  # the base does not matter
-    base = as_dense(node.base)
-    whole = base.astype(accumulator_dtype(base.dtype))
-    change = node.delta.value.astype(whole.dtype) - whole
-    return (whole + change * jnp.asarray(node.multiplier, whole.dtype)).astype(base.dtype)
+    return wrap_adapted(jaxprs.to_device(node), None).materialize()

@@ -57,15 +57,9 @@ def trainable_mask(tree: PyTree) -> Any:
     """
 
     def mark(node: object) -> Any:
-        if isinstance(node, Adapted):
+        if isinstance(node, Adapted) and is_adapter(node):
             frozen = jax.tree.map(lambda _: False, node)
-            return Adapted(
-                frozen.base,
-                jax.tree.map(lambda _: True, node.delta),
-                frozen.multiplier,
-                frozen.key,
-                node.rate,
-            )
+            return dataclasses.replace(frozen, delta=jax.tree.map(lambda _: True, node.delta))
         return jax.tree.map(lambda _: is_adapter(node), node)
 
     leaves, treedef = flatten(tree, is_leaf=is_node)
@@ -120,6 +114,8 @@ def factor_labels(lora: PyTree) -> Any:
 def _refuse_quantized(leaves: Sequence[tuple[str, Any]]) -> None:
     """Raise TreeError if the factors of an adapter are quantized."""
     for path, leaf in leaves:
+        if isinstance(leaf, Adapted) and leaf.depth:
+            continue  # a frozen adapter
         if has_quantized_factors(leaf.delta if isinstance(leaf, Adapted) else leaf):
             raise TreeError(
                 f"{path!r} is an adapter with quantized factors, which has no gradient: train "

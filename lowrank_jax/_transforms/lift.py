@@ -36,10 +36,9 @@ from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.selection import get_selection, restore_selections
 from lowrank_jax._nodes.serialization import Node
 from lowrank_jax._nodes.validation import check_node
-from lowrank_jax._operators.dora import as_weight
-from lowrank_jax._operators.low_rank import LowRankWeight
 from lowrank_jax._operators.materialize import materialize
 from lowrank_jax._operators.weight import Weight
+from lowrank_jax._operators.wrapping import as_weight, wrap_adapted
 
 FALLBACKS = ("warn", "raise", "silent")
 
@@ -178,7 +177,8 @@ def trace(
 
 def _frozen_arrays(node: Node) -> list[jax.Array]:
     """The arrays of a node's frozen leaf."""
-    return jax.tree.leaves(strip_norms(node.base if isinstance(node, Adapted) else node))
+    node = strip_norms(node)
+    return _frozen_arrays(node.base) if isinstance(node, Adapted) else jax.tree.leaves(node)
 
 
 _IN_PLACE = (
@@ -236,8 +236,8 @@ def evaluate(
 def wrap_node(node: Node, path: str) -> jax.Array | Weight:
     """Return the weight operator of a node, or the array of a leaf trained whole."""
     if isinstance(node, Adapted):
-        return materialize(node) if isinstance(node.delta, Full) else LowRankWeight.of(node, path)
-    if isinstance(strip_norms(node), Quantized):
+        return materialize(node) if isinstance(node.delta, Full) else wrap_adapted(node, path)
+    if isinstance(strip_norms(node), Adapted | Quantized):
         return as_weight(node, path)
     return materialize(node)
 

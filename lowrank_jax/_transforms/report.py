@@ -29,7 +29,15 @@ from lowrank_jax._interpreter.interpret import Context, Record
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node, strip_norms
+from lowrank_jax._nodes import (
+    Adapted,
+    Full,
+    LowRank,
+    find_frozen,
+    is_adapter,
+    is_node,
+    strip_norms,
+)
 from lowrank_jax._nodes.methods import get_label
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._nodes.sizes import (
@@ -39,7 +47,7 @@ from lowrank_jax._nodes.sizes import (
     count_elements,
     sum_leaves,
 )
-from lowrank_jax._operators.dora import count_dead_features
+from lowrank_jax._operators.wrapping import count_dead_features
 from lowrank_jax._transforms.lift import evaluate, split_arguments
 
 
@@ -67,7 +75,8 @@ class LeafReport:
 
     Args:
       kind: "LoRA", "DoRA", "LoHa", "VeRA", "(IA)^3" or "rows" (of a table); "whole" for a leaf
-        trained whole, "frozen" for a quantized leaf without an adapter.
+        trained whole, "frozen" for a quantized leaf without an adapter, "frozen LoRA" and so on for
+        one that only a frozen adapter changes.
       shape: the leaf's shape.
       rank, scale: the adapter's, or None.
       trainable: number of trained values.
@@ -306,7 +315,8 @@ def report(fn: Callable, tree: PyTree, *args: PyTree, **kwargs: PyTree) -> Repor
     # An Adapted leaf counts twice, its base as frozen and its delta as trained: for float32
     # [64, 32] and LoRA of rank 2, 2048 values (8192 bytes) are frozen, 2 * (64 + 32) are trained.
     # The bytes of a Quantized base are split into packed values and scales.
-    base_of = lambda leaf: leaf.base if isinstance(leaf, Adapted) else leaf
+    # Of an adapter under another one, the base and the factors are frozen.
+    base_of = lambda leaf: leaf.base if isinstance(leaf, Adapted) and is_adapter(leaf) else leaf
     frozen = jax.tree.map(base_of, tree, is_leaf=is_node)
     deltas = [
         node.delta if isinstance(node, Adapted) else node
@@ -315,7 +325,7 @@ def report(fn: Callable, tree: PyTree, *args: PyTree, **kwargs: PyTree) -> Repor
     ]
     scales = [
         (leaf.scales, leaf.nested, leaf.offset, leaf.nested_map)
-        for leaf in map(strip_norms, jax.tree.leaves(frozen, is_leaf=is_node))
+        for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, Quantized))
         if isinstance(leaf, Quantized)
     ]
 
@@ -327,7 +337,7 @@ def report(fn: Callable, tree: PyTree, *args: PyTree, **kwargs: PyTree) -> Repor
     return Report(
         leaves,
         sum(map(_count_values, deltas)),
-        sum(map(count_elements, counted)),
+        sum(map(_count_frozen, counted)),
         memory(count_bytes),
         memory(count_device_bytes),
     )
@@ -337,18 +347,29 @@ def _report_leaf(
     node: Adapted | Quantized | Full | LowRank, uses: tuple[Record, ...]
 ) -> LeafReport:
     """Make the report on one node."""
-    shape, base = tuple(node.shape), strip_norms(node.base if isinstance(node, Adapted) else node)
+    shape, base = tuple(node.shape), find_frozen(node)
     format = base.format if isinstance(base, Quantized) else None
     bits = count_bits(base)
     if isinstance(node, Quantized):
         return LeafReport("frozen", shape, None, None, 0, format, bits, uses)
     delta = node.delta if isinstance(node, Adapted) else node
+    if not is_adapter(node):
+        label = "whole" if isinstance(delta, Full) else get_label(delta)
+        return LeafReport(f"frozen {label}", shape, None, None, 0, format, bits, uses)
     count = _count_values(delta)
     if isinstance(delta, Full):
         return LeafReport("whole", shape, None, None, count, format, bits, uses)
     still = count_dead_features(node.base, delta) if isinstance(node, Adapted) else 0
     numbers = delta.rank, delta.scale, count
     return LeafReport(get_label(delta), shape, *numbers, format, bits, uses, still, delta.is_full)
+
+
+def _count_frozen(leaf: Any) -> int:
+    """Count the values of a frozen leaf, with those of frozen adapters on it."""
+    leaf = strip_norms(leaf)
+    if isinstance(leaf, Adapted):
+        return _count_frozen(leaf.base) + _count_values(leaf.delta)
+    return count_elements(leaf)
 
 
 def _count_values(delta: Any) -> int:

@@ -23,13 +23,13 @@ from lowrank_jax._nodes import (
     Full,
     LowRank,
     Normed,
-    attach_norms,
+    add_depth,
     is_node,
     strip_norms,
 )
 from lowrank_jax._nodes.fan_in import check_fan_in
-from lowrank_jax._operators.dora import compute_gain
 from lowrank_jax._operators.materialize import materialize
+from lowrank_jax._operators.wrapping import attach_all_norms, compute_gain
 from lowrank_jax._trees.init import to_typed_key
 
 
@@ -52,7 +52,9 @@ def combine(
 
     Args:
       base: the frozen tree, as returned by init. Raw parameters work too; with DoRA the norms of
-        their leaves are then computed at each call.
+        their leaves are then computed at each call. So does a combined tree: its adapter is then
+        frozen, and lora acts on the weights that it gives. Two LoRAs add; DoRA normalizes the inner
+        weight; `scale` and `dropout` are of the new adapter only.
       lora: the adapter, as returned by init.
       scale: m, a number or a traced scalar; 0 turns the adapter off. It multiplies the whole change
         of a weight, including that of DoRA's magnitude.
@@ -80,6 +82,7 @@ def combine(
     """
     leaves, treedef = flatten(base, is_leaf=is_node)
     nodes = _match_adapters(leaves, lora)
+    leaves = [(path, add_depth(leaf, 1)) for path, leaf in leaves]
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ConfigError(f"dropout is a static rate in [0, 1), not {dropout!r}")
     if dropout and key is None:
@@ -95,7 +98,7 @@ def combine(
             _, fan_out, stack = node.for_shape(leaf.shape).axes(leaf.ndim)
             known = isinstance(leaf, Normed) and leaf.axes == (*stack, *fan_out)
             check_fan_in(leaf if known else strip_norms(leaf), node, path)
-            leaf = leaf if known else attach_norms(leaf, node)
+            leaf = leaf if known else attach_all_norms(leaf, node)
         masks = None
         if dropout and isinstance(node, LowRank):
             masks = _make_mask_keys(key, path, node)
@@ -129,12 +132,12 @@ def _match_adapters(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, An
     """Return path -> node of an adapter; raises TreeError if it does not fit the base."""
     nodes = dict(flatten(lora, is_leaf=is_node)[0])
     arrays = dict(leaves)
-    swapped = any(isinstance(leaf, LowRank | Full) for leaf in arrays.values())
-    if swapped or any(isinstance(leaf, Adapted) for leaf in arrays.values()):
-        what = "the adapter" if swapped else "a combined tree"
+    if any(isinstance(leaf, LowRank | Full) for leaf in arrays.values()):
+        raise TreeError("the first argument is the adapter, not a base: the order is (base, lora)")
+    if twice := [path for path in nodes if _holds(arrays.get(path), nodes[path])]:
         raise TreeError(
-            f"the first argument is {what}, not a base: the order is (base, lora)"
-            + ("" if swapped else "; lowrank.partition(tree) takes a combined tree apart")
+            f"the first argument is already combined with this adapter (see {twice[0]!r}), which "
+            "would act twice: lowrank.partition(tree) takes a combined tree apart"
         )
     problems = []
     for path, node in nodes.items():
@@ -162,12 +165,23 @@ def _match_adapters(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, An
     return nodes
 
 
+def _holds(leaf: Any, node: Any) -> bool:
+    """Whether an adapted leaf has the very arrays of an adapter's node."""
+    leaf = strip_norms(leaf)
+    if not isinstance(leaf, Adapted):
+        return False
+    one, two = jax.tree.leaves(leaf.delta), jax.tree.leaves(node)
+    same = len(one) == len(two) and all(a is b for a, b in zip(one, two, strict=True))
+    return same or _holds(leaf.base, node)
+
+
 @check_arguments(tree=tree_of_arrays)
 def partition(tree: PyTree) -> tuple[Any, Any]:
     """Split a combined tree into (base, lora): the inverse of combine.
 
     Args:
-      tree: a tree as returned by combine, possibly updated.
+      tree: a tree as returned by combine, possibly updated. Of a tree that was combined again, the
+        last adapter is split off, and base is the inner combined tree.
 
     Returns:
       (base, lora), without scale and dropout, which belong to one call of combine.
@@ -186,9 +200,17 @@ def partition(tree: PyTree) -> tuple[Any, Any]:
     leaves, treedef = flatten(tree, is_leaf=is_node)
     if bare := [path for path, leaf in leaves if isinstance(leaf, LowRank | Full)]:
         raise TreeError(f"{bare[0]!r} is an adapter without its base: pass a combined tree")
-    base = [leaf.base if isinstance(leaf, Adapted) else leaf for _, leaf in leaves]
-    lora = [leaf.delta if isinstance(leaf, Adapted) else None for _, leaf in leaves]
+    last = [isinstance(leaf, Adapted) and not leaf.depth for _, leaf in leaves]
+    pairs = [(leaf.base, leaf.delta) if own else (leaf, None)
+             for own, (_, leaf) in zip(last, leaves, strict=True)]  # fmt: skip
+    base, lora = ([_peel(frozen) for frozen, _ in pairs], [delta for _, delta in pairs])
     return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
+
+
+def _peel(leaf: Any) -> Any:
+    """Return a leaf without the last call of combine; the norms that this computed go with it."""
+    inner = strip_norms(leaf)
+    return add_depth(inner, -1) if isinstance(inner, Adapted) else leaf
 
 
 @check_arguments(scale=number_like)

@@ -34,7 +34,7 @@ from lowrank_jax._nodes.family import init_rows
 from lowrank_jax._nodes.fan_in import check_is_whole
 from lowrank_jax._nodes.methods import find_method
 from lowrank_jax._nodes.quantized import Quantized
-from lowrank_jax._operators.dora import compute_norms
+from lowrank_jax._operators.wrapping import compute_norms
 from lowrank_jax._targeting.configs import LoraConfig, QuantConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._targeting.targets import (

@@ -15,7 +15,7 @@ from lowrank_jax._errors import TreeError, list_problems
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, is_node, strip_norms
+from lowrank_jax._nodes import Adapted, Full, LowRank, Normed, find_frozen, is_node
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._primitives.contract import RANK, Labels, labeled_spec
 from lowrank_jax._trees.annotations import Rules, Spec, count_named_axes, read_specs
@@ -98,8 +98,7 @@ def derive_specs(
                 "layers needs a name for its axis (metadata_params, transform_metadata)"
             )
             continue
-        inner = strip_norms(leaf.base if isinstance(leaf, Adapted) else leaf)
-        if problem := _explain_indivisible(inner, spec, ndim):
+        if problem := _explain_indivisible(find_frozen(leaf), spec, ndim):
             problems.append(f"{path}: {problem}")
             continue
         found.append(_make_specs(leaf, spec, ndim, many))

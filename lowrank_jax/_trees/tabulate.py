@@ -78,13 +78,13 @@ class _Leaves(TableMapping):
 
 def _describe_leaf(leaf: Any) -> str:
     """Describe how a leaf is kept."""
+    leaf = strip_norms(leaf)
     if isinstance(leaf, Adapted):
         return f"{_describe_leaf(leaf.delta)} on {_describe_leaf(leaf.base)}"
     if isinstance(leaf, Full):
         return "trained whole"
     if isinstance(leaf, LowRank):
         return f"{get_label(leaf)} r={leaf.rank} s={leaf.scale:.4g}"
-    leaf = strip_norms(leaf)
     return leaf.format if isinstance(leaf, Quantized) else str(leaf.dtype)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from models import noisy, normal
 
 import lowrank_jax as lowrank
-from lowrank_jax._operators.dora import compute_norms
+from lowrank_jax._operators.wrapping import compute_norms
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
