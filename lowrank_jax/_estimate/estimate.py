@@ -39,6 +39,8 @@ class Estimate:
       devices: number of devices.
       capacity: memory of the chip in bytes, or None.
       advice: what would take less memory, with the bytes where they follow from shapes.
+      collectives: what moves between devices: kind and dtype, such as "all-gather u8", -> bytes
+        that one step brings to each device, by XLA's program.
 
     >>> groups = {"base": 1024, "adapters": 64}
     >>> found = Estimate(1088, 512, 64, groups, "cpu", 1)
@@ -54,6 +56,7 @@ class Estimate:
     devices: int
     capacity: int | None = None
     advice: tuple[str, ...] = ()
+    collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -73,6 +76,7 @@ class Estimate:
             ("temporaries", format_bytes(self.temporaries)),
             ("outputs", format_bytes(self.outputs)),
             ("total", format_bytes(self.total)),
+            *((name, format_bytes(size)) for name, size in self.collectives.items()),
         ]
         many = f", on each of {self.devices} devices" if self.devices > 1 else ""
         return Table((f"{self.target}{many}", "memory"), tuple(rows), frozenset({"memory"}))
@@ -174,4 +178,5 @@ def estimate(
         devices=found.devices,
         capacity=chip and chip.memory,
         advice=list_advice(found, groups),
+        collectives=found.collectives,
     )

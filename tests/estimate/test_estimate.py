@@ -140,6 +140,19 @@ def test_four_bits_take_a_byte_on_a_cpu():
     assert found.arguments == sum(found.groups.values())
 
 
+def test_results_of_four_bits_take_a_byte_on_a_cpu():
+    quant = lowrank.QuantConfig(targets="w", double_quant=False)
+    encode = lambda params: lowrank.quantize(params, quant)
+    found = lowrank.estimate(encode, {"w": jnp.ones((128, 64))})
+    assert found.outputs == pytest.approx(128 * 64 + 2 * 64 * 4, abs=64)  # codes and scales
+    codes = jax.ShapeDtypeStruct((1024,), jnp.uint4)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    again = lambda codes: codes + jnp.uint4(1)
+    assert lowrank.estimate(again, codes).outputs == 1024
+    assert lowrank.estimate(again, codes, donate=0).outputs == 0
+    assert lowrank.estimate(again, put(codes, mesh, "d")).outputs == 1024 // 8
+
+
 def test_bytes_are_those_of_one_device():
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     step, (base, lora, state, x) = make_args()
