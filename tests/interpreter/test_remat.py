@@ -1,10 +1,14 @@
 """Rematerialization policies take products of quantized weights for products."""
 
+import re
+
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import checkpoint_policies as policies
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from models import normal
 
 import lowrank_jax as lowrank
@@ -104,3 +108,49 @@ def test_ragged_products_are_asked_about_as_they_are(policy, count):
     call = lowrank.lift(lambda p, x: jax.checkpoint(fn, policy=policy)(p, x), fallback="raise")
     slope = jax.make_jaxpr(jax.grad(lambda x: call(base, x).sum()))(X)
     assert decodes(slope.jaxpr) == count
+
+
+OFFLOAD = policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=["saved"],
+    names_which_can_be_offloaded=["offloaded"],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
+
+
+def named_layers(params, x):
+    """Layers that name an activation to save, one to offload, and one to compute again."""
+
+    def layer(x, w):
+        x = checkpoint_name(jnp.tanh(x), "offloaded")
+        y = checkpoint_name(jnp.tanh(x @ w["up"]), "saved")
+        return x + checkpoint_name(jnp.sin(y), "neither") @ w["down"], None
+
+    return lax.scan(jax.checkpoint(layer, policy=OFFLOAD), x, params)[0]
+
+
+def find_moves(jaxpr):
+    """(memory, shape) of all that moves between memories, and the names, in a jaxpr's text."""
+    names = re.findall(r"name\[name=(\w+)\]", jaxpr)
+    pattern = r"\w+:f32(<host>)?\[([\d,]+)\] = device_put\["
+    return sorted(re.findall(pattern, jaxpr)), sorted(names)
+
+
+@pytest.mark.parametrize("quant", [None, QUANT])
+def test_a_lifted_function_keeps_names_and_offloads_by_them(quant):
+    shapes = {"up": (2, 64, 128), "down": (2, 128, 64)}
+    params = {name: normal(*shape) / 8 for name, shape in shapes.items()}
+    plan = lowrank.plan(named_layers, params, X)
+    frozen = lowrank.quantize(params, quant, plan=plan) if quant else params
+    base, lora = lowrank.init(0, frozen, lowrank.LoraConfig(rank=2, targets="*"), plan=plan)
+    lifted = lowrank.lift(named_layers, fallback="raise")
+    plain = lambda params: named_layers(params, X).sum()
+    ours = lambda lora: lifted(lowrank.combine(base, lora), X).sum()
+    moves, names = find_moves(str(jax.make_jaxpr(jax.grad(plain))(params)))
+    # the input of each layer to the host, and back; up's result stays, the sine is not named there
+    assert [shape for _, shape in moves] == ["3,64", "3,64"]
+    assert {host for host, _ in moves} == {"", "<host>"}
+    assert find_moves(str(jax.make_jaxpr(jax.grad(ours))(lora))) == (moves, names)
+    lora = jax.tree.map(lambda leaf: leaf + 0.01, lora)
+    merged = lambda lora: plain(lowrank.merge(base, lora))
+    chex.assert_trees_all_close(jax.grad(ours)(lora), jax.grad(merged)(lora), rtol=1e-4, atol=1e-5)
