@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import P
 
 from lowrank_jax._errors import ConfigError
 from lowrank_jax._files.json_text import read_json_object
@@ -150,23 +151,98 @@ def make_shapes(sizes: Sizes, dtype: Any) -> dict[str, Any]:
     return jax.tree.map(to_struct, shapes, is_leaf=lambda value: isinstance(value, tuple))
 
 
-def make_model(sizes: Sizes, *, remat: bool) -> Any:
-    """Return apply(params, tokens [b, t]) -> logits [b, t, vocabulary]."""
+# Along "model" a layer is split as by Megatron-LM, its columns and then its rows. Along "data", by
+# FSDP, the rows of every weight are, and gathered where it is used: codes [rows / 64, 64, columns]
+# along their first axis. If columns were gathered, XLA would first copy the whole stack of layers
+# into a layout with columns first. The table and the head are split by tokens of the vocabulary,
+# over all devices, and never gathered.
+VOCABULARY = ("data", "model")
+COLUMNS, ROWS = P(None, "data", "model"), P(None, ("model", "data"), None)
+SPECS = {
+    "embed_tokens": P(VOCABULARY, None),
+    "lm_head": P(None, VOCABULARY),
+    "norm": P(),
+    "layers": {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), COLUMNS),
+        **dict.fromkeys(("o_proj", "down_proj"), ROWS),
+        "input_layernorm": P(),
+        "post_attention_layernorm": P(),
+    },
+}
 
-    def layer(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        x = x + _attend(_normalize(x, w["input_layernorm"]), w, sizes)
+
+@dataclasses.dataclass(frozen=True)
+class Llama:
+    """A plain Llama of these sizes, as functions of its parameters.
+
+    Args:
+      sizes: its sizes.
+      remat: compute the activations of a layer again in the backward pass.
+      is_sharded: whether it runs on a mesh of the axes "data" and "model".
+      chunk: number of tokens of each sequence whose logits exist at a time; None for all.
+    """
+
+    sizes: Sizes
+    remat: bool = True
+    is_sharded: bool = False
+    chunk: int | None = None
+
+    def apply(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """Return the logits [b, t, vocabulary] of tokens [b, t]."""
+        return self._project(params, self._run_layers(params, tokens))
+
+    def compute_loss(self, params: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+        """Return the mean cross-entropy of targets [b, t]."""
+        x = self._run_layers(params, tokens)
+        if self.chunk is None:
+            return self._sum_losses(params, x, targets) / targets.size
+
+        def body(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
+            return total + self._sum_losses(params, *part), None
+
+        # [b, t, ...] -> [t / chunk, b, chunk, ...]
+        split = lambda y: jnp.moveaxis(y.reshape(y.shape[0], -1, self.chunk, *y.shape[2:]), 1, 0)
+        total, _ = jax.lax.scan(jax.checkpoint(body), jnp.zeros(()), (split(x), split(targets)))
+        return total / targets.size
+
+    def _run_layers(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """Return the normalized activations [b, t, d] before the head."""
+        body = jax.checkpoint(self._run_layer) if self.remat else self._run_layer
+        # each device looks up the tokens that its part of the table has
+        x = self._constrain(params["embed_tokens"][self._constrain(tokens)])
+        x, _ = jax.lax.scan(body, self._constrain(x, "data"), params["layers"])
+        return _normalize(x, params["norm"])
+
+    def _run_layer(self, x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        # the constraint on a quantized weight holds for its codes: those are gathered
+        w = {name: self._gather(leaf, name) for name, leaf in w.items()}
+        x = x + _attend(_normalize(x, w["input_layernorm"]), w, self.sizes)
+        x = self._constrain(x, "data")
         y = _normalize(x, w["post_attention_layernorm"])
-        return x + (jax.nn.silu(y @ w["gate_proj"]) * (y @ w["up_proj"])) @ w["down_proj"], None
+        x = x + (jax.nn.silu(y @ w["gate_proj"]) * (y @ w["up_proj"])) @ w["down_proj"]
+        return self._constrain(x, "data"), None
 
-    body = jax.checkpoint(layer) if remat else layer
+    def _gather(self, weight: jax.Array, name: str) -> jax.Array:
+        """Gather a layer's weight along "data"."""
+        whole = {COLUMNS: (None, "model"), ROWS: ("model", None)}
+        return self._constrain(weight, *whole.get(SPECS["layers"][name], ()))
 
-    def apply(params: Any, tokens: jax.Array) -> jax.Array:
-        x, _ = jax.lax.scan(body, params["embed_tokens"][tokens], params["layers"])
-        x = _normalize(x, params["norm"])
-        tied = "lm_head" not in params
-        return x @ (params["embed_tokens"].T if tied else params["lm_head"])
+    def _project(self, params: Any, x: jax.Array) -> jax.Array:
+        """Return the logits of x [b, t, d]."""
+        is_tied = "lm_head" not in params
+        head = params["embed_tokens"].T if is_tied else params["lm_head"]
+        return self._constrain(self._constrain(x) @ head, None, None, VOCABULARY)
 
-    return apply
+    def _sum_losses(self, params: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = self._project(params, x).astype(jnp.float32)
+        # a sum over a comparison, not a look-up, for which a split vocabulary would be gathered
+        is_target = jnp.arange(logits.shape[-1]) == self._constrain(targets)[..., None]
+        picked = jnp.sum(jnp.where(is_target, logits, 0.0), -1)
+        return jnp.sum(jax.nn.logsumexp(logits, -1) - picked)
+
+    def _constrain(self, x: jax.Array, *spec: Any) -> jax.Array:
+        """Constrain an array to be split so, and whole along its other axes."""
+        return jax.lax.with_sharding_constraint(x, P(*spec)) if self.is_sharded else x
 
 
 def _normalize(x: jax.Array, weight: jax.Array) -> jax.Array:

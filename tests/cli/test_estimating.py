@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lowrank_jax as lowrank
@@ -69,7 +70,7 @@ def test_a_folder_is_estimated_by_its_config(folder, fast_compile):
 
 def test_the_model_is_causal_and_uses_all_its_parameters(fast_compile):
     sizes = plain_llama.Sizes(**TINY, head_dim=8)
-    apply = plain_llama.make_model(sizes, remat=True)
+    apply = plain_llama.Llama(sizes).apply
     keys = iter(jax.random.split(jax.random.key(0), 100))
     normal = lambda leaf: jax.random.normal(next(keys), leaf.shape, leaf.dtype) / 4
     params = jax.tree.map(normal, plain_llama.make_shapes(sizes, jnp.float32))
@@ -81,6 +82,86 @@ def test_the_model_is_causal_and_uses_all_its_parameters(fast_compile):
     assert (logits[0, 5:] != changed[0, 5:]).any(-1).all()
     grads = jax.grad(lambda params: apply(params, tokens).std())(params)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+WIDE = {  # whole blocks of 64 for each of eight devices
+    "vocab_size": 256,
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+FSDP = ("--mesh", "8x1", "--batch", "8", "--tokens", "4", "--rank", "2", "--quantize", "nf4")
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="conftest asks for eight devices")
+def test_codes_are_gathered_and_no_weight(tmp_path, fast_compile):
+    (tmp_path / "config.json").write_text(json.dumps(WIDE))
+    found = run("--like", str(tmp_path), *FSDP)
+    assert found.devices == 8
+    values = 2 * 7 * 512 * 512  # of the linear layers; a code takes a byte on a CPU
+    scales = values // 64
+    vocabulary = 256 * 512 * 2 * 2 // 8  # the table and the head, in bfloat16
+    assert found.groups["base"] == pytest.approx(values // 8 + vocabulary, rel=0.01)
+    # each layer's, for the forward and for the backward pass
+    assert found.collectives["all-gather u8"] == 2 * (values + scales)
+    floats = [
+        size
+        for name, size in found.collectives.items()
+        if name.startswith("all-gather") and name.split()[1] in ("f32", "bf16", "f16")
+    ]
+    assert sum(floats) < 512 * 512 * 2  # activations and factors, together less than one weight
+
+
+def test_the_loss_over_chunks_is_the_whole_loss(fast_compile):
+    sizes = plain_llama.Sizes(**TINY, head_dim=8, tie_word_embeddings=True)
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    normal = lambda leaf: jax.random.normal(next(keys), leaf.shape, leaf.dtype) / 4
+    params = jax.tree.map(normal, plain_llama.make_shapes(sizes, jnp.float32))
+    tokens = jax.random.randint(next(keys), (2, 13), 0, 64)
+    logits = jax.jit(plain_llama.Llama(sizes).apply)(params, tokens[:, :-1])
+    want = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    for chunk in (None, 4):
+        loss = jax.jit(plain_llama.Llama(sizes, chunk=chunk).compute_loss)
+        np.testing.assert_allclose(loss(params, tokens[:, :-1], tokens[:, 1:]), want, rtol=1e-6)
+
+
+def test_meshes_and_chunks_that_do_not_divide_are_refused(folder, capsys):
+    for flags, words in (
+        (("--mesh", "2x1"), "--batch 1 does not divide among 2 devices"),
+        (("--mesh", "64x64", "--batch", "64"), "is 4096 devices, and this machine has"),
+        (("--tokens", "16", "--loss-chunk", "5"), "--loss-chunk 5 does not divide --tokens 16"),
+    ):
+        with pytest.raises(lowrank.ConfigError, match=words):
+            run("--like", str(folder), *flags)
+    with pytest.raises(SystemExit):
+        main(["estimate", "--like", str(folder), "--mesh", "8"])
+    assert "'8' is not two positive integers" in capsys.readouterr().err
+
+
+def test_each_measure_saves_what_it_says(tmp_path):
+    sizes = TINY | {"hidden_size": 64, "intermediate_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+
+    def count(*flags):
+        parser = argparse.ArgumentParser()
+        estimating.add_arguments(parser)
+        common = ("--like", str(tmp_path), "--tokens", "16", "--packing", "uint8")
+        _, args = estimating.make_step(parser.parse_args([*common, *flags]))
+        size = lambda leaf: leaf.size * leaf.dtype.itemsize
+        return [sum(map(size, jax.tree.leaves(arg))) for arg in args[:3]]
+
+    base, lora, _ = count()
+    layers = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # q, o, k, v, gate, up, down
+    scales = lambda values: values / 64 * (1 + 4 / 256)  # a byte for 64, a float32 for 256 of those
+    four_bits = count("--quantize", "nf4")[0]
+    assert base - four_bits == pytest.approx(layers * 3 / 2 - scales(layers), rel=0.002)
+    tables = 2 * 64 * 64
+    both = count("--quantize", "nf4", "--quantize-vocabulary", "int8")[0]
+    assert four_bits - both == pytest.approx(tables - scales(tables), rel=0.002)
+    assert count("--factor-dtype", "bfloat16")[1] == lora // 2
+    assert count("--rank", "64", "--optimizer-bits", "8")[2] < 0.3 * count("--rank", "64")[2]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ benchmarks/aot.py prints the commands that make an environment with these compil
 """
 
 import argparse
+import json
 
 import jax
 import pytest
@@ -59,3 +60,21 @@ def test_a_base_is_split_over_a_mesh(target):
     assert found.devices == 8
     assert found.groups["base"] == 1024 * 1024 * 2
     assert found.fits
+
+
+@pytest.mark.parametrize(("target", "codes"), [("h100", "s8"), ("v5e", "u4")])
+def test_codes_are_gathered_and_no_weight(target, codes, tmp_path):
+    """Of each layer of eight, for the forward and for the backward pass; an H100 packs two."""
+    width, layers = 1024, 8
+    sizes = {"vocab_size": 512, "num_hidden_layers": layers, "num_attention_heads": 8}
+    sizes |= {"hidden_size": width, "intermediate_size": width}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    mesh = "--mesh 8x1 --batch 8 --tokens 8 --rank 2 --quantize nf4"
+    found = run(f"--like {tmp_path} --chip {target} {mesh}")
+    assert found.collectives[f"all-gather {codes}"] == 2 * layers * 7 * width**2 // 2
+    floats = [
+        size
+        for name, size in found.collectives.items()
+        if name.startswith("all-gather") and name.split()[1] in ("f32", "bf16", "f16")
+    ]
+    assert sum(floats) < width**2 * 2  # activations and factors, together less than one weight
