@@ -25,13 +25,10 @@ ROWS = (
     "--like llama-2-70b --chip h100 --tokens 512",
     "--like llama-3-70b --chip h100",
     "--like llama-3-70b --chip v5e --mesh 8x1 --batch 8",
-    "--like llama-3-70b --chip v5e --mesh 1x8",
     "--like llama-3.1-405b --chip h100 --mesh 8x1 --batch 8 --tokens 256",
     "--like llama-3.1-405b --chip h100 --mesh 8x1 --batch 8 --tokens 2048 --loss-chunk 256",
     "--like llama-3.1-405b --chip h100 --mesh 1x8 --tokens 2048",
-    "--like llama-3.1-405b --chip v5p --mesh 8x1 --batch 8 --tokens 256",
     "--like llama-3.1-405b --chip v5p --mesh 32x1 --batch 32 --tokens 1024 --loss-chunk 256",
-    "--like llama-3.1-405b --chip v5p --mesh 8x4 --batch 8 --tokens 2048 --loss-chunk 256",
 )
 GROUPS = ("base", "scales", "adapters", "optimizer")
 

@@ -17,15 +17,15 @@ import aot  # noqa: F401  # before jax
 from lowrank_jax._cli import estimating
 
 MEASURES = (  # what, flags
-    ("4-bit linear layers, the rest as it comes", ""),
-    ("the loss over chunks of 256 tokens", "--loss-chunk 256"),
+    ("4-bit linear layers, the rest as it comes, 2048 tokens", ""),
+    ("512 tokens", "--tokens 512"),
     ("AdamW's states in 8 bits", "--optimizer-bits 8"),
     ("factors in bfloat16", "--factor-dtype bfloat16"),
     ("table and head in int8", "--quantize-vocabulary int8"),
     ("table and head in NF4", "--quantize-vocabulary nf4"),
-    ("512 tokens in place of 2048", "--tokens 512"),
+    ("the loss over chunks of 128 tokens", "--loss-chunk 128"),
 )
-MODELS = ("llama-3-8b", "llama-3-70b")
+MODELS = ("llama-3-8b", "llama-2-70b")
 
 
 def main():

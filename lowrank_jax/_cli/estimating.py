@@ -145,6 +145,11 @@ def _check_batch(options: argparse.Namespace) -> None:
             f"--batch {options.batch} does not divide among {options.mesh[0]} devices along data: "
             f"use a multiple of {options.mesh[0]}"
         )
+    if options.mesh is not None and options.tokens % options.mesh[1]:
+        raise ConfigError(
+            f"--tokens {options.tokens} does not divide among {options.mesh[1]} devices along "
+            f"model: use a multiple of {options.mesh[1]}"
+        )
     if options.loss_chunk is not None and options.tokens % options.loss_chunk:
         raise ConfigError(
             f"--loss-chunk {options.loss_chunk} does not divide --tokens {options.tokens}"

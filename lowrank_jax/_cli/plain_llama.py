@@ -210,17 +210,21 @@ class Llama:
         body = jax.checkpoint(self._run_layer) if self.remat else self._run_layer
         # each device looks up the tokens that its part of the table has
         x = self._constrain(params["embed_tokens"][self._constrain(tokens)])
-        x, _ = jax.lax.scan(body, self._constrain(x, "data"), params["layers"])
+        x, _ = jax.lax.scan(body, self._split(x), params["layers"])
         return _normalize(x, params["norm"])
 
     def _run_layer(self, x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
         # the constraint on a quantized weight holds for its codes: those are gathered
         w = {name: self._gather(leaf, name) for name, leaf in w.items()}
-        x = x + _attend(_normalize(x, w["input_layernorm"]), w, self.sizes)
-        x = self._constrain(x, "data")
-        y = _normalize(x, w["post_attention_layernorm"])
-        x = x + (jax.nn.silu(y @ w["gate_proj"]) * (y @ w["up_proj"])) @ w["down_proj"]
-        return self._constrain(x, "data"), None
+        y = self._constrain(_normalize(x, w["input_layernorm"]), "data")
+        x = self._split(x + _attend(y, w, self.sizes))
+        y = self._constrain(_normalize(x, w["post_attention_layernorm"]), "data")
+        y = (jax.nn.silu(y @ w["gate_proj"]) * (y @ w["up_proj"])) @ w["down_proj"]
+        return self._split(x + y), None
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """Split activations [b, t, d] between layers by sequences, and by tokens along "model"."""
+        return self._constrain(x, "data", "model")
 
     def _gather(self, weight: jax.Array, name: str) -> jax.Array:
         """Gather a layer's weight along "data"."""

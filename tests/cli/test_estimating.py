@@ -130,6 +130,7 @@ def test_the_loss_over_chunks_is_the_whole_loss(fast_compile):
 def test_meshes_and_chunks_that_do_not_divide_are_refused(folder, capsys):
     for flags, words in (
         (("--mesh", "2x1"), "--batch 1 does not divide among 2 devices"),
+        (("--mesh", "1x2", "--tokens", "5"), "--tokens 5 does not divide among 2 devices"),
         (("--mesh", "64x64", "--batch", "64"), "is 4096 devices, and this machine has"),
         (("--tokens", "16", "--loss-chunk", "5"), "--loss-chunk 5 does not divide --tokens 16"),
     ):
