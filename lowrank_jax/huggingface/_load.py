@@ -22,7 +22,7 @@ from lowrank_jax._nodes.quantized import Axes
 from lowrank_jax._targeting.configs import QuantConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._trees.quantize import check_quantized, choose_targets, resolve_block_axes
-from lowrank_jax._trees.shardings import resolve_shardings
+from lowrank_jax._trees.shardings import place_leaf, resolve_shardings
 from lowrank_jax.bitsandbytes._tensors import StateTensors
 from lowrank_jax.huggingface._folder import (
     has_tied_embeddings,
@@ -32,7 +32,7 @@ from lowrank_jax.huggingface._folder import (
 from lowrank_jax.huggingface._leaves import TensorMapping
 from lowrank_jax.huggingface._matching import is_floating, match_tensors
 from lowrank_jax.huggingface._prequantized import find_prequantized
-from lowrank_jax.huggingface._reading import read_leaf, read_quantized
+from lowrank_jax.huggingface._reading import check_sharding, read_leaf, read_quantized
 from lowrank_jax.names import Names
 
 
@@ -112,8 +112,15 @@ def load(
         found.refuse(folder, names)
         blocks = {} if quant is None else _find_block_axes(leaves, found.leaves, quant, plan)
         coded = find_prequantized(found.leaves, tensors, quant, blocks, folder)
-        given, bad = dict(flatten(like)[0]), {}
-        out = dict(given)
+        if quant is not None:  # before a tensor is read
+            for path in blocks.keys() - coded.keys():
+                check_sharding(
+                    found.leaves[path], leaves[path].dtype, blocks[path], quant, own[path]
+                )
+        out, bad = dict(flatten(like)[0]), {}
+        if shardings is not None:
+            kept = out.keys() - found.leaves.keys()
+            out |= {path: place_leaf(out[path], own[path]) for path in kept}
         for path, mapping in found.leaves.items():
             leaf_dtype, sharding = leaves[path].dtype, own[path]
             if path in coded:

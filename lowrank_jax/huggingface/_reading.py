@@ -36,6 +36,19 @@ def read_leaf(
     return leaf.place()
 
 
+def check_sharding(
+    mapping: TensorMapping,
+    dtype: jax.typing.DTypeLike,
+    axes: tuple[Axes, Axes],
+    quant: QuantConfig,
+    sharding: jax.sharding.Sharding | None,
+) -> None:
+    """Raise TreeError if a sharding would split a block of a leaf."""
+    if sharding is not None:
+        shape = jax.ShapeDtypeStruct(mapping.layout.shape, dtype)
+        shard_leaf(mapping.path, eval_quantized_shapes(shape, *axes, quant), sharding)
+
+
 def read_quantized(
     tensors: Tensors,
     mapping: TensorMapping,

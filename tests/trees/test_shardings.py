@@ -102,3 +102,23 @@ def test_errors_name_the_leaf_and_the_remedy():
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(TreeError, match="SingleDeviceSharding"):
         lowrank.init(0, raw, CONFIG, shardings=one)
+
+
+def test_load_checks_and_places_every_leaf(tmp_path, monkeypatch):
+    raw = {"a": {"kernel": params()["w"]}, "b": {"kernel": params((96, 64))["w"]}}
+    lowrank.huggingface.save(tmp_path, raw)
+    like = jax.eval_shape(lambda: raw) | {"count": np.int32(3)}
+    quant = lowrank.QuantConfig(targets="**/kernel", block_size=32)
+    load = lambda own: lowrank.huggingface.load(tmp_path, like, quant=quant, shardings=own)
+    own = {"a": at(None, "data"), "b": at("data"), "count": at()}
+    read = []
+    monkeypatch.setattr(lowrank.huggingface._load, "read_quantized", lambda *args: read.append(1))
+    with pytest.raises(TreeError, match="b/kernel: axis 0 is 3 blocks of 32, which 4 devices"):
+        load(own)
+    assert not read
+    monkeypatch.undo()
+    own["b"] = at(None, ("data", "model"))
+    got = load(own)
+    check_places(got, lowrank.specs(got, own))
+    chex.assert_trees_all_equal(got["b"], lowrank.quantize(raw, quant)["b"])
+    assert got["count"] == 3
