@@ -6,6 +6,7 @@ The program is tests/support/sharded_job.py.
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -52,7 +53,7 @@ def run(processes, job, folder, *rest):
     """What each process of the whole job tells."""
     started, files = start(processes, job, folder, *rest)
     try:
-        codes = [process.wait(240) for process in started]
+        codes = [process.wait(900) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -70,7 +71,7 @@ def train_and_kill(folder, steps, rng):
     try:
         while "first" not in read(files[0]) and started[0].poll() is None:
             time.sleep(0.02)
-        time.sleep(rng.uniform(0, 5))
+        time.sleep(rng.uniform(0, 4))
         victim = rng.randrange(2)
         os.kill(started[victim].pid, signal.SIGKILL)
         time.sleep(rng.uniform(0, 1))  # the other one may be writing
@@ -89,7 +90,7 @@ def test_trees_are_made_shard_by_shard_on_two_processes(tmp_path):
     for told in (first, second):
         assert told.pop("quantization_error") < 1e-6
         assert told.pop("fingerprint") is True
-        assert len(told) == 12
+        assert len(told) == 10
         assert {name: problems for name, problems in told.items() if problems} == {}
 
 
@@ -109,7 +110,7 @@ def test_a_killed_process_leaves_a_checkpoint_for_another_mesh(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_change_no_bit_of_the_losses(tmp_path):
-    steps, folder, rng = 400, tmp_path / "checkpoint", random.Random(1)
+    steps, folder, rng = 150, tmp_path / "checkpoint", random.Random(1)
     wanted = losses(run(2, "train", tmp_path / "whole", steps)[0])
     firsts = []
     for _ in range(20):
@@ -119,6 +120,11 @@ def test_twenty_kills_change_no_bit_of_the_losses(tmp_path):
         firsts.append(lowrank.checkpoint.restore(folder).step if exists else 0)
     assert firsts == sorted(firsts)
     assert 0 < firsts[-1] < steps
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    alone = losses(run(1, "train", other, steps)[0])  # on one process, to rounding
+    for step, loss in alone.items():
+        np.testing.assert_allclose(float.fromhex(loss), float.fromhex(wanted[step]), rtol=1e-4)
     last = run(2, "train", folder, steps)[0]
     assert last["first"] == firsts[-1]
     assert losses(last).items() <= wanted.items()

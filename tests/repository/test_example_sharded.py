@@ -1,5 +1,7 @@
 """The sharded example, in short: its losses are those of one device, and its base is split."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ pytestmark = [
 
 def test_losses_are_those_of_one_device_also_after_a_restart(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(characters, "PRETRAINING_STEPS", 20)
+    monkeypatch.setattr(characters, "pretrained", functools.cache(characters.pretrained))
     flags = ["--steps", "4", "--checkpoint", str(tmp_path / "adapter")]
     base, lora, losses, alone = sharded.main(["--mesh", "2x4", *flags])
     np.testing.assert_allclose([losses[number] for number in (1, 2, 3, 4)], alone, rtol=1e-4)
