@@ -69,7 +69,10 @@ def place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if jaxprs.is_tracer(leaf):
-        return jax.lax.with_sharding_constraint(leaf, sharding)
+        # Explicit mesh axes are in the types, and allow no constraint
+        explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+        place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+        return place(leaf, sharding)
     return place_array(leaf, sharding)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_jax._codecs import get_format
 from lowrank_jax._codecs.formats import check_block_size
@@ -18,7 +19,6 @@ from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes.quantized import Quantized, dequantize_node
 from lowrank_jax._trees.fingerprint import list_differences
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _TYPES = {
     "format": str,
     "block_size": int,
@@ -116,7 +116,7 @@ def _is_valid(name: str, value: Any, kind: Any) -> bool:
     if name == "packing":
         return value in PACKINGS
     if name == "weight_dtype":
-        return value in _FLOATS
+        return _is_floating(value)
     try:
         if name == "format":
             get_format(value)
@@ -125,6 +125,15 @@ def _is_valid(name: str, value: Any, kind: Any) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def _is_floating(name: str) -> bool:
+    """Whether a name is that of a floating dtype; quantize takes all of them."""
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        return False
+    return dtype.name == name and bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _are_codes_of(factor: Quantized) -> bool:

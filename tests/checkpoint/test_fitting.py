@@ -110,3 +110,14 @@ def test_only_files_with_quantized_arrays_are_of_a_later_version(tmp_path):
         checkpoint.save(tmp_path, lora=lora_, config=config, extra=extra)
         assert json.loads((tmp_path / "manifest.json").read_text())["version"] == version
         same(lora_, checkpoint.restore(tmp_path).lora)
+
+
+def test_quantized_float8_is_restored(tmp_path):
+    weight = {"w": jnp.ones((64, 32), "float8_e4m3fn")}
+    extra = lowrank.quantize(weight, lowrank.QuantConfig(targets="w"))
+    lora = {"w": lowrank.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)))}
+    config = lowrank.LoraConfig(rank=2, targets="w")
+    lowrank.checkpoint.save(tmp_path, lora=lora, config=config, extra=extra)
+    again = lowrank.checkpoint.restore(tmp_path, like={"extra": extra}).extra
+    assert again["w"].weight_dtype == "float8_e4m3fn"
+    assert (again["w"].codes == extra["w"].codes).all()
