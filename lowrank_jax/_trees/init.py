@@ -46,7 +46,13 @@ from lowrank_jax._targeting.targets import (
 )
 from lowrank_jax._trees.factors import apply_initializer
 from lowrank_jax._trees.quantize import check_quantized, quantize_leaf
-from lowrank_jax._trees.shardings import place_node, place_norms, place_tree
+from lowrank_jax._trees.shardings import (
+    find_dense_shardings,
+    place_node,
+    place_norms,
+    place_tree,
+    resolve_shardings,
+)
 
 Initializer = Callable[[jax.Array, jax.Array, int, float], initializers.Factors]
 
@@ -121,7 +127,9 @@ def init(
             f"params already holds adapters ({adapted[0]!r} and {len(adapted) - 1} more): pass the "
             "base, or lowrank.merge(base, lora) to start from the merged weights"
         )
+    at: dict[str, Any] = {}
     if shardings is not None:
+        at = find_dense_shardings(params, resolve_shardings(params, shardings))
         params = place_tree(params, shardings)
         leaves, treedef = flatten(params, is_leaf=is_node)
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
@@ -141,8 +149,8 @@ def init(
             node = init_full(leaf)
         elif path in rows:
             node = init_rows(path, leaf, rows[path], config.factor_dtype)
-        base.append(place_norms(path, leaf))
-        lora.append(place_node(path, node, leaf))
+        base.append(place_norms(path, leaf, at.get(path)))
+        lora.append(place_node(path, node, leaf, at.get(path)))
     return jax.tree.unflatten(treedef, base), jax.tree.unflatten(treedef, lora)
 
 

@@ -117,7 +117,8 @@ def quantize(
             path: eval_quantized_shapes(leaf, *axes[path], quant) if path in axes else leaf
             for path, leaf in arrays.items()
         }
-        resolve_shardings(shapes, places)  # raises where a block would be split
+        known = {path: places[path] for path in shapes}
+        resolve_shardings(shapes, known)  # raises where a block would be split
     donation = None
     if donate:  # all leaves are checked before the first one is deleted
         check_quantized(
@@ -207,7 +208,7 @@ def quantize_leaf(
     together = 0 in stack and jaxprs.is_first_axis_split(leaf)
     encode = lambda leaf: _quantize_on_device(leaf, fan_in, stack, quant, together)
     if not jaxprs.is_split(leaf):
-        at = _find_shardings(path, leaf, fan_in, stack, quant)
+        at = _find_shardings(path, leaf, fan_in, stack, quant, place)
         return _quantize_on_device(leaf, fan_in, stack, quant, together, at)
     shapes, _ = jax.eval_shape(encode, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     sharding = jax.typeof(leaf).sharding
@@ -218,10 +219,17 @@ def quantize_leaf(
 
 
 def _find_shardings(
-    path: str, leaf: Array, fan_in: Axes, stack: Axes, quant: QuantConfig
+    path: str,
+    leaf: Array,
+    fan_in: Axes,
+    stack: Axes,
+    quant: QuantConfig,
+    place: jax.NamedSharding | None,
 ) -> tuple[jax.NamedSharding, ...] | None:
     """Return the shardings of the arrays that a sharded leaf becomes; None if it is not sharded."""
-    sharding = find_constraint(leaf)
+    sharding = find_constraint(leaf) if place is None else place
+    if sharding is not None and jax.sharding.AxisType.Auto not in sharding.mesh.axis_types:
+        return None
     if sharding is None:
         return None
     shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)

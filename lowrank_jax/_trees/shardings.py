@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax import NamedSharding, P
 
 from lowrank_jax._errors import TreeError
 from lowrank_jax._jax import jaxprs
+from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.processes import place_array
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import Normed, is_node, strip_norms
@@ -65,7 +67,9 @@ def place_tree(tree: PyTree, shardings: PyTree) -> Any:
 
 
 def place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
-    """Place one array, or give a shape its sharding."""
+    """Place one array, or give a shape its sharding; what is not an array stays as it is."""
+    if not hasattr(leaf, "dtype"):
+        return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if jaxprs.is_tracer(leaf):
@@ -73,6 +77,8 @@ def place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
         explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
         place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
         return place(leaf, sharding)
+    if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
+        leaf = leaf.astype(leaf.dtype.newbyteorder("="))
     return place_array(leaf, sharding)
 
 
@@ -88,11 +94,26 @@ def find_sharding(leaf: Any) -> NamedSharding | None:
     own = getattr(array, "sharding", None)
     if not isinstance(own, NamedSharding) or own.mesh.size < 2:
         return None
+    return _to_dense(leaf, own)
+
+
+def find_dense_shardings(tree: PyTree, resolved: PyTree) -> dict[str, NamedSharding]:
+    """Return path -> sharding of the dense leaf, from the shardings of the arrays of each leaf."""
+    own, given = (flatten(part, is_leaf=is_node)[0] for part in (tree, resolved))
+    found = {}
+    for (path, leaf), (_, place) in zip(own, given, strict=True):
+        leaf, place = strip_norms(leaf), strip_norms(place)
+        found[path] = _to_dense(leaf, place.codes if isinstance(leaf, Quantized) else place)
+    return found
+
+
+def _to_dense(leaf: Any, sharding: NamedSharding) -> NamedSharding:
+    """Return the sharding of the dense leaf, from that of the array or of its codes."""
     if not isinstance(leaf, Quantized):
-        return own
-    entries = dict(zip(leaf.labels, own.spec, strict=False))
+        return sharding
+    entries = dict(zip(leaf.labels, sharding.spec, strict=False))
     spec = P(*(entries.get(axis) for axis in range(leaf.ndim)))
-    return NamedSharding(own.mesh, spec, memory_kind=own.memory_kind)
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def find_constraint(leaf: Any) -> NamedSharding | None:
@@ -105,18 +126,25 @@ def find_constraint(leaf: Any) -> NamedSharding | None:
     return sharding if jax.sharding.AxisType.Auto in kinds else None
 
 
-def place_node(path: str, node: Any, leaf: Any) -> Any:
-    """Place an adapter node as the leaf that it belongs to, if that lies on several devices."""
-    sharding = find_sharding(leaf)
-    if sharding is None or not is_node(node) or any(map(jaxprs.is_tracer, jax.tree.leaves(node))):
+def place_node(path: str, node: Any, leaf: Any, sharding: NamedSharding | None = None) -> Any:
+    """Place an adapter node as the leaf that it belongs to, if that lies on several devices.
+
+    sharding: that of the dense leaf, if it is given; else that of the leaf, if it is known.
+    """
+    if sharding is None and any(map(jaxprs.is_tracer, jax.tree.leaves(node))):
         return node
-    return jax.tree.map(place_array, node, shard_leaf(path, node, sharding))
+    sharding = sharding or find_sharding(leaf)
+    if sharding is None or not is_node(node):
+        return node
+    return jax.tree.map(place_leaf, node, shard_leaf(path, node, sharding))
 
 
-def place_norms(path: str, leaf: Any) -> Any:
-    """Place the squared norms of a leaf, if it has some, as the leaf itself."""
-    sharding = find_sharding(leaf)
-    if sharding is None or not isinstance(leaf, Normed) or jaxprs.is_tracer(leaf.squares):
+def place_norms(path: str, leaf: Any, sharding: NamedSharding | None = None) -> Any:
+    """Place the squared norms of a leaf, if it has some, as the leaf itself; see place_node."""
+    if not isinstance(leaf, Normed) or (sharding is None and jaxprs.is_tracer(leaf.squares)):
+        return leaf
+    sharding = sharding or find_sharding(leaf)
+    if sharding is None:
         return leaf
     at = shard_leaf(path, leaf, sharding).squares
-    return dataclasses.replace(leaf, squares=place_array(leaf.squares, at))
+    return dataclasses.replace(leaf, squares=place_leaf(leaf.squares, at))

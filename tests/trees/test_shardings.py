@@ -122,3 +122,30 @@ def test_load_checks_and_places_every_leaf(tmp_path, monkeypatch):
     check_places(got, lowrank.specs(got, own))
     chex.assert_trees_all_equal(got["b"], lowrank.quantize(raw, quant)["b"])
     assert got["count"] == 3
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_shardings_within_jit_are_of_any_kind_of_mesh(kind):
+    kinds = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds, devices=jax.devices()[:4])
+    own = {"w": NamedSharding(mesh, P("data", "model"))}
+    params = {"w": jnp.sin(jnp.arange(128.0 * 8)).reshape(128, 8)}
+    with jax.set_mesh(mesh):  # JAX asks for it where an argument is on no mesh
+        made = jax.jit(lambda tree: lowrank.quantize(tree, QUANT, shardings=own))(params)
+        base, lora = jax.jit(lambda tree: lowrank.init(0, tree, CONFIG, shardings=own))(params)
+    np.testing.assert_array_equal(
+        np.asarray(made["w"].codes), np.asarray(lowrank.quantize(params, QUANT)["w"].codes)
+    )
+    for tree in (made, base, lora):
+        check_places(tree, lowrank.specs(tree, own))
+
+
+def test_what_is_not_an_array_stays():
+    raw = {**params(), "name": "llama", "swapped": np.ones(4, ">f4")}
+    own = {"w": at("data"), "bias": at(), "name": P(), "swapped": P()}
+    for tree in (
+        lowrank.quantize(raw, QUANT, shardings=own),
+        lowrank.init(0, raw, CONFIG, shardings=own)[0],
+    ):
+        assert tree["name"] == "llama"
+        assert tree["swapped"].tolist() == [1, 1, 1, 1]
