@@ -115,7 +115,15 @@ def _compute_norms(
     if split is None:
         raise TreeError(f"DoRA's norm: {get_fan_in_error(own, delta)}")
     fan_in, _, stack = delta.axes(own.ndim)
+    base = _drop_keys(base)
     return compute_norms_of(base, (own.squares, *factors), delta.scale, fan_in, stack, split)
+
+
+def _drop_keys(base: Weight) -> Weight:
+    """Return a weight without dropout, which acts on activations and not on the factors' norms."""
+    if not isinstance(base, LowRankWeight):
+        return base
+    return base.replace(base=_drop_keys(base.base), key=None, key_axes=())
 
 
 def attach_all_norms(leaf: PyTree, delta: LowRank) -> Normed:

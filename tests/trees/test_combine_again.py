@@ -242,3 +242,15 @@ def test_the_same_adapter_twice_is_refused():
         lowrank.combine(tree, one)
     with pytest.raises(lowrank.TreeError, match="would act twice"):
         lowrank.combine(lowrank.combine(tree, make("dot", "lora", 20)[1]), one)
+
+
+def test_norms_do_not_see_the_dropout_of_the_inner_adapter():
+    """Dropout acts on activations: the norm is that of the weight, for any key."""
+    for kind in ("dot", "scan"):
+        base, one = make(kind, "lora", 10)
+        _, two = make(kind, "dora", 20)
+        plain = lowrank.combine(base, one)
+        dropped = lowrank.combine(base, one, dropout=0.5, key=jax.random.key(3))
+        same(lowrank.merge(dropped, two)["w"], lowrank.merge(plain, two)["w"])
+        gains = [lowrank.fold_norms(inner, two)["w"].magnitude for inner in (dropped, plain)]
+        same(*gains)
