@@ -122,8 +122,12 @@ def _find_spec(given: Mapping[str, Any], path: str) -> str | None:
 
 
 def _has_stack(leaf: object) -> bool:
-    """Whether a leaf is an adapter of stacked weights."""
+    """Whether a leaf is known to stack weights; of an array this is not known."""
     node = leaf.delta if isinstance(leaf, Adapted) else leaf
+    if isinstance(node, Normed):
+        return node.axes[0] == 0
+    if isinstance(node, Quantized):
+        return node.stacked > 0
     return isinstance(node, LowRank) and bool(node.stack)
 
 

@@ -1,5 +1,7 @@
 """specs of models that say themselves how they are sharded: Linen's boxes, NNX's variables."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -144,7 +146,12 @@ def test_names_of_fewer_axes_than_a_stacked_leaf_has_are_refused():
     stacked = {"w": nn.Partitioned(jnp.ones((2, 8, 4)), ("data", "model"))}
     config = lowrank.LoraConfig(rank=2, targets="w", axes={"w": (1, 2)})
     base, lora = lowrank.init(0, nn.unbox(stacked), config)
-    for tree in (lora, lowrank.combine(base, lora)):
+    normed, _ = lowrank.init(0, nn.unbox(stacked), dataclasses.replace(config, dora=True))
+    fn = lambda p, x: jax.lax.scan(lambda x, w: (x @ w @ w.T, None), x, p["w"])[0]
+    wide = {"w": jnp.ones((2, 32, 4))}
+    plan = lowrank.plan(fn, wide, jnp.ones((1, 32)))
+    frozen = lowrank.quantize(wide, lowrank.QuantConfig(targets="w", block_size=32), plan=plan)
+    for tree in (lora, lowrank.combine(base, lora), normed, frozen):
         with pytest.raises(lowrank.TreeError, match="names 2 axes of 3"):
             lowrank.specs(tree, stacked)
 
