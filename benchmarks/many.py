@@ -7,7 +7,8 @@ Run on a quiet machine; it takes some minutes. Each adapter has its own 128 toke
 run in turn within one process, for a dense base and for one in NF4; printed are medians, and the
 ratio of one step of all to that many steps of one. Two rows tell where the time goes: the frozen
 model's forward and backward for the tokens of all, as one batch, and for the tokens of one. The
-table of memory is the compiler's: arguments and temporaries of each program.
+table of memory is the compiler's: arguments and temporaries of each program. many_memory.py beside
+this file tells memory for each number of adapters, and for other chips.
 """
 
 import argparse
@@ -44,9 +45,8 @@ def read_model(layers: int | None) -> tuple[Llama, Any]:
     return Llama(config), params
 
 
-def make_programs(model: Llama, count: int) -> dict[str, Callable]:
-    """Functions of (base, adapters, optimizer states, tokens [count, 1, t])."""
-    apply = lowrank.lift(model.apply, fallback="raise")
+def make_train(apply: Callable) -> Callable:
+    """A step of one adapter: (base, adapter, optimizer state, tokens [1, t]) -> the same, loss."""
     optimizer = optax.adamw(1e-3)
 
     def train(base: Any, lora: Any, state: Any, tokens: jax.Array) -> Any:
@@ -54,6 +54,14 @@ def make_programs(model: Llama, count: int) -> dict[str, Callable]:
         value, gradients = jax.value_and_grad(loss)(lora)
         updates, state = optimizer.update(gradients, state, lora)
         return optax.apply_updates(lora, updates), state, value
+
+    return train
+
+
+def make_programs(model: Llama, count: int) -> dict[str, Callable]:
+    """Functions of (base, adapters, optimizer states, tokens [count, 1, t])."""
+    apply = lowrank.lift(model.apply, fallback="raise")
+    train = make_train(apply)
 
     def frozen(base: Any, lora: Any, state: Any, tokens: jax.Array) -> Any:
         """Loss and gradient with respect to the activations: what no adapter can do without."""
