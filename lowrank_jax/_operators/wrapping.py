@@ -53,7 +53,7 @@ def wrap_adapted(node: Adapted, path: Hashable) -> Weight:
     assert isinstance(node.delta, LowRank)
     delta = node.delta.for_shape(base.shape)
     fan_in, fan_out, stack = delta.axes(base.ndim)
-    (a, b), gain = delta.factors(), compute_gain(node.base, delta, base)
+    (a, b), gain = delta.factors(), compute_gain(node.base, delta)
     lead, entry = (), None
     if selection is not None and type(delta) is LowRank:
         many = jaxprs.to_device(selection.many)
@@ -90,21 +90,18 @@ def _compute_whole(node: Adapted) -> jax.Array:
 # DoRA
 
 
-def compute_gain(leaf: PyTree, delta: LowRank, base: Weight | None = None) -> jax.Array | None:
-    """Return c of an adapted leaf, [*stack, *fan_out], or None if it has no magnitude.
-
-    base: the leaf as a weight operator, if there is one already.
-    """
+def compute_gain(leaf: PyTree, delta: LowRank) -> jax.Array | None:
+    """Return c of an adapted leaf, [*stack, *fan_out], or None if it has no magnitude."""
     if delta.magnitude is None or delta.folded:
         return delta.magnitude
-    return divide_by_norms(delta.magnitude, compute_norms(leaf, delta, base))
+    return divide_by_norms(delta.magnitude, compute_norms(leaf, delta))
 
 
-def compute_norms(leaf: PyTree, delta: LowRank, base: Weight | None = None) -> jax.Array:
+def compute_norms(leaf: PyTree, delta: LowRank) -> jax.Array:
     """Return the norm of each output feature of W + s a b, [*stack, *fan_out], without gradient."""
     own = leaf if isinstance(leaf, Normed) else attach_all_norms(leaf, delta)
     delta = delta.for_shape(own.shape)
-    return _compute_norms(own, delta, delta.factors(), base or as_weight(own))
+    return _compute_norms(own, delta, delta.factors(), as_weight(own))
 
 
 def _compute_norms(

@@ -16,7 +16,7 @@ import pytest
 import lowrank_jax as lowrank
 from lowrank_jax._codecs import dynamic, host, scales
 from lowrank_jax._nodes.host import quantize_on_host
-from lowrank_jax._nodes.norms import compute_norm, divide_by_norms
+from lowrank_jax._nodes.norms import compute_norm, compute_squared_norm_change, divide_by_norms
 from lowrank_jax._nodes.quantized import dequantize_node, quantize_array
 
 F32 = np.float32
@@ -311,7 +311,9 @@ def test_norms_of_columns_with_nan_are_nan():
 
     @jax.jit
     def run(squares, weight, a, b):
-        norms = compute_norm(squares, lambda a: a.T @ weight, a, b, 0.5, 0)
+        product = lambda a: a.T @ weight
+        change = compute_squared_norm_change(product, a, b, 0.5, 0, jnp.float32)
+        norms = compute_norm(squares, change)
         return norms, divide_by_norms(jnp.ones(96), norms)
 
     for got in run(squares, weight, a, b):

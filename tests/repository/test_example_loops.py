@@ -163,7 +163,9 @@ def test_the_step_is_traced_once(runs, name):
 @pytest.mark.parametrize("name", ["loop_train_state", "loop_pmap"])
 def test_one_tree_and_many_devices_train_the_adapter_of_two_trees(runs, name):
     one, two = runs(name), runs("loop_two_trees")
-    chex.assert_trees_all_close(one.lora, two.lora, rtol=1e-3, atol=1e-5)
+    # devices sum the gradient in another order, and where it is near 0 Adam divides by its rounding
+    atol = 5e-4 if name == "loop_pmap" else 1e-5
+    chex.assert_trees_all_close(one.lora, two.lora, rtol=1e-3, atol=atol)
     assert one.after == pytest.approx(two.after, abs=1e-4)
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import jax
 
-port, processes, process, job, folder, *rest = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", 8 // int(processes))
-jax.config.update("jax_disable_most_optimizations", True)  # values are compared, and not speed
-if int(processes) > 1:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+ARGUMENTS = sys.argv[1:] if __name__ == "__main__" else ["0", "1", "0", "", "."]
+port, processes, process, job, folder, *rest = ARGUMENTS
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8 // int(processes))
+    jax.config.update("jax_disable_most_optimizations", True)  # values are compared, and not speed
+    if int(processes) > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -207,4 +209,5 @@ def train(steps: int) -> None:
     tell("done", saving.done())
 
 
-{"write": write, "laws": laws, "train": lambda: train(int(rest[0]))}[job]()
+if __name__ == "__main__":
+    {"write": write, "laws": laws, "train": lambda: train(int(rest[0]))}[job]()
