@@ -140,7 +140,8 @@ def main() -> None:
                     )
                     for own in range(count)
                 ]
-                if any(list(map(subprocess.Popen.wait, started))):
+                codes = [process.wait() for process in started]
+                if any(codes):
                     raise SystemExit(1)
 
 

@@ -14,7 +14,7 @@ import jax
 
 from lowrank_jax._errors import TreeError
 from lowrank_jax._jax import jaxprs
-from lowrank_jax._nodes.adapted import Adapted, Leaf, Normed
+from lowrank_jax._nodes.adapted import Leaf, Normed, find_frozen
 from lowrank_jax._nodes.low_rank import LowRank
 
 
@@ -28,7 +28,7 @@ def find_fan_in_axes(leaf: Normed, node: LowRank) -> tuple[str, ...] | None:
     if here == leaf.terms:
         return ()
     parts, rest = divmod(leaf.terms, here)
-    varying = _find_common_axes((_find_weight(leaf), node.a))
+    varying = _find_common_axes((find_frozen(leaf), node.a))
     if rest or varying is None:
         return None
     sizes = jaxprs.get_manual_axes()
@@ -53,7 +53,7 @@ def get_fan_in_error(leaf: Leaf, node: LowRank) -> str | None:
             "the others are; inside shard_map leave check_vma=True, split other axes, or lift the "
             "function that shard_map returned"
         )
-    varying = _find_common_axes((_find_weight(leaf), node.a))
+    varying = _find_common_axes((find_frozen(leaf), node.a))
     if varying is not None and not varying:
         return None
     return (
@@ -80,13 +80,6 @@ def check_is_whole(leaf: Leaf, path: str) -> None:
             "or pmap a device may have a part of its weights; call init outside, or under jax.jit "
             "with shardings"
         )
-
-
-def _find_weight(leaf: object) -> object:
-    """Return the array or Quantized leaf at the bottom of an adapted one, or one with norms."""
-    while isinstance(leaf, Normed | Adapted):
-        leaf = leaf.value if isinstance(leaf, Normed) else leaf.base
-    return leaf
 
 
 def _count_fan_in(leaf: Leaf, node: LowRank) -> int:

@@ -48,9 +48,9 @@ from lowrank_jax._trees.factors import apply_initializer
 from lowrank_jax._trees.quantize import check_quantized, quantize_leaf
 from lowrank_jax._trees.shardings import (
     find_dense_shardings,
+    place_leaf,
     place_node,
     place_norms,
-    place_tree,
     resolve_shardings,
 )
 
@@ -129,8 +129,9 @@ def init(
         )
     at: dict[str, Any] = {}
     if shardings is not None:
-        at = find_dense_shardings(params, resolve_shardings(params, shardings))
-        params = place_tree(params, shardings)
+        resolved = resolve_shardings(params, shardings)
+        at = find_dense_shardings(params, resolved)
+        params = jax.tree.map(place_leaf, params, resolved)
         leaves, treedef = flatten(params, is_leaf=is_node)
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
     targets = resolve_targets(arrays, config, plan)

@@ -227,9 +227,7 @@ def _find_shardings(
     place: jax.NamedSharding | None,
 ) -> tuple[jax.NamedSharding, ...] | None:
     """Return the shardings of the arrays that a sharded leaf becomes; None if it is not sharded."""
-    sharding = find_constraint(leaf) if place is None else place
-    if sharding is not None and jax.sharding.AxisType.Auto not in sharding.mesh.axis_types:
-        return None
+    sharding = find_constraint(leaf, place)
     if sharding is None:
         return None
     shapes = eval_quantized_shapes(leaf, fan_in, stack, quant)

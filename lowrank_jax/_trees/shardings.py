@@ -116,12 +116,14 @@ def _to_dense(leaf: Any, sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
-def find_constraint(leaf: Any) -> NamedSharding | None:
-    """Return `find_sharding`, where a compiled function may be constrained to it, else None.
+def find_constraint(leaf: Any, sharding: NamedSharding | None = None) -> NamedSharding | None:
+    """Return the sharding of the dense leaf, if a compiled function may be constrained to it.
 
     Explicit mesh axes are in the types of the arrays, and allow no constraint.
+
+    sharding: as for place_node.
     """
-    sharding = find_sharding(leaf)
+    sharding = sharding or find_sharding(leaf)
     kinds = () if sharding is None else sharding.mesh.axis_types
     return sharding if jax.sharding.AxisType.Auto in kinds else None
 
