@@ -181,6 +181,7 @@ def decode_blocks(
     axis: int = -1,
     dtype: jax.typing.DTypeLike = jnp.float32,
     table: jax.Array | None = None,
+    gather: bool = False,
 ) -> jax.Array:
     """Decode blocks: value[codes] * absmax, one rounding in float32 and then the cast.
 
@@ -191,12 +192,13 @@ def decode_blocks(
       axis: the axis of the elements of a block.
       dtype: dtype of the result.
       table: the format's table as a traced array, for `select_from_table`.
+      gather: whether values are gathered from the table, not selected.
 
     >>> x = jnp.array([[0.0, -0.5, 1.0, 0.25] * 8])
     >>> decode_blocks(*encode_blocks(x, "fp4"), "fp4")[0, :4]
     Array([ 0.  , -0.5 ,  1.  ,  0.25], dtype=float32)
     """
-    values = get_format(format).to_values(codes, table)
+    values = get_format(format).to_values(codes, table, gather)
     return (values * jnp.expand_dims(to_code_scale(absmax, format), axis)).astype(dtype)
 
 

@@ -94,10 +94,21 @@ class Format:
             codes = jnp.where(ratios > midpoint, code, codes)
         return codes
 
-    def to_values(self, codes: jax.Array, table: jax.Array | np.ndarray | None = None) -> jax.Array:
-        """Values of codes, float32: entries of the table (or the one passed), or the integers."""
+    def to_values(
+        self,
+        codes: jax.Array,
+        table: jax.Array | np.ndarray | None = None,
+        gather: bool = False,
+    ) -> jax.Array:
+        """Values of codes, float32: entries of the table (or the one passed), or the integers.
+
+        Entries are selected, or gathered if gather is set.
+        """
         if self.table is not None:
-            return select_from_table(codes, self.table if table is None else table)
+            table = self.table if table is None else table
+            if gather:
+                return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+            return select_from_table(codes, table)
         if self.is_packed:  # sign extension from bit 3: 15 ^ 8 = 7, 7 - 8 = -1
             codes = (codes.astype(jnp.int8) ^ 8) - 8
         return codes.astype(jnp.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax._codecs.formats import get_format
 from lowrank_jax._errors import ConfigError
@@ -67,3 +68,14 @@ def from_bnb_bytes(packed: jax.Array, n: int) -> jax.Array:
     """Unpack the first n codes, uint8 [n], from bytes of bitsandbytes of any shape."""
     packed = packed.reshape(-1)
     return jnp.stack([packed >> 4, packed & 15], 1).reshape(-1)[:n]
+
+
+def unpack_by_shifts(packed: jax.Array, axis: int, packing: str) -> jax.Array:
+    """`unpack` without a concatenation, which a GPU's compiler does not fuse into a sum."""
+    if packing != "uint8":
+        return unpack(packed, axis, packing)
+    # [blocks, 32, out] -> [blocks, 2, 32, out], shifted by 4 and by 0 bits -> [blocks, 64, out]
+    shape = packed.shape
+    shifts = jnp.array([4, 0], jnp.uint8).reshape(2, *(1 for _ in shape[axis:]))
+    halves = (jnp.expand_dims(packed, axis) >> shifts) & np.uint8(15)
+    return halves.reshape(*shape[:axis], 2 * shape[axis], *shape[axis + 1 :])

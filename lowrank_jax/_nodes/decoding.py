@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lowrank_jax import _codecs
-from lowrank_jax._codecs.packing import get_unpacked_size, unpack
+from lowrank_jax._codecs.packing import get_unpacked_size, unpack, unpack_by_shifts
 from lowrank_jax._codecs.scales import SCALE_BLOCK, decode_scales
 from lowrank_jax._errors import TreeError
 from lowrank_jax._jax.types import Shape
@@ -24,6 +24,7 @@ class Decoding(PlatformFn):
       format, packing, trailing, strides: as for Quantized.
       casts: dtypes to which the float32 numbers are cast, in order.
       tree: whether scales are looked up by selects instead of a gather.
+      gather: whether codes are looked up by a gather instead of selects.
     """
 
     format: str
@@ -32,11 +33,17 @@ class Decoding(PlatformFn):
     strides: tuple[int, ...]
     casts: tuple[str, ...]
     tree: bool = False
+    gather: bool = False
 
     @property
     def on_tpu(self) -> Decoding:
         """The decoding without gathers, which are slow on TPU."""
         return dataclasses.replace(self, tree=True)
+
+    @property
+    def on_cuda(self) -> Decoding:
+        """The decoding that fuses into a sum of products: a select tree is written to memory."""
+        return dataclasses.replace(self, gather=True)
 
     def infer_shape(self, codes_shape: Shape) -> Shape:
         """Return the shape of the blocks that codes of this shape decode to."""
@@ -56,8 +63,10 @@ class Decoding(PlatformFn):
         if second:
             scales = self.scales(scales, *second)
         if _codecs.get_format(self.format).is_packed:
-            codes = unpack(codes, axis, self.packing)
-        out = _codecs.decode_blocks(codes, scales, self.format, axis, table=table)
+            codes = (unpack_by_shifts if self.gather else unpack)(codes, axis, self.packing)
+        out = _codecs.decode_blocks(
+            codes, scales, self.format, axis, table=table, gather=self.gather
+        )
         for dtype in self.casts:
             out = out.astype(dtype)
         return out

@@ -14,12 +14,15 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lowrank_jax._jax.types import Shape
 from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers
 from lowrank_jax._primitives.bilinear import Labels, labeled_dot, labeled_flat_dot
 from lowrank_jax._primitives.contract import arrange
+from lowrank_jax._primitives.few_tokens import Rows, sum_rows
 from lowrank_jax._primitives.quantized_dot import PlatformFn
 
 BLOCKS, ELEMENTS = "blocks", "elements"
@@ -145,25 +148,70 @@ class BlockDot(PlatformFn):
         # contracted axis of x is split like the blocks, x [n, 2, 64] labeled
         # (("x", 0), BLOCKS, ELEMENTS), and the product sums both axes. So the dense weight is
         # never formed, which would need a copy where blocks are not the leading axes.
+        own_labels, out = self._label(x.ndim)
+        x, labels = self._split_contracted(x, own_labels, w)
+        w, axes = self.layout.with_units(w)
+        pair = (w, x, axes, labels) if self.on_left else (x, w, labels, axes)
+        return self._join_blocks(product(*pair, out, **dict(self.options)), out)
+
+    def _label(self, ndim: int) -> tuple[list[Any], Labels]:
+        """Return the labels of an activation of ndim axes, and those of the result in blocks."""
         layout = self.layout
         (lc, rc), (lb, rb) = self.numbers
         mine, theirs = ((lc, lb), (rc, rb)) if self.on_left else ((rc, rb), (lc, lb))
-        own_labels: list[Any] = [("x", i) for i in range(x.ndim)]
+        own_labels: list[Any] = [("x", i) for i in range(ndim)]
         for own, others in zip(mine, theirs, strict=True):
             for axis, other in zip(own, others, strict=True):
                 own_labels[other] = axis
         bound = {*mine[0], *mine[1]}
         free = layout.expand([axis for axis in range(layout.ndim) if axis not in bound])
         x_free = [label for label in own_labels if isinstance(label, tuple)]
-        x, labels = self._split_contracted(x, own_labels, w)
-        out = (*mine[1], *free, *x_free) if self.on_left else (*mine[1], *x_free, *free)
-        w, axes = layout.with_units(w)
-        pair = (w, x, axes, labels) if self.on_left else (x, w, labels, axes)
-        y = product(*pair, out, **dict(self.options))
-        if BLOCKS in out:  # a kept blocked axis: [n, blocks, elements] -> [n, *sizes]
-            at = out.index(BLOCKS)
-            y = y.reshape(*y.shape[:at], *layout.sizes, *y.shape[at + 2 :])
-        return y
+        rest = (*free, *x_free) if self.on_left else (*x_free, *free)
+        return own_labels, (*mine[1], *rest)
+
+    def _join_blocks(self, y: jax.Array, out: Labels) -> jax.Array:
+        """Join BLOCKS and ELEMENTS of a result to the axes that they are of."""
+        if BLOCKS not in out:
+            return y
+        at = out.index(BLOCKS)  # [n, blocks, elements] -> [n, *sizes]
+        return y.reshape(*y.shape[:at], *self.layout.sizes, *y.shape[at + 2 :])
+
+    def count_rows(self, x: Any, w: Any, back: bool = False) -> Rows | None:
+        """Count the rows of x, the axes that the weight lacks."""
+        labels, out = self._label(x.ndim)
+        rows = math.prod(
+            size for size, label in zip(x.shape, labels, strict=True) if isinstance(label, tuple)
+        )
+        last = (*self.layout.axes, *self.layout.units)[-1]
+        return Rows(rows, (last in out) if back else (last not in out))
+
+    def sum_rows(self, xs: Sequence[jax.Array], w: jax.Array) -> list[jax.Array]:
+        """Apply the product to each x by sums."""
+        own_labels, out = self._label(xs[0].ndim)
+        split = [self._split_contracted(x, own_labels, w) for x in xs]
+        w, axes = self.layout.with_units(w)
+        ys = sum_rows([x for x, _ in split], w, split[0][1], axes, out, **dict(self.options))
+        return [self._join_blocks(y, out) for y in ys]
+
+    def sum_rows_back(self, cts: Sequence[jax.Array], w: jax.Array, like: Any) -> list[jax.Array]:
+        """Apply the transpose of the product to each cotangent by sums."""
+        own_labels, out = self._label(len(like.shape))
+        labels: Labels = ()
+
+        def split(x: jax.Array) -> jax.Array:
+            nonlocal labels
+            x, labels = self._split_contracted(x, own_labels, w)
+            return x
+
+        jax.eval_shape(split, like)
+        extent = dict(zip(self.layout.axes, w.shape, strict=True))
+        if BLOCKS in out:
+            at, run = out.index(BLOCKS), len(self.layout.sizes)
+            cut = (extent[BLOCKS], extent[ELEMENTS])
+            cts = [ct.reshape(*ct.shape[:at], *cut, *ct.shape[at + run :]) for ct in cts]
+        w, axes = self.layout.with_units(w)
+        xs = sum_rows(cts, w, out, axes, labels)
+        return [jax.linear_transpose(split, like)(x.astype(like.dtype))[0] for x in xs]
 
     def _split_contracted(
         self, x: jax.Array, labels: list[Any], w: jax.Array
@@ -210,3 +258,85 @@ class BlockRaggedDot(PlatformFn):
         w, sizes = groups
         dense = self.layout.to_dense(w)
         return lax.ragged_dot_general(x, dense, sizes, self.numbers, **dict(self.options))
+
+    @property
+    def _row_dot(self) -> BlockDot | None:
+        """The product of a row with its own weight; None for other ragged products."""
+        (lc, rc), (lb, rb) = self.numbers.dot_dimension_numbers
+        (row,), groups = self.numbers.lhs_ragged_dimensions, self.numbers.rhs_group_dimensions
+        offset = dict(self.options).get("group_offset")
+        if row in lc or lb or offset is not None or groups[0] not in self.layout.axes:
+            return None
+        layout, group = self.layout, groups[0]
+        shift = lambda axes, gone: tuple(axis - (axis > gone) for axis in axes)
+        names = [axis for axis in layout.axes if axis != group]
+        names = [axis - (axis > group) if isinstance(axis, int) else axis for axis in names]
+        blocked, units = shift(layout.blocked, group), shift(layout.units, group)
+        one = BlockLayout(tuple(names), blocked, layout.sizes, units)
+        numbers = ((shift(lc, row), shift(rc, group)), (lb, rb))
+        options = tuple(pair for pair in self.options if pair[0] != "group_offset")
+        return BlockDot(one, numbers, on_left=False, options=options)
+
+    def count_rows(self, x: Any, w: Any, back: bool = False) -> Rows | None:
+        """Count the rows, each of which reads the codes of its own weight."""
+        if (dot := self._row_dot) is None:
+            return None
+        (row,), at = self.numbers.lhs_ragged_dimensions, self._stack_axis
+        one = dot.count_rows(_drop_axis(x, row), _drop_axis(w[0], at), back)
+        assert one is not None
+        return one._replace(count=one.count * x.shape[row], weights=w[0].shape[at])
+
+    def sum_rows(self, xs: Sequence[jax.Array], w: Any) -> list[jax.Array]:
+        """Multiply each row by its own weight, by sums."""
+        dot, (row,) = self._row_dot, self.numbers.lhs_ragged_dimensions
+        assert dot is not None
+        run = lambda entry, w: dot.sum_rows([entry], w)[0]
+        return [self._map_rows(run, x, w, row, self._result_axis) for x in xs]
+
+    def sum_rows_back(self, cts: Sequence[jax.Array], w: Any, like: Any) -> list[jax.Array]:
+        """Multiply each row of cotangents by its own weight, transposed, by sums."""
+        dot, (row,) = self._row_dot, self.numbers.lhs_ragged_dimensions
+        assert dot is not None
+        one = _drop_axis(like, row)
+        run = lambda entry, w: dot.sum_rows_back([entry], w, one)[0]
+        return [self._map_rows(run, ct, w, self._result_axis, row) for ct in cts]
+
+    def _map_rows(
+        self,
+        run: Callable[[jax.Array, jax.Array], jax.Array],
+        x: jax.Array,
+        groups: tuple[jax.Array, jax.Array],
+        axis: int,
+        out_axis: int,
+    ) -> jax.Array:
+        """Apply run to each row along an axis and its weight; rows of no group give zeros."""
+        w, sizes = groups
+        count = w.shape[self._stack_axis]
+        # sizes [2, 0, 3] end before rows [2, 2, 5]; a mask, since XLA makes a loop of a cumsum
+        ends = jnp.sum(jnp.where(np.tri(count, dtype=bool), sizes, 0), 1)
+        results = []
+        for number in range(x.shape[axis]):
+            group = jnp.sum(ends <= number)  # rows below ends[0] are of group 0
+            own = w.take(jnp.minimum(group, count - 1), self._stack_axis)
+            found = run(lax.index_in_dim(x, number, axis, keepdims=False), own)
+            results.append(jnp.where(group < count, found, jnp.zeros_like(found)))
+        return jnp.stack(results, out_axis)
+
+    @property
+    def _stack_axis(self) -> int:
+        """The axis of the decoded array that the groups run along."""
+        return self.layout.axes.index(self.numbers.rhs_group_dimensions[0])
+
+    @property
+    def _result_axis(self) -> int:
+        """The axis of the result that the rows run along."""
+        (row,), ((lc, _), _) = (
+            self.numbers.lhs_ragged_dimensions,
+            self.numbers.dot_dimension_numbers,
+        )
+        return row - sum(axis < row for axis in lc)
+
+
+def _drop_axis(array: Any, axis: int) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of an array without an axis."""
+    return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)

@@ -43,6 +43,11 @@ class SelectedDecoding(PlatformFn):
         """The variant for TPU."""
         return dataclasses.replace(self, decoding=self.decoding.on_tpu)
 
+    @property
+    def on_cuda(self) -> SelectedDecoding:
+        """The variant for CUDA."""
+        return dataclasses.replace(self, decoding=self.decoding.on_cuda)
+
     def select(self, *parts: jax.Array) -> tuple[tuple[jax.Array, ...], Decoding]:
         """Return the parts of the selected entries, and their Decoding."""
         # A weight [4, 128, 6] in blocks of 64 along axis 1, looped over its last axis:
@@ -120,6 +125,11 @@ class TransformedDecoding(PlatformFn):
         """The variant for TPU."""
         return dataclasses.replace(self, decoding=self.decoding.on_tpu)
 
+    @property
+    def on_cuda(self) -> TransformedDecoding:
+        """The variant for CUDA."""
+        return dataclasses.replace(self, decoding=self.decoding.on_cuda)
+
     def append(self, name: str, *params: object) -> TransformedDecoding:
         """Append an operation."""
         return dataclasses.replace(self, operations=(*self.operations, (name, *params)))
@@ -196,6 +206,44 @@ class GroupedDecoding(PlatformFn):
         """The variant for TPU."""
         return GroupedDecoding(self.decode.on_tpu)
 
+    @property
+    def on_cuda(self) -> Any:
+        """The variant for CUDA, which decodes an entry of the stack when it is taken."""
+        decode = self.decode.on_cuda
+        if not isinstance(decode, Decoding):
+            return GroupedDecoding(decode)
+        return lambda *parts: (DeferredStack(parts[:-1], decode), parts[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class DeferredStack:
+    """A stack of weights of which entries are decoded as they are taken."""
+
+    parts: tuple[jax.Array, ...]
+    decoding: Decoding
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the decoded stack."""
+        return self.decoding.infer_shape(self.parts[0].shape)
+
+    def take(self, index: jax.Array, axis: int) -> jax.Array:
+        """Slice codes and scales at an entry of an axis and decode them."""
+        codes, scales, table, *second = self.parts
+        decoding = self.decoding
+        if second and axis < second[0].ndim - 1:
+            second = [_take_entry(array, index, axis) for array in second]
+        elif second:
+            scales, second = decoding.scales(scales, *second), []
+        elements = codes.ndim - 1 - decoding.trailing
+        codes = _take_entry(codes, index, axis)
+        scales = _take_entry(scales, index, axis - (axis > elements))
+        strides = decoding.strides if second else (1,) * scales.ndim
+        trailing = decoding.trailing - (axis > elements)
+        return dataclasses.replace(decoding, trailing=trailing, strides=strides)(
+            codes, scales, table, *second
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class FlatDecoding(PlatformFn):
@@ -218,3 +266,8 @@ class FlatDecoding(PlatformFn):
     def on_tpu(self) -> FlatDecoding:
         """The variant for TPU."""
         return dataclasses.replace(self, decoding=self.decoding.on_tpu)
+
+    @property
+    def on_cuda(self) -> FlatDecoding:
+        """The variant for CUDA."""
+        return dataclasses.replace(self, decoding=self.decoding.on_cuda)

@@ -22,6 +22,7 @@ from jax import lax
 from jax.interpreters import ad, batching, mlir
 
 from lowrank_jax._jax.jaxprs import Primitive, ShapedArray, has_auto_axes
+from lowrank_jax._primitives.few_tokens import Rows, is_cheaper
 
 
 class PlatformFn:
@@ -43,8 +44,30 @@ class PlatformFn:
         """The variant for TPU."""
         return self
 
+    @property
+    def on_cuda(self) -> Any:
+        """The variant of a decoding that a GPU's compiler fuses into a sum of products."""
+        return self
+
     def __call__(self, *args: Any) -> Any:
         """Apply the function."""
+        raise NotImplementedError
+
+    # Of a product: as sums of the products of rows (see `few_tokens`).
+
+    def count_rows(self, x: Any, w: Any, back: bool = False) -> Rows | None:
+        """Count the rows of x, or with back those of a cotangent; None if there is no such form.
+
+        x and w have shapes and dtypes; w is decoded.
+        """
+        return None
+
+    def sum_rows(self, xs: Sequence[jax.Array], w: Any) -> list[jax.Array]:
+        """Apply the op to each x by sums."""
+        raise NotImplementedError
+
+    def sum_rows_back(self, cts: Sequence[jax.Array], w: Any, like: Any) -> list[jax.Array]:
+        """Apply the transpose to each cotangent by sums; like has the shape and dtype of x."""
         raise NotImplementedError
 
 
@@ -83,6 +106,20 @@ def _quantized_dot_on_tpu(
 ) -> jax.Array:
     """Lowering for TPU."""
     return _quantized_dot(x, *parts, op=op, decode=decode.on_tpu)
+
+
+def _quantized_dot_on_cuda(
+    x: jax.Array, *parts: jax.Array, op: PlatformFn, decode: PlatformFn
+) -> jax.Array:
+    """Lowering for CUDA: few rows are summed in fusions that decode each code as they read it."""
+    w = jax.eval_shape(decode, *parts)
+    rows = op.count_rows(x, w)
+    weight, *_ = jax.tree.leaves(w)
+    if rows is None or not is_cheaper(rows, weight.size, _count_bytes(parts), weight.dtype):
+        return _quantized_dot(x, *parts, op=op, decode=decode)
+    codes, *rest = parts
+    x, *rest = lax.optimization_barrier((x, *rest))
+    return op.sum_rows([x], decode.on_cuda(codes, *rest))[0]
 
 
 def _quantized_dot_on_cpu(
@@ -126,6 +163,25 @@ class _Transposed(PlatformFn):
         """The transpose of the op's variant for CPU."""
         return functools.partial(self._run, self.op.on_cpu)
 
+    @property
+    def like(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of x."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def count_rows(self, x: Any, w: Any, back: bool = False) -> Rows | None:
+        """Count the rows of a cotangent; with back, those of the op."""
+        return (
+            self.op.count_rows(self.like, w, not back) if isinstance(self.op, PlatformFn) else None
+        )
+
+    def sum_rows(self, xs: Sequence[jax.Array], w: Any) -> list[jax.Array]:
+        """Apply the op's transpose by sums."""
+        return self.op.sum_rows_back(xs, w, self.like)
+
+    def sum_rows_back(self, cts: Sequence[jax.Array], w: Any, like: Any) -> list[jax.Array]:
+        """Apply the op by sums."""
+        return [y.astype(like.dtype) for y in self.op.sum_rows(cts, w)]
+
     def _run(self, op: Callable, ct: jax.Array, w: jax.Array) -> jax.Array:
         aval = jax.ShapeDtypeStruct(self.shape, self.dtype)
         return jax.linear_transpose(lambda x: op(x, w), aval)(ct)[0]
@@ -165,6 +221,60 @@ class _VmappedFn(PlatformFn):
     def on_tpu(self) -> _VmappedFn:
         """jax.vmap of the function's variant for TPU."""
         return _VmappedFn(self.fn.on_tpu, self.axes)
+
+    @property
+    def on_cuda(self) -> _VmappedFn:
+        """jax.vmap of the function's variant for CUDA."""
+        return _VmappedFn(self.fn.on_cuda, self.axes)
+
+    def count_rows(self, x: Any, w: Any, back: bool = False) -> Rows | None:
+        """Count the rows of one entry; of all entries if one weight is for all."""
+        x_dim, w_dim = self.axes
+        rows = self.fn.count_rows(_drop_axis(x, x_dim), _drop_axis(w, w_dim), back)
+        if rows is None or w_dim is not None:
+            return rows
+        return rows._replace(count=rows.count * x.shape[x_dim])
+
+    def sum_rows(self, xs: Sequence[jax.Array], w: Any) -> list[jax.Array]:
+        """Sum the rows of all entries if one weight is for all, else map the inner sums."""
+        fn, (x_dim, w_dim) = self.fn, self.axes
+        if w_dim is not None or x_dim is None:
+            return jax.vmap(fn.sum_rows, (x_dim, w_dim))([*xs], w)
+        entries = [entry for x in xs for entry in jnp.moveaxis(x, x_dim, 0)]
+        return _stack_groups(fn.sum_rows(entries, w), len(xs), 0)
+
+    def sum_rows_back(self, cts: Sequence[jax.Array], w: Any, like: Any) -> list[jax.Array]:
+        """The same for the transpose; the cotangents of an x that all entries share are added."""
+        fn, (x_dim, w_dim) = self.fn, self.axes
+        like = _drop_axis(like, x_dim)
+        if w_dim is not None or x_dim is None:
+            back = jax.vmap(lambda cts, w: fn.sum_rows_back(cts, w, like), (0, w_dim))
+            found = back([*cts], w)
+            if x_dim is None:
+                return [x.sum(0, dtype=x.dtype) for x in found]
+            return [jnp.moveaxis(x, 0, x_dim) for x in found]
+        entries = [entry for ct in cts for entry in ct]
+        return _stack_groups(fn.sum_rows_back(entries, w, like), len(cts), x_dim)
+
+
+def _drop_axis(tree: Any, axis: int | None) -> Any:
+    """Return shapes and dtypes of arrays without an axis."""
+    if axis is None:
+        return tree
+    one = lambda z: jax.ShapeDtypeStruct((*z.shape[:axis], *z.shape[axis + 1 :]), z.dtype)
+    return jax.tree.map(one, tree)
+
+
+def _stack_groups(arrays: Sequence[jax.Array], count: int, axis: int) -> list[jax.Array]:
+    """Stack each of `count` groups of as many arrays."""
+    size = len(arrays) // count
+    return [jnp.stack(arrays[i * size : (i + 1) * size], axis) for i in range(count)]
+
+
+def _count_bytes(arrays: Sequence[Any]) -> int:
+    """Return the size of arrays, two 4-bit numbers a byte."""
+    bits = lambda dtype: 4 if dtype == jnp.uint4 else 8 * jnp.dtype(dtype).itemsize
+    return sum(array.size * bits(array.dtype) for array in arrays) // 8
 
 
 def _abstract_eval(
@@ -216,7 +326,12 @@ ad.primitive_jvps[quantized_dot_p] = _jvp
 ad.primitive_transposes[quantized_dot_p] = _transpose
 batching.primitive_batchers[quantized_dot_p] = _batch
 mlir.register_lowering(quantized_dot_p, mlir.lower_fun(_quantized_dot, multiple_results=False))
-for name, form in {"cpu": _quantized_dot_on_cpu, "tpu": _quantized_dot_on_tpu}.items():
+_FORMS = {
+    "cpu": _quantized_dot_on_cpu,
+    "cuda": _quantized_dot_on_cuda,
+    "tpu": _quantized_dot_on_tpu,
+}
+for name, form in _FORMS.items():
     mlir.register_lowering(
         quantized_dot_p, mlir.lower_fun(form, multiple_results=False), platform=name
     )
