@@ -3,8 +3,8 @@
     python benchmarks/few_tokens.py [--target h100] [--tokens 1 2 4 8 16 64]
 
 Forward is x·W with W of [4096, 14336] bfloat16, backward g·Wᵀ, each compiled alone. MB is the sum
-of the arrays that the program's instructions read and write, so a weight decoded to memory counts
-twice. LOWRANK_JAX_FEW_TOKENS=0 shows the dot at any number of tokens. `aot.py` beside this file
+of the arrays that the program's instructions read and write (on TPU as the compiler counts them),
+so a weight decoded to memory counts twice. LOWRANK_JAX_FEW_TOKENS=0 shows the dot at any number of tokens. `aot.py` beside this file
 says how to make the compilers, and what they do not prove.
 """
 
@@ -85,6 +85,7 @@ def main() -> None:
             for which, fn, other in (("forward", apply, x), ("backward", back, ct)):
                 found = aot.compiled(fn, tree, other, target=options.target)
                 moved, count = count_traffic(found.program.as_text())
+                moved = (found.program.cost_analysis() or {}).get("bytes accessed", moved)
                 temporaries = found.temporaries * 1024
                 row += f" | {which} {moved / 1e6:6.1f} {temporaries:6.1f} {count:2}"
             print(row, flush=True)

@@ -5,8 +5,10 @@ benchmarks/aot.py prints the commands that make an environment with these compil
 
 import argparse
 import json
+import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import lowrank_jax as lowrank
@@ -54,8 +56,8 @@ def test_a_base_is_split_over_a_mesh(target):
         pytest.skip(str(error))
     mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
-    params = {"w": jax.ShapeDtypeStruct((1024, 8192), jax.numpy.bfloat16, sharding=sharding)}
-    x = jax.ShapeDtypeStruct((128, 1024), jax.numpy.bfloat16)
+    params = {"w": jax.ShapeDtypeStruct((1024, 8192), jnp.bfloat16, sharding=sharding)}
+    x = jax.ShapeDtypeStruct((128, 1024), jnp.bfloat16)
     found = lowrank.estimate(lambda params, x: x @ params["w"], params, x, target=target)
     assert found.devices == 8
     assert found.groups["base"] == 1024 * 1024 * 2
@@ -78,3 +80,30 @@ def test_codes_are_gathered_and_no_weight(target, codes, tmp_path):
         if name.startswith("all-gather") and name.split()[1] in ("f32", "bf16", "f16")
     ]
     assert sum(floats) < width**2 * 2  # activations and factors, together less than one weight
+
+
+@pytest.mark.parametrize("stored", [{"double_quant": False}, {"packing": "uint8"}, {}], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 14336), (14336, 4096), (4096, 1024)])
+@pytest.mark.parametrize("is_back", [False, True])
+def test_one_token_reads_codes_once(shape, stored, is_back):
+    """A product of one token on a GPU: one instruction reads the codes, and no weight is written."""
+    try:
+        (device,) = make_devices(CHIPS["h100"], 1)
+    except lowrank.ConfigError as error:
+        pytest.skip(str(error))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    params = {"w": array(*shape)}
+    quant = lowrank.QuantConfig(targets="w", **stored)
+    tree = jax.eval_shape(lambda params: lowrank.quantize(params, quant), params)
+    apply = lowrank.lift(lambda params, x: x @ params["w"], fallback="raise")
+    x, ct = array(1, shape[0]), array(1, shape[1])
+    back = lambda tree, ct: jax.linear_transpose(lambda x: apply(tree, x), x)(ct)[0]
+    fn, other = (back, ct) if is_back else (apply, x)
+    program = jax.jit(fn, in_shardings=sharding).lower(tree, other).compile()
+    entry = program.as_text().split("\nENTRY")[1]
+    (codes,) = re.findall(r"%(\S+codes\S*) = u\d+\[.*parameter", entry)
+    assert len(re.findall(rf"%{re.escape(codes)}[,)]", entry)) == 1
+    # scales of 8 bits are decoded first; of sums there are at most 32,768 and as many again
+    scales = 0 if "double_quant" in stored else shape[0] * shape[1] // 64 * 4
+    assert program.memory_analysis().temp_size_in_bytes <= scales + 2**18

@@ -91,8 +91,15 @@ FOUR_BITS = {
 }
 
 
-@pytest.mark.parametrize("split", SPECS)
-@pytest.mark.parametrize("packing", FOUR_BITS)
+@pytest.mark.parametrize(
+    ("packing", "split"),
+    [
+        ("uint4", "in"),
+        ("uint8", "out"),
+        pytest.param("uint4", "out", marks=pytest.mark.slow),
+        pytest.param("uint8", "in", marks=pytest.mark.slow),
+    ],
+)
 def test_codes_are_gathered_and_not_the_weight(packing, split):
     mesh = make_mesh()
     whole, (base, lora, x) = make_args(mesh, split, FOUR_BITS[packing])

@@ -25,7 +25,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("packing", ["uint4", "uint8"])
+@pytest.mark.parametrize("packing", ["uint4", pytest.param("uint8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_is_one_entry(name, packing, monkeypatch, tmp_path):
     entry = FORMATS[name]

@@ -15,6 +15,8 @@ import lowrank_jax as lowrank
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._nodes.selection import get_selection
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 KEY = jax.random.key(0)
 EXAMPLES, COUNT = 24, 3
 INDEX = jnp.arange(EXAMPLES) % COUNT
@@ -173,7 +175,7 @@ def test_second_derivatives_of_a_mixed_batch():
 
 
 @pytest.mark.skipif(not jaxprs.KEEPS_RULES_IN_SCANS, reason="this JAX would derive it wrongly")
-def test_a_scan_over_layers_does_not_copy_the_stack():
+def test_a_scan_over_layers_does_not_copy_the_stack(full_compile):
     """A step holds no array of the size of all adapters' factors of all layers."""
     shape = (3, 6, 32, 4)
     node = lowrank.LowRank(
@@ -194,7 +196,7 @@ def test_a_scan_over_layers_does_not_copy_the_stack():
     assert not moved
 
 
-def test_no_factor_is_copied_for_each_example():
+def test_no_factor_is_copied_for_each_example(full_compile):
     params = {"w": draw(0, (96, 80))}
     fn = lowrank.lift(lambda p, x: x @ p["w"])
     config = lowrank.LoraConfig(rank=4, targets="w")

@@ -46,8 +46,15 @@ def llama_adapter(lora, tensors, scan, prefix="adapter/"):
 RANKS = {"**/q_proj/kernel": 3, "**/mlp/down_proj/kernel": 6}
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("case", ["dora", "rslora"])
+@pytest.mark.parametrize(
+    ("case", "scan"),
+    [
+        ("dora", True),
+        ("rslora", False),
+        pytest.param("dora", False, marks=pytest.mark.slow),
+        pytest.param("rslora", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_llama(case, scan, fast_compile):
     tensors, golden = load(f"llama-{case}")
     base_tensors = load_llama("base")

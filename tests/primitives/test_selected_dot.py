@@ -9,6 +9,8 @@ import pytest
 from lowrank_jax._primitives import selected_dot as module
 from lowrank_jax._primitives.selected_dot import ENTRY, choose_form, selected_dot
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 EXAMPLES, TOKENS, COUNT, FAN_IN, RANK = 5, 3, 4, 6, 2
 LABELS = {"xl": ("t", "in"), "yl": (ENTRY, "in", "r"), "out": ("t", "r")}
 BATCHED = {"xl": ("e", "t", "in"), "yl": LABELS["yl"], "il": ("e",), "out": ("e", "t", "r")}

@@ -11,6 +11,8 @@ from jax import P
 import lowrank_jax as lowrank
 from lowrank_jax import checkpoint, peft
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 KEY = jax.random.key(0)
 PARAMS = {
     "layers": jax.random.normal(KEY, (2, 64, 64)) / 8,
@@ -43,7 +45,11 @@ def make(seed=0, **options):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("nf4", {"dora": True, "train": "norm"}), ("fp4", {}), ("int8", {"method": "loha"})],
+    [
+        ("nf4", {"dora": True, "train": "norm"}),
+        pytest.param("fp4", {}, marks=pytest.mark.slow),
+        pytest.param("int8", {"method": "loha"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_quantized_adapter_is_its_dequantized_self(kind, options):
     base, lora = make(**options)
