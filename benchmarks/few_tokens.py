@@ -4,8 +4,8 @@
 
 Forward is x·W with W of [4096, 14336] bfloat16, backward g·Wᵀ, each compiled alone. MB is the sum
 of the arrays that the program's instructions read and write (on TPU as the compiler counts them),
-so a weight decoded to memory counts twice. LOWRANK_JAX_FEW_TOKENS=0 shows the dot at any number of tokens. `aot.py` beside this file
-says how to make the compilers, and what they do not prove.
+so a weight decoded to memory counts twice. LOWRANK_JAX_FEW_TOKENS=0 shows the dot at any number of
+tokens. `aot.py` beside this file says how to make the compilers, and what they do not prove.
 """
 
 import argparse

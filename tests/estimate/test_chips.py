@@ -86,7 +86,7 @@ def test_codes_are_gathered_and_no_weight(target, codes, tmp_path):
 @pytest.mark.parametrize("shape", [(4096, 14336), (14336, 4096), (4096, 1024)])
 @pytest.mark.parametrize("is_back", [False, True])
 def test_one_token_reads_codes_once(shape, stored, is_back):
-    """A product of one token on a GPU: one instruction reads the codes, and no weight is written."""
+    """On a GPU one instruction of a product of one token reads codes, and no weight is written."""
     try:
         (device,) = make_devices(CHIPS["h100"], 1)
     except lowrank.ConfigError as error:
