@@ -1,4 +1,4 @@
-"""Errors for the keywords of a configuration that another library calls by other names."""
+"""Errors for the arguments of a configuration: by position, or by the names of another library."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ BITSANDBYTES_KEYWORDS = {
 
 
 def explain_keywords(library: str, known: Mapping[str, str]) -> Callable[[C], C]:
-    """Make a decorator of a dataclass, whose constructor explains the keywords of a library.
+    """Make a decorator of a dataclass, whose constructor explains wrong arguments.
+
+    These are arguments by position, and the keywords of another library.
 
     Args:
       library: its name, for the error.
@@ -58,13 +60,27 @@ def explain_keywords(library: str, known: Mapping[str, str]) -> Callable[[C], C]
     >>> Config(r=8)
     Traceback (most recent call last):
     lowrank_jax._errors.ConfigError: Config has other names than PEFT: r is rank
+    >>> Config(8)
+    Traceback (most recent call last):
+    lowrank_jax._errors.ConfigError: Config takes its fields by keyword, as in Config(rank=...): the
+    first argument is an int, 8, without a name
     """
 
     def decorate(cls: C) -> C:
         init = cls.__init__
+        fields: tuple[dataclasses.Field, ...] = dataclasses.fields(cls)  # type: ignore[arg-type]
 
         @functools.wraps(init)
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+            if args:
+                names = ", ".join(f"{field.name}=..." for field in fields[: len(args)])
+                call = f"{cls.__name__}({names})"
+                if isinstance(args[0], Mapping):
+                    call = f"{cls.__name__}.from_dict(values)"
+                raise ConfigError(
+                    f"{cls.__name__} takes its fields by keyword, as in {call}: the first argument "
+                    f"is {describe_value(args[0])}, without a name"
+                )
             if not known.keys().isdisjoint(kwargs):
                 text = describe_keywords(known, kwargs)
                 raise ConfigError(f"{cls.__name__} has other names than {library}: {text}")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 import lowrank_jax as lowrank
@@ -34,8 +35,35 @@ def test_json_round_trip(config):
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         FULL.rank = 3
-    with pytest.raises(TypeError):
-        lowrank.LoraConfig(8)  # keyword-only
+
+
+BY_POSITION = {
+    "a rank": (
+        lowrank.LoraConfig,
+        (8,),
+        r"as in LoraConfig\(rank=...\): the first .* is an int, 8,",
+    ),
+    "a rank and an alpha": (lowrank.LoraConfig, (8, 16), r"LoraConfig\(rank=..., alpha=...\)"),
+    "patterns": (lowrank.LoraConfig, (["**/kernel"],), r"is a list, without a name"),
+    "a dict": (
+        lowrank.LoraConfig,
+        ({"rank": 8},),
+        r"as in LoraConfig.from_dict\(values\): .*a dict",
+    ),
+    "a format": (lowrank.QuantConfig, ("int8",), r"QuantConfig\(format=...\): .* a str, 'int8'"),
+    "too many": (lowrank.QuantConfig, range(20), r"targets=..., exclude=...\): .* an int, 0"),
+    "an array": (lowrank.QuantConfig, (np.ones(2),), r"a ndarray of shape \(2,\)"),
+    "another config": (lowrank.QuantConfig, (FULL,), r"is a LoraConfig, without a name"),
+}
+
+
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_arguments_by_position_are_refused_in_one_sentence(name):
+    config, given, words = BY_POSITION[name]
+    with pytest.raises(lowrank.ConfigError, match=words) as info:
+        config(*given)
+    assert str(info.value).startswith(f"{config.__name__} takes its fields by keyword, as in ")
+    assert "\n" not in str(info.value)
 
 
 def test_order_of_patterns_is_part_of_the_configuration():
