@@ -50,6 +50,7 @@ from lowrank_jax._trees.shardings import (
     find_dense_shardings,
     place_leaf,
     place_node,
+    place_like,
     place_norms,
     resolve_shardings,
 )
@@ -145,7 +146,9 @@ def init(
         node, leaf = None, strip_norms(leaf)
         if path in targets:
             leaf_key = jax.random.fold_in(root, hash_path(path))
-            leaf, node = _init_leaf(leaf_key, path, leaf, targets[path], chosen[path], config)
+            leaf, node = _init_leaf(
+                leaf_key, path, leaf, targets[path], chosen[path], config, at.get(path)
+            )
         elif path in whole:
             node = init_full(leaf)
         elif path in rows:
@@ -219,9 +222,10 @@ def _init_leaf(
     initializer: Initializer | None,
     config: LoraConfig,
 ) -> tuple[Leaf, LowRank]:
-    """Return the base and the adapter of one leaf."""
+    """Return the base and the adapter of one leaf; sharding is that of the leaf, if given."""
     if start := find_method(config.method).start:
         return _add_magnitude(path, leaf, start(key, leaf, target, config), config)
+    sharding: jax.NamedSharding | None,
     if initializer is None:
         initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
     quant = getattr(initializer, "quant", None)
@@ -237,7 +241,7 @@ def _init_leaf(
                 "dense parameters and quantize after, or take another initializer"
             )
         if quant is None:
-            leaf = residual.astype(leaf.dtype)
+            leaf = place_like(residual.astype(leaf.dtype), leaf, sharding)
         else:
             leaf = _quantize_residual(path, residual, leaf, target, quant)
     axes = target.fan_in, target.fan_out, target.stack

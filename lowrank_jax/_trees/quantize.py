@@ -29,6 +29,7 @@ from lowrank_jax._targeting.targets import (
 from lowrank_jax._trees.donation import Donation
 from lowrank_jax._trees.shardings import (
     find_constraint,
+    find_sharding,
     place_leaf,
     resolve_shardings,
     shard_leaf,
@@ -215,7 +216,10 @@ def quantize_leaf(
     number = jax.NamedSharding(sharding.mesh, jax.P())
     out = specs({path: shapes}, {path: sharding})[path], (number, number)
     with jaxprs.use_mesh_of(leaf):
-        return jaxprs.call_with_auto_axes(encode, out, leaf)
+        node, bad = jaxprs.call_with_auto_axes(encode, out, leaf)
+    # the type, and so the result, lacks the axes of the mesh that are not explicit
+    at = shard_leaf(path, shapes, place or find_sharding(leaf))
+    return (node if at is None else jax.tree.map(place_leaf, node, at)), bad
 
 
 def _find_shardings(

@@ -73,13 +73,56 @@ def place_leaf(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if jaxprs.is_tracer(leaf):
-        # Explicit mesh axes are in the types, and allow no constraint
-        explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-        place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
-        return place(leaf, sharding)
+        return _place_tracer(leaf, sharding)
     if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
         leaf = leaf.astype(leaf.dtype.newbyteorder("="))
     return place_array(leaf, sharding)
+
+
+def place_like(array: jax.Array, leaf: Any, sharding: NamedSharding | None = None) -> Any:
+    """Place an array of a leaf's shape as the leaf; see place_node."""
+    sharding = sharding or find_sharding(leaf)
+    return array if sharding is None else place_leaf(array, sharding)
+
+
+def _place_tracer(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Shard a traced array by its type along explicit mesh axes, by a constraint along the rest.
+
+    Raises:
+      TreeError: an axis is split along both, and the explicit mesh axes are not first.
+    """
+    # On the mesh ("data" explicit, "model" auto), P(("data", "model"), None) is resharded to
+    # P("data", None) and constrained to P("model", None): the constraint divides each shard further
+    mesh, spec = sharding.mesh, sharding.spec
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = {name for name, kind in kinds.items() if kind == jax.sharding.AxisType.Explicit}
+    if explicit in ({*kinds}, set()):
+        place = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+        return place(array, sharding)
+    typed = P(*(_select_names(entry, explicit) for entry in spec))
+    rest = P(*(_select_names(entry, {*kinds} - explicit) for entry in spec))
+    for entry, *parts in zip(spec, typed, rest, strict=True):
+        order = tuple(name for part in parts for name in _list_names(part))
+        if order != _list_names(entry):
+            raise TreeError(
+                f"an array of shape {array.shape} is to be split by {spec}, and an array inside "
+                "jax.jit first along the explicit axes of its mesh, then along the others: write "
+                f"{order} for {entry}"
+            )
+    if any(typed) or jaxprs.is_split(array):
+        array = jax.sharding.reshard(array, NamedSharding(mesh, typed))
+    rest = NamedSharding(mesh, rest, memory_kind=sharding.memory_kind)
+    return jax.lax.with_sharding_constraint(array, rest)
+
+
+def _list_names(entry: Any) -> tuple[Any, ...]:
+    """List the mesh axes of an entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _select_names(entry: Any, names: set[str]) -> Any:
+    """Return an entry of a PartitionSpec with the mesh axes of names alone."""
+    return tuple(name for name in _list_names(entry) if name in names) or None
 
 
 def find_sharding(leaf: Any) -> NamedSharding | None:

@@ -124,11 +124,24 @@ def test_load_checks_and_places_every_leaf(tmp_path, monkeypatch):
     assert got["count"] == 3
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_shardings_within_jit_are_of_any_kind_of_mesh(kind):
-    kinds = (getattr(jax.sharding.AxisType, kind),) * 2
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds, devices=jax.devices()[:4])
-    own = {"w": NamedSharding(mesh, P("data", "model"))}
+MESHES = [
+    ("Auto", "Auto", P("data", "model")),
+    ("Explicit", "Explicit", P("data", "model")),
+    pytest.param("Explicit", "Auto", P("data", "model"), marks=pytest.mark.slow),
+    ("Auto", "Explicit", P("data", "model")),
+    ("Explicit", "Auto", P(("data", "model"))),
+]
+
+
+def make_small_mesh(*kinds):
+    kinds = tuple(getattr(jax.sharding.AxisType, kind) for kind in kinds)
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds, devices=jax.devices()[:4])
+
+
+@pytest.mark.parametrize(("first", "second", "spec"), MESHES)
+def test_shardings_within_jit_are_of_any_kind_of_mesh(first, second, spec):
+    mesh = make_small_mesh(first, second)
+    own = {"w": NamedSharding(mesh, spec)}
     params = {"w": jnp.sin(jnp.arange(128.0 * 8)).reshape(128, 8)}
     with jax.set_mesh(mesh):  # JAX asks for it where an argument is on no mesh
         made = jax.jit(lambda tree: lowrank.quantize(tree, QUANT, shardings=own))(params)
@@ -136,7 +149,28 @@ def test_shardings_within_jit_are_of_any_kind_of_mesh(kind):
     np.testing.assert_array_equal(
         np.asarray(made["w"].codes), np.asarray(lowrank.quantize(params, QUANT)["w"].codes)
     )
-    for tree in (made, base, lora):
+    trees = [made, base, lora]
+    if first != second:  # nor is an axis lost without jit
+        trees.append(lowrank.quantize(params, QUANT, shardings=own))
+    for tree in trees:
+        check_places(tree, lowrank.specs(tree, own))
+
+
+def test_an_order_of_mesh_axes_that_types_cannot_express_is_refused_within_jit():
+    mesh = make_small_mesh("Auto", "Explicit")
+    params = {"w": jnp.ones((128, 8))}
+    own = {"w": NamedSharding(mesh, P(("data", "model")))}
+    words = r"\(128, 8\) .* write \('model', 'data'\) for \('data', 'model'\)"
+    for make in (
+        lambda tree: lowrank.quantize(tree, QUANT, shardings=own),
+        lambda tree: lowrank.init(0, tree, CONFIG, shardings=own),
+    ):
+        with jax.set_mesh(mesh), pytest.raises(TreeError, match=words):
+            jax.jit(make)(params)
+    with jax.set_mesh(mesh):
+        got = lowrank.quantize(params, QUANT, shardings=own)
+        base, lora = lowrank.init(0, params, CONFIG, initializer="pissa", shardings=own)
+    for tree in (got, base, lora):
         check_places(tree, lowrank.specs(tree, own))
 
 
