@@ -317,6 +317,16 @@ MISTAKES = {
         lowrank.TreeError,
         r"already combined with this adapter \(see 'params/attention/key/kernel'\)",
     ),
+    "combine with a combined tree as the adapter": (
+        lambda: lowrank.combine(BASE, lowrank.combine(BASE, LORA)),
+        lowrank.TreeError,
+        r"lora is a combined tree \(see 'params/attention/key/kernel'\): pass its adapter",
+    ),
+    "fingerprint of a combined tree": (
+        lambda: lowrank.fingerprint(lowrank.combine(BASE, LORA)),
+        lowrank.TreeError,
+        r"without adapters, and 'params/attention/key/kernel' has one: pass the base from before",
+    ),
     "combine with a tree of arrays": (
         lambda: lowrank.combine(BASE, BASE),
         lowrank.TreeError,

@@ -10,7 +10,7 @@ import jax
 from lowrank_jax._errors import ConfigError, TreeError, list_problems
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+from lowrank_jax._nodes import Full, LowRank, explain_combined, is_node
 from lowrank_jax._nodes.quantized_factors import dequantize_factors
 
 # A node, or None where an adapter leaves the leaf alone.
@@ -56,12 +56,9 @@ def align(
 
 def refuse_other_leaves(leaves: Sequence[tuple[str, Any]], what: str) -> None:
     """Raise TreeError where a leaf of an adapter is not LowRank, Full or None."""
+    if problem := explain_combined(leaves, what):
+        raise TreeError(problem)
     for path, leaf in leaves:
-        if isinstance(leaf, Adapted):
-            raise TreeError(
-                f"{what} is a combined tree (see {path!r}): lowrank.partition(tree) returns its "
-                "base and its adapter"
-            )
         if leaf is not None and not isinstance(leaf, LowRank | Full):
             raise TreeError(
                 f"{path!r} of {what} is {type(leaf).__name__}, not LowRank, Full or None: pass "

@@ -89,7 +89,11 @@ def _refuse_other_trees(old: dict[str, Any], new: dict[str, Any]) -> None:
     problems += [f"{path}: only in tuned" for path in new if path not in old]
     for name, leaves in (("base", old), ("tuned", new)):
         for path, leaf in leaves.items():
-            if not hasattr(leaf, "shape") or isinstance(leaf, LowRank | Full | Adapted):
+            if isinstance(leaf, Adapted):
+                problems.append(
+                    f"{path}: adapted in {name}; lowrank.merge(base, lora) gives its dense weight"
+                )
+            elif not hasattr(leaf, "shape") or isinstance(leaf, LowRank | Full):
                 problems.append(f"{path}: {describe_value(leaf)} in {name}; expected an array")
     if problems:
         raise TreeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import jax
@@ -133,8 +134,38 @@ def is_node(value: object) -> bool:
 
 
 def is_adapter(value: object) -> bool:
-    """Whether a value is an adapter (LowRank or Full) or holds one to train (Adapted)."""
+    """Whether a value is an adapter (LowRank or Full) or holds one to train (Adapted).
+
+    has_adapter is also true of a leaf that holds a frozen one.
+    """
     return isinstance(value, LowRank | Full) or (isinstance(value, Adapted) and not value.depth)
+
+
+# what to pass in place of a tree with adapters, for errors
+UNADAPTED = (
+    "the base from before combine (lowrank.partition(tree) takes off the adapter of the last "
+    "combine), or lowrank.merge(base, lora)"
+)
+
+
+def has_adapter(leaf: object) -> bool:
+    """Whether a leaf is an adapter, or has one, trained or frozen."""
+    return isinstance(strip_norms(leaf), LowRank | Full | Adapted)
+
+
+def find_adapters(leaves: Iterable[tuple[str, Any]]) -> list[str]:
+    """Return the paths of the leaves that are adapters or have one."""
+    return [path for path, leaf in leaves if has_adapter(leaf)]
+
+
+def explain_combined(leaves: Iterable[tuple[str, Any]], what: str) -> str | None:
+    """Explain that a tree, which should be an adapter, is a combined tree; None if it is not."""
+    if adapted := [path for path, leaf in leaves if isinstance(strip_norms(leaf), Adapted)]:
+        return (
+            f"{what} is a combined tree (see {adapted[0]!r}): pass its adapter, which is "
+            "lowrank.partition(tree)[1]"
+        )
+    return None
 
 
 def add_depth(leaf: Any, count: int) -> Any:
@@ -159,12 +190,13 @@ def as_dense(leaf: Leaf | Full) -> Any:
 def collect_adapters(lora: PyTree) -> dict[str, Any]:
     """Return path -> LowRank or Full of an adapter; raises CheckpointError for other trees."""
     nodes = dict(flatten(lora, is_leaf=is_node)[0])
+    if problem := explain_combined(nodes.items(), "lora"):
+        raise CheckpointError(problem)
     for path, node in nodes.items():
         if not isinstance(node, LowRank | Full):
-            hint = "lowrank.partition(tree)[1]" if isinstance(node, Adapted) else "init's second"
             raise CheckpointError(
                 f"lora holds {type(node).__name__} at {path!r}, where LowRank, Full or None is "
-                f"expected: pass the adapter ({hint})"
+                "expected: pass the adapter, the second result of init"
             )
     if not nodes:
         raise CheckpointError("lora holds no adapter: pass the second result of init")

@@ -21,7 +21,7 @@ from lowrank_jax._checks.arguments import (
 from lowrank_jax._errors import ConfigError, TreeError
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, Full, LowRank, is_adapter, is_node
+from lowrank_jax._nodes import Adapted, Full, LowRank, explain_combined, is_adapter, is_node
 from lowrank_jax._nodes.methods import get_method
 from lowrank_jax._nodes.quantized_factors import has_quantized_factors
 
@@ -107,6 +107,8 @@ def factor_labels(lora: PyTree) -> Any:
         )
 
     leaves, treedef = flatten(lora, is_leaf=is_node)
+    if problem := explain_combined(leaves, "lora"):
+        raise TreeError(problem)
     _refuse_quantized(leaves)
     return jax.tree.unflatten(treedef, [label(leaf) for _, leaf in leaves])
 

@@ -18,7 +18,7 @@ from lowrank_jax._interpreter.interpret import Context, Record, interpret
 from lowrank_jax._interpreter.table import OPERATIONS
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import Equation, PyTree
-from lowrank_jax._nodes import is_adapter, is_node
+from lowrank_jax._nodes import UNADAPTED, find_adapters, is_node
 from lowrank_jax._operators.covariance_probe import CovarianceProbe, Event
 from lowrank_jax._operators.dense import DenseWeight
 from lowrank_jax._operators.weight import Weight
@@ -91,8 +91,8 @@ def covariances(fn: Callable, config: LoraConfig, *, plan: Plan | None = None) -
 def _resolve_targets(params: PyTree, config: LoraConfig, plan: Plan | None) -> dict[str, Target]:
     """Resolve the targets and refuse tables that are only read by rows."""
     leaves, _ = flatten(params, is_leaf=is_node)
-    if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
-        raise TreeError(f"params already holds adapters ({adapted[0]!r}): pass the base")
+    if adapted := find_adapters(leaves):
+        raise TreeError(f"params already holds adapters ({adapted[0]!r}): pass {UNADAPTED}")
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
     targets = resolve_targets(arrays, config, plan)
     if tables := [path for path, target in targets.items() if target.kind == "lookup"]:

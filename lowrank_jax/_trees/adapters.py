@@ -24,6 +24,7 @@ from lowrank_jax._nodes import (
     LowRank,
     Normed,
     add_depth,
+    explain_combined,
     is_node,
     strip_norms,
 )
@@ -134,6 +135,8 @@ def _match_adapters(leaves: list[tuple[str, Any]], lora: PyTree) -> dict[str, An
     arrays = dict(leaves)
     if any(isinstance(leaf, LowRank | Full) for leaf in arrays.values()):
         raise TreeError("the first argument is the adapter, not a base: the order is (base, lora)")
+    if problem := explain_combined(nodes.items(), "lora"):
+        raise TreeError(problem)
     if twice := [path for path in nodes if _holds(arrays.get(path), nodes[path])]:
         raise TreeError(
             f"the first argument is already combined with this adapter (see {twice[0]!r}), which "

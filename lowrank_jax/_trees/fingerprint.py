@@ -18,7 +18,7 @@ from lowrank_jax._errors import TreeError
 from lowrank_jax._jax.paths import flatten, rename_legacy_paths
 from lowrank_jax._jax.processes import gather_shards
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Normed, is_adapter, strip_norms
+from lowrank_jax._nodes import UNADAPTED, Normed, find_adapters, is_node, strip_norms
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -119,11 +119,10 @@ def fingerprint(tree: PyTree) -> Fingerprint:
     """
     own, treedef = flatten(tree, is_leaf=lambda leaf: isinstance(leaf, Normed))
     plain = jax.tree.unflatten(treedef, [strip_norms(leaf) for _, leaf in own])
-    leaves = flatten(plain, is_leaf=is_adapter)[0]
-    if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
+    if adapted := find_adapters(flatten(plain, is_leaf=is_node)[0]):
         raise TreeError(
-            f"a fingerprint is of the frozen base, and {adapted[0]!r} is an adapter: pass the base "
-            "(lowrank.partition takes a combined tree apart)"
+            f"a fingerprint is of weights without adapters, and {adapted[0]!r} has one: pass "
+            f"{UNADAPTED}"
         )
     # other nodes (quantized leaves) are hashed array by array
     leaves = flatten(plain)[0]

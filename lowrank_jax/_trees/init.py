@@ -22,10 +22,11 @@ from lowrank_jax._errors import ConfigError, TreeError
 from lowrank_jax._jax.paths import Pattern, flatten, hash_path, make_no_match_error, matches
 from lowrank_jax._jax.types import PyTree
 from lowrank_jax._nodes import (
+    UNADAPTED,
     LowRank,
     attach_norms,
+    find_adapters,
     init_full,
-    is_adapter,
     is_node,
     strip_norms,
 )
@@ -49,8 +50,8 @@ from lowrank_jax._trees.quantize import check_quantized, quantize_leaf
 from lowrank_jax._trees.shardings import (
     find_dense_shardings,
     place_leaf,
-    place_node,
     place_like,
+    place_node,
     place_norms,
     resolve_shardings,
 )
@@ -123,10 +124,11 @@ def init(
     given: Any = key
     root = jax.random.key(operator.index(given)) if is_seed(given) else to_typed_key(given)
     leaves, treedef = flatten(params, is_leaf=is_node)
-    if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
+    if adapted := find_adapters(leaves):
         raise TreeError(
-            f"params already holds adapters ({adapted[0]!r} and {len(adapted) - 1} more): pass the "
-            "base, or lowrank.merge(base, lora) to start from the merged weights"
+            f"params already holds adapters ({adapted[0]!r} and {len(adapted) - 1} more): pass "
+            f"{UNADAPTED} to start from the merged weights; lowrank.combine(tree, lora) puts the "
+            "new adapter over those of a combined tree"
         )
     at: dict[str, Any] = {}
     if shardings is not None:
@@ -221,11 +223,11 @@ def _init_leaf(
     target: Target,
     initializer: Initializer | None,
     config: LoraConfig,
+    sharding: jax.NamedSharding | None,
 ) -> tuple[Leaf, LowRank]:
     """Return the base and the adapter of one leaf; sharding is that of the leaf, if given."""
     if start := find_method(config.method).start:
         return _add_magnitude(path, leaf, start(key, leaf, target, config), config)
-    sharding: jax.NamedSharding | None,
     if initializer is None:
         initializer = initializers.lookup if target.kind == "lookup" else initializers.kaiming
     quant = getattr(initializer, "quant", None)

@@ -18,7 +18,7 @@ from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.processes import gather_shards
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import is_adapter, is_node, strip_norms
+from lowrank_jax._nodes import has_adapter, is_node, strip_norms
 from lowrank_jax._nodes.quantized import Quantized, dequantize_node
 from lowrank_jax._nodes.sizes import count_bits
 
@@ -130,9 +130,9 @@ def quantization_error(dense: PyTree, frozen: PyTree) -> QuantizationErrors:
 def _check_trees(dense: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
     """Raise TreeError if the trees cannot be compared."""
     order = "the order is (dense, frozen)"
-    for name, tree, wrong in (("dense", dense, is_node), ("frozen", frozen, is_adapter)):
+    for name, tree, wrong in (("dense", dense, is_node), ("frozen", frozen, has_adapter)):
         if nodes := [path for path, leaf in tree.items() if wrong(leaf)]:
-            what = "adapters" if is_adapter(tree[nodes[0]]) else "quantized leaves"
+            what = "adapters" if has_adapter(tree[nodes[0]]) else "quantized leaves"
             raise TreeError(
                 f"{name} holds {what} ({nodes[0]!r}): {order}, and lowrank.merge(base, lora) folds "
                 "adapters in"

@@ -14,7 +14,7 @@ from lowrank_jax._errors import ConfigError, PatternError, TreeError, list_probl
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Normed, as_dense, is_adapter, is_node
+from lowrank_jax._nodes import UNADAPTED, Full, LowRank, Normed, as_dense, find_adapters, is_node
 from lowrank_jax._nodes.host import count_nonfinite, quantize_on_host
 from lowrank_jax._nodes.quantized import Axes, Quantized, quantize_array
 from lowrank_jax._nodes.quantized_factors import dequantize_factors, has_quantized_factors
@@ -101,7 +101,8 @@ def quantize(
     if wrong := [path for path, leaf in leaves if is_node(leaf)]:
         kinds = {Quantized: "quantized leaves", Normed: "leaves with DoRA's norms"}
         kind = kinds.get(type(dict(leaves)[wrong[0]]), "adapters")
-        raise TreeError(f"params already holds {kind} ({wrong[0]!r}): pass dense parameters")
+        remedy = f"quantize {UNADAPTED}" if kind == "adapters" else "pass dense parameters"
+        raise TreeError(f"params already holds {kind} ({wrong[0]!r}): {remedy}")
     arrays = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
     chosen = choose_targets(arrays, quant, plan)
     if shapes := [p for p in chosen if isinstance(arrays[p], jax.ShapeDtypeStruct)]:
@@ -339,9 +340,10 @@ def dequantize(frozen: PyTree) -> Any:
     """
     leaves, treedef = flatten(frozen, is_leaf=is_node)
     if any(has_quantized_factors(leaf) for _, leaf in leaves):
+        is_adapter = lambda leaf: isinstance(leaf, LowRank | Full)
         decode = lambda leaf: dequantize_factors(leaf) if is_adapter(leaf) else as_dense(leaf)
         return jax.tree.unflatten(treedef, [decode(leaf) for _, leaf in leaves])
-    if adapted := [path for path, leaf in leaves if is_adapter(leaf)]:
+    if adapted := find_adapters(leaves):
         raise TreeError(
             f"{adapted[0]!r} is adapted: lowrank.merge(base, lora) gives dense weights, adapters "
             "folded in"

@@ -11,7 +11,7 @@ from lowrank_jax._checks.arguments import check_arguments
 from lowrank_jax._errors import ConfigError, PatternError, TreeError
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+from lowrank_jax._nodes import Full, LowRank, explain_combined, is_node
 from lowrank_jax._nodes.quantized_factors import (
     get_block_axes,
     has_encodable_factors,
@@ -78,12 +78,9 @@ def quantize_adapter(lora: PyTree, quant: QuantConfig) -> Any:
 
 def _refuse_other_trees(leaves: list[tuple[str, Any]]) -> None:
     """Raise unless the leaves are nodes of an adapter, with dense factors."""
+    if problem := explain_combined(leaves, "lora"):
+        raise TreeError(problem)
     for path, node in leaves:
-        if isinstance(node, Adapted):
-            raise TreeError(
-                f"{path!r} is an adapted weight: lowrank.partition(tree) returns the base and the "
-                "adapter"
-            )
         if not isinstance(node, LowRank | Full):
             raise TreeError(
                 f"{path!r} is {type(node).__name__}, not LowRank, Full or None: pass the second "

@@ -12,7 +12,7 @@ import numpy as np
 from lowrank_jax._errors import CheckpointError
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Adapted, Full, LowRank, is_node
+from lowrank_jax._nodes import UNADAPTED, LowRank, find_adapters, is_node
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._trees.fingerprint import Fingerprint, fingerprint, list_differences
 from lowrank_jax.checkpoint._entries import collect_arrays, get_static_fields, raise_problems
@@ -76,11 +76,8 @@ def _is_well_formed(node: LowRank) -> bool:
 def refuse_misshapen(nodes: dict[str, Any], base: PyTree) -> None:
     """Check that the adapter's leaves are in the base, with the same shapes."""
     leaves = dict(flatten(base, is_leaf=is_node)[0])
-    if adapted := [p for p, leaf in leaves.items() if isinstance(leaf, LowRank | Full | Adapted)]:
-        raise CheckpointError(
-            f"base holds an adapter at {adapted[0]!r}: pass the frozen tree (lowrank.partition "
-            "takes a combined one apart)"
-        )
+    if adapted := find_adapters(leaves.items()):
+        raise CheckpointError(f"base holds an adapter at {adapted[0]!r}: pass {UNADAPTED}")
     raise_problems(
         "the adapter does not fit the base: pass the base it was trained on, at the same level",
         list_differences(

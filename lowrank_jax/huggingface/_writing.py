@@ -15,7 +15,7 @@ from lowrank_jax._files.safetensors import DTYPES, order_tensors
 from lowrank_jax._files.shards import SINGLE, Tensors
 from lowrank_jax._files.torch_layout import find_use, resolve_names, validate_name
 from lowrank_jax._jax.processes import raise_everywhere
-from lowrank_jax._nodes import as_dense, is_adapter
+from lowrank_jax._nodes import as_dense, find_adapters
 from lowrank_jax._nodes.quantized import Quantized
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax._trees.fingerprint import to_numpy
@@ -45,10 +45,8 @@ def collect_tensors(
       CheckpointError: leaves have no name or cannot be saved, or do not fit the original; all
         problems are listed.
     """
-    if adapted := [path for path, leaf in leaves.items() if is_adapter(leaf)]:
-        raise CheckpointError(
-            f"{adapted[0]!r} is an adapter: merge it first with lowrank.merge(base, lora)"
-        )
+    if adapted := find_adapters(leaves.items()):
+        raise CheckpointError(f"{adapted[0]!r} has an adapter: save lowrank.merge(base, lora)")
     named = resolve_names(leaves, names)
     problems = [f"{path!r}: names has no module for it" for path in leaves if path not in named]
     tensors: dict[str, LazyTensor] = {}

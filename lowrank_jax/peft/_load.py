@@ -23,7 +23,7 @@ from lowrank_jax._files.torch_layout import (
 )
 from lowrank_jax._jax.paths import flatten, unflatten_by_path
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Full, LowRank, attach_norms, is_node, strip_norms
+from lowrank_jax._nodes import Adapted, Full, LowRank, attach_norms, is_node, strip_norms
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
@@ -151,9 +151,9 @@ def _build_nodes(
 
 
 def _needs_norm(leaf: object, node: object) -> bool:
-    """Whether init would attach squared norms to the leaf."""
+    """Whether init would attach squared norms to the leaf; of an adapted one, combine does."""
     dora = isinstance(node, LowRank) and node.magnitude is not None
-    return dora and not isinstance(leaf, jax.ShapeDtypeStruct)
+    return dora and not isinstance(leaf, jax.ShapeDtypeStruct | Adapted)
 
 
 def _match(

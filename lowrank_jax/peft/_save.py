@@ -14,7 +14,7 @@ from lowrank_jax._errors import CheckpointError, TreeError
 from lowrank_jax._jax.paths import flatten, unflatten_by_path
 from lowrank_jax._jax.processes import write_on_first_process
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import collect_adapters, is_adapter, is_node
+from lowrank_jax._nodes import UNADAPTED, collect_adapters, find_adapters, is_node
 from lowrank_jax._targeting.configs import LoraConfig
 from lowrank_jax._targeting.plan import Plan
 from lowrank_jax.names import Names
@@ -183,10 +183,11 @@ def servable(base: PyTree, lora: PyTree) -> tuple[Any, Any]:
     """
     nodes = collect_adapters(lora)
     leaves = dict(flatten(base, is_leaf=is_node)[0])
-    if wrong := [path for path, leaf in leaves.items() if is_adapter(leaf) or _is_abstract(leaf)]:
+    if adapted := find_adapters(leaves.items()):
+        raise TreeError(f"base holds an adapter at {adapted[0]!r}: pass {UNADAPTED}")
+    if shapes := [path for path, leaf in leaves.items() if _is_abstract(leaf)]:
         raise TreeError(
-            f"base holds a {type(leaves[wrong[0]]).__name__} at {wrong[0]!r}: pass the frozen "
-            "tree, of arrays (lowrank.partition splits a combined one)"
+            f"base holds a ShapeDtypeStruct at {shapes[0]!r}: pass the frozen tree, of arrays"
         )
     _check_base(nodes, base)
     kept = {path: node for path, node in nodes.items() if not describe_unservable(node)}

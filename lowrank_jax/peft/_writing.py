@@ -22,7 +22,16 @@ from lowrank_jax._files.torch_layout import (
 )
 from lowrank_jax._jax.paths import flatten
 from lowrank_jax._jax.types import PyTree
-from lowrank_jax._nodes import Full, LowRank, as_dense, collect_adapters, is_node, strip_norms
+from lowrank_jax._nodes import (
+    UNADAPTED,
+    Full,
+    LowRank,
+    as_dense,
+    collect_adapters,
+    find_adapters,
+    is_node,
+    strip_norms,
+)
 from lowrank_jax._nodes.family import Rows
 from lowrank_jax._nodes.methods import get_label, get_method
 from lowrank_jax._nodes.quantized_factors import dequantize_factors
@@ -151,6 +160,9 @@ def convert_adapter(
     # form that the tensors take, to_host by default
     leaves = dict(flatten(lora, is_leaf=lambda x: x is None or is_node(x))[0])
     bases = {} if base is None else dict(flatten(base, is_leaf=is_node)[0])
+    for name, tree in (("base", base), ("original", original)):
+        if adapted := find_adapters(flatten(tree, is_leaf=is_node)[0]):
+            raise CheckpointError(f"{name} holds an adapter at {adapted[0]!r}: pass {UNADAPTED}")
     nodes = {path: dequantize_factors(node) for path, node in collect_adapters(lora).items()}
     nodes = _rebase_nodes(nodes, bases, original)
     if for_serving:

@@ -188,7 +188,7 @@ def test_save_refuses_what_is_no_adapter(tmp_path):
     lora, config = made(base)
     for options, text in (
         ({"lora": base}, "lora holds ArrayImpl at 'params/Dense_0/bias'"),
-        ({"lora": lowrank.combine(base, lora)}, r"lora holds Adapted .*partition"),
+        ({"lora": lowrank.combine(base, lora)}, r"lora is a combined tree .*partition"),
         ({"lora": {"w": None}}, "no adapter"),
         ({"base": lora}, "base holds an adapter"),
         ({"base": base["params"]}, "does not fit the base"),

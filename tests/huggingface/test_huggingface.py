@@ -346,7 +346,7 @@ MISTAKES = {
     ),
     "an adapter": (
         lambda p: save(p, lowrank.combine(*adapted())),
-        r"'w' is an adapter: merge it first with lowrank\.merge\(base, lora\)",
+        r"'w' has an adapter: save lowrank\.merge\(base, lora\)",
     ),
     "a quantized leaf": (
         lambda p: save(p, {"w": {"kernel": quantized()}}),

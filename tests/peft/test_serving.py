@@ -80,7 +80,7 @@ def test_servable_folds_the_rest_into_the_base(quantized, tmp_path):
         (base, kept), (params, lora)
     )
     np.testing.assert_allclose(got, wanted, atol=1e-5)
-    with pytest.raises(lowrank.TreeError, match="base holds a Adapted at"):
+    with pytest.raises(lowrank.TreeError, match="base holds an adapter at"):
         lowrank.peft.servable(lowrank.combine(params, lora), lora)
     with pytest.raises(lowrank.TreeError, match="base holds a ShapeDtypeStruct at"):
         lowrank.peft.servable({**params, "norm": jax.ShapeDtypeStruct((8,), np.float32)}, lora)

@@ -73,7 +73,7 @@ def test_fingerprint_refuses_what_has_no_values():
         ("text", "is str"),
         (jax.ShapeDtypeStruct((3,), jnp.float32), "is ShapeDtypeStruct"),
         (gone, "deleted"),
-        (lora, "is an adapter"),
+        (lora, "has one: pass the base from before combine"),
     ):
         with pytest.raises(TreeError, match=text):
             fingerprint({"leaf": bad})
