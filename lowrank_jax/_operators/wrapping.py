@@ -126,8 +126,8 @@ def _drop_keys(base: Weight) -> Weight:
 def attach_all_norms(leaf: PyTree, delta: LowRank) -> Normed:
     """attach_norms, of a leaf that may itself be adapted.
 
-    The norms of W + s a b follow from those of W and from the factors, so that no dense a b is
-    formed. What has a magnitude or is trained whole is materialized.
+    The norms of c (W + s a b) follow from those of W, from the factors and from c, so that no
+    dense a b is formed. The rest is materialized: see _square_norms.
     """
     inner = strip_norms(leaf)
     if not isinstance(inner, Adapted):
@@ -145,10 +145,13 @@ def attach_all_norms(leaf: PyTree, delta: LowRank) -> Normed:
 def _square_norms(inner: Adapted, outer: LowRank) -> jax.Array | None:
     """Return the squared norms of an adapted leaf along the output features of another adapter.
 
-    They are None unless its own adapter is a LoRA of the same axes.
+    They are None for a leaf trained whole, an adapter of other axes, and one with a magnitude of
+    which `scale` takes a part.
     """
     own = inner.delta
-    if not isinstance(own, LowRank) or own.magnitude is not None:
+    if not isinstance(own, LowRank):
+        return None
+    if own.magnitude is not None and inner.multiplier is not None:
         return None
     own = own.for_shape(inner.shape)
     axes = own.axes(inner.ndim)
@@ -161,7 +164,9 @@ def _square_norms(inner: Adapted, outer: LowRank) -> jax.Array | None:
     a, b = own.factors()
     if inner.multiplier is not None:
         b = b * jnp.asarray(inner.multiplier, b.dtype)
-    return jnp.square(_compute_norms(normed, own, (a, b), as_weight(base)))
+    norms = _compute_norms(normed, own, (a, b), as_weight(base))
+    gain = compute_gain(normed, own)
+    return jnp.square(norms if gain is None else norms * gain)
 
 
 def count_dead_features(leaf: PyTree, delta: LowRank) -> int:

@@ -111,6 +111,80 @@ def test_the_outer_adapter_acts_on_the_inner_weight(model, inner, outer):
     assert isinstance(jax.tree.map(lambda x: x, tree)["w"].base, Adapted | lowrank.Normed)
 
 
+METHODS = {
+    "lora": {},
+    "dora": {"dora": True},
+    "loha": {"method": "loha"},
+    "dora of loha": {"method": "loha", "dora": True},
+    "vera": {"method": "vera", "projection_seed": 3},
+    "dora of vera": {"method": "vera", "projection_seed": 3, "dora": True},
+    "ia3": {"method": "ia3"},
+    "folded": {"dora": True},
+    "whole": None,
+    "rows": None,
+}
+
+
+def add_noise(lora, seed):
+    leaves, treedef = jax.tree.flatten(lora)
+    noise = lambda i, x: np.random.default_rng([seed, i]).standard_normal(x.shape) / 4
+    return jax.tree.unflatten(treedef, [x + noise(i, x) for i, x in enumerate(leaves)])
+
+
+def make_leaf(use, method, seed, rank=2):
+    """(base, adapter) of one leaf w, of any method."""
+    fn, params, args = MODELS[use]
+    params = {"w": params["w"]}
+    fan_out = tuple(range(1, params["w"].ndim))
+    rows = {"fan_in": (0,), "fan_out": fan_out, "kind": "lookup", "rows": (0, 2)}
+    if method == "whole":
+        return params, {"w": lowrank.Full(draw(seed, *params["w"].shape))}
+    if method == "rows":
+        changes = draw(seed, 2, *params["w"].shape[1:])
+        return params, {"w": lowrank.Rows(b=changes, size=len(params["w"]), **rows)}
+    plan = None if use in ("dot", "lookup", "joined") else lowrank.plan(fn, params, *args)
+    options = {"rank": rank, "alpha": 1.5 * rank, "targets": "w", **METHODS[method]}
+    base, lora = lowrank.init(seed, params, lowrank.LoraConfig(**options), plan=plan)
+    lora = add_noise(lora, seed)
+    return base, lowrank.fold_norms(base, lora) if method == "folded" else lora
+
+
+SHORT_METHODS = [("dot", "dora of loha"), ("dot", "ia3")]
+
+
+@pytest.mark.parametrize(
+    ("use", "inner"),
+    [
+        pytest.param(use, inner, marks=() if (use, inner) in SHORT_METHODS else pytest.mark.slow)
+        for use in ("dot", "transposed", "scan", "conv", "lookup")
+        for inner in METHODS
+    ],
+)
+def test_any_method_over_any_other_is_that_over_the_merged_weights(use, inner):
+    """Values, and gradients of the outer adapter and the input, for all outer methods at once."""
+    fn, bias, args = MODELS[use]
+    bias = {name: leaf for name, leaf in bias.items() if name != "w"}
+    base, one = make_leaf(use, inner, 10)
+    over = {outer: make_leaf(use, outer, 20, rank=3)[1]["w"] for outer in METHODS}
+    floats = tuple(jnp.issubdtype(x.dtype, jnp.floating) for x in args)
+
+    def loss(over, inside, *args):
+        tree = lambda node: {**bias, **lowrank.combine(inside, {"w": node})}
+        values = {name: lowrank.lift(fn)(tree(node), *args) for name, node in over.items()}
+        return sum(jnp.sum(jnp.sin(value)) for value in values.values()), values
+
+    numbers = (0, *(2 + i for i, is_float in enumerate(floats) if is_float))
+    slope = jax.jit(jax.value_and_grad(loss, numbers, has_aux=True))
+    (_, values), grads = slope(over, lowrank.combine(base, one), *args)
+    (_, wanted), slopes = slope(over, lowrank.merge(base, one), *args)
+    for outer in METHODS:
+        same(values[outer], wanted[outer])
+    # Some derivatives are small differences of large ones.
+    jax.tree.map(lambda got, want: same(got, want, 2e-4), grads, slopes)
+    moved = {name: any(np.any(x) for x in jax.tree.leaves(grad)) for name, grad in grads[0].items()}
+    assert all(moved.values()), moved
+
+
 @pytest.mark.parametrize("outer", ["lora", "dora"])
 @pytest.mark.parametrize("kind", ["dot", "scan"])
 def test_on_a_quantized_base(kind, outer):
@@ -189,13 +263,16 @@ def test_scale_is_of_the_outer_adapter():
 
 
 @pytest.mark.parametrize("outer", ["lora", "dora"])
-def test_no_dense_product_of_factors_is_formed(outer):
+@pytest.mark.parametrize("inner", [name for name in METHODS if name not in ("whole", "rows")])
+def test_no_dense_product_of_factors_is_formed(inner, outer):
     """256 x 256 with 2 rows: two adapters cost what their factors do, not 256 x 256 x rank."""
     fn, args = lambda p, x: x @ p["w"], (draw(2, 2, 256),)
     params = {"w": draw(0, 256, 256)}
-    config = lambda dora: lowrank.LoraConfig(rank=4, targets="w", dora=dora)
-    base, one = lowrank.init(0, params, config(False))
-    _, two = lowrank.init(1, params, config(outer == "dora"))
+    config = lambda method: lowrank.LoraConfig(rank=4, targets="w", **METHODS[method])
+    base, one = lowrank.init(0, params, config(inner))
+    if inner == "folded":
+        one = lowrank.fold_norms(base, one)
+    _, two = lowrank.init(1, params, config(outer))
     run = lambda base, one, two, x: lowrank.lift(fn)(
         lowrank.combine(lowrank.combine(base, one), two), x
     )
