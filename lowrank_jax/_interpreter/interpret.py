@@ -10,6 +10,7 @@ from typing import Any
 from lowrank_jax._errors import MaterializeError
 from lowrank_jax._interpreter.nesting import Nesting
 from lowrank_jax._interpreter.operation import OTHER, OperationTable
+from lowrank_jax._interpreter.shared_inputs import SharedInputs
 from lowrank_jax._jax import jaxprs
 from lowrank_jax._jax.types import Equation, Jaxpr
 from lowrank_jax._operators.dense import DenseWeight
@@ -168,14 +169,23 @@ def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     # transpose returns an operator [8, 4], and its product with x is an array [2, 4].
     last = _find_last_uses(inner)
     read = lambda atom: atom.val if isinstance(atom, jaxprs.Literal) else env[atom]
-    for number, eqn in enumerate(inner.eqns):
+    shared = SharedInputs(ctx.operations, inner.eqns)
+
+    def evaluate(number: int) -> None:
+        eqn = inner.eqns[number]
         values = [read(atom) for atom in eqn.invars]
         if any(isinstance(value, Weight) for value in values):
+            if number in shared.groups:
+                values = shared.attach(number, values, env, evaluate)
             outs = _apply_rule(ctx, eqn, values)
         else:
             outs = jaxprs.bind(eqn, values)
         for var, out in zip(eqn.outvars, outs, strict=True):
             env[var] = out
+
+    for number in range(len(inner.eqns)):
+        if number not in shared.early:
+            evaluate(number)
         for var in last.get(number, ()):
             env.pop(var, None)
     return [read(atom) for atom in inner.outvars]

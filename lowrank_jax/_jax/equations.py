@@ -23,6 +23,11 @@ def get_shape(atom: Var | Literal) -> Shape:
     return tuple(aval.shape)
 
 
+def get_operation_key(eqn: Equation) -> tuple[Any, ...]:
+    """Return a hashable key of an equation's primitive and parameters, for plain parameters."""
+    return eqn.primitive.name, *eqn.params.items()
+
+
 # Structural operations
 
 

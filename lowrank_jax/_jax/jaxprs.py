@@ -165,6 +165,11 @@ def find_varying_axes(value: jax.typing.ArrayLike) -> frozenset[str] | None:
     return _get_varying_axes(kind)
 
 
+def list_varying_axes(value: jax.typing.ArrayLike) -> frozenset[str]:
+    """Return the manual mesh axes that a value's type says it varies along; () without types."""
+    return _get_varying_axes(jax.typeof(value))
+
+
 def _get_varying_axes(kind: Any) -> frozenset[str]:
     return frozenset(getattr(kind.manual_axis_type, "varying", ()))
 

@@ -23,17 +23,7 @@ def dot(
     w: LowRankWeight, other: jax.Array, numbers: DotNumbers, on_left: bool, options: Options
 ) -> Any:
     """lax.dot_general: the base's product as in the user's program, plus the factors' product."""
-    (lc, rc), (lb, rb) = numbers
-    mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
-    # The axes of x and of the result are labeled too. For x [batch, in] @ w [in, out], with
-    # numbers (((1,), (0,)), ((), ())):
-    #     x_labels = (("x", 0), 0)    batch is free, `in` is axis 0 of w
-    #     out      = (("x", 0), 1)    the axis order of lax.dot_general: batch axes, left, right
-    x_labels = label_operand(other.ndim, mine, theirs)
-    bound = {*mine[0], *mine[1]}
-    free = [axis for axis in range(w.ndim) if axis not in bound]
-    x_free = [label for label in x_labels if isinstance(label, tuple)]
-    out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
+    x_labels, out, mine, theirs = label_product(w, other.ndim, numbers, on_left)
     sizes = {**w.sizes(), **dict(zip(x_labels, other.shape, strict=True))}
     last = {"preferred_element_type": options.get("preferred_element_type")}
     # Stack axes that x lacks: with dropout each layer has its own x, [*stacked, *other.shape].
@@ -69,6 +59,45 @@ def dot(
     return apply_adapter(w, other, base, branch, before=before, after=after, stacked=stacked)
 
 
+def label_product(
+    w: LowRankWeight, ndim: int, numbers: DotNumbers, on_left: bool
+) -> tuple[Labels, Labels, Any, Any]:
+    """Label the axes of a product's other operand and of its result.
+
+    Returns:
+      The labels of the operand and of the result; the (contracted, batch) axes of the weight, and
+      the operand's axes that are matched with them.
+    """
+    # For x [batch, in] @ w [in, out], with numbers (((1,), (0,)), ((), ())):
+    #     x_labels = (("x", 0), 0)    batch is free, `in` is axis 0 of w
+    #     out      = (("x", 0), 1)    the axis order of lax.dot_general: batch axes, left, right
+    (lc, rc), (lb, rb) = numbers
+    mine, theirs = ((lc, lb), (rc, rb)) if on_left else ((rc, rb), (lc, lb))
+    x_labels = label_operand(ndim, mine, theirs)
+    bound = {*mine[0], *mine[1]}
+    free = [axis for axis in range(w.ndim) if axis not in bound]
+    x_free = [label for label in x_labels if isinstance(label, tuple)]
+    out = (*mine[1], *free, *x_free) if on_left else (*mine[1], *x_free, *free)
+    return x_labels, out, mine, theirs
+
+
+def order_factors(
+    w: LowRankWeight, sizes: dict[Any, int], x_labels: Labels, out: Labels
+) -> tuple[str, str]:
+    """Return the names of the factors in the order that takes fewer multiplications."""
+    # x [n, in] · a [in, r] · b [r, out] costs n·r·(in + out). With w.T, x [n, out] is multiplied
+    # by b first for the same cost, while x·a would be an outer product over n, out, in and r. The
+    # count over labels finds the order, also for stacked and partly contracted weights.
+    totals = []
+    drop_entry = lambda labels: tuple(label for label in labels if label != ENTRY)
+    factors = drop_entry(w.a_axes), drop_entry(w.b_axes)
+    for first, second in (factors, factors[::-1]):
+        one, left = count_multiplies(sizes, x_labels, first, {*second, *out})
+        two, _ = count_multiplies(sizes, left, second, out)
+        totals.append(one + two)
+    return ("b", "a") if totals[1] < totals[0] else ("a", "b")
+
+
 def _apply_factors(
     w: LowRankWeight,
     x: jax.Array,
@@ -82,23 +111,8 @@ def _apply_factors(
     """Return x·a·b, or x·b·a if that takes fewer multiplications, and the labels of the result."""
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
     dtype = product_dtype(x.dtype, w.dtype)
-    factors = [
-        (w.a.astype(w.dtype), w.a_axes),
-        (w.b.astype(w.dtype), w.b_axes),
-    ]
-    drop_entry = lambda labels: tuple(label for label in labels if label != ENTRY)
-    # x [n, in] · a [in, r] · b [r, out] costs n·r·(in + out). With w.T, x [n, out] is multiplied
-    # by b first for the same cost, while x·a would be an outer product over n, out, in and r. The
-    # count over labels finds the order, also for stacked and partly contracted weights.
-    totals = []
-    for pairs in (factors, factors[::-1]):
-        first, second = (drop_entry(labels) for _, labels in pairs)
-        one, left = count_multiplies(sizes, x_labels, first, {*second, *out})
-        two, _ = count_multiplies(sizes, left, second, out)
-        totals.append(one + two)
-    if totals[1] < totals[0]:
-        factors.reverse()
-    (first, first_axes), (second, second_axes) = factors
+    first, second = order_factors(w, sizes, x_labels, out)
+    first_axes, second_axes = w.labels(first), w.labels(second)
     precision = {"precision": options.get("precision")}
 
     def pair(x: jax.Array, xl: Labels, y: jax.Array, yl: Labels, keep: set, **kw: Any) -> Any:
@@ -106,9 +120,15 @@ def _apply_factors(
             return contract(x, xl, y, yl, keep, index=w.entry, **kw)
         return contract(y, yl, x, xl, keep, **kw) if on_left else contract(x, xl, y, yl, keep, **kw)
 
-    inner, labels = pair(x, x_labels, first, first_axes, {*second_axes, *out}, **precision)
+    if w.shared is not None and w.shared.factor == first:
+        inner = w.shared.value
+        labels = (*(label for label in x_labels if isinstance(label, tuple)), RANK)
+    else:
+        factor, keep = getattr(w, first).astype(w.dtype), {*second_axes, *out}
+        inner, labels = pair(x, x_labels, factor, first_axes, keep, **precision)
     inner = w.apply_scale(inner).astype(dtype)
-    return pair(inner, labels, second, second_axes, {*out}, **precision, **last)
+    factor = getattr(w, second).astype(w.dtype)
+    return pair(inner, labels, factor, second_axes, {*out}, **precision, **last)
 
 
 def ragged_dot(

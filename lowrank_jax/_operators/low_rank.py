@@ -52,6 +52,7 @@ class LowRankWeight(LabeledWeight):
       scale: s.
       rate: dropout rate.
       path: of the leaf.
+      shared: the InputProduct of the product that comes next, if it is known, or None.
     """
 
     base: Weight
@@ -68,6 +69,7 @@ class LowRankWeight(LabeledWeight):
     scale: float = dataclasses.field(metadata=_STATIC)
     rate: float = dataclasses.field(metadata=_STATIC)
     path: Any = dataclasses.field(metadata=_STATIC)
+    shared: Any = None
 
     labeled = ("a", "b", "key", "gain")
 
