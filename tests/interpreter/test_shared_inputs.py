@@ -10,10 +10,10 @@ import pytest
 from jax import NamedSharding, P, lax
 from jax.sharding import AxisType
 from models import noisy, normal
+from shared_inputs import list_products, products_alone
 
 import lowrank_jax as lowrank
 from lowrank_jax._estimate.collectives import count_collectives
-from lowrank_jax._operators import shared_input
 
 TOKENS, DIM, HIDDEN, RANK = 40, 32, 48, 3
 X, MANY = normal(TOKENS, DIM), normal(4 * TOKENS, DIM)
@@ -90,16 +90,10 @@ def gradient(fn, params, **options):
     return base, lora, lambda lora, base, x: jax.grad(loss, (0, 2))(lora, base, x)
 
 
-@pytest.fixture
-def alone(monkeypatch):
+def alone(fn, *args):
     """Calls fn while no product is shared."""
-
-    def call(fn, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(shared_input, "is_worth", lambda *_: False)
-            return fn(*args)
-
-    return call
+    with products_alone():
+        return fn(*args)
 
 
 def count(jaxpr, name):
@@ -140,7 +134,7 @@ def assert_close(got, want, dtype=jnp.float32):
         pytest.param("scan of remat", "codes", marks=pytest.mark.slow),
     ],
 )
-def test_gradients_are_those_of_products_alone(name, form, alone):
+def test_gradients_are_those_of_products_alone(name, form):
     fn, params = MODELS[name]
 
     def found():
@@ -155,7 +149,7 @@ def test_gradients_are_those_of_products_alone(name, form, alone):
 
 
 @pytest.mark.usefixtures("fast_compile")
-def test_under_transformations(alone):
+def test_under_transformations():
     def fn(p, x):
         return jnp.tanh(x @ p["q"]) * (x @ p["k"]) + x @ p["v"]
 
@@ -189,30 +183,18 @@ def test_under_transformations(alone):
 # What XLA makes
 
 
-def list_products(text):
-    """The set of sizes of the result and the operands of each product in an HLO text."""
-    shapes = {
-        name: tuple(map(int, filter(None, dims.split(","))))
-        for name, dims in re.findall(r"%?([\w.-]+) = \w+\[([\d,]*)\]", text)
-    }
-    found = []
-    for name, operands in re.findall(r"%?([\w.-]+) = \S+ dot\(([^)]*)\)", text):
-        names = re.findall(r"([\w.-]+)(?:,|$)", operands.replace("%", ""))
-        found.append([shapes[name], *(shapes[operand] for operand in names)])
-    return found
-
-
 def test_one_product_in_the_hlo():
     """Forward one product with the columns of all factors, backward one for them and one for x."""
     base, lora, grad = gradient(layer, weights())
     text = jax.jit(grad).lower(lora, base, X).compile().as_text()
     products = list_products(text)
+    having = lambda columns: [p for p in products if any(columns in shape for shape in p)]
     for columns in (3 * RANK, 2 * RANK):
-        made = [shapes for shapes in products if any(columns in shape for shape in shapes)]
+        made = having(columns)
         results = sorted(tuple(sorted(shapes[0])) for shapes in made)
         assert results == [(columns, DIM), (columns, TOKENS), (DIM, TOKENS)], made
     # of rank 3 alone: a of down, and all six of b, forward and twice backward
-    assert sum(any(RANK in shape for shape in shapes) for shapes in products) == 3 * (1 + 6)
+    assert len(having(RANK)) == 3 * (1 + 6)
     assert not re.search(r" pad\(", text)  # the cotangent of a split is one concatenation
 
 
@@ -227,7 +209,7 @@ def test_one_product_in_the_hlo():
         ("the result would be larger than the input", {"x": MANY, "rank": DIM // 2 + 1}),
     ],
 )
-def test_not_shared(why, options, alone):
+def test_not_shared(why, options):
     options = {"x": X, "rank": RANK, **options}
     x, rank = options.pop("x"), options.pop("rank")
 
@@ -274,7 +256,7 @@ def on_mesh(kind):
 
 
 @pytest.mark.usefixtures("fast_compile")
-def test_no_collective_is_added(alone):
+def test_no_collective_is_added():
     """Data and tensor parallel: a and b are split as their weights, and never along the rank."""
     _, at = on_mesh(AxisType.Auto)
     wide, tall = P("data", "model"), P("model", "data")
@@ -312,7 +294,7 @@ def test_explicit_axes_are_not_shared():
 
 
 @pytest.mark.usefixtures("fast_compile")
-def test_shared_inside_shard_map(alone):
+def test_shared_inside_shard_map():
     mesh, _ = on_mesh(AxisType.Auto)
 
     def found():
