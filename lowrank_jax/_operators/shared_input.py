@@ -81,7 +81,7 @@ def find_first_factor(
       on_left: whether the weight is its left operand.
     """
     # Dropout gives each weight an input of its own; so does a gain along contracted axes.
-    if w.entry is not None or (w.key is not None and w.rate):
+    if w.key is not None and w.rate:
         return None
     x_labels, out, mine, _ = label_product(w, x.ndim, numbers, on_left)
     if mine[1] or not {*w.gain_axes} <= {*out}:
@@ -89,6 +89,7 @@ def find_first_factor(
     sizes = {**w.sizes(), **dict(zip(x_labels, x.shape, strict=True))}
     name, _ = order_factors(w, sizes, x_labels, out)
     value, labels = getattr(w, name), w.labels(name)
+    # else x is not summed out by the factor alone, or the factor is a table of several adapters'
     wanted = (*(label for label in x_labels if not isinstance(label, tuple)), RANK)
     if len(wanted) != len(labels) or {*wanted} != {*labels} or jaxprs.is_split(value):
         return None

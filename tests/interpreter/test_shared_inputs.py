@@ -110,7 +110,7 @@ def count_products(fn, *args):
 
 def assert_close(got, want, dtype=jnp.float32):
     """Up to a few roundings of the largest entry."""
-    room = {jnp.float32: 100, jnp.bfloat16: 8}[dtype] * float(jnp.finfo(dtype).eps)
+    room = (100 if dtype == jnp.float32 else 8) * float(jnp.finfo(dtype).eps)
 
     def check(got, want):
         got, want = (np.asarray(v, np.float64) for v in (got, want))
@@ -241,10 +241,27 @@ def test_adapters_chosen_for_each_example_are_not_shared():
     assert count(jaxpr, "lowrank_selected_dot") == 12
 
 
-def test_contractions_of_other_axes_are_not_shared():
-    params = {"v": normal(DIM, DIM), "w": normal(DIM, DIM, seed=1)}
-    base, lora, out = adapt(lambda p, x: x @ p["v"] + x.T @ p["w"], params, X[:DIM])
-    assert count_products(out, lora, base, X[:DIM]) == 4
+@pytest.mark.parametrize(
+    ("differs", "axis", "dtype", "precision"),
+    [
+        ("nothing", 1, "float32", "highest"),
+        ("the contracted axis", 0, "float32", "highest"),
+        ("the dtype", 1, "bfloat16", "highest"),
+        ("the precision", 1, "float32", "default"),
+    ],
+)
+def test_shared_if_nothing_differs(differs, axis, dtype, precision):
+    params = {"v": normal(DIM, DIM), "w": normal(DIM, DIM, seed=1, dtype=dtype)}
+
+    def fn(p, x):
+        y = lax.dot_general(x, p["v"], (((1,), (0,)), ((), ())), precision="highest")
+        return y + lax.dot_general(x, p["w"], (((axis,), (0,)), ((), ())), precision=precision)
+
+    x = X[:DIM]
+    base, lora, out = adapt(fn, params, x)
+    assert count_products(out, lora, base, x) == (3 if differs == "nothing" else 4)
+    want = jax.jit(fn)(lowrank.merge(base, lora), x)
+    assert_close(jax.jit(out)(lora, base, x), want, jnp.dtype(dtype).type)
 
 
 # Meshes
