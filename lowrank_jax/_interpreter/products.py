@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,10 @@ from lowrank_jax._interpreter.structural import is_only_first_weight, wrap_resul
 from lowrank_jax._interpreter.survey import Survey, Value, merge_values
 from lowrank_jax._jax import equations
 from lowrank_jax._jax.equations import Dot, RaggedDot
+from lowrank_jax._jax.inlined import call_inlined
 from lowrank_jax._jax.types import Equation
+from lowrank_jax._operators.low_rank import LowRankWeight
+from lowrank_jax._operators.quantized import QuantizedWeight
 from lowrank_jax._operators.weight import Weight
 
 Out = Sequence[Any] | None
@@ -46,14 +50,27 @@ def _record_product(
     return wrap_result(out)
 
 
+def _multiply(method: str, weight: Weight, operands: list[Any], *static: Any) -> Any:
+    """Return a product of a weight; JAX differentiates equal products of several layers once."""
+    if not isinstance(weight, LowRankWeight | QuantizedWeight):
+        return getattr(weight, method)(*operands, *static)
+    # Paths are static data of a weight's pytree, in which equal layers differ.
+    bare = weight.map_leaves(lambda leaf: dataclasses.replace(leaf, path=None))
+    return call_inlined(_run_product, (method, *static), bare, operands)
+
+
+def _run_product(method: str, *args: Any) -> Any:
+    *static, weight, operands = args
+    return getattr(weight, method)(*operands, *static)
+
+
 def _evaluate_dot(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     left, right = _materialize_smaller(ctx, eqn, values)
     on_left = isinstance(left, Weight)
     weight, other = (left, right) if on_left else (right, left)
     numbers, options = Dot.of(eqn)
-    return _record_product(
-        ctx, eqn, weight, ctx.begin_use(weight).dot(other, numbers, on_left, options)
-    )
+    out = _multiply("dot", ctx.begin_use(weight), [other], numbers, on_left, options)
+    return _record_product(ctx, eqn, weight, out)
 
 
 def _evaluate_ragged_dot(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
@@ -61,7 +78,7 @@ def _evaluate_ragged_dot(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     numbers, options, group_offset = RaggedDot.of(eqn)
     if not isinstance(right, Weight) or isinstance(sizes, Weight) or group_offset is not None:
         return None
-    out = ctx.begin_use(right).ragged_dot(left, sizes, numbers, options)
+    out = _multiply("ragged_dot", ctx.begin_use(right), [left, sizes], numbers, options)
     return _record_product(ctx, eqn, right, out)
 
 
@@ -69,9 +86,8 @@ def _evaluate_conv(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     left, right = _materialize_smaller(ctx, eqn, values)
     if not isinstance(right, Weight):
         return None
-    return _record_product(
-        ctx, eqn, right, ctx.begin_use(right).conv(left, equations.get_conv_options(eqn))
-    )
+    out = _multiply("conv", ctx.begin_use(right), [left], equations.get_conv_options(eqn))
+    return _record_product(ctx, eqn, right, out)
 
 
 def _evaluate_gather(ctx: Context, eqn: Equation, values: list[Any]) -> Out:

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jax.extend import core, source_info_util
 from jax.extend.random import threefry2x32_p
 
+from lowrank_jax._jax.inlined import bind_inlined
 from lowrank_jax._jax.types import Equation, Jaxpr, PyTree
 
 AxisType = jax.sharding.AxisType
@@ -55,7 +56,7 @@ def bind(eqn: Equation, args: Sequence[Any], **changes: Any) -> Sequence[Any]:
     stack = source_info_util.current_name_stack() + info.name_stack
     params = {**eqn.primitive.get_bind_params(eqn.params), **changes}
     with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
-        out = eqn.primitive.bind(*args, **params)
+        out = bind_inlined(eqn.primitive, args, params)
     return out if eqn.primitive.multiple_results else [out]
 
 

@@ -22,6 +22,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 
+from lowrank_jax._jax.inlined import bind_inlined
 from lowrank_jax._jax.jaxprs import Primitive, has_no_mesh
 
 Labels = tuple[Hashable, ...]
@@ -53,7 +54,7 @@ def bilinear(
     """
     params: dict[str, Any] = {"xl": xl, "yl": yl, "out": out, **_OPTIONS, **options}
     if has_no_mesh(x) and has_no_mesh(y):
-        return bilinear_p.bind(x, y, **params)
+        return bind_inlined(bilinear_p, (x, y), params)
     return _dot(x, y, **params)
 
 

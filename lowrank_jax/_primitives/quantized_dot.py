@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
+from lowrank_jax._jax.inlined import call_inlined
 from lowrank_jax._jax.jaxprs import Primitive, ShapedArray, has_auto_axes
 from lowrank_jax._primitives.few_tokens import Rows, is_cheaper
 
@@ -84,12 +85,16 @@ def quantized_dot(
       decode: parts -> weight.
     """
     if all(map(has_auto_axes, (x, *parts))):
-        return quantized_dot_p.bind(x, *parts, op=op, decode=decode)
+        return call_inlined(_bind, (op, decode), x, *parts)
     # With manual or explicit mesh axes, avals carry more than shape and dtype, which this
     # primitive's rules do not handle; JAX's own operations do.
     return jax.checkpoint(lambda x, *parts: _quantized_dot(x, *parts, op=op, decode=decode))(
         x, *parts
     )
+
+
+def _bind(op: PlatformFn, decode: PlatformFn, x: jax.Array, *parts: jax.Array) -> jax.Array:
+    return quantized_dot_p.bind(x, *parts, op=op, decode=decode)
 
 
 def _quantized_dot(

@@ -170,9 +170,23 @@ def trace(
         if is_node(leaf):
             check_node(leaf, path)
     hosted = [is_node(x) and any(map(jaxprs.is_on_host, _frozen_arrays(x))) for x in dynamic]
-    avals = [jax.eval_shape(materialize, leaf) if is_node(leaf) else leaf for leaf in dynamic]
-    jaxpr, (out, _) = jax.make_jaxpr(flat, return_shape=True)(*avals)
+    jaxpr, (out, _) = jax.make_jaxpr(flat, return_shape=True)(*_infer_dense(dynamic))
     return TracedFunction(jaxpr, jax.tree.structure(out), reassigned)
+
+
+def _infer_dense(dynamic: Sequence[Any]) -> list[Any]:
+    """Return the arguments with an abstract dense weight in place of each node."""
+    known: dict[Any, Any] = {}  # equal layers have equal weights
+    avals = []
+    for leaf in dynamic:
+        if is_node(leaf):
+            arrays, structure = jax.tree.flatten(leaf)
+            key = structure, *map(jax.typeof, arrays)
+            if key not in known:
+                known[key] = jax.eval_shape(materialize, leaf)
+            leaf = known[key]
+        avals.append(leaf)
+    return avals
 
 
 def _frozen_arrays(node: Node) -> list[jax.Array]:
