@@ -58,7 +58,7 @@ def _survey_scaled(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Valu
     survey.note_read(eqn, other.views)
     scale_axes = lambda view: view.scale_axes(out_shape, axes) if axes else view.reshape(out_shape)
     out = weight.map(scale_axes, other)
-    return [out.replace(products=weight.products | other.products, near=weight.near | other.near)]
+    return [out.replace(near=weight.near | other.near)]
 
 
 def survey_any(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]:
@@ -84,7 +84,7 @@ def survey_other(survey: Survey, eqn: Equation, ins: list[Value]) -> list[Value]
         survey.note_unfollowed(reached)
         if reached:
             key = survey.note_product(eqn, [path for path, _ in reached], merge_values(ins))
-            activations, ins = fed, [*ins, Value(products=frozenset({key}), near=frozenset({key}))]
+            activations, ins = fed, [*ins, Value(near=frozenset({key}))]
     sources = [value for value in ins if value.output] or ins
     out = merge_values(ins).replace(
         computed=() if activations else survey.find_computed(eqn, sources),

@@ -166,7 +166,7 @@ def _survey_product(
     out = merge_values(ins).replace(activation=fed, direct=frozenset())
     if found and fed:
         own = frozenset({survey.note_product(eqn, found, out)})
-        return [out.replace(products=out.products | own, direct=own, near=own, output=False)]
+        return [out.replace(near=own, direct=own, output=False)]
     if not fed:
         out = out.replace(computed=survey.find_computed(eqn, ins, views=False), output=bool(found))
     return [out]

@@ -34,9 +34,8 @@ class Value:
       data: whether it depends on arguments other than the parameters.
       activation: whether it depends on them numerically; masks and indices do not.
       output: whether it is computed from a product of parameters alone, as learned queries are.
-      products: the products with leaves that it depends on numerically.
+      near: the products with leaves that it depends on numerically, with no other one between.
       direct: those that reach it through bias, scale, cast, soft-cap and structural operations.
-      near: those that reach it without another product between.
 
     >>> Value(data=True, activation=True).data_rank  # the input of a product
     3
@@ -49,9 +48,8 @@ class Value:
     data: bool = False
     activation: bool = False
     output: bool = False
-    products: frozenset[Key] = frozenset()
-    direct: frozenset[Key] = frozenset()
     near: frozenset[Key] = frozenset()
+    direct: frozenset[Key] = frozenset()
 
     @property
     def data_rank(self) -> int:
@@ -74,7 +72,7 @@ class Value:
 
     def replace(self, **changes: Any) -> Value:
         """Return a copy with some fields replaced."""
-        return dataclasses.replace(self, **changes)
+        return Value(**{**vars(self), **changes})
 
     def map(self, fn: Callable[[View], View | None], *others: Value) -> Value:
         """Map each view; `others` are operands, such as indices, whose data it then depends on."""
@@ -92,8 +90,7 @@ class Survey(Nesting):
       unfollowed: path -> the equation after which views could not follow the leaf, which then
         reached a product or an opaque call.
       leaves: product -> paths of the leaves that it takes.
-      inputs: product -> the products that its operands depend on.
-      before: product -> those of its inputs with no other product between.
+      before: product -> the products that its operands depend on, with no other one between.
       routers: the products whose results a top_k selects from.
       silent: whether nothing is recorded, during the iteration of a loop.
       texts: equation -> its description.
@@ -104,7 +101,6 @@ class Survey(Nesting):
     uses: dict[str, dict[Key, tuple[list[Roles], str]]] = dataclasses.field(default_factory=dict)
     unfollowed: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: dict[Key, set[str]] = dataclasses.field(default_factory=dict)
-    inputs: dict[Key, frozenset[Key]] = dataclasses.field(default_factory=dict)
     before: dict[Key, frozenset[Key]] = dataclasses.field(default_factory=dict)
     routers: set[Key] = dataclasses.field(default_factory=set)
     silent: bool = False
@@ -183,7 +179,6 @@ class Survey(Nesting):
         key = self.make_key(eqn)
         if not self.silent:
             self.leaves.setdefault(key, set()).update(paths)
-            self.inputs[key] = self.inputs.get(key, frozenset()) | operands.products
             self.before[key] = self.before.get(key, frozenset()) | operands.near
         return key
 
@@ -248,21 +243,29 @@ def make_argument_value(aval: jaxprs.ShapedArray) -> Value:
 
 def merge_values(values: Sequence[Value]) -> Value:
     """Return the union of what some values depend on."""
-    union = lambda name: frozenset().union(*(getattr(value, name) for value in values))
-    has = lambda name: any(getattr(value, name) for value in values)
     return Value(
-        data=has("data"),
-        activation=has("activation"),
-        output=has("output"),
-        products=union("products"),
-        direct=union("direct"),
-        near=union("near"),
+        data=any(value.data for value in values),
+        activation=any(value.activation for value in values),
+        output=any(value.output for value in values),
+        near=_unite([value.near for value in values]),
+        direct=_unite([value.direct for value in values]),
     )
+
+
+def _unite(sets: Sequence[frozenset[Key]]) -> frozenset[Key]:
+    """Return the union of sets: one of them, not a copy, where the others are empty or it."""
+    # near grows with depth, in a residual stream, so a copy for each equation would be quadratic
+    several = {id(one): one for one in sets if one}
+    if len(several) < 2:
+        return next(iter(several.values()), _NONE)
+    return _NONE.union(*several.values())
+
+
+_NONE: frozenset[Key] = frozenset()
 
 
 def clear_if_index(eqn: Equation, value: Value, place: int = 0) -> Value:
     """Clear the numerical dependences of a result that is an index or a mask by its dtype."""
     if is_numeric_dtype(getattr(eqn.outvars[place].aval, "dtype", jnp.int32)):
         return value
-    none: frozenset[Key] = frozenset()
-    return value.replace(activation=False, products=none, direct=none, near=none)
+    return value.replace(activation=False, near=_NONE, direct=_NONE)

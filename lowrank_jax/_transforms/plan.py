@@ -107,14 +107,31 @@ def _find_final(survey: Survey, outs: Sequence[Value]) -> dict[str, set[Any]]:
     # count, and no other product takes it as an input. The product with a reaches the result
     # through tanh alone, and b's takes it. Only b is final. A leaf may follow itself, as the cell
     # of a recurrent network does.
+    after: dict[Any, list[Any]] = {}  # product -> the products that come next
+    for key, before in survey.before.items():
+        for one in before:
+            after.setdefault(one, []).append(key)
     found: dict[str, set[Any]] = {}
     for key in frozenset().union(*(value.direct for value in outs)):
-        after = [survey.leaves[k] for k, inputs in survey.inputs.items() if key in inputs]
-        later = set().union(*after)
         for path in survey.leaves[key]:
-            if not later - {path}:
+            if _is_last(key, path, after, survey.leaves):
                 found.setdefault(path, set()).add(key)
     return found
+
+
+def _is_last(
+    key: Any, path: str, after: Mapping[Any, list[Any]], leaves: Mapping[Any, set[str]]
+) -> bool:
+    """Whether no product of another leaf comes after a product of this leaf."""
+    seen, fresh = {key}, [key]
+    while fresh:
+        for one in after.get(fresh.pop(), ()):
+            if leaves[one] - {path}:
+                return False
+            if one not in seen:
+                seen.add(one)
+                fresh.append(one)
+    return True
 
 
 def _find_shared(survey: Survey, uses: Mapping[str, Use]) -> dict[str, tuple[tuple[int, str], ...]]:
@@ -124,16 +141,21 @@ def _find_shared(survey: Survey, uses: Mapping[str, Use]) -> dict[str, tuple[tup
     #   einsum("bhd,hdo->bho", y, w)   w [2, 8, 5], stack (0,): one weight for each h
     # Axis 1 of a, of size 2, enumerates the stack of w: shared is ((1, "w"),) for a. Sizes of
     # stack axes that both have are left out, since those come from one loop over layers.
+    split = {path for path, use in uses.items() if use.op in PRODUCTS and len(use.fan_out) > 1}
+    ends = {key for key, paths in survey.leaves.items() if paths & split}
     found: dict[str, dict[int, str]] = {}
     for key, before in survey.before.items():
-        for other in survey.leaves[key]:
-            for path in set().union(*(survey.leaves[k] for k in before)) - {other}:
-                one, next_one = uses[path], uses[other]
+        for other in sorted(survey.leaves[key]):
+            next_one = uses[other]
+            if not next_one.stack:
+                continue
+            paths = set().union(*(survey.leaves[k] for k in before & ends)) & split - {other}
+            for path in paths:
+                one = uses[path]
                 sizes = Counter(next_one.shape[axis] for axis in next_one.stack)
                 sizes -= Counter(one.shape[axis] for axis in one.stack)
-                many = one.op in PRODUCTS and len(one.fan_out) > 1
                 axes = [a for a in one.fan_out if sizes[one.shape[a]] and one.shape[a] > 1]
-                if many and len(axes) == 1:  # several axes of one size are ambiguous
+                if len(axes) == 1:  # several axes of one size are ambiguous
                     found.setdefault(path, {}).setdefault(axes[0], other)
     return {path: tuple(sorted(axes.items())) for path, axes in found.items()}
 

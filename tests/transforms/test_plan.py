@@ -12,6 +12,7 @@ from jax import lax
 from models import doubled, tenfold
 
 import lowrank_jax as lowrank
+from lowrank_jax._interpreter import survey
 from lowrank_jax._interpreter.table import OPERATIONS
 
 x = np.ones((2, 6), np.float32)
@@ -414,6 +415,46 @@ def test_keyword_and_static_arguments():
 def test_the_function_is_traced_once():
     traced = chex.assert_max_traces(lambda p, x: jnp.tanh(x @ p["w"]), n=1)
     lowrank.plan(traced, KERNEL, x)
+
+
+def test_sets_of_products_are_copied_where_two_meet_alone(monkeypatch):
+    """In a residual stream they grow with depth: one copy a layer, and not one an equation."""
+    unite, copies = survey._unite, []
+
+    def counted(sets):
+        out = unite(sets)
+        assert out == frozenset().union(*sets)
+        copies.extend([out] * (bool(out) and all(out is not one for one in sets)))
+        return out
+
+    monkeypatch.setattr(survey, "_unite", counted)
+
+    def model(params, x):
+        for w in params:
+            x = x + 2 * jnp.tanh(3 * x @ w)
+        return x
+
+    def count(layers):
+        copies.clear()
+        lowrank.plan(model, [np.ones((6, 6), np.float32)] * layers, x)
+        return len(copies)
+
+    assert count(4) - count(2) == 2
+
+
+def test_what_follows_a_final_product_through_others_is_found():
+    """A leaf whose product is used again, however far away, is not the last."""
+
+    def model(params, x):
+        first = x @ params["first"]
+        h = first
+        for _ in range(3):
+            h = jnp.tanh(h @ params["again"])
+        return first, h @ params["last"]
+
+    params = {"first": np.ones((6, 6)), "again": np.ones((6, 6)), "last": np.ones((6, 3))}
+    plan = lowrank.plan(model, params, x)
+    assert [name for name, use in plan.items() if use.final] == ["last"]
 
 
 def test_integers_and_non_arrays_are_left_alone():
