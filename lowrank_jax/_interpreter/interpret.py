@@ -59,6 +59,7 @@ class Context(Nesting):
       memo: (id of a jaxpr, structure of its weights) -> the jit that evaluates it.
       slot_paths: slot -> path, in a memoized jit, whose weights have slots for paths.
       inline_jit: whether to evaluate inner jits in place, without a memo, as a dry run does.
+      abstract: whether only types and records count, in a dry run that computes nothing.
     """
 
     operations: OperationTable
@@ -68,6 +69,7 @@ class Context(Nesting):
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
     slot_paths: dict[Any, Any] = dataclasses.field(default_factory=dict)
     inline_jit: bool = False
+    abstract: bool = False
 
     def record(self, weight: Weight, eqn: Equation, how: str, reason: str = "") -> None:
         """Record a use of a leaf by an equation."""
@@ -168,18 +170,28 @@ def interpret(ctx: Context, jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     # of its primitive, which may return a weight: for x @ W.T with x [2, 8] and W [4, 8], the
     # transpose returns an operator [8, 4], and its product with x is an array [2, 4].
     last = _find_last_uses(inner)
-    read = lambda atom: atom.val if isinstance(atom, jaxprs.Literal) else env[atom]
     shared = SharedInputs(ctx.operations, inner.eqns)
+
+    def read(atom: Any) -> Any:
+        if isinstance(atom, jaxprs.Literal):
+            return atom.val
+        known = atom in env or not ctx.abstract
+        return env[atom] if known else jaxprs.make_placeholder(atom.aval)
+
+    def holds_weight(atom: Any) -> bool:
+        return not isinstance(atom, jaxprs.Literal) and isinstance(env.get(atom), Weight)
 
     def evaluate(number: int) -> None:
         eqn = inner.eqns[number]
-        values = [read(atom) for atom in eqn.invars]
-        if any(isinstance(value, Weight) for value in values):
-            if number in shared.groups:
+        if any(map(holds_weight, eqn.invars)):
+            values = [read(atom) for atom in eqn.invars]
+            if number in shared.groups and not ctx.abstract:
                 values = shared.attach(number, values, env, evaluate)
             outs = _apply_rule(ctx, eqn, values)
+        elif ctx.abstract and jaxprs.makes_arrays(eqn):
+            return  # of its results a dry run needs the types alone, where a weight meets them
         else:
-            outs = jaxprs.bind(eqn, values)
+            outs = jaxprs.bind(eqn, [read(atom) for atom in eqn.invars])
         for var, out in zip(eqn.outvars, outs, strict=True):
             env[var] = out
 

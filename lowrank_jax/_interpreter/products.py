@@ -17,7 +17,7 @@ from lowrank_jax._interpreter.structural import is_only_first_weight, wrap_resul
 from lowrank_jax._interpreter.survey import Survey, Value, merge_values
 from lowrank_jax._jax import equations
 from lowrank_jax._jax.equations import Dot, RaggedDot
-from lowrank_jax._jax.inlined import call_inlined
+from lowrank_jax._jax.inlined import call_abstract, call_inlined
 from lowrank_jax._jax.types import Equation
 from lowrank_jax._operators.low_rank import LowRankWeight
 from lowrank_jax._operators.quantized import QuantizedWeight
@@ -50,13 +50,14 @@ def _record_product(
     return wrap_result(out)
 
 
-def _multiply(method: str, weight: Weight, operands: list[Any], *static: Any) -> Any:
+def _multiply(ctx: Context, method: str, weight: Weight, operands: list[Any], *static: Any) -> Any:
     """Return a product of a weight; JAX differentiates equal products of several layers once."""
     if not isinstance(weight, LowRankWeight | QuantizedWeight):
         return getattr(weight, method)(*operands, *static)
     # Paths are static data of a weight's pytree, in which equal layers differ.
     bare = weight.map_leaves(lambda leaf: dataclasses.replace(leaf, path=None))
-    return call_inlined(_run_product, (method, *static), bare, operands)
+    call = call_abstract if ctx.abstract else call_inlined
+    return call(_run_product, (method, *static), bare, operands)
 
 
 def _run_product(method: str, *args: Any) -> Any:
@@ -69,7 +70,7 @@ def _evaluate_dot(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     on_left = isinstance(left, Weight)
     weight, other = (left, right) if on_left else (right, left)
     numbers, options = Dot.of(eqn)
-    out = _multiply("dot", ctx.begin_use(weight), [other], numbers, on_left, options)
+    out = _multiply(ctx, "dot", ctx.begin_use(weight), [other], numbers, on_left, options)
     return _record_product(ctx, eqn, weight, out)
 
 
@@ -78,7 +79,7 @@ def _evaluate_ragged_dot(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     numbers, options, group_offset = RaggedDot.of(eqn)
     if not isinstance(right, Weight) or isinstance(sizes, Weight) or group_offset is not None:
         return None
-    out = _multiply("ragged_dot", ctx.begin_use(right), [left, sizes], numbers, options)
+    out = _multiply(ctx, "ragged_dot", ctx.begin_use(right), [left, sizes], numbers, options)
     return _record_product(ctx, eqn, right, out)
 
 
@@ -86,7 +87,7 @@ def _evaluate_conv(ctx: Context, eqn: Equation, values: list[Any]) -> Out:
     left, right = _materialize_smaller(ctx, eqn, values)
     if not isinstance(right, Weight):
         return None
-    out = _multiply("conv", ctx.begin_use(right), [left], equations.get_conv_options(eqn))
+    out = _multiply(ctx, "conv", ctx.begin_use(right), [left], equations.get_conv_options(eqn))
     return _record_product(ctx, eqn, right, out)
 
 

@@ -47,6 +47,15 @@ def call_inlined(fn: Callable, static: tuple[Any, ...], *operands: Any) -> Any:
     return fn(*static, *operands)
 
 
+def call_abstract(fn: Callable, static: tuple[Any, ...], *operands: Any) -> Any:
+    """Return traced arrays of the types that fn(*static, *operands) has, in a dry run.
+
+    The arguments are those of call_inlined. The function is a call in the program, not inlined.
+    """
+    leaves, structure = jax.tree.flatten(operands)
+    return _call_whole(fn, Static(static), Static(structure), *leaves)
+
+
 def _bind_params(primitive: Any, params: Static, *operands: Any) -> Any:
     return primitive.bind(*operands, **params.value)
 
@@ -59,6 +68,7 @@ def _call_unflattened(fn: Callable, static: Static, structure: Static, *leaves: 
 _EARLY: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 _bind = jax.jit(_bind_params, static_argnums=(0, 1), inline=_EARLY)
 _call = jax.jit(_call_unflattened, static_argnums=(0, 1, 2), inline=_EARLY)
+_call_whole = jax.jit(_call_unflattened, static_argnums=(0, 1, 2))
 
 
 def _is_plain(value: object) -> bool:

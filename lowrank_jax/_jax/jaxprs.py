@@ -60,6 +60,20 @@ def bind(eqn: Equation, args: Sequence[Any], **changes: Any) -> Sequence[Any]:
     return out if eqn.primitive.multiple_results else [out]
 
 
+def makes_arrays(eqn: Equation) -> bool:
+    """Whether all results of an equation are arrays, and none a mutable reference."""
+    return all(isinstance(var.aval, ShapedArray) for var in eqn.outvars)
+
+
+def make_placeholder(aval: ShapedArray) -> jax.Array:
+    """Return a traced array of a type, for a dry run; its values are undefined."""
+    return placeholder_p.bind(aval=aval)
+
+
+placeholder_p = Primitive("lowrank_placeholder")
+placeholder_p.def_abstract_eval(lambda *, aval: aval)
+
+
 def use_eqn_context(eqn: Equation):
     """Return a context manager in which new operations get an equation's name stack and context."""
     info = eqn.source_info

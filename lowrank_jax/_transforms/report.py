@@ -304,7 +304,7 @@ def report(fn: Callable, tree: PyTree, *args: PyTree, **kwargs: PyTree) -> Repor
     """
     call, dynamic, paths = split_arguments((tree, *args), kwargs)
     refuse_unsupported_dtypes(dynamic, paths)
-    ctx = Context(OPERATIONS, inline_jit=True)
+    ctx = Context(OPERATIONS, inline_jit=True, abstract=True)
     jax.eval_shape(lambda dynamic: evaluate(fn, call, dynamic, paths, ctx), dynamic)
     leaves = [(path, strip_norms(leaf)) for path, leaf in flatten(tree, is_leaf=is_node)[0]]
     nodes = {path: leaf for path, leaf in leaves if is_node(leaf)}

@@ -13,6 +13,8 @@ from flax import linen as nn
 from jax import NamedSharding, P
 
 import lowrank_jax as lowrank
+from lowrank_jax._jax import jaxprs
+from lowrank_jax._operators.low_rank import LowRankWeight
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -286,3 +288,24 @@ def test_values_of_quantized_factors_are_counted_and_not_their_codes():
     assert of(stored).trainable == of(lora).trainable == 4 * (256 + 64)
     assert of(stored)["w"].trainable == 4 * (256 + 64)
     assert of(stored).memory.adapters < of(lora).memory.adapters / 4
+
+
+def test_a_report_evaluates_one_of_equal_products_and_no_other_equation(monkeypatch):
+    products = []
+    dot = LowRankWeight.dot
+    counted = lambda self, *args: products.append(self.shape) or dot(self, *args)
+    monkeypatch.setattr(LowRankWeight, "dot", counted)
+    monkeypatch.setattr(jaxprs, "bind", None)
+
+    def model(params, x):
+        for layer in params:
+            x = x + jnp.tanh(x @ layer["up"]) @ layer["down"]
+        return x
+
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    params = [{"up": shape(26, 38), "down": shape(38, 26)} for _ in range(5)]
+    config = lowrank.LoraConfig(rank=2, targets="**")
+    make = lambda params: lowrank.combine(*lowrank.init(KEY, params, config))
+    report = lowrank.report(model, jax.eval_shape(make, params), shape(3, 26))
+    assert sorted(products) == [(26, 38), (38, 26)]
+    assert {leaf.how for leaf in report.values()} == {"factored 1×"}
