@@ -208,8 +208,11 @@ def check_pattern(pattern: object) -> None:
 def compile_pattern(pattern: Pattern) -> re.Pattern:
     """Compile a glob on the whole path: `*` stays within a segment, `**` spans zero or more."""
     check_pattern(pattern)
-    if isinstance(pattern, re.Pattern):
-        return pattern
+    return pattern if isinstance(pattern, re.Pattern) else _compile_glob(pattern)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile_glob(pattern: str) -> re.Pattern:
     # "a/**/b" becomes "a/(?:[^/]+/)*b": `**` includes the slash that follows it, so that it also
     # matches zero segments, "a/b". A final `**` has no such slash and is handled below.
     segments = pattern.split("/")

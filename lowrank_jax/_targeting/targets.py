@@ -162,9 +162,10 @@ def _select(
     patterns: Sequence[Pattern], floating: Sequence[str], leaves: Mapping[str, Any], what: str
 ) -> dict[str, Any]:
     """Select floating leaves by patterns; a pattern that matches only other leaves is an error."""
+    known = {*floating}
     for pattern in patterns:
         hits = [path for path in leaves if matches(pattern, path)]
-        if hits and not any(path in floating for path in hits):
+        if hits and known.isdisjoint(hits):
             leaf = leaves[hits[0]]
             raise PatternError(
                 f"{what} pattern {pattern!r} matches only leaves that are not floating, like "

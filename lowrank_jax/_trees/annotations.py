@@ -86,9 +86,10 @@ def _find_annotations(tree: PyTree) -> dict[str, Any]:
     if not wrappers:
         return {}
     closed = lambda node: isinstance(node, wrappers) or is_spec(node) or is_node(node)
-    leaves, _ = flatten_checked(jax.tree.flatten_with_path, tree, closed)
-    if not any(isinstance(leaf, wrappers) and _is_annotated(leaf) for _, leaf in leaves):
+    bare, _ = flatten_checked(jax.tree.flatten, tree, closed)  # paths take longer to find
+    if not any(isinstance(leaf, wrappers) and _is_annotated(leaf) for leaf in bare):
         return {}
+    leaves, _ = flatten_checked(jax.tree.flatten_with_path, tree, closed)
     return {join_keys(keys): leaf for keys, leaf in leaves}
 
 

@@ -116,6 +116,8 @@ def derive_specs(
 def _find_spec(given: Mapping[str, Any], path: str) -> str | None:
     """Find the path of the spec that applies to a leaf: its own path, or a branch above it."""
     # "a/b/w" looks for "a/b/w", "a/b", "a" and "" (a spec for the whole tree), in this order.
+    if path in given:
+        return path
     parts = path.split("/")
     above = ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
     return next((name for name in above if name in given), None)
