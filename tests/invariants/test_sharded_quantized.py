@@ -362,7 +362,10 @@ def test_explicit_axes():
         assert_placed_alike(got[1], lora)
 
 
-@pytest.mark.parametrize("maybe", [jax.jit, lambda fn: fn], ids=["jit", "eager"])
+EAGER = pytest.param(lambda fn: fn, marks=pytest.mark.slow, id="eager")
+
+
+@pytest.mark.parametrize("maybe", [pytest.param(jax.jit, id="jit"), EAGER])
 def test_what_is_made_of_a_base_or_a_base_of_weights_lies_as_they_do(maybe):
     base, _, make, plan, dense, quant, _ = wide()
     mesh = mesh_of((8, 1), AxisType.Explicit)

@@ -45,16 +45,17 @@ def backward(fn):
     return lambda p, x: jax.grad(lambda x: jnp.sum(fn(p, x).astype(jnp.float32) ** 2))(x)
 
 
+SLOW = pytest.mark.slow
 PLAIN = {"double_quant": False}
 # a linear layer, the table of a tied output, heads, a block over two axes, a leaf stored flat
 CASES = [
-    ("ni,io->no", (128, 6), PLAIN),
+    pytest.param("ni,io->no", (128, 6), PLAIN, marks=SLOW),
     ("ni,io->no", (128, 6), {"packing": "uint8"}),
     ("ni,oi->no", (6, 128), {"format": "fp4"}),
     ("ni,hio->nho", (2, 64, 6), {"format": "int8"}),
-    ("nhi,hio->no", (8, 16, 6), PLAIN),
+    pytest.param("nhi,hio->no", (8, 16, 6), PLAIN, marks=SLOW),
     ("ni,io->no", (10, 14), PLAIN),
-    ("ni,io->no", (10, 14), {"packing": "uint8"} | PLAIN),
+    pytest.param("ni,io->no", (10, 14), {"packing": "uint8"} | PLAIN, marks=SLOW),
 ]
 
 
@@ -69,7 +70,11 @@ def test_numbers_are_those_of_the_dot(equation, shape, options, fast_compile):
     assert_same(backward(fn), tree, x)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "vmap of grad", "jvp of grad", "codes", "scan"])
+TRANSFORMS = ["vmap of grad", "codes", "scan"]
+SLOW_TRANSFORMS = [pytest.param(name, marks=SLOW) for name in ("vmap", "jvp of grad")]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS + SLOW_TRANSFORMS)
 def test_transformations(transform, fast_compile):
     fn = lowrank.lift(lambda p, x: x @ p["w"], fallback="raise")
     w, x = normal(64, 64), normal(N, 64, seed=1)

@@ -87,7 +87,7 @@ def dequantized_self(name):
 
 
 # what is kept for backward is looked at with all; values of these say no more
-SLOW = dict.fromkeys(("unrolled, remat", "scan"), (pytest.mark.slow,))
+SLOW = dict.fromkeys(("unrolled, remat", "unrolled", "untied", "scan"), (pytest.mark.slow,))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in VARIANTS])
