@@ -65,7 +65,7 @@ def _call_unflattened(fn: Callable, static: Static, structure: Static, *leaves: 
 
 
 # Since JAX 0.12, True inlines when lowered, and leaves the jit in the traced program.
-_EARLY: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+_EARLY: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)
 _bind = jax.jit(_bind_params, static_argnums=(0, 1), inline=_EARLY)
 _call = jax.jit(_call_unflattened, static_argnums=(0, 1, 2), inline=_EARLY)
 _call_whole = jax.jit(_call_unflattened, static_argnums=(0, 1, 2))
