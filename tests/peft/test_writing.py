@@ -55,7 +55,7 @@ CANNOT = {
     ),
     "a combined tree": (
         lowrank.combine({"layers": {"q": {"kernel": ones(4, 3)}}}, one()),
-        "holds Adapted at 'layers/q/kernel'",
+        "lora is a combined tree (see 'layers/q/kernel'): pass its adapter",
     ),
     "nothing": ({"layers": None}, "lora holds no adapter"),
     "a whole kernel of many axes": (
