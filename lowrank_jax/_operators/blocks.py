@@ -23,7 +23,7 @@ from lowrank_jax._operators.weight import DotNumbers, Options, RaggedNumbers
 from lowrank_jax._primitives.bilinear import Labels, labeled_dot, labeled_flat_dot
 from lowrank_jax._primitives.contract import arrange
 from lowrank_jax._primitives.few_tokens import Rows, sum_rows
-from lowrank_jax._primitives.quantized_dot import PlatformFn
+from lowrank_jax._primitives.quantized_dot import PlatformFn, drop_axis
 
 BLOCKS, ELEMENTS = "blocks", "elements"
 SELECTED = "selected"  # (SELECTED, n) labels an axis of codes of which one entry is selected
@@ -282,7 +282,7 @@ class BlockRaggedDot(PlatformFn):
         if (dot := self._row_dot) is None:
             return None
         (row,), at = self.numbers.lhs_ragged_dimensions, self._stack_axis
-        one = dot.count_rows(_drop_axis(x, row), _drop_axis(w[0], at), back)
+        one = dot.count_rows(drop_axis(x, row), drop_axis(w[0], at), back)
         assert one is not None
         return one._replace(count=one.count * x.shape[row], weights=w[0].shape[at])
 
@@ -297,7 +297,7 @@ class BlockRaggedDot(PlatformFn):
         """Multiply each row of cotangents by its own weight, transposed, by sums."""
         dot, (row,) = self._row_dot, self.numbers.lhs_ragged_dimensions
         assert dot is not None
-        one = _drop_axis(like, row)
+        one = drop_axis(like, row)
         run = lambda entry, w: dot.sum_rows_back([entry], w, one)[0]
         return [self._map_rows(run, ct, w, self._result_axis, row) for ct in cts]
 
@@ -335,8 +335,3 @@ class BlockRaggedDot(PlatformFn):
             self.numbers.dot_dimension_numbers,
         )
         return row - sum(axis < row for axis in lc)
-
-
-def _drop_axis(array: Any, axis: int) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of an array without an axis."""
-    return jax.ShapeDtypeStruct((*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype)

@@ -215,12 +215,13 @@ class GroupedDecoding(PlatformFn):
         return lambda *parts: (DeferredStack(parts[:-1], decode), parts[-1])
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeferredStack:
     """A stack of weights of which entries are decoded as they are taken."""
 
     parts: tuple[jax.Array, ...]
-    decoding: Decoding
+    decoding: Decoding = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> Shape:

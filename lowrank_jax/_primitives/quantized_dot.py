@@ -57,9 +57,9 @@ class PlatformFn:
     # Of a product: as sums of the products of rows (see `few_tokens`).
 
     def count_rows(self, x: Any, w: Any, back: bool = False) -> Rows | None:
-        """Count the rows of x, or with back those of a cotangent; None if there is no such form.
+        """Count the rows of x, or with back those of a cotangent; None if sums are not written.
 
-        x and w have shapes and dtypes; w is decoded.
+        x and the decoded weight w have shapes and dtypes.
         """
         return None
 
@@ -175,9 +175,7 @@ class _Transposed(PlatformFn):
 
     def count_rows(self, x: Any, w: Any, back: bool = False) -> Rows | None:
         """Count the rows of a cotangent; with back, those of the op."""
-        return (
-            self.op.count_rows(self.like, w, not back) if isinstance(self.op, PlatformFn) else None
-        )
+        return self.op.count_rows(self.like, w, not back)
 
     def sum_rows(self, xs: Sequence[jax.Array], w: Any) -> list[jax.Array]:
         """Apply the op's transpose by sums."""
@@ -235,7 +233,7 @@ class _VmappedFn(PlatformFn):
     def count_rows(self, x: Any, w: Any, back: bool = False) -> Rows | None:
         """Count the rows of one entry; of all entries if one weight is for all."""
         x_dim, w_dim = self.axes
-        rows = self.fn.count_rows(_drop_axis(x, x_dim), _drop_axis(w, w_dim), back)
+        rows = self.fn.count_rows(drop_axis(x, x_dim), drop_axis(w, w_dim), back)
         if rows is None or w_dim is not None:
             return rows
         return rows._replace(count=rows.count * x.shape[x_dim])
@@ -251,7 +249,7 @@ class _VmappedFn(PlatformFn):
     def sum_rows_back(self, cts: Sequence[jax.Array], w: Any, like: Any) -> list[jax.Array]:
         """The same for the transpose; the cotangents of an x that all entries share are added."""
         fn, (x_dim, w_dim) = self.fn, self.axes
-        like = _drop_axis(like, x_dim)
+        like = drop_axis(like, x_dim)
         if w_dim is not None or x_dim is None:
             back = jax.vmap(lambda cts, w: fn.sum_rows_back(cts, w, like), (0, w_dim))
             found = back([*cts], w)
@@ -262,8 +260,8 @@ class _VmappedFn(PlatformFn):
         return _stack_groups(fn.sum_rows_back(entries, w, like), len(cts), x_dim)
 
 
-def _drop_axis(tree: Any, axis: int | None) -> Any:
-    """Return shapes and dtypes of arrays without an axis."""
+def drop_axis(tree: Any, axis: int | None) -> Any:
+    """Return the shapes and dtypes of arrays without an axis."""
     if axis is None:
         return tree
     one = lambda z: jax.ShapeDtypeStruct((*z.shape[:axis], *z.shape[axis + 1 :]), z.dtype)

@@ -110,6 +110,22 @@ def test_rows_of_a_ragged_product_read_their_own_codes(sizes, double_quant, fast
     assert_same(backward(fn), tree, x)
 
 
+@pytest.mark.parametrize("mapped", ["codes", "sizes"])
+def test_ragged_products_are_mapped(mapped, fast_compile):
+    """With the activation, as JAX wants it."""
+    fn = lowrank.lift(lambda p, x, sizes: jax.lax.ragged_dot(x, p["w"], sizes), fallback="raise")
+    x, sizes = normal(2, 1, 64, seed=1), jnp.array([[0, 1], [1, 0]], jnp.int32)
+    tree = quantize(fn, normal(2, 64, 64), x[0], sizes[0])
+    if mapped == "codes":
+        trees = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tree)
+        every = lambda p, x: jax.vmap(lambda p, x: fn(p, x, sizes[0]))(p, x)
+        assert_same(every, trees, x)
+    else:
+        every = lambda p, x: jax.vmap(lambda x, sizes: fn(p, x, sizes))(x, sizes)
+        assert_same(every, tree, x)
+    assert_same(backward(every), trees if mapped == "codes" else tree, x)
+
+
 def test_bfloat16_is_rounded_once(fast_compile):
     fn = lowrank.lift(lambda p, x: x @ p["w"], fallback="raise")
     x = normal(N, 128, seed=1).astype(jnp.bfloat16)
