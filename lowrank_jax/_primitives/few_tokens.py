@@ -1,10 +1,10 @@
 r"""Products of a few tokens with a decoded weight, as sums that a GPU's compiler fuses whole.
 
 $y[\text{out}] = \sum x[\cdot]\,w[\cdot]$ of a row of x is written as an elementwise product and a
-sum, not as a dot. XLA for CUDA then computes one fusion, in which each code is read, decoded,
-multiplied and summed. For a dot it writes the decoded weight to memory first and reads it again,
-eight times the bytes of 4-bit codes, which is most of the time of a product with one token. With
-more tokens the dot wins: it decodes once, and multiplies on tensor cores.
+sum, not as a dot. XLA for CUDA then makes fusions in which each code is read, decoded, multiplied
+and summed, for two rows or more at a time. For a dot it writes the decoded weight to memory first
+and reads it again, eight times the bytes of 4-bit codes, which is most of the time of a product
+with one token. With more tokens the dot wins: it decodes once, and multiplies on tensor cores.
 
 No GPU was at hand when the constants of `is_cheaper` were chosen, by counting bytes and
 instructions. The environment variable LOWRANK_JAX_FEW_TOKENS, the most tokens that a product may
